@@ -1,0 +1,76 @@
+"""Arbor's face: everything that a plugin may import.
+
+A plugin is a module named under the entry-point group `arbor` with functions marked `@hookimpl`; the hooks are in
+`arbor_core.hookspecs`. See docs/plugins.md.
+"""
+
+from pluggy import HookimplMarker
+
+from .engine_process import EngineProcess
+from .types import (
+    Allocator,
+    AllocatorSettings,
+    ArborError,
+    Bundle,
+    Checkpoint,
+    Claim,
+    ConfigError,
+    Device,
+    Engine,
+    EngineSpec,
+    Event,
+    Executor,
+    ExecutorSettings,
+    InferenceBackend,
+    JobFailed,
+    JobStopped,
+    JobView,
+    Lease,
+    Order,
+    Placement,
+    Plan,
+    QueuedJob,
+    Run,
+    RunningJob,
+    Scheduler,
+    Services,
+    Snapshot,
+    Trainer,
+    Weights,
+)
+
+hookimpl = HookimplMarker("arbor")
+
+__all__ = [
+    "Allocator",
+    "AllocatorSettings",
+    "ArborError",
+    "Bundle",
+    "Checkpoint",
+    "Claim",
+    "ConfigError",
+    "Device",
+    "Engine",
+    "EngineProcess",
+    "EngineSpec",
+    "Event",
+    "Executor",
+    "ExecutorSettings",
+    "InferenceBackend",
+    "JobFailed",
+    "JobStopped",
+    "JobView",
+    "Lease",
+    "Order",
+    "Placement",
+    "Plan",
+    "QueuedJob",
+    "Run",
+    "RunningJob",
+    "Scheduler",
+    "Services",
+    "Snapshot",
+    "Trainer",
+    "Weights",
+    "hookimpl",
+]

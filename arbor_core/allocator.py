@@ -1,0 +1,161 @@
+"""The allocator `local`: the GPUs of this machine, or CPU slots where there are none.
+
+Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it is
+leased once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from . import ids
+from .scheduler import needs
+from .types import AllocatorSettings, ArborError, Claim, Device, Lease
+
+CPU_ENGINES = 4
+"""Engine slots on a machine without GPUs, unless gpu.inference says otherwise."""
+
+
+class PoolAllocator:
+    """Leases whole devices from fixed pools, in the order of asking: a claim is granted as a whole or waits."""
+
+    def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
+        self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
+        self.leases: dict[str, Lease] = {}
+        self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
+
+    def inventory(self) -> Mapping[str, Sequence[Device]]:
+        return self.pools
+
+    def free(self) -> Mapping[str, int]:
+        return {pool: len(devices) for pool, devices in self._free().items()}
+
+    def _free(self) -> dict[str, list[Device]]:
+        held = {pool: set[str]() for pool in self.pools}
+        for lease in self.leases.values():
+            for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
+                held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
+        return {pool: [d for d in devices if d.id not in held[pool]] for pool, devices in self.pools.items()}
+
+    def restore(self, lease: Lease) -> None:
+        self.leases[lease.id] = lease
+
+    async def acquire(self, claim: Claim) -> Lease:
+        for pool, count in needs(claim).items():
+            have = len(self.pools.get(pool, ()))
+            if count > have:
+                raise ArborError(f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}")
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self.waiting.append((claim, granted))
+        self._grant()
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            self.waiting = [entry for entry in self.waiting if entry[1] is not granted]
+            if granted.done() and not granted.cancelled():
+                self.release(granted.result())
+            raise
+
+    def release(self, lease: Lease) -> None:
+        self.leases.pop(lease.id, None)
+        self._grant()
+
+    def _grant(self) -> None:
+        left = []
+        for claim, granted in self.waiting:
+            if granted.done():
+                continue
+            lease = self._fit(claim)
+            if lease is None:
+                left.append((claim, granted))
+                continue
+            self.leases[lease.id] = lease
+            granted.set_result(lease)
+        self.waiting = left
+
+    def _fit(self, claim: Claim) -> Lease | None:
+        free = self._free()
+        chosen: list[tuple[Device, ...]] = []
+        for bundle in claim.bundles:
+            pool = free.get(pool_of(bundle.role), [])
+            fitting = [device for device in pool if bundle.kind in (None, device.kind)][: bundle.count]
+            if len(fitting) < bundle.count:
+                return None
+            for device in fitting:
+                pool.remove(device)
+            chosen.append(tuple(fitting))
+        return Lease(ids.new("lease-"), claim, tuple(chosen))
+
+
+def pool_of(role: str) -> str:
+    """`engine:Qwen/Qwen3-0.6B` is served from the pool `engine`."""
+    return role.partition(":")[0]
+
+
+class LocalAllocator(PoolAllocator):
+    """The devices of this machine."""
+
+    @classmethod
+    def from_settings(cls, settings: AllocatorSettings) -> LocalAllocator:
+        """Pools from `gpu.train` and `gpu.inference`.
+
+        With GPUs and nothing set: all but the last train, the last serves; one alone does both.
+
+        Raises:
+            ArborError: a GPU id is asked for that is not there.
+        """
+        gpus = find_gpus()
+        if not gpus:
+            return cls(
+                {
+                    "train": cpu_slots(settings.train if settings.train is not None else [0]),
+                    "engine": cpu_slots(settings.inference if settings.inference is not None else range(CPU_ENGINES)),
+                }
+            )
+        train = settings.train if settings.train is not None else [gpu.index for gpu in (gpus[:-1] or gpus)]
+        serve = settings.inference if settings.inference is not None else [gpus[-1].index]
+        return cls({"train": pick(gpus, train, "train"), "engine": pick(gpus, serve, "inference")})
+
+
+def cpu_slots(indices: Sequence[int]) -> list[Device]:
+    return [Device(f"cpu:{index}", "cpu", index) for index in indices]
+
+
+def pick(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device]:
+    """The GPUs with these indices."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    for index in wanted:
+        if index not in by_index:
+            have = ", ".join(str(gpu.index) for gpu in gpus)
+            raise ArborError(f"gpu.{key}: GPU {index} not found (have {have})")
+    return [by_index[index] for index in wanted]
+
+
+def find_gpus() -> list[Device]:
+    """The GPUs that NVML shows, by UUID; none where there is no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    with closing_nvml(pynvml):
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = pynvml.nvmlDeviceGetUUID(gpu)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu).total
+            found.append(Device(uuid if isinstance(uuid, str) else uuid.decode(), "cuda", index, memory))
+        return found
+
+
+@contextlib.contextmanager
+def closing_nvml(pynvml: object) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()  # type: ignore[attr-defined]

@@ -1,0 +1,64 @@
+"""A bell: a datagram socket that wakes whoever waits for something to be written.
+
+Ringing is a hint and may get lost; the listener polls once a second besides. It saves the wait: 0.3 ms a hop instead
+of 66 ms with 100 ms polling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Bell:
+    """The listener's end, in an event loop."""
+
+    def __init__(self, path: Path, on_ring: Callable[[], None]) -> None:
+        self.path, self.on_ring = path, on_ring
+        path.unlink(missing_ok=True)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        with short(path) as address:
+            self.socket.bind(address)
+        asyncio.get_running_loop().add_reader(self.socket, self._rung)
+
+    def _rung(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self.socket.recv(16):
+                pass
+        self.on_ring()
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.socket)
+        self.socket.close()
+        self.path.unlink(missing_ok=True)
+
+
+def ring(path: str | Path | None) -> None:
+    """Ring, if somebody listens."""
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as bell:
+        with short(Path(path)) as address:
+            bell.sendto(b"!", address)
+
+
+class short(contextlib.AbstractContextManager[str]):  # noqa: N801 - reads as a function
+    """A socket's path within the 108 bytes that a socket address holds, however deep the folder is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: int | None = None
+
+    def __enter__(self) -> str:
+        if len(os.fsencode(self.path)) < 100:
+            return str(self.path)
+        self.handle = os.open(self.path.parent, os.O_RDONLY)
+        return f"/proc/self/fd/{self.handle}/{self.path.name}"
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle is not None:
+            os.close(self.handle)

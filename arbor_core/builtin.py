@@ -1,0 +1,26 @@
+"""The core's own plugin: the scheduler `fifo`, the allocator `local`, the executor `local`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import hookimpl
+from .allocator import LocalAllocator
+from .executor import LocalExecutor
+from .scheduler import FifoScheduler
+from .types import AllocatorFactory, ExecutorFactory, SchedulerFactory
+
+
+@hookimpl
+def arbor_schedulers() -> Mapping[str, SchedulerFactory]:
+    return {"fifo": FifoScheduler}
+
+
+@hookimpl
+def arbor_allocators() -> Mapping[str, AllocatorFactory]:
+    return {"local": LocalAllocator.from_settings}
+
+
+@hookimpl
+def arbor_executors() -> Mapping[str, ExecutorFactory]:
+    return {"local": LocalExecutor}

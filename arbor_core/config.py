@@ -1,0 +1,223 @@
+"""Configuration: YAML composed by Hydra, typed by msgspec. The only file that knows Hydra's classes.
+
+Hydra composes the command line, once, at start. What a client sends never reaches it: JSON is laid over the composed
+defaults as plain data, so `${...}` in a request stays a string.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+from hydra import compose
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins as HydraPlugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+from .plugins import installed
+from .types import ArborError, ConfigError
+
+T = TypeVar("T")
+
+
+class GpuConfig(msgspec.Struct, forbid_unknown_fields=True):
+    train: list[int] | None
+    inference: list[int] | None
+
+
+class ModelsConfig(msgspec.Struct, forbid_unknown_fields=True):
+    dirs: list[Path]
+    allow: list[str]
+
+
+class AuthConfig(msgspec.Struct, forbid_unknown_fields=True):
+    keys: list[str]
+    insecure: bool
+
+
+class PluginsConfig(msgspec.Struct, forbid_unknown_fields=True):
+    disabled: list[str]
+
+
+class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
+    upload_bytes: int
+    json_bytes: int
+    upload_idle_seconds: float
+    free_bytes: int
+    queued_jobs: int
+    engine_idle_seconds: float
+    engines: int
+    attempts: int
+
+
+class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """`conf/serve.yaml`, typed. The comment above each key is there."""
+
+    host: str
+    port: int
+    storage: Path
+    models: ModelsConfig
+    gpu: GpuConfig
+    scheduler: str
+    allocator: str
+    executor: str
+    launcher: str
+    inference: str
+    organization: str
+    threads: int | None
+    auth: AuthConfig
+    plugins: PluginsConfig
+    limits: LimitsConfig
+    accelerate_config: Path | None
+    trainer: dict[str, Any] | None = None
+    trainers: dict[str, dict[str, Any]] = {}
+    engine: dict[str, Any] = {}
+
+
+def core_config_dir() -> Path:
+    """`conf/` inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
+
+
+def arbor_home() -> Path:
+    """`~/.arbor`, or where ARBOR_HOME says."""
+    return Path(os.environ.get("ARBOR_HOME") or "~/.arbor").expanduser()
+
+
+class PluginConfigs(SearchPathPlugin):
+    """Puts every installed plugin's `conf/` on Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        owner: dict[Path, str] = {}
+        core = core_config_dir()
+        for label, folder in [("arbor-core", core), *((p.label, p.config_dir) for p in installed())]:
+            if folder is None or (label != "arbor-core" and folder == core):
+                continue
+            for yaml in folder.rglob("*.yaml"):
+                name = yaml.relative_to(folder)
+                if name in owner:  # Hydra would take the first, silently
+                    raise ArborError(f"conf/{name} is brought by {owner[name]} and by {label}: uninstall one")
+                owner[name] = label
+            if folder != core:
+                search_path.append(provider=label, path=f"file://{folder}")
+
+
+# By code and for this program only: the `hydra_plugins` namespace would reach every Hydra program in the environment.
+HydraPlugins.instance().register(PluginConfigs)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Ordinary dicts and lists, interpolations resolved."""
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file as Hydra reads it (`yaml.safe_load` would read 1e-5 as text).
+
+    Raises:
+        ConfigError: it is not YAML, or not a mapping.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml and omegaconf raise many kinds
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    return plain(loaded)
+
+
+def defaults(group: str, name: str) -> dict[str, Any]:
+    """The plain contents of `<group>/<name>.yaml` on the search path; empty where no plugin brings it.
+
+    About 100 ms: call it at start, not in a request.
+    """
+    found = [
+        folder / group / f"{name}.yaml"
+        for folder in (core_config_dir(), *(p.config_dir for p in installed()))
+        if folder and (folder / group / f"{name}.yaml").is_file()
+    ]
+    if not found:
+        return {}
+    cfg = compose(overrides=[f"+{group}@_arbor={name}"])
+    return cast("dict[str, Any]", plain(cfg)["_arbor"])
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, key by key, as plain data."""
+    both = dict(base)
+    for key, value in over.items():
+        mine = both.get(key)
+        both[key] = merged(mine, value) if isinstance(value, Mapping) and isinstance(mine, Mapping) else value
+    return both
+
+
+def typed(values: Any, type_: type[T], where: str) -> T:
+    """Plain values as a struct.
+
+    Raises:
+        ConfigError: with the key as the user typed it (`where` is put before msgspec's path), the nearest key for an
+            unknown one, and OpenAI's code for the kind of mistake.
+    """
+    try:
+        return msgspec.convert(values, type_, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise explained(str(error), type_, where) from None
+
+
+def _decode(wanted: Any, value: Any) -> Any:
+    if wanted is Path and isinstance(value, str):
+        return Path(value).expanduser()
+    raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__}")
+
+
+_AT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?(?P<path>[^`]*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"(?:unknown|required) field `(?P<name>[^`]*)`")
+
+
+def explained(message: str, type_: Any, where: str) -> ConfigError:
+    """msgspec's message as an error that speaks of the user's key path."""
+    match = _AT.fullmatch(message)
+    what, path = (match["what"], match["path"] or "$") if match else (message, "$")
+    path = path.replace("$", where, 1) if where else path.removeprefix("$").removeprefix(".")
+    if field := _FIELD.search(what):
+        full = f"{path}.{field['name']}" if path else field["name"]
+        if "unknown field" in what:
+            hint = nearest(field["name"], type_, path.removeprefix(where).strip("."))
+            return ConfigError(f"Unknown parameter: '{full}'.{hint}", path=full, code="unknown_parameter")
+        return ConfigError(f"Missing required parameter: '{full}'.", path=full, code="missing_required_parameter")
+    return ConfigError(f"Invalid '{path}': {what}.", path=path, code=_code(what))
+
+
+def _code(what: str) -> str:
+    """OpenAI's word for a bound that was passed, a wrong type, or a wrong value."""
+    if bound := re.search(r"Expected `(?P<type>int|float)[^`]*` (?P<op><=|<|>=|>)", what):
+        kind = "integer" if bound["type"] == "int" else "decimal"
+        return f"{kind}_{'above_max' if bound['op'].startswith('<') else 'below_min'}_value"
+    if re.search(r"Expected `[^`]*`, got `", what):
+        return "invalid_type"
+    return "invalid_value"
+
+
+def nearest(name: str, type_: Any, inside: str = "") -> str:
+    """A hint for a misspelled key of a struct, or nothing."""
+    for part in filter(None, inside.split(".")):
+        fields = {f.encode_name: f.type for f in msgspec.structs.fields(type_)} if _is_struct(type_) else {}
+        type_ = next((t for t in _parts(fields.get(part)) if _is_struct(t)), None)
+    known = [f.encode_name for f in msgspec.structs.fields(type_)] if _is_struct(type_) else []
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _is_struct(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
+
+
+def _parts(type_: Any) -> tuple[Any, ...]:
+    return (type_, *getattr(type_, "__args__", ()))

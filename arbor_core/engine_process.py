@@ -1,0 +1,139 @@
+"""An inference engine as a child process: the part of a backend that is the same for all of them.
+
+The process is given `<dir>/spec.json`, binds a loopback port of its own choice, loads its model, and says where it
+listens by writing `<dir>/ready.json` (`{"url": ...}`). It ends when its standard input reaches the end, which is what
+happens when the server dies in whatever way, and on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from .types import ArborError, EngineSpec, Weights
+
+POLL_SECONDS = 0.02
+STOP_SECONDS = 10.0
+
+
+class EngineProcess:
+    """A live engine (see `arbor_core.types.Engine`). Made by `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, spec: EngineSpec, url: str) -> None:
+        self.process, self.spec, self.url = process, spec, url
+        self.headers = {"Authorization": f"Bearer {spec.token}"} if spec.token else {}
+
+    @classmethod
+    async def start(
+        cls, argv: Sequence[str], env: Mapping[str, str], spec: EngineSpec, seconds: float = 600.0
+    ) -> EngineProcess:
+        """Run `argv + [spec.json]` and return when it listens.
+
+        Args:
+            argv: The command, without the specification's path.
+            env: Variables laid over the server's own.
+            seconds: How long loading may take.
+
+        Raises:
+            ArborError: it ended or did not listen in time; the message carries the last line it wrote.
+        """
+        spec.dir.mkdir(parents=True, exist_ok=True)
+        (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec))
+        ready = spec.dir / "ready.json"
+        ready.unlink(missing_ok=True)
+        with (spec.dir / "engine.log").open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                str(spec.dir / "spec.json"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **threads_env(spec.threads), **env},
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(seconds):
+                while not ready.exists():
+                    if process.returncode is not None:
+                        raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
+                    await asyncio.sleep(POLL_SECONDS)
+        except BaseException as error:
+            await end(process)
+            if isinstance(error, TimeoutError):
+                raise ArborError(f"the engine of '{spec.model}' did not start in {seconds:.0f} s") from None
+            raise
+        return cls(process, spec, json.loads(ready.read_bytes())["url"])
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Load a PEFT adapter under a name."""
+        await self._post("/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.path})
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter; requests that run on it finish first."""
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def health(self) -> bool:
+        """Whether the process lives and answers."""
+        import aiohttp
+
+        if self.process.returncode is not None:
+            return False
+        try:
+            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/health") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async def stop(self) -> None:
+        """End the process and everything it started."""
+        await end(self.process)
+
+    async def _post(self, path: str, body: Mapping[str, str]) -> None:
+        import aiohttp
+
+        async with (
+            aiohttp.ClientSession(headers=self.headers) as session,
+            session.post(self.url + path, json=body) as answer,
+        ):
+            if answer.status != 200:
+                said = await answer.text()
+                raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({answer.status}): {said[:500]}")
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """SIGTERM to the process group, SIGKILL after `STOP_SECONDS`; returns when it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    except TimeoutError:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def threads_env(threads: int) -> dict[str, str]:
+    """Variables that keep several OpenMP processes from spinning on the same cores (a 0.1 s step became 5 s)."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def last_line(folder: Path) -> str:
+    """The last thing the engine wrote: usually the error."""
+    lines = (folder / "engine.log").read_text(errors="replace").strip().splitlines()
+    return f"{lines[-1][:500]} (all of it: {folder / 'engine.log'})" if lines else "it wrote nothing"

@@ -1,0 +1,19 @@
+"""Ids: random, of one alphabet, and checked before they touch the database or the disk."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def new(prefix: str) -> str:
+    """`prefix` and 24 random characters: `new("ftjob-")`."""
+    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(24))
+
+
+def plausible(text: str) -> bool:
+    """Whether `text` could be an id of ours."""
+    return _ID.fullmatch(text) is not None and ".." not in text

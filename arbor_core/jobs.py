@@ -1,0 +1,342 @@
+"""Jobs in the database, and the state machine: every transition is one compare-and-swap together with its event.
+
+`status` is where a job is, `desired` what was asked of it; the dispatcher moves one towards the other. `attempt` fences
+off what an older process still writes. A terminal status never changes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from . import ids
+from .store import Store
+from .types import TERMINAL, Desired, Event, Level, Status
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed, as the API shows it."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobSpec(msgspec.Struct, frozen=True):
+    """What was asked for, resolved when the job was created. Never changes."""
+
+    trainer: str
+    method: str
+    """OpenAI's `method.type`."""
+    config: dict[str, Any]
+    model: str
+    """Public name of the base."""
+    model_path: str
+    seed: int
+    suffix: str | None = None
+    integrations: list[dict[str, Any]] | None = None
+    devices: int = 1
+    rows: dict[str, int] = {}
+
+
+class Job(msgspec.Struct):
+    """One row of `jobs`."""
+
+    id: str
+    seq: int
+    owner: str
+    status: Status
+    desired: Desired
+    attempt: int
+    priority: int
+    created_at: int
+    finished_at: int | None
+    training_file: str
+    validation_file: str | None
+    fine_tuned_model: str | None
+    metadata: dict[str, str] | None
+    spec: JobSpec
+    hyperparameters: dict[str, Any]
+    error: JobError | None
+    trained_tokens: int | None
+    result_files: list[str]
+    ref: str | None
+    offset: int
+    """Bytes of the attempt's event log that are in the database."""
+    progress: int
+    """Highest step that a checkpoint holds."""
+    crashes: int
+    """Attempts that died since the last progress."""
+
+
+JSON_COLUMNS = ("metadata", "spec", "hyperparameters", "error", "result_files")
+
+
+class EventRow(msgspec.Struct, frozen=True):
+    """One row of `events`, newest last by `seq`."""
+
+    id: str
+    seq: int
+    created_at: int
+    level: Level
+    type: str
+    message: str
+    data: dict[str, Any] | None
+
+
+class CheckpointRow(msgspec.Struct, frozen=True):
+    """One row of `checkpoints`."""
+
+    id: str
+    seq: int
+    job_id: str
+    created_at: int
+    step: int
+    dir: str
+    model: str
+    metrics: dict[str, float]
+
+
+class NewJob(msgspec.Struct, frozen=True):
+    """What `Jobs.create` needs."""
+
+    owner: str
+    training_file: str
+    validation_file: str | None
+    metadata: dict[str, str] | None
+    hyperparameters: dict[str, Any]
+    spec: JobSpec
+    priority: int = 0
+
+
+class Jobs:
+    """The jobs of one database."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    async def create(self, new: NewJob, warnings: Sequence[str] = ()) -> Job:
+        """Insert a job in `validating_files`, with its first events."""
+        job_id = ids.new("ftjob-")
+
+        def insert(db: sqlite3.Connection) -> None:
+            values = {
+                "id": job_id,
+                "owner": new.owner,
+                "status": "validating_files",
+                "created_at": int(time.time()),
+                "priority": new.priority,
+                "training_file": new.training_file,
+                "validation_file": new.validation_file,
+                "metadata": encoded(new.metadata),
+                "spec": encoded(new.spec),
+                "hyperparameters": encoded(new.hyperparameters),
+            }
+            marks = ",".join(f":{name}" for name in values)
+            db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
+            add_events(db, job_id, [Event("message", f"Created fine-tuning job: {job_id}")])
+            add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
+            add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
+
+        await self.store.write(insert)
+        found = self.get(job_id)
+        assert found is not None
+        return found
+
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """One job; with `owner`, only if it is theirs."""
+        row = self.store.one("SELECT * FROM jobs WHERE id=?", job_id)
+        job = decoded_job(row) if row else None
+        return job if job and owner in (None, job.owner) else None
+
+    def with_status(self, *statuses: str) -> list[Job]:
+        """Jobs in any of these states, oldest first."""
+        marks = ",".join("?" * len(statuses))
+        return [
+            decoded_job(row)
+            for row in self.store.read(f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY seq", *statuses)
+        ]
+
+    def page(
+        self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | None | str = ""
+    ) -> list[Job]:
+        """Jobs newest first, older than `after` (a `seq`).
+
+        Args:
+            metadata: Pairs that a job's metadata must hold; None: jobs without metadata; "": any job.
+        """
+        where, values = ["owner=?"], [owner]
+        if after is not None:
+            where.append("seq<?")
+            values.append(after)  # type: ignore[arg-type]
+        if metadata is None:
+            where.append("metadata IS NULL")
+        elif isinstance(metadata, Mapping):
+            for key, value in metadata.items():
+                where.append("EXISTS(SELECT 1 FROM json_each(metadata) WHERE key=? AND value=?)")
+                values += [key, value]
+        sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
+        return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
+
+    def waiting(self) -> int:
+        """How many jobs have not begun."""
+        row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")
+        return int(row[0]) if row else 0
+
+    async def transition(
+        self,
+        job: Job,
+        to: Status,
+        event: Event | None = None,
+        *,
+        attempt: int | None = None,
+        **changes: Any,
+    ) -> bool:
+        """Move a job from the status and attempt in `job` to another, if it is still there.
+
+        Returns:
+            Whether it was: False means that somebody else moved it first, and nothing was changed.
+        """
+        if job.status in TERMINAL:
+            return False
+        if to in TERMINAL:
+            changes |= {"finished_at": int(time.time())}
+        if attempt is not None:
+            changes |= {"attempt": attempt, "offset": 0}
+
+        def swap(db: sqlite3.Connection) -> bool:
+            values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
+            sets = ",".join(["status=:_to", *(f"{name}=:{name}" for name in values)])
+            swapped = db.execute(
+                f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt",
+                {**values, "_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt},
+            )
+            if swapped.rowcount == 1 and event:
+                add_events(db, job.id, [event])
+            return swapped.rowcount == 1
+
+        return await self.store.write(swap)
+
+    async def note(self, job_id: str, event: Event) -> None:
+        """Add an event that the server itself has to report."""
+        await self.store.write(lambda db: add_events(db, job_id, [event]))
+
+    async def ask(self, job_id: str, desired: Desired) -> Job | None:
+        """Set what is wanted of a job that has not ended; returns the job as it is then."""
+
+        def change(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE jobs SET desired=? WHERE id=? AND status NOT IN ('succeeded','failed','cancelled')"
+                " AND desired<>'cancel'",
+                (desired, job_id),
+            )
+
+        await self.store.write(change)
+        return self.get(job_id)
+
+    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> bool:
+        """Take events from an attempt's log, together with the offset that follows them: none twice, none lost.
+
+        Args:
+            model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
+
+        Returns:
+            False if the attempt is no longer the job's: nothing was taken.
+        """
+
+        def take(db: sqlite3.Connection) -> bool:
+            moved = db.execute(
+                "UPDATE jobs SET offset=? WHERE id=? AND attempt=? AND offset=?",
+                (offset, job.id, job.attempt, job.offset),
+            )
+            if moved.rowcount == 0:
+                return False
+            add_events(db, job.id, [event for event in events if event.type in ("message", "metrics", "checkpoint")])
+            for event in events:
+                if event.type == "resolved":
+                    both = {**job.hyperparameters, **event.data}
+                    db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
+                elif event.type == "checkpoint":
+                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+            return True
+
+        return await self.store.write(take)
+
+    def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
+        """Events newest first, older than `before` (a `seq`)."""
+        sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
+        return [decoded_event(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+
+    def event_seq(self, job_id: str, event_id: str) -> int | None:
+        """Where an event of the job stands."""
+        row = self.store.one("SELECT seq FROM events WHERE id=? AND job_id=?", event_id, job_id)
+        return int(row[0]) if row else None
+
+    def checkpoints(self, job_id: str, limit: int, before: int | None = None) -> list[CheckpointRow]:
+        """Checkpoints newest first, older than `before` (a step)."""
+        sql = "SELECT * FROM checkpoints WHERE job_id=? AND step<? ORDER BY step DESC LIMIT ?"
+        return [decoded_checkpoint(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+
+    def checkpoint(self, *, id: str | None = None, model: str | None = None) -> CheckpointRow | None:
+        """One checkpoint, by its id or by its model name."""
+        row = self.store.one("SELECT * FROM checkpoints WHERE id=? OR model=?", id, model)
+        return decoded_checkpoint(row) if row else None
+
+
+def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
+    """Append events to a job's list; part of the caller's transaction."""
+    last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
+    seq, newest = (last[0] or 0), (last[1] or 0)
+    for event in events:
+        seq += 1
+        newest = max(newest, int(event.at or time.time()))  # a clock that jumps back must not reorder
+        kind = "metrics" if event.type == "metrics" else "message"
+        db.execute(
+            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
+            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, encoded(event.data or None)),
+        )
+
+
+def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
+    """Note a checkpoint; one that a later attempt wrote again at the same step takes the place of the old."""
+    db.execute(
+        "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
+        " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
+        (
+            ids.new("ftckpt_"),
+            job_id,
+            int(event.at),
+            event.step,
+            event.data["dir"],
+            model,
+            encoded(event.data.get("metrics", {})),
+        ),
+    )
+    db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
+
+
+def encoded(value: Any) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()
+
+
+def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: msgspec.json.decode(row[name]) if name in json_columns and row[name] is not None else row[name]
+        for name in row.keys()  # noqa: SIM118 - a Row iterates over values
+    }
+
+
+def decoded_job(row: sqlite3.Row) -> Job:
+    return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
+
+
+def decoded_event(row: sqlite3.Row) -> EventRow:
+    return msgspec.convert(_plain(row, ("data",)), EventRow)
+
+
+def decoded_checkpoint(row: sqlite3.Row) -> CheckpointRow:
+    return msgspec.convert(_plain(row, ("metrics",)), CheckpointRow)

@@ -1,0 +1,95 @@
+"""Append-only logs of one JSON record a line, and small files that are replaced as a whole.
+
+A record counts once its newline is written: a torn tail (a line without one, left by a crash) is not read, and is cut
+off before the next append.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+READ_BYTES = 1 << 20
+
+
+class Log:
+    """One writer's end of a log."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_tail(path)
+        self.path = path
+        self.file = path.open("ab", buffering=0)
+
+    def append(self, record: Any, *, durable: bool = False) -> None:
+        """Write one record; `durable` returns only when the disk has it."""
+        self.file.write(msgspec.json.encode(record) + b"\n")
+        if durable:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def cut_torn_tail(path: Path) -> None:
+    """Truncate a log after its last newline."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = end
+        while start > 0:
+            start = max(0, start - READ_BYTES)
+            file.seek(start)
+            newline = file.read(min(READ_BYTES, end - start)).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+        file.truncate(0)
+
+
+def tail(path: Path, offset: int, type_: type[T]) -> Iterator[tuple[int, T]]:
+    """Whole records from `offset` (bytes) on, each with the offset that follows it.
+
+    Raises:
+        msgspec.DecodeError: a whole line that is not a record: the log was tampered with or the disk lies.
+    """
+    decoder = msgspec.json.Decoder(type_)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, decoder.decode(line)
+
+
+def replace(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

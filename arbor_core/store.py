@@ -1,0 +1,131 @@
+"""The database: one SQLite file, one writer.
+
+Every change is one transaction on the writer's thread; reads go through a connection per thread and never wait for the
+writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `models`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from .types import ArborError
+
+T = TypeVar("T")
+VERSION = 1
+
+SCHEMA = """
+CREATE TABLE files(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
+  filename TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, created_at INTEGER NOT NULL,
+  expires_at INTEGER, status TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE jobs(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+  status TEXT NOT NULL CHECK(status IN
+    ('validating_files','queued','running','paused','succeeded','failed','cancelled')),
+  desired TEXT NOT NULL DEFAULT 'run' CHECK(desired IN('run','pause','cancel','finish')),
+  attempt INTEGER NOT NULL DEFAULT 0, priority INTEGER NOT NULL DEFAULT 0,
+  created_at INTEGER NOT NULL, finished_at INTEGER, training_file TEXT NOT NULL, validation_file TEXT,
+  fine_tuned_model TEXT, metadata TEXT, spec TEXT NOT NULL, hyperparameters TEXT NOT NULL, error TEXT,
+  trained_tokens INTEGER, result_files TEXT NOT NULL DEFAULT '[]', ref TEXT, offset INTEGER NOT NULL DEFAULT 0,
+  progress INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE INDEX jobs_by_status ON jobs(status);
+CREATE INDEX jobs_by_owner ON jobs(owner, seq);
+CREATE TABLE events(
+  job_id TEXT NOT NULL, seq INTEGER NOT NULL, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, level TEXT NOT NULL,
+  type TEXT NOT NULL, message TEXT NOT NULL, data TEXT, PRIMARY KEY(job_id, seq)) STRICT, WITHOUT ROWID;
+CREATE TABLE checkpoints(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL, created_at INTEGER NOT NULL,
+  step INTEGER NOT NULL, dir TEXT NOT NULL, model TEXT NOT NULL, metrics TEXT NOT NULL, UNIQUE(job_id, step)) STRICT;
+CREATE TABLE models(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, job_id TEXT NOT NULL,
+  base TEXT NOT NULL, base_path TEXT NOT NULL, path TEXT NOT NULL, kind TEXT NOT NULL CHECK(kind IN('adapter','full')),
+  created_at INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE leases(id TEXT PRIMARY KEY, owner TEXT NOT NULL, lease TEXT NOT NULL) STRICT;
+"""
+
+
+class Store:
+    """The database file.
+
+    Raises:
+        ArborError: it cannot be opened, is damaged, or was written by a newer Arbor; nothing is changed then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._open: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer.submit(self._migrate).result()
+        except (OSError, sqlite3.Error) as error:
+            raise ArborError(f"cannot open the database {path}: {error}; nothing was changed") from None
+
+    def _connection(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+            found.row_factory = sqlite3.Row
+            found.execute("PRAGMA busy_timeout=5000")
+            found.execute("PRAGMA synchronous=FULL")
+            self._local.connection = found
+            with self._lock:
+                self._open.append(found)
+        return found
+
+    def _migrate(self) -> None:
+        db = self._connection()
+        db.execute("PRAGMA journal_mode=WAL")
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise ArborError(f"{self.path} was written by a newer Arbor (schema {version}, this one knows {VERSION})")
+        if version == 0:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+
+    def read(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        """Rows of a query; sees everything that was committed before the call."""
+        return self._connection().execute(sql, values).fetchall()
+
+    def one(self, sql: str, *values: object) -> sqlite3.Row | None:
+        """The first row of a query, if there is one."""
+        row: sqlite3.Row | None = self._connection().execute(sql, values).fetchone()
+        return row
+
+    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `change` in one transaction on the writer's thread; an exception in it undoes everything.
+
+        The transaction ends even when the caller is cancelled: it is committed whole or not at all.
+        """
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._apply, change))
+
+    def _apply(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        with self._transaction() as db:
+            return change(db)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        db = self._connection()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Finish what is being written and close."""
+        self._writer.shutdown()
+        with self._lock:
+            for connection in self._open:
+                connection.close()

@@ -1,0 +1,470 @@
+"""The nouns of Arbor. Imports nothing heavy: the server, every worker and every plugin share this file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from msgspec import Struct
+from msgspec import field as struct_field
+
+ConfigT = TypeVar("ConfigT", bound=Struct)
+ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)
+
+PROTOCOL = 1
+"""Version of the job directory's layout; a worker refuses a directory of another one."""
+
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Desired = Literal["run", "pause", "cancel", "finish"]
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class ArborError(Exception):
+    """A mistake the user can mend; shown as one line, without a traceback."""
+
+
+class ConfigError(ArborError, ValueError):
+    """A configuration value is wrong. `path` is the key as the user typed it, `code` OpenAI's word for the mistake."""
+
+    def __init__(self, message: str, *, path: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.path, self.code = path, code
+
+
+class JobFailed(ArborError):
+    """Raised by a trainer to end its job as `failed`; becomes the job's `error` object.
+
+    Args:
+        message: What was tried, what was expected, what to do.
+        code: OpenAI's word where there is one (`invalid_training_file`), ours otherwise.
+        param: The request's field at fault, if one is.
+    """
+
+    def __init__(self, message: str, *, code: str = "training_failed", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+class JobStopped(ArborError):
+    """Raised inside a trainer (by `Run.stop_if_asked`) when the job is to pause or was cancelled."""
+
+    def __init__(self, desired: Desired) -> None:
+        super().__init__(f"the job is asked to {desired}")
+        self.desired = desired
+
+
+# --- devices: what a job asks for and what it holds -------------------------------------------------------------------
+
+
+class Device(Struct, frozen=True):
+    """One thing that can be leased. `id` is unique on the machine: a GPU's UUID, or `cpu:0` for a CPU slot."""
+
+    id: str
+    kind: Literal["cpu", "cuda", "mock"] = "cpu"
+    index: int = 0
+    memory: int = 0
+    """Bytes; 0 where it is not known."""
+
+
+class Bundle(Struct, frozen=True):
+    """Some devices of one kind for one purpose."""
+
+    role: str
+    """`train`, or `engine:<base model>`."""
+    count: int = 1
+    share: float = 1.0
+    """Fraction of each device's memory, in (0, 1]."""
+    kind: str | None = None
+
+
+class Claim(Struct, frozen=True):
+    """What somebody asks for: all bundles or none, so that nobody holds half of what it needs."""
+
+    owner: str
+    """A job's id, or an engine's key."""
+    bundles: tuple[Bundle, ...]
+
+
+class Lease(Struct, frozen=True):
+    """What the owner holds: the devices of each bundle, in the claim's order."""
+
+    id: str
+    claim: Claim
+    devices: tuple[tuple[Device, ...], ...]
+
+    def of(self, role: str) -> tuple[Device, ...]:
+        """The devices leased for one role."""
+        pairs = zip(self.claim.bundles, self.devices, strict=True)
+        return tuple(device for bundle, devices in pairs if bundle.role == role for device in devices)
+
+
+class Allocator(Protocol):
+    """Grants leases. `inventory` may change while the server runs (a GPU that falls off the bus)."""
+
+    def inventory(self) -> Mapping[str, Sequence[Device]]:
+        """Devices by pool: `train` and `engine`."""
+        ...
+
+    def free(self) -> Mapping[str, int]:
+        """How many devices of each pool nobody holds."""
+        ...
+
+    def restore(self, lease: Lease) -> None:
+        """Take a lease that was granted before the server restarted."""
+        ...
+
+    async def acquire(self, claim: Claim) -> Lease:
+        """Wait until the whole claim fits and hold it. Cancelling the call leaves nothing held.
+
+        Raises:
+            ArborError: the claim can never fit this inventory.
+        """
+        ...
+
+    def release(self, lease: Lease) -> None:
+        """Give the devices back; releasing twice is harmless."""
+        ...
+
+
+# --- scheduling -------------------------------------------------------------------------------------------------------
+
+
+class QueuedJob(Struct, frozen=True):
+    """A job that waits, as a scheduler sees it."""
+
+    id: str
+    claim: Claim
+    seq: int
+    """Order of arrival."""
+    priority: int = 0
+
+
+class RunningJob(Struct, frozen=True):
+    """A job that holds devices, as a scheduler sees it."""
+
+    id: str
+    claim: Claim
+    seq: int
+    priority: int = 0
+    stopping: bool = False
+
+
+class Snapshot(Struct, frozen=True):
+    """All that a scheduler may know."""
+
+    queued: tuple[QueuedJob, ...]
+    running: tuple[RunningJob, ...]
+    free: dict[str, int]
+    """Free devices by pool (`train`, `engine`)."""
+
+
+class Plan(Struct, frozen=True):
+    """What to do now: jobs to start, and running jobs to pause so that another can start later."""
+
+    start: tuple[str, ...] = ()
+    preempt: tuple[str, ...] = ()
+
+
+class Scheduler(Protocol):
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """Choose from the snapshot and nothing else: same snapshot, same plan."""
+        ...
+
+
+# --- running an attempt -----------------------------------------------------------------------------------------------
+
+
+class Placement(Struct, frozen=True):
+    """Where an attempt runs: the devices of each rank, and how many CPU threads a rank may use."""
+
+    devices: tuple[Device, ...]
+    threads: int
+
+
+class Order(Struct, frozen=True):
+    """`attempts/<n>/order.json`: what the keeper of one attempt starts."""
+
+    dir: Path
+    """The attempt's directory."""
+    argv: tuple[str, ...]
+    """The command for a cold start."""
+    env: dict[str, str]
+    python: str
+    preload: tuple[str, ...] = ()
+    prove: str | None = None
+    launcher: str = "cold"
+    grace: float = 30.0
+    """Seconds between SIGTERM and SIGKILL."""
+    bell: str | None = None
+    """Datagram socket that is rung when the attempt has written something."""
+
+
+class Exit(Struct, frozen=True):
+    """`attempts/<n>/exit.json`: how the attempt's process ended. Written by the keeper, by nobody else."""
+
+    code: int
+    """Exit status; negative: the signal that ended it."""
+    at: float
+
+
+class Executor(Protocol):
+    """Starts attempts and finds them again. A ref is opaque text that outlives the server."""
+
+    async def start(self, order: Order, placement: Placement) -> str: ...
+
+    def poll(self, ref: str) -> bool:
+        """Whether the attempt's keeper lives."""
+        ...
+
+    def signal(self, ref: str, number: int) -> None:
+        """Send a signal to the attempt; nothing happens if it has ended."""
+        ...
+
+    def adopt(self, ref: str) -> bool:
+        """Take over an attempt started by an earlier server; False if it does not live."""
+        ...
+
+    async def close(self) -> None:
+        """Leave attempts running and free what only this server needs (template processes)."""
+        ...
+
+
+# --- what a run reports -----------------------------------------------------------------------------------------------
+
+EventType = Literal["message", "metrics", "checkpoint", "resolved", "result", "paused", "error"]
+Level = Literal["info", "warn", "error"]
+
+
+class Event(Struct, omit_defaults=True):
+    """Something a run reports. One line of `events.jsonl`."""
+
+    type: EventType
+    message: str = ""
+    level: Level = "info"
+    step: int = 0
+    data: dict[str, Any] = struct_field(default_factory=dict)
+    at: float = 0.0
+    """Seconds since the epoch; set when the event is written."""
+
+
+class Checkpoint(Struct, frozen=True):
+    """A directory that a manifest vouches for."""
+
+    step: int
+    dir: Path
+    metrics: dict[str, float] = struct_field(default_factory=dict)
+
+
+class Weights(Struct, frozen=True):
+    """Weights that an engine can load under a name: a PEFT adapter directory."""
+
+    name: str
+    path: str
+
+
+class Run(Protocol[ConfigT_co]):
+    """What a trainer's function is handed inside its own process."""
+
+    @property
+    def config(self) -> ConfigT_co: ...
+    @property
+    def job_id(self) -> str: ...
+    @property
+    def dir(self) -> Path:
+        """The job's directory. Scratch space of the attempt is `work`."""
+        ...
+
+    @property
+    def work(self) -> Path:
+        """Scratch space of this attempt; nothing in it is kept."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Directory (or hub id) of the base model."""
+        ...
+
+    @property
+    def training_file(self) -> Path: ...
+    @property
+    def validation_file(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices of all ranks."""
+        ...
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def message(self, text: str, level: Level = "info", **data: Any) -> None:
+        """A line for whoever follows the job."""
+        ...
+
+    def metrics(self, step: int, total_steps: int, **values: float) -> None:
+        """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1."""
+        ...
+
+    def resolved(self, **hyperparameters: Any) -> None:
+        """The numbers that stand for `"auto"`; the job reports them from now on."""
+        ...
+
+    def checkpoint(self, step: int, **metrics: float) -> AbstractContextManager[Path]:
+        """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all."""
+        ...
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, to resume from."""
+        ...
+
+    def stop_if_asked(self) -> None:
+        """Call between steps, at a place where training could be taken up again.
+
+        Raises:
+            JobStopped: the job is to pause or was cancelled. Write a checkpoint if it is to pause, then let it pass.
+        """
+        ...
+
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
+        """Name the checkpoint that is the job's model. `adapter` in it means: a PEFT adapter, else full weights."""
+        ...
+
+
+# --- plugins ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training method: how its config is typed, and which function trains.
+
+    Args:
+        config: Struct of its configuration; the defaults are in `conf/trainer/<name>.yaml`.
+        entry: `"package.module:function"`, imported only inside the worker. Called as `function(run)`.
+        methods: OpenAI's `method.type` words it answers to, besides its own name.
+        check_row: `"package.module:function"` that is called with each training row (a dict) and raises ValueError for
+            a row the trainer cannot use. Runs in a process of its own, before the job is queued.
+        preload: Modules that a warm worker has imported already.
+        prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
+        min_rows: Fewer rows fail the job.
+        python: Interpreter of another virtual environment; None: the server's.
+    """
+
+    config: type[Struct]
+    entry: str
+    methods: tuple[str, ...] = ()
+    check_row: str = "arbor_core.data:check_chat_row"
+    preload: tuple[str, ...] = ()
+    prove: str | None = None
+    min_rows: int = 10
+    python: str | None = None
+
+
+class EngineSpec(Struct, frozen=True):
+    """What one engine process serves."""
+
+    model: str
+    """Public name of the base model."""
+    path: str
+    """Directory (or hub id) of its weights. Safetensors only, never remote code."""
+    dir: Path
+    """The engine's scratch directory."""
+    devices: tuple[Device, ...]
+    threads: int
+    token: str = ""
+    """Bearer token the engine demands on every route but /health."""
+    options: dict[str, Any] = struct_field(default_factory=dict)
+    """The backend's own options, from `conf/inference/<name>.yaml`."""
+
+
+class Engine(Protocol):
+    """A live engine process with an OpenAI-shaped HTTP face on loopback."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to it must carry."""
+        ...
+
+    async def load_weights(self, weights: Weights) -> None: ...
+    async def unload(self, name: str) -> None: ...
+    async def health(self) -> bool: ...
+    async def stop(self) -> None: ...
+
+
+class InferenceBackend(Protocol):
+    """A way to serve a model."""
+
+    async def start(self, spec: EngineSpec) -> Engine:
+        """Start an engine and return when it answers.
+
+        Raises:
+            ArborError: it did not start; the message says why.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AllocatorSettings:
+    """What an allocator's factory is given: the operator's `gpu.train` and `gpu.inference` (None: not set)."""
+
+    train: Sequence[int] | None
+    inference: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """What an executor's factory is given."""
+
+    launcher: str
+    """`warm` or `cold`."""
+    runtime: Path
+    """Directory for sockets and logs that no job owns."""
+
+
+SchedulerFactory = Callable[[], Scheduler]
+AllocatorFactory = Callable[[AllocatorSettings], Allocator]
+ExecutorFactory = Callable[[ExecutorSettings], Executor]
+BackendFactory = Callable[[], InferenceBackend]
+
+
+@dataclass
+class JobView:
+    """A job as plugins see it (`arbor_job_event`)."""
+
+    id: str
+    trainer: str
+    model: str
+    status: Status
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Services(Protocol):
+    """What `arbor_routes` may use: create and find jobs, and reach their models."""
+
+    async def create_job(self, request: Mapping[str, Any], owner: str) -> dict[str, Any]:
+        """Create a fine-tuning job from the body of `POST /v1/fine_tuning/jobs`; returns the job object."""
+        ...
+
+    async def job(self, job_id: str, owner: str) -> dict[str, Any]:
+        """The job object.
+
+        Raises:
+            ArborError: there is no such job.
+        """
+        ...
+
+    def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
+        """The job's event objects, oldest first, as they come; ends when the job has ended."""
+        ...
+
+

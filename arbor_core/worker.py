@@ -1,0 +1,220 @@
+"""The inside of a job's process: `python -m arbor_core.worker <attempt dir>`, or a fork of the template.
+
+Heavy libraries are imported here and nowhere else, by importing the trainer's function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic
+
+import msgspec
+
+from . import checkpoints
+from .bell import ring
+from .logs import Log
+from .types import (
+    PROTOCOL,
+    ArborError,
+    Checkpoint,
+    ConfigT,
+    Desired,
+    Device,
+    Event,
+    JobFailed,
+    JobStopped,
+    Level,
+    Order,
+    Placement,
+)
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class WorkOrder(msgspec.Struct, frozen=True):
+    """`job.json`: all that an attempt needs to know of its job. Written once."""
+
+    protocol: int
+    job_id: str
+    entry: str
+    config_type: str
+    config: dict[str, Any]
+    check_row: str
+    min_rows: int
+    model: str
+    """Directory or hub id of the base model."""
+    model_name: str
+    """Its public name."""
+    training_file: Path
+    validation_file: Path | None
+    seed: int
+    created_at: float
+    versions: dict[str, str]
+    """Of the installed libraries that matter for the outcome, by distribution."""
+    threads: int
+    cpu: str
+    """Instruction set: AVX2 and AVX-512 give different last bits."""
+
+
+def imported(path: str) -> Any:
+    """The object that `"package.module:name"` names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+@dataclass
+class WorkerRun(Generic[ConfigT]):
+    """What a trainer's function is handed. See `arbor_core.types.Run`."""
+
+    config: ConfigT
+    order: WorkOrder
+    attempt_dir: Path
+    placement: Placement
+    bell: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    log: Log | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.dir = self.attempt_dir.parent.parent
+        self.attempt = int(self.attempt_dir.name)
+        self.work = self.attempt_dir / "work"
+        self.work.mkdir(exist_ok=True)
+        self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
+        self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
+        self.threads = self.placement.threads
+        if self.rank == 0:  # the other ranks report nothing
+            self.log = Log(self.attempt_dir / "events.jsonl")
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return self.placement.devices
+
+    def emit(self, event: Event) -> None:
+        """Write an event. What must not be lost reaches the disk before this returns."""
+        if self.log is None:
+            return
+        event.at = time.time()
+        self.log.append(event, durable=event.type not in ("metrics", "message"))
+        ring(self.bell)
+
+    def message(self, text: str, level: Level = "info", **data: Any) -> None:
+        self.emit(Event("message", text, level, data=data))
+
+    def metrics(self, step: int, total_steps: int, **values: float) -> None:
+        shown = ", ".join(
+            f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
+            for name, value in values.items()
+            if name.endswith("loss")
+        )
+        data = {"step": step, "total_steps": total_steps, **values}
+        self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
+
+    def resolved(self, **hyperparameters: Any) -> None:
+        self.emit(Event("resolved", "Hyperparameters resolved", data=hyperparameters))
+
+    @contextmanager
+    def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
+        name = f"{step}-{self.attempt}"
+        with checkpoints.writing(self.dir / "checkpoints" / name, step, self.attempt, metrics) as folder:
+            yield folder
+        data = {"dir": name, "metrics": metrics}
+        self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        found, faults = checkpoints.newest_whole(self.dir / "checkpoints")
+        for reason in faults:
+            self.message(reason, "error")
+        return found
+
+    def stop_if_asked(self) -> None:
+        desired = self.desired()
+        if desired in ("pause", "cancel"):
+            raise JobStopped(desired)
+
+    def desired(self) -> Desired:
+        """What the job is asked to do now: a level, not a queue."""
+        try:
+            word = (self.dir / "desired").read_text().strip()
+        except FileNotFoundError:
+            return "run"
+        if word not in ("run", "pause", "cancel", "finish"):
+            raise ArborError(f"{self.dir / 'desired'} says {word!r}; expected run, pause, cancel or finish")
+        return word  # type: ignore[return-value]
+
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
+        data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
+        self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
+
+
+def open_run(attempt_dir: Path) -> WorkerRun[Any]:
+    """Read an attempt's papers.
+
+    Raises:
+        ArborError: the directory was written by another version of Arbor.
+    """
+    order = msgspec.json.decode((attempt_dir.parent.parent / "job.json").read_bytes(), type=WorkOrder)
+    if order.protocol != PROTOCOL:
+        raise ArborError(f"{attempt_dir} has protocol {order.protocol}, this worker speaks {PROTOCOL}")
+    placement = msgspec.json.decode((attempt_dir / "placement.json").read_bytes(), type=Placement)
+    papers = msgspec.json.decode((attempt_dir / "order.json").read_bytes(), type=Order)
+    return WorkerRun(
+        config=msgspec.convert(order.config, imported(order.config_type)),
+        order=order,
+        attempt_dir=attempt_dir,
+        placement=placement,
+        bell=papers.bell,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def main(attempt_dir: Path) -> int:
+    """Run the trainer; returns the exit status. How the job ended is in its events."""
+    run = open_run(attempt_dir)
+    if run.rank == 0:
+        beat = threading.Thread(target=_heartbeat, args=(attempt_dir / "heartbeat",), daemon=True)
+        beat.start()
+    try:
+        imported(run.order.entry)(run)
+    except JobStopped as stop:
+        if stop.desired == "pause":
+            run.emit(Event("paused", "The job is paused"))
+        return 0
+    except JobFailed as error:
+        fail(run, str(error), error.code, error.param)
+    except Exception as error:  # whatever a trainer raises ends its job, with a reason
+        traceback.print_exc()  # into worker.log
+        code = "out_of_memory" if "OutOfMemory" in type(error).__name__ else "worker_error"
+        fail(run, f"{type(error).__name__}: {error}"[:2000], code, None)
+    else:
+        return 0
+    finally:
+        shutil.rmtree(run.work, ignore_errors=True)
+    return 1
+
+
+def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:
+    run.emit(Event("error", message, "error", data={"code": code, "message": message, "param": param}))
+
+
+def _heartbeat(path: Path) -> None:
+    while True:
+        with contextlib.suppress(OSError):  # a full disk must not end training
+            path.write_text(str(time.time()))
+        time.sleep(HEARTBEAT_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
