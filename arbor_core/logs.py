@@ -93,3 +93,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def encode(record: Any) -> bytes:
+    """A record as JSON, its paths as text."""
+    return msgspec.json.encode(record, enc_hook=_path_as_text)
+
+
+def decode(content: bytes, type_: type[T]) -> T:
+    """What `encode` wrote.
+
+    Raises:
+        msgspec.DecodeError: it is not a `type_`.
+    """
+    return msgspec.json.decode(content, type=type_, dec_hook=_text_as_path)
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def _text_as_path(wanted: type[Any], value: Any) -> Any:
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"cannot read a {wanted.__name__} from JSON")

@@ -1,1 +1,67 @@
-"""Supervised fine-tuning: names and types only. The work is in `train`, which the server never imports."""
+"""Supervised fine-tuning: names and types only. The server imports this; `train` is imported by workers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from arbor_core import Trainer, hookimpl
+
+Auto = Literal["auto"]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Train a low-rank adapter instead of all weights (LoRA, Hu et al. 2021, through PEFT)."""
+
+    r: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Positive
+    dropout: Share
+    target_modules: str | list[str]
+
+
+class SftConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/trainer/sft.yaml`, typed. What a key means is said there."""
+
+    n_epochs: Annotated[int, Meta(ge=1, le=50)] | Auto
+    batch_size: Annotated[int, Meta(ge=1, le=256)] | Auto
+    learning_rate_multiplier: Positive | Auto
+    learning_rate: Positive | Auto
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
+    warmup_ratio: Share
+    weight_decay: Annotated[float, Meta(ge=0)]
+    max_grad_norm: Annotated[float, Meta(ge=0)]
+    max_steps: Count | None
+    lora: LoraSettings | None
+    max_length: Annotated[int, Meta(ge=2)] | None
+    too_long: Literal["truncate", "skip"]
+    batching: Literal["auto", "padded", "sorted", "packed"]
+    micro_batch_size: Count | Auto
+    gradient_checkpointing: bool
+    dtype: Literal["auto", "float32", "bfloat16"]
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    eval_steps: Count | None
+    checkpoint_steps: Count | None
+    keep_checkpoints: Count | None
+
+
+@hookimpl
+def arbor_trainers() -> Mapping[str, Trainer]:
+    """`sft`, which answers to OpenAI's method `supervised`."""
+    return {
+        "sft": Trainer(
+            config=SftConfig,
+            entry="arbor_sft.train:train",
+            methods=("supervised",),
+            preload=(
+                "arbor_sft.train",
+                "transformers.models.llama.modeling_llama",
+                "transformers.models.qwen2.modeling_qwen2",
+            ),
+            prove="arbor_sft.warm:prove",
+        )
+    }

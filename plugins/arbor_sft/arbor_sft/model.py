@@ -1,0 +1,121 @@
+"""The base model and its tokenizer, on the run's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from arbor_core import JobFailed, Run
+
+from . import LoraSettings, SftConfig
+from .batches import Collate
+from .chat import Sample
+from .plan import Budget
+
+CPU = Budget(tokens=32_768, overhead=256)
+CUDA = Budget(tokens=65_536, overhead=2_048)
+CUDA_BYTES_PER_TOKEN = 1 << 20
+"""Memory that one token's activations may need, without checkpointing: a cautious figure for models of some billions."""
+DEFAULT_CONTEXT = 2048
+PROBE_TOKENS = 64
+
+
+def uses_cuda(run: Run[SftConfig]) -> bool:
+    """Whether the run trains on a GPU.
+
+    Raises:
+        JobFailed: it holds one that this process cannot reach.
+    """
+    leased = any(device.kind == "cuda" for device in run.devices)
+    if leased and not torch.cuda.is_available():
+        raise JobFailed(
+            "the job was given a GPU, but torch finds none in the worker: run `arbor doctor`", code="device_unavailable"
+        )
+    return leased
+
+
+def autocast(run: Run[SftConfig]) -> bool:
+    """Whether to compute in bfloat16."""
+    if run.config.dtype == "auto":
+        return uses_cuda(run) and torch.cuda.is_bf16_supported()
+    return run.config.dtype == "bfloat16"
+
+
+def budget(run: Run[SftConfig]) -> Budget:
+    """How large micro-batches may get."""
+    if not uses_cuda(run):
+        return CPU
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Budget(max(2048, min(CUDA.tokens, memory // 2 // CUDA_BYTES_PER_TOKEN)), CUDA.overhead)
+
+
+def load_tokenizer(run: Run[SftConfig]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and the hub raise many kinds
+        raise unavailable(run, "tokenizer", error) from error
+
+
+def load_model(run: Run[SftConfig]) -> PreTrainedModel:
+    """The base model. An adapter's base is kept in the computing type, full weights in float32 (AdamW's small updates
+    would be lost in bfloat16).
+
+    Raises:
+        JobFailed: `model_unavailable`.
+    """
+    half = autocast(run) and run.config.lora is not None
+    options: dict[str, Any] = {} if run.config.attention == "auto" else {"attn_implementation": run.config.attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            run.model,
+            dtype=torch.bfloat16 if half else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except Exception as error:
+        raise unavailable(run, "model", error) from error
+    model.config.use_cache = False
+    return model
+
+
+def unavailable(run: Run[SftConfig], what: str, error: Exception) -> JobFailed:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return JobFailed(f"cannot load the {what} of {run.model}: {reason}", code="model_unavailable", param="model")
+
+
+def context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest sequence the model takes, in tokens."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found or min(tokenizer.model_max_length, DEFAULT_CONTEXT))
+
+
+def adapter(settings: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+
+
+@torch.no_grad()
+def tells_rows_apart(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
+    """Whether two rows in one sequence give the logits that they give alone. Tried, because no flag says so."""
+    two = [sample.cut(PROBE_TOKENS) for sample in samples[:2]] * (2 if len(samples) == 1 else 1)
+    model.eval()
+
+    def logits(rows: Sequence[Sample]) -> torch.Tensor:
+        inputs = {key: value.to(model.device) for key, value in Collate(rows, 0, packed=True)([{"rows": range(len(rows))}]).items()}
+        del inputs["labels"]
+        return model(**inputs, use_cache=False).logits[0].float()
+
+    alone, together = torch.cat([logits([row]) for row in two]), logits(two)
+    model.train()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return bool((alone - together).abs().max() <= tolerance * alone.abs().max())

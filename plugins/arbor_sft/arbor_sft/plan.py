@@ -1,0 +1,164 @@
+"""Which rows form each optimizer step, and how a step is cut into micro-batches.
+
+The plan is a pure function of lengths, seed and sizes, made before training: a resumed run finds its place by counting, and
+how a step is cut changes its time but not its gradient, which is the mean over the tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Rows = list[int]
+Layout = Literal["padded", "sorted", "packed"]
+
+MOST_PARTS = 16
+SAMPLED_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a device can do with a micro-batch."""
+
+    tokens: int
+    """Most tokens, padding included, that a micro-batch should hold."""
+    overhead: int
+    """How many tokens could be trained in the time that one more micro-batch costs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All optimizer steps of a job."""
+
+    steps: list[list[Rows]]
+    """Of each step, its micro-batches; each step has the same number of them, some may be empty."""
+    epoch_ends: frozenset[int]
+    """The steps (from 1) after which every row was seen once more."""
+    parts: int
+    """Micro-batches per step."""
+    tokens: int
+    """Tokens of all steps, without padding."""
+
+    @property
+    def micro_batches(self) -> list[Rows]:
+        return [rows for step in self.steps for rows in step]
+
+
+def make(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    epochs: int,
+    max_steps: int | None,
+    seed: int,
+    layout: Layout,
+    micro_batch_size: int | None,
+    budget: Budget,
+    ranks: int = 1,
+) -> Plan:
+    """Shuffle the rows of each epoch, cut them into steps of `batch_size` rows (an epoch's last may be smaller), and
+    each step into micro-batches.
+
+    Args:
+        lengths: Tokens of each row.
+        micro_batch_size: Most rows of a micro-batch; None: chosen by `best_parts`.
+        ranks: Processes that share each step; the number of micro-batches is a multiple of it.
+    """
+    batches: list[Rows] = []
+    ends = set()
+    for epoch in range(epochs):
+        order = list(range(len(lengths)))
+        random.Random(f"{seed}-{epoch}").shuffle(order)
+        batches += [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        ends.add(len(batches))
+    batches = batches[:max_steps]
+    if micro_batch_size is None:
+        parts = best_parts(lengths, batches[:SAMPLED_STEPS], layout, budget, ranks)
+    else:
+        parts = _multiple(-(-min(batch_size, len(lengths)) // micro_batch_size), ranks)
+    even = micro_batch_size is not None
+    return Plan(
+        steps=[cut(rows, lengths, parts, layout, even=even) for rows in batches],
+        epoch_ends=frozenset(end for end in ends if end <= len(batches)),
+        parts=parts,
+        tokens=sum(lengths[row] for rows in batches for row in rows),
+    )
+
+
+def best_parts(
+    lengths: Sequence[int], batches: Sequence[Rows], layout: Layout, budget: Budget, ranks: int
+) -> int:
+    """The number of micro-batches per step that costs least, among those that keep within the budget's tokens.
+
+    The cost of a step is its padded tokens and `budget.overhead` for each micro-batch. Where no number keeps within the
+    budget, single rows do best.
+    """
+    rows = max(map(len, batches))
+    costs = {}
+    for parts in sorted({_multiple(n, ranks) for n in (*range(1, MOST_PARTS + 1), rows // 2, rows) if 0 < n <= rows}):
+        sizes = [[size(part, lengths, layout) for part in cut(batch, lengths, parts, layout)] for batch in batches]
+        if max(map(max, sizes)) <= budget.tokens:
+            costs[parts] = sum(map(sum, sizes)) + budget.overhead * parts * len(batches)
+    return min(costs, key=costs.__getitem__) if costs else _multiple(rows, ranks)
+
+
+def cut(rows: Rows, lengths: Sequence[int], parts: int, layout: Layout, *, even: bool = False) -> list[Rows]:
+    """Cut a step's rows into `parts` micro-batches, the last of them empty where there are fewer rows."""
+    if layout == "padded":
+        pieces = _chunks(rows, parts)
+    else:
+        ordered = sorted(rows, key=lambda row: (lengths[row], row))
+        pieces = _chunks(ordered, parts) if even else _least_padding(ordered, lengths, min(parts, len(rows)))
+    return pieces + [[] for _ in range(parts - len(pieces))]
+
+
+def size(rows: Rows, lengths: Sequence[int], layout: Layout) -> int:
+    """Tokens of a micro-batch, padding included."""
+    found = [lengths[row] for row in rows] or [0]
+    return sum(found) if layout == "packed" else max(found) * len(found)
+
+
+def _chunks(rows: Rows, parts: int) -> list[Rows]:
+    each = -(-len(rows) // parts)
+    return [rows[at : at + each] for at in range(0, len(rows), each)]
+
+
+def _least_padding(rows: Rows, lengths: Sequence[int], parts: int) -> list[Rows]:
+    """The contiguous partition of rows in order of length that has the fewest padded tokens (dynamic programming)."""
+    if parts == 1:
+        return [rows]
+    count = len(rows)
+    longest = np.array([lengths[row] for row in rows], dtype=np.int64)
+    starts, ends = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
+    # cost[i, j]: rows i..j as one micro-batch
+    cost = np.where(ends > starts, (ends - starts) * longest[None, :], np.iinfo(np.int64).max // 4)
+    total, choices = cost[0], []
+    for _ in range(parts - 1):
+        # total[i - 1] is the best for the rows before i; the next micro-batch begins at i
+        options = total[:-1, None] + cost[1:, :]
+        choices.append(options.argmin(axis=0) + 1)
+        total = options.min(axis=0)
+    edges = [count]
+    for choice in reversed(choices):
+        edges.append(int(choice[edges[-1] - 1]))
+    edges = [0, *reversed(edges)]
+    return [rows[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def _multiple(parts: int, ranks: int) -> int:
+    return -(-parts // ranks) * ranks
+
+
+def evaluation(lengths: Sequence[int], layout: Layout, most_rows: int, budget: Budget) -> list[Rows]:
+    """Every row once, in micro-batches of like length within the budget."""
+    found: list[Rows] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
+        if found and len(found[-1]) < most_rows and size([*found[-1], row], lengths, layout) <= budget.tokens:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found

@@ -1,0 +1,145 @@
+"""What happens between steps: metrics, evaluation, checkpoints, and stopping when asked."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from arbor_core import JobFailed, JobStopped, Run
+
+from . import SftConfig
+from .chat import Sample
+from .plan import Plan, Rows
+
+Collated = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class Evaluation:
+    """Loss and accuracy per token on the validation file, all of it."""
+
+    def __init__(self, micro_batches: Sequence[Rows], collate: Collated) -> None:
+        self.micro_batches, self.collate = micro_batches, collate
+
+    def __call__(self, trainer: SFTTrainer) -> dict[str, float]:
+        """`valid_loss` (nats per token) and `valid_mean_token_accuracy`. Draws no random number."""
+        accelerator, model = trainer.accelerator, trainer.model_wrapped
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        mine = self.micro_batches[accelerator.process_index :: accelerator.num_processes]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            for rows in mine:
+                inputs = {key: value.to(accelerator.device) for key, value in self.collate([{"rows": rows}]).items()}
+                out = model(**inputs, use_cache=False, fused_lm_head=True)
+                sums += torch.stack([-out.log_probs.double().sum(), out.is_top1.sum(), out.label_mask.sum()])
+        model.train()
+        loss, correct, tokens = accelerator.reduce(sums, "sum").tolist()
+        return {"valid_loss": loss / tokens, "valid_mean_token_accuracy": correct / tokens}
+
+
+class Reporting(TrainerCallback):
+    """Connects TRL's trainer with the run.
+
+    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), on_save (commit).
+    """
+
+    def __init__(self, run: Run[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None) -> None:
+        self.run, self.plan, self.samples, self.evaluation = run, plan, samples, evaluation
+        self.total = len(plan.steps)
+        self.trainer: SFTTrainer | None = None
+        self.metrics: dict[str, float] = {}
+        self.valid: dict[str, float] = {}
+        self.stop: JobStopped | None = None
+        self.accuracy = 0.0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        try:
+            self.run.stop_if_asked()
+        except JobStopped as stop:
+            if stop.desired != "pause":
+                raise
+            self.stop = stop  # raised when the checkpoint is written
+        control.should_save = self.stop is not None or self.checkpoint_due(step)
+        self.accuracy = self.token_accuracy(step)
+        self.valid = {}
+        if self.evaluation and self.trainer and (self.checkpoint_due(step) or self.evaluation_due(step)):
+            self.valid = self.evaluation(self.trainer)
+        return control
+
+    def checkpoint_due(self, step: int) -> bool:
+        every = self.run.config.checkpoint_steps
+        return step == self.total or (step % every == 0 if every else step in self.plan.epoch_ends)
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.run.config.eval_steps
+        return bool(every) and step % int(every or 1) == 0
+
+    def token_accuracy(self, step: int) -> float:
+        """Share of the step's learned tokens that were the likeliest. TRL reports the mean over micro-batches; weighted
+        by their tokens it is the mean over the step."""
+        means = self.trainer._metrics["train"]["mean_token_accuracy"] if self.trainer else []
+        ranks = max(1, self.plan.parts // max(1, len(means)))
+        parts = self.plan.steps[step - 1]
+        groups = [parts[at : at + ranks] for at in range(0, len(parts), ranks)]
+        tokens = [sum(self.samples[row].trained for rows in group for row in rows) for group in groups]
+        return sum(m * n for m, n in zip(means, tokens, strict=True)) / max(1, sum(tokens))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:  # the summary after the last step
+            return
+        if not math.isfinite(logs["loss"]):
+            raise JobFailed(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate",
+                code="training_diverged",
+            )
+        self.metrics = {
+            "train_loss": logs["loss"],
+            "train_mean_token_accuracy": self.accuracy,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm", 0.0),
+            **self.valid,
+        }
+        if self.valid and control.should_save:
+            self.metrics |= {f"full_{name}": value for name, value in self.valid.items()}
+        self.run.metrics(state.global_step, self.total, **self.metrics)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move what the trainer wrote under the run's checkpoints; same file system, so nothing is copied."""
+        step = state.global_step
+        written = Path(str(args.output_dir)) / f"checkpoint-{step}"
+        if self.run.rank == 0:
+            with self.run.checkpoint(step, **self.metrics) as folder:
+                for path in written.iterdir():
+                    if path.name != "training_args.bin":  # a pickle nobody reads
+                        shutil.move(path, folder / path.name)
+            shutil.rmtree(written)
+            self.prune()
+        if self.stop:
+            raise self.stop
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep_checkpoints`."""
+        keep = self.run.config.keep_checkpoints
+        if not keep:
+            return
+        found = [path for path in (self.run.dir / "checkpoints").glob("*-*") if path.suffix != ".tmp"]
+        for path in sorted(found, key=lambda path: [int(n) for n in path.name.split("-")])[:-keep]:
+            shutil.rmtree(path)

@@ -1,0 +1,224 @@
+"""Supervised fine-tuning: one job, from its files to its checkpoints. TRL's `SFTTrainer` does the training."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils import logging
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from arbor_core import JobFailed, Run
+
+from . import SftConfig, auto, plan, rows
+from .batches import Collate
+from .chat import ChatFormat
+from .model import (
+    adapter,
+    autocast,
+    budget,
+    context,
+    load_model,
+    load_tokenizer,
+    tells_rows_apart,
+    unavailable,
+    uses_cuda,
+)
+from .plan import Layout, Plan
+from .reporting import Evaluation, Reporting
+from .rows import Samples
+
+EVALUATION_ROWS = 32
+"""Most rows of a micro-batch in evaluation."""
+
+
+def train(run: Run[SftConfig]) -> None:
+    """Train `run.model` on `run.training_file`; the last checkpoint is the result.
+
+    Raises:
+        JobFailed: the model or the data cannot be used, or the loss diverged.
+        JobStopped: asked to pause (after a checkpoint) or cancelled.
+    """
+    torch.set_num_threads(run.threads)
+    transformers.set_seed(run.seed % 2**32)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(run)
+    chat = chat_format(run, tokenizer)
+    model = load_model(run)
+    training, validation = load_files(run, chat, context(model, tokenizer))
+    layout = choose_layout(run, model, training)
+    schedule = make_plan(run, training, layout)
+    trainer, reporting = compose(run, model, tokenizer, training, validation, schedule, layout)
+    describe(run, trainer.model, training, validation, schedule)
+    resume(run, trainer, len(schedule.steps))
+    if run.rank == 0:
+        finish(run, schedule)
+
+
+def chat_format(run: Run[SftConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    try:
+        return ChatFormat(tokenizer)
+    except ValueError as error:
+        raise unavailable(run, "chat template", error) from None
+
+
+def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Samples, Samples | None]:
+    """Both files as tokens; rows that are too long are counted in one warning for each file."""
+    length = min(run.config.max_length or longest, longest)
+    found = []
+    for path, param in ((run.training_file, "training_file"), (run.validation_file, "validation_file")):
+        if path is None:
+            found.append(None)
+            continue
+        samples = rows.load(path, chat, length, run.config.too_long, param)
+        if samples.truncated or samples.skipped:
+            run.message(
+                f"{param}: of {samples.rows} examples, {samples.truncated} were cut to {length} tokens and "
+                f"{samples.skipped} skipped",
+                "warn",
+                truncated=samples.truncated,
+                skipped=samples.skipped,
+            )
+        found.append(samples)
+    training, validation = found
+    assert training is not None
+    return training, validation
+
+
+def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples) -> Layout:
+    """`auto` as a layout.
+
+    Raises:
+        JobFailed: rows are to be packed, but this model mixes them up.
+    """
+    wanted = run.config.batching
+    if wanted == "auto":
+        wanted = "packed" if "flash" in str(model.config._attn_implementation) else "sorted"
+    if wanted == "packed" and not tells_rows_apart(model.to("cuda" if uses_cuda(run) else "cpu"), training.kept):
+        if run.config.batching == "packed":
+            raise JobFailed(
+                f"batching is 'packed', but {run.model} does not tell packed rows apart by their positions: use 'sorted'",
+                code="invalid_hyperparameters",
+                param="hyperparameters",
+            )
+        return "sorted"
+    return wanted
+
+
+def make_plan(run: Run[SftConfig], training: Samples, layout: Layout) -> Plan:
+    """Resolve "auto", report it, and lay out all steps."""
+    config, count = run.config, len(training.kept)
+    epochs, batch_size = auto.n_epochs(config, training.rows), auto.batch_size(config, training.rows)
+    run.resolved(n_epochs=epochs, batch_size=batch_size, learning_rate_multiplier=auto.multiplier(config))
+    return plan.make(
+        training.lengths,
+        batch_size=min(batch_size, count),
+        epochs=epochs,
+        max_steps=config.max_steps,
+        seed=run.seed,
+        layout=layout,
+        micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
+        budget=budget(run),
+        ranks=run.world_size,
+    )
+
+
+def compose(
+    run: Run[SftConfig],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Samples,
+    validation: Samples | None,
+    schedule: Plan,
+    layout: Layout,
+) -> tuple[SFTTrainer, Reporting]:
+    """TRL's trainer over the plan: an item of its data set is a micro-batch, by row numbers."""
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    packed = layout == "packed"
+    evaluation = None
+    if validation:
+        cuts = plan.evaluation(validation.lengths, layout, EVALUATION_ROWS, budget(run))
+        evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
+    reporting = Reporting(run, schedule, training.kept, evaluation)
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments(run, schedule),
+            train_dataset=Dataset.from_dict({"rows": schedule.micro_batches}),
+            data_collator=Collate(training.kept, pad, packed),
+            processing_class=tokenizer,
+            callbacks=[reporting],
+            peft_config=adapter(run.config.lora) if run.config.lora else None,
+        )
+    except ValueError as error:  # PEFT finds no such module
+        if run.config.lora is None:
+            raise
+        raise JobFailed(f"lora: {error}", code="invalid_hyperparameters", param="hyperparameters") from error
+    # TRL's loss divides by the step's tokens itself, whatever the model's forward accepts.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.remove_callback(PrinterCallback)
+    reporting.trainer = trainer
+    return trainer, reporting
+
+
+def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
+    """What the plan and the config mean in TRL's words. Saving and logging is `Reporting`'s."""
+    config, steps = run.config, len(schedule.steps)
+    return TrlConfig(
+        output_dir=str(run.work / "trainer"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=schedule.parts // run.world_size,
+        max_steps=steps,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        learning_rate=auto.learning_rate(config),
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=round(steps * config.warmup_ratio),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=autocast(run),
+        use_cpu=not uses_cuda(run),
+        dataloader_pin_memory=uses_cuda(run),
+        seed=run.seed % 2**32,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def describe(
+    run: Run[SftConfig], model: PreTrainedModel, training: Samples, validation: Samples | None, schedule: Plan
+) -> None:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    run.message(
+        f"Training {trained:,} of {every:,} parameters on {next(model.parameters()).device.type}: {training.rows} "
+        f"examples ({sum(training.lengths):,} tokens), {validation.rows if validation else 0} for validation, "
+        f"{len(schedule.steps)} steps of {schedule.parts} micro-batches"
+    )
+
+
+def resume(run: Run[SftConfig], trainer: SFTTrainer, total: int) -> None:
+    """Train from the newest checkpoint to the end; nothing is left to do if that is the last step's."""
+    last = run.last_checkpoint()
+    if last and last.step >= total:
+        return
+    if last:
+        run.message(f"Resuming after step {last.step} of {total}", step=last.step)
+    trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
+
+
+def finish(run: Run[SftConfig], schedule: Plan) -> None:
+    last = run.last_checkpoint()
+    if last is None or last.step != len(schedule.steps):
+        raise JobFailed(f"the last step's checkpoint is missing; the newest whole one is {last}", code="checkpoint_lost")
+    run.finish(last, schedule.tokens, adapter=run.config.lora is not None)

@@ -1,0 +1,129 @@
+"""Job directories for the tests, and the worker that runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+from arbor_core.config import load_yaml, merged
+from arbor_core.logs import encode, tail
+from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
+from arbor_core.worker import WorkOrder
+
+ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclass
+class Job:
+    """A job directory. `attempt()` runs the worker in it as the keeper would."""
+
+    dir: Path
+    model: Path
+    training_file: Path
+    validation_file: Path | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1
+    attempts: int = 0
+
+    def __post_init__(self) -> None:
+        self.dir.mkdir(parents=True)
+        defaults = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
+        order = WorkOrder(
+            protocol=PROTOCOL,
+            job_id="ftjob-test",
+            entry="arbor_sft.train:train",
+            config_type="arbor_sft:SftConfig",
+            config=merged(defaults, self.hyperparameters),
+            check_row="arbor_core.data:check_chat_row",
+            min_rows=1,
+            model=str(self.model),
+            model_name="tiny",
+            training_file=self.training_file,
+            validation_file=self.validation_file,
+            seed=self.seed,
+            created_at=time.time(),
+            versions={},
+            threads=1,
+            cpu="",
+        )
+        (self.dir / "job.json").write_bytes(encode(order))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A new attempt."""
+        self.attempts += 1
+        folder = self.dir / "attempts" / str(self.attempts)
+        folder.mkdir(parents=True)
+        placement = Placement((Device("cpu:0"),), 1)
+        (folder / "placement.json").write_bytes(encode(placement))
+        (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
+        with (folder / "worker.log").open("wb") as log:
+            command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
+            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+
+    def attempt(self) -> int:
+        """Run an attempt to its end; the exit status."""
+        return self.start().wait(timeout=120)
+
+    def run(self) -> Job:
+        """An attempt that must succeed."""
+        assert self.attempt() == 0, self.log()
+        return self
+
+    def log(self) -> str:
+        return (self.dir / "attempts" / str(self.attempts) / "worker.log").read_text()
+
+    def events(self, type_: str | None = None, attempt: int | None = None) -> list[Event]:
+        path = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
+        return [event for _, event in tail(path, 0, Event) if type_ in (None, event.type)]
+
+    def event(self, type_: str) -> Event:
+        (event,) = self.events(type_)
+        return event
+
+    def curve(self, name: str = "train_loss", attempt: int | None = None) -> list[float]:
+        return [e.data[name] for e in self.events("metrics", attempt) if name in e.data]
+
+    def result(self) -> Path:
+        return self.dir / "checkpoints" / str(self.event("result").data["dir"])
+
+    def digest(self) -> str:
+        """SHA-256 of the final weights."""
+        names = ("model.safetensors", "adapter_model.safetensors")
+        path = next(self.result() / name for name in names if (self.result() / name).exists())
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def until(process: subprocess.Popen[bytes], job: Job, type_: str, count: int = 1) -> None:
+    """Wait until the running attempt has reported `count` events of a type."""
+    for _ in polls(60):
+        if (job.dir / "attempts" / str(job.attempts)).exists() and len(job.events(type_)) >= count:
+            return
+        assert process.poll() is None, job.log()
+    raise AssertionError(f"no {type_} within 60 s: {job.log()}")
+
+
+def polls(seconds: float) -> Iterator[None]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.01)
