@@ -6,6 +6,7 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 
 from pluggy import HookimplMarker
 
+from .allocator import PoolAllocator
 from .engine_process import EngineProcess
 from .types import (
     Allocator,
@@ -64,6 +65,7 @@ __all__ = [
     "Order",
     "Placement",
     "Plan",
+    "PoolAllocator",
     "QueuedJob",
     "Run",
     "RunningJob",

@@ -17,7 +17,8 @@ from pathlib import Path
 class Bell:
     """The listener's end, in an event loop."""
 
-    def __init__(self, path: Path, on_ring: Callable[[], None]) -> None:
+    def __init__(self, path: Path, on_ring: Callable[[str], None]) -> None:
+        """Call `on_ring` with the id of the job that rang."""
         self.path, self.on_ring = path, on_ring
         path.unlink(missing_ok=True)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -26,10 +27,12 @@ class Bell:
         asyncio.get_running_loop().add_reader(self.socket, self._rung)
 
     def _rung(self) -> None:
+        rang = set()
         with contextlib.suppress(BlockingIOError):
-            while self.socket.recv(16):
-                pass
-        self.on_ring()
+            while said := self.socket.recv(256):
+                rang.add(said.decode(errors="replace"))
+        for job_id in rang:
+            self.on_ring(job_id)
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.socket)
@@ -37,13 +40,13 @@ class Bell:
         self.path.unlink(missing_ok=True)
 
 
-def ring(path: str | Path | None) -> None:
-    """Ring, if somebody listens."""
+def ring(path: str | Path | None, job_id: str) -> None:
+    """Say that a job has written something, if somebody listens."""
     if not path:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as bell:
         with short(Path(path)) as address:
-            bell.sendto(b"!", address)
+            bell.sendto(job_id.encode(), address)
 
 
 class short(contextlib.AbstractContextManager[str]):  # noqa: N801 - reads as a function

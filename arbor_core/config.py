@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -213,6 +213,15 @@ def nearest(name: str, type_: Any, inside: str = "") -> str:
     known = [f.encode_name for f in msgspec.structs.fields(type_)] if _is_struct(type_) else []
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def key_paths(type_: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a struct as `a.b`."""
+    for field in msgspec.structs.fields(type_):
+        yield prefix + field.encode_name
+        for part in _parts(field.type):
+            if _is_struct(part):
+                yield from key_paths(part, f"{prefix}{field.encode_name}.")
 
 
 def _is_struct(type_: Any) -> bool:

@@ -21,6 +21,7 @@ from .types import ArborError, EngineSpec, Weights
 
 POLL_SECONDS = 0.02
 STOP_SECONDS = 10.0
+HEALTH_SECONDS = 5.0
 
 
 class EngineProcess:
@@ -45,7 +46,7 @@ class EngineProcess:
             ArborError: it ended or did not listen in time; the message carries the last line it wrote.
         """
         spec.dir.mkdir(parents=True, exist_ok=True)
-        (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec))
+        (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
         ready = spec.dir / "ready.json"
         ready.unlink(missing_ok=True)
         with (spec.dir / "engine.log").open("wb") as output:
@@ -86,10 +87,16 @@ class EngineProcess:
         if self.process.returncode is not None:
             return False
         try:
-            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/health") as answer:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{self.url}/health") as answer:
                 return answer.status == 200
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def wait(self) -> str:
+        """Return when the process has ended, with the last thing it wrote."""
+        code = await self.process.wait()
+        return f"exit status {code}: {last_line(self.spec.dir)}"
 
     async def stop(self) -> None:
         """End the process and everything it started."""
@@ -105,6 +112,11 @@ class EngineProcess:
             if answer.status != 200:
                 said = await answer.text()
                 raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({answer.status}): {said[:500]}")
+
+
+def read_spec(path: Path) -> EngineSpec:
+    """The specification that an engine process finds in its first argument."""
+    return msgspec.json.decode(path.read_bytes(), type=EngineSpec, dec_hook=lambda type_, value: type_(value))
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

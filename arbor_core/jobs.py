@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -191,12 +191,19 @@ class Jobs:
         self,
         job: Job,
         to: Status,
-        event: Event | None = None,
-        *,
+        *events: Event,
         attempt: int | None = None,
+        also: Callable[[sqlite3.Connection], object] | None = None,
         **changes: Any,
     ) -> bool:
         """Move a job from the status and attempt in `job` to another, if it is still there.
+
+        Args:
+            to: The new status.
+            events: What to tell those who follow the job, in the same transaction.
+            attempt: The new attempt's number, when one begins.
+            also: More changes for the same transaction.
+            changes: Columns to set.
 
         Returns:
             Whether it was: False means that somebody else moved it first, and nothing was changed.
@@ -215,9 +222,12 @@ class Jobs:
                 f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt",
                 {**values, "_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt},
             )
-            if swapped.rowcount == 1 and event:
-                add_events(db, job.id, [event])
-            return swapped.rowcount == 1
+            if swapped.rowcount == 0:
+                return False
+            add_events(db, job.id, events)
+            if also:
+                also(db)
+            return True
 
         return await self.store.write(swap)
 

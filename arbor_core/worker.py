@@ -23,7 +23,7 @@ import msgspec
 
 from . import checkpoints
 from .bell import ring
-from .logs import Log
+from .logs import Log, decode
 from .types import (
     PROTOCOL,
     ArborError,
@@ -107,7 +107,7 @@ class WorkerRun(Generic[ConfigT]):
             return
         event.at = time.time()
         self.log.append(event, durable=event.type not in ("metrics", "message"))
-        ring(self.bell)
+        ring(self.bell, self.job_id)
 
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(Event("message", text, level, data=data))
@@ -164,11 +164,11 @@ def open_run(attempt_dir: Path) -> WorkerRun[Any]:
     Raises:
         ArborError: the directory was written by another version of Arbor.
     """
-    order = msgspec.json.decode((attempt_dir.parent.parent / "job.json").read_bytes(), type=WorkOrder)
+    order = decode((attempt_dir.parent.parent / "job.json").read_bytes(), WorkOrder)
     if order.protocol != PROTOCOL:
         raise ArborError(f"{attempt_dir} has protocol {order.protocol}, this worker speaks {PROTOCOL}")
-    placement = msgspec.json.decode((attempt_dir / "placement.json").read_bytes(), type=Placement)
-    papers = msgspec.json.decode((attempt_dir / "order.json").read_bytes(), type=Order)
+    placement = decode((attempt_dir / "placement.json").read_bytes(), Placement)
+    papers = decode((attempt_dir / "order.json").read_bytes(), Order)
     return WorkerRun(
         config=msgspec.convert(order.config, imported(order.config_type)),
         order=order,

@@ -1,0 +1,52 @@
+# make demo   set up .venv and run the main job on this machine's CPU or GPU
+# make test   set up and run the tests
+# make lint   set up and run ruff, mypy and the import walls
+# make bench  set up and measure; figures go to bench/results.json
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*)
+PACKAGES := . $(PLUGINS)
+STAMP := $(VENV)/.set-up
+# Processes that share cores must not spin: two OpenMP pools on two cores slow a step fifty-fold.
+export OMP_WAIT_POLICY := PASSIVE
+export KMP_BLOCKTIME := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-minimal lint format bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo "Arbor needs Python 3.11 to 3.13; $$($(PYTHON) --version) was found. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "No virtual environment could be made. On Debian: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[test,lint,demo]' $(foreach plugin,$(PLUGINS),-e $(plugin))
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python bench/run.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,323 @@
+"""One attempt of a job: its papers, its start, its events, and what its end means for the job."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .files import Files
+from .jobs import Job, JobError, Jobs, encoded
+from .logs import encode, replace, tail
+from .models import add_model, ft_name
+from .onlookers import Onlookers
+from .types import (
+    PROTOCOL,
+    Event,
+    Executor,
+    Exit,
+    JobView,
+    Lease,
+    Order,
+    Placement,
+    Trainer,
+)
+from .worker import WorkOrder
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
+BATCH = 500
+"""Events per transaction."""
+
+
+class Attempts:
+    """Starts attempts, takes their events into the database, and settles jobs when they end."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        files: Files,
+        executor: Executor,
+        onlookers: Onlookers,
+        root: Path,
+        *,
+        organization: str,
+        threads: int,
+        launcher: str,
+        accelerate_config: Path | None,
+        max_crashes: int,
+        release: Callable[[str], None],
+    ) -> None:
+        self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
+        self.root, self.organization, self.threads, self.launcher = root, organization, threads, launcher
+        self.accelerate_config, self.max_crashes, self.release = accelerate_config, max_crashes, release
+
+    def dir(self, job: Job) -> Path:
+        return self.root / "jobs" / job.id
+
+    def attempt_dir(self, job: Job) -> Path:
+        return self.dir(job) / "attempts" / str(job.attempt)
+
+    def python(self, trainer: Trainer) -> str:
+        """The interpreter that has a trainer's libraries."""
+        return trainer.python or sys.executable
+
+    def write_papers(self, job: Job, trainer: Trainer) -> Path:
+        """Write `job.json`, once; returns its path."""
+        path = self.dir(job) / "job.json"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        order = WorkOrder(
+            protocol=PROTOCOL,
+            job_id=job.id,
+            entry=trainer.entry,
+            config_type=f"{trainer.config.__module__}:{trainer.config.__qualname__}",
+            config=job.spec.config,
+            check_row=trainer.check_row,
+            min_rows=trainer.min_rows,
+            model=job.spec.model_path,
+            model_name=job.spec.model,
+            training_file=self.files.path(job.training_file),
+            validation_file=self.files.path(job.validation_file) if job.validation_file else None,
+            seed=job.spec.seed,
+            created_at=job.created_at,
+            versions=versions(),
+            threads=self.threads,
+            cpu=instruction_set(),
+        )
+        replace(path, encode(order))
+        return path
+
+    async def start(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> str:
+        """Start the attempt that `job` is at; returns its ref."""
+        folder = self.attempt_dir(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_desired(job)
+        placement = Placement(lease.of("train"), self.threads)
+        order = Order(
+            dir=folder,
+            argv=(),
+            env={},
+            python=self.python(trainer),
+            preload=trainer.preload,
+            prove=trainer.prove,
+            launcher=self.launcher,
+            bell=str(bell),
+        )
+        if len(placement.devices) > 1:
+            order = msgspec.structs.replace(order, argv=ranks_command(order, len(placement.devices), self.accelerate_config))
+        replace(folder / "placement.json", encode(placement))
+        replace(folder / "order.json", encode(order))
+        return await self.executor.start(order, placement)
+
+    def write_desired(self, job: Job) -> None:
+        """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
+        replace(self.dir(job) / "desired", job.desired.encode())
+
+    def pass_on(self, job: Job) -> None:
+        """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
+        self.write_desired(job)
+        if job.desired == "cancel" and job.ref:
+            self.executor.signal(job.ref, signal.SIGTERM)
+
+    async def collect(self, job: Job) -> Job:
+        """Take what the attempt has written since the last time; returns the job as it is then."""
+        name = self.model_name(job)
+        events: list[Event] = []
+        offset = job.offset
+        for offset, event in tail(self.attempt_dir(job) / "events.jsonl", job.offset, Event):  # noqa: B007
+            events.append(event)
+            if len(events) == BATCH:
+                break
+        if not events or not await self.jobs.ingest(job, events, offset, name):
+            return job
+        view = self.view(job)
+        for event in events:
+            self.onlookers.tell(view, event)
+        fresh = self.jobs.get(job.id)
+        assert fresh is not None
+        return await self.collect(fresh) if len(events) == BATCH else fresh
+
+    def model_name(self, job: Job) -> str:
+        return ft_name(job.spec.model, self.organization, job.spec.suffix, job.id)
+
+    def view(self, job: Job) -> JobView:
+        return JobView(job.id, job.spec.trainer, job.spec.model, job.status, job.spec.config, job.metadata or {})
+
+    def exit(self, job: Job) -> Exit | None:
+        """How the attempt ended; None while its keeper has not said so."""
+        try:
+            return msgspec.json.decode((self.attempt_dir(job) / "exit.json").read_bytes(), type=Exit)
+        except FileNotFoundError:
+            return None
+
+    async def settle(self, job: Job, ended: Exit | None) -> None:
+        """Move a job whose attempt is over to where it belongs. All its events have been collected."""
+        last = self.outcome(job)
+        if last and last.type == "result":
+            await self._succeed(job, last)
+        elif last and last.type == "error":
+            error = JobError(**last.data)
+            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+        elif job.desired == "cancel":
+            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+        elif last and last.type == "paused":
+            await self._end(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
+        else:
+            await self._crashed(job, ended)
+
+    def outcome(self, job: Job) -> Event | None:
+        """The attempt's own last word: result, error or paused."""
+        last = None
+        for _, event in tail(self.attempt_dir(job) / "events.jsonl", 0, Event):
+            if event.type in ("result", "error", "paused"):
+                last = event
+        return last
+
+    async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
+        """Leave `running`, and give the devices back in the same transaction."""
+        also = changes.pop("also", None)
+
+        def give_back(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
+            if also:
+                also(db)
+
+        if await self.jobs.transition(job, status, *events, also=give_back, ref=None, **changes):
+            view = self.view(job)
+            view.status = status
+            for event in events:
+                self.onlookers.tell(view, event)
+        self.release(job.id)
+
+    async def _succeed(self, job: Job, result: Event) -> None:
+        name = self.model_name(job)
+        folder = self.dir(job) / "checkpoints" / result.data["dir"]
+        metrics = self.metrics_csv(job)
+        file = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
+
+        def register(db: sqlite3.Connection) -> None:
+            add_model(
+                db,
+                name=name,
+                owner=job.owner,
+                job_id=job.id,
+                base=job.spec.model,
+                base_path=job.spec.model_path,
+                path=str(folder),
+                kind="adapter" if result.data.get("adapter") else "full",
+            )
+
+        await self._end(
+            job,
+            "succeeded",
+            Event("message", f"New fine-tuned model created: {name}"),
+            Event("message", "The job has successfully completed"),
+            fine_tuned_model=name,
+            trained_tokens=result.data["trained_tokens"],
+            result_files=[file.id],
+            also=register,
+        )
+
+    async def _crashed(self, job: Job, ended: Exit | None) -> None:
+        """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
+        how = "its keeper was lost" if ended is None else exit_words(ended.code)
+        crashes = job.crashes + 1
+        if crashes >= self.max_crashes:
+            error = JobError(
+                "worker_crashed",
+                f"The training process died {crashes} times without progress; the last time {how}. "
+                f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
+            )
+            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+            return
+        from_where = f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
+        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where}"
+        await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
+
+    async def not_started(self, job: Job, error: OSError) -> None:
+        """The attempt's process could not be made: that is the machine's fault, and will not mend itself."""
+        failed = JobError("worker_not_started", f"The training process could not be started: {error}")
+        await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+
+    def metrics_csv(self, job: Job) -> bytes:
+        """OpenAI's result file: one row a step, of the newest attempt that trained it."""
+        rows: dict[int, dict[str, Any]] = {}
+        sql = "SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq"
+        for (data,) in self.jobs.store.read(sql, job.id):
+            values = msgspec.json.decode(data)
+            rows[values["step"]] = {**rows.get(values["step"], {}), **values}
+        text = io.StringIO()
+        writer = csv.writer(text)
+        columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+        writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
+        for step in sorted(rows):
+            writer.writerow([step, *(rows[step].get(column, "") for column in columns)])
+        return text.getvalue().encode()
+
+
+async def note_ref(jobs: Jobs, job: Job, ref: str) -> None:
+    """Remember where an attempt runs, if the job is still at it."""
+
+    def change(db: sqlite3.Connection) -> None:
+        db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
+
+    await jobs.store.write(change)
+
+
+def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:
+    """Write a lease down; part of the caller's transaction."""
+    db.execute(
+        "INSERT OR REPLACE INTO leases(id,owner,lease) VALUES(?,?,?)", (lease.id, lease.claim.owner, encoded(lease))
+    )
+
+
+def ranks_command(order: Order, ranks: int, accelerate_config: Path | None) -> tuple[str, ...]:
+    """One process per device: by accelerate where the operator configured it, else by torchrun."""
+    if accelerate_config:
+        launch = ("accelerate.commands.launch", "--config_file", str(accelerate_config), "--num_processes", str(ranks))
+    else:
+        launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+    return (order.python, "-m", *launch, "-m", "arbor_core.worker", str(order.dir))
+
+
+def exit_words(code: int) -> str:
+    """An exit status for people."""
+    if code >= 0:
+        return f"it ended with status {code}"
+    try:
+        return f"it was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"it was ended by signal {-code}"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's outcome, without importing them."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def instruction_set() -> str:
+    """The widest vector instructions that PyTorch would use here."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return os.uname().machine
+    return next((name for name in ("avx512f", "avx2") if name in flags), os.uname().machine)

@@ -1,0 +1,203 @@
+"""The commands `arbor-serve` (Hydra: `key=value`, `+trainer=sft`, `--cfg job`) and `arbor`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .types import ArborError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from .config import ServeConfig
+
+EXIT_CONFIG = 78
+"""sysexits.h: a configuration error."""
+
+
+def serve() -> None:
+    """`arbor-serve`."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a traceback; we print one line
+    import hydra
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from .config import core_config_dir
+    from .user_config import overrides
+
+    try:
+        sys.argv[1:1] = overrides(os.environ)
+        hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        give_up(plain_words(str(error) or str(error.__cause__)))
+    except ArborError as error:
+        give_up(str(error))
+
+
+def plain_words(said: str) -> str:
+    """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
+    from . import config
+
+    line = " ".join(said.split()).partition(" Config search path:")[0]
+    if key := re.match(r"Could not override '([^']+)'", line):
+        name = key[1].removeprefix("trainer.")
+        known = list(config.key_paths(config.ServeConfig))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see them all with: arbor-serve --cfg job"
+        return f"no key '{key[1]}'; {hint}"
+    if group := re.search(r"Could not find '(\w+)/([^']+)'.*Available options in '\w+': (.*)", line):
+        close = difflib.get_close_matches(group[2], group[3].split(), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(group[3].split())}"
+        return f"no {group[1]} called '{group[2]}'; {hint}"
+    return line
+
+
+def give_up(message: str) -> NoReturn:
+    """One line on standard error, and an exit status that is not 0."""
+    line = " ".join(message.split())
+    print(f"arbor-serve: {line}", file=sys.stderr)
+    sys.exit(EXIT_CONFIG if "not found (have" in line else 1)
+
+
+def run_server(cfg: DictConfig) -> None:
+    """Everything after Hydra has composed the configuration."""
+    try:
+        start(cfg)
+    except ArborError as error:  # here, because Hydra would add a line of its own
+        give_up(str(error))
+
+
+def start(cfg: DictConfig) -> None:
+    """Check the configuration, take the address, serve.
+
+    Raises:
+        ArborError: something in it cannot be had.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from . import config, plugins
+
+    settings = config.typed(config.plain(cfg), config.ServeConfig, where="")
+    loaded = plugins.load(settings.plugins.disabled)
+    chosen = HydraConfig.get().runtime.choices.get("trainer")
+    if chosen is None and os.environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):
+        chosen = "mock"
+    if chosen is not None:
+        loaded.get("trainers", chosen)
+    check_exposure(settings)
+    listener = bound(settings.host, settings.port)  # before anything touches the jobs
+    with listener:
+        run(settings, loaded, chosen, listener)
+
+
+def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    from .system import open_system
+
+    system = open_system(settings, loaded, chosen)
+
+    import uvicorn
+
+    from .server.app import create_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = listener.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                print(f"arbor: listening on http://{shown}:{port}", flush=True)
+
+    app = create_app(system)
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            lifespan="on",
+            timeout_graceful_shutdown=30,
+            server_header=False,
+            h11_max_incomplete_event_size=65536,
+        )
+    )
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(1)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at the address.
+
+    Raises:
+        ArborError: the address is taken, or not of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        taken = "is already in use" if error.errno == 98 else f"cannot be used: {error.strerror or error}"  # EADDRINUSE
+        raise ArborError(f"address {host}:{port} {taken}") from None
+    return listener
+
+
+def check_exposure(settings: ServeConfig) -> None:
+    """Refuse to listen to other machines without a key.
+
+    Raises:
+        ArborError: with what to set.
+    """
+    loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not loopback and not settings.auth.keys and not settings.auth.insecure:
+        raise ArborError(
+            f"host={settings.host} lets other machines in, but auth.keys is empty: set auth.keys=[SECRET], "
+            "or auth.insecure=true if you mean it"
+        )
+
+
+def main() -> None:
+    """`arbor`."""
+    parser = argparse.ArgumentParser(prog="arbor", description="Look at and prepare an Arbor installation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("plugins", help="list the installed plugins, what they bring, and what is broken")
+    tiny = commands.add_parser("tiny-model", help="write a 1M-parameter base model for trying things out")
+    tiny.add_argument("dir", type=Path, metavar="DIR")
+    commands.add_parser("doctor", help="try every trainer's warm start and say which one must start cold")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "plugins":
+            list_plugins()
+        elif arguments.command == "tiny-model":
+            from .system import tiny_model
+
+            tiny_model(arguments.dir)
+            print(f"wrote {arguments.dir}")
+        else:
+            from .doctor import examine
+
+            sys.exit(examine())
+    except ArborError as error:
+        sys.exit(f"arbor: {error}")
+
+
+def list_plugins() -> None:
+    """One line a plugin."""
+    from . import plugins
+
+    loaded = plugins.load()
+    for plugin in plugins.installed():
+        brings = [
+            f"{plugins.singular(kind)} {name}"
+            for kind in plugins.KINDS
+            for name in loaded.all(kind)
+            if loaded.owner(kind, name) == plugin.label
+        ]
+        print(f"{plugin.label:28} {loaded.broken.get(plugin.distribution) or ', '.join(brings) or 'hooks only'}")

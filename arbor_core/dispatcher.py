@@ -1,0 +1,277 @@
+"""Moves jobs from where they are towards what was asked: validate, plan, claim, start, follow, settle.
+
+One loop decides; a task per job does what takes time. Everything it knows is in the database and in the job
+directories, so a dispatcher that starts finds what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .attempts import Attempts, keep_lease, note_ref
+from .bell import Bell
+from .jobs import Job, JobError, Jobs
+from .types import (
+    Allocator,
+    ArborError,
+    Bundle,
+    Claim,
+    Event,
+    Executor,
+    Lease,
+    QueuedJob,
+    RunningJob,
+    Scheduler,
+    Snapshot,
+    Trainer,
+)
+from .validate import validate
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 1.0
+GATHER_SECONDS = 0.03
+"""Events that come within this time are taken in one transaction."""
+VALIDATORS = 2
+"""Files that are checked at the same time."""
+
+
+class Dispatcher:
+    """Runs the jobs of one storage directory."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        attempts: Attempts,
+        trainers: Mapping[str, Trainer],
+        scheduler: Scheduler,
+        allocator: Allocator,
+        executor: Executor,
+        bell: Path,
+    ) -> None:
+        self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
+        self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
+        self.leases: dict[str, Lease] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.rung: dict[str, asyncio.Event] = {}
+        self.awake = asyncio.Event()
+        self.validators = asyncio.Semaphore(VALIDATORS)
+        self.waiting_told: set[str] = set()
+
+    def wake(self, job_id: str | None = None) -> None:
+        """Something changed: look now instead of at the next poll."""
+        if job_id is None:
+            for event in self.rung.values():
+                event.set()
+        elif job_id in self.rung:
+            self.rung[job_id].set()
+        self.awake.set()
+
+    def release(self, job_id: str) -> None:
+        """Give a job's devices back."""
+        if lease := self.leases.pop(job_id, None):
+            self.allocator.release(lease)
+            self.awake.set()
+
+    async def run(self) -> None:
+        """Work until cancelled. Attempts go on without us."""
+        bell = Bell(self.bell, self._rang)
+        try:
+            self._restore()
+            while True:
+                self.awake.clear()
+                await self._look()
+                try:
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self.awake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            bell.close()
+            for task in self.tasks.values():
+                task.cancel()
+            await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+    def _rang(self, job_id: str) -> None:
+        if job_id in self.rung:
+            self.rung[job_id].set()
+
+    def _restore(self) -> None:
+        """Take up the leases of jobs that were running when an earlier server ended."""
+        running = {job.id for job in self.jobs.with_status("running")}
+        for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
+            if row["owner"] in running:
+                lease = msgspec.json.decode(row["lease"], type=Lease)
+                self.leases[row["owner"]] = lease
+                self.allocator.restore(lease)
+
+    async def _look(self) -> None:
+        """Give every job that nobody works on to a task, and start what the scheduler plans."""
+        active = self.jobs.with_status("validating_files", "queued", "running", "paused")
+        for job in active:
+            if job.id in self.tasks:
+                continue
+            if job.status == "validating_files":
+                self._spawn(job, self._validate(job))
+            elif job.status == "running":
+                self._spawn(job, self._follow(job))
+            elif (job.status == "queued") != (job.desired == "run"):
+                await self.settle_idle(job)
+        await self._plan()
+
+    def _spawn(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        self.rung[job.id] = asyncio.Event()
+        task = self.tasks[job.id] = asyncio.create_task(work, name=job.id)
+        task.add_done_callback(lambda done: self._done(job.id, done))
+
+    def _done(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self.tasks.pop(job_id, None)
+        self.rung.pop(job_id, None)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job %s: the server failed to move it on", job_id, exc_info=error)
+        else:
+            self.awake.set()
+
+    async def settle_idle(self, job: Job) -> None:
+        """Do what is asked of a job that no process works on."""
+        if job.desired == "cancel":
+            await self.jobs.transition(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+        elif job.desired == "pause" and job.status != "paused":
+            await self.jobs.transition(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
+        elif job.desired == "run" and job.status == "paused":
+            await self.jobs.transition(job, "queued", Event("message", f"Fine-tuning job {job.id} resumed"))
+        self.wake()
+
+    async def _validate(self, job: Job) -> None:
+        """Check the job's files in a process of their own, then queue it. Cancelling does not wait for that."""
+        trainer = self.trainers.get(job.spec.trainer)
+        if trainer is None:
+            error = JobError("trainer_missing", f"The trainer '{job.spec.trainer}' is not installed any more")
+            await self.jobs.transition(job, "failed", Event("message", error.message, "error"), error=error)
+            return
+        self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
+        papers = self.attempts.write_papers(job, trainer)
+        async with self.validators:
+            check = asyncio.ensure_future(validate(papers, self.attempts.python(trainer)))
+            report = await self._unless_cancelled(job, check)
+        if report is None:
+            return
+        warnings = [Event("message", text, "warn") for text in report.warnings]
+        if report.error:
+            error = JobError(**report.error)
+            failed = Event("message", error.message, "error")
+            await self.jobs.transition(job, "failed", *warnings, failed, error=error)
+        else:
+            queued = Event("message", "Files validated, moving job to queued state")
+            await self.jobs.transition(job, "queued", *warnings, queued)
+
+    async def _unless_cancelled(self, job: Job, work: asyncio.Future[Any]) -> Any:
+        """The result of `work`, or None when the job was cancelled meanwhile."""
+        rung = self.rung[job.id]
+        while not work.done():
+            waiter = asyncio.ensure_future(rung.wait())
+            await asyncio.wait([work, waiter], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+            rung.clear()
+            fresh = self.jobs.get(job.id)
+            if fresh is None or fresh.desired == "cancel" or fresh.status != job.status:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                if fresh:
+                    await self.settle_idle(fresh)
+                return None
+        return work.result()
+
+    async def _plan(self) -> None:
+        """Ask the scheduler, and start what it says."""
+        queued = [job for job in self.jobs.with_status("queued") if job.desired == "run" and job.id not in self.tasks]
+        if not queued:
+            return
+        running = self.jobs.with_status("running")
+        snapshot = Snapshot(
+            queued=tuple(QueuedJob(job.id, claim_of(job), job.seq, job.priority) for job in queued),
+            running=tuple(
+                RunningJob(job.id, claim_of(job), job.seq, job.priority, job.desired != "run") for job in running
+            ),
+            free=dict(self.allocator.free()),
+        )
+        plan = self.scheduler.plan(snapshot)
+        for job_id in plan.preempt:
+            await self.jobs.ask(job_id, "pause")
+            self.wake(job_id)
+        for job in queued:
+            if job.id in plan.start:
+                await self._start(job)
+            elif job.id not in self.waiting_told:
+                self.waiting_told.add(job.id)
+                await self.jobs.note(job.id, Event("message", "Waiting for a device"))
+
+    async def _start(self, job: Job) -> None:
+        """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
+        trainer = self.trainers[job.spec.trainer]
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                lease = await self.allocator.acquire(claim_of(job))
+        except TimeoutError:  # somebody else took the devices: plan again
+            return
+        except ArborError as error:
+            failed = JobError("insufficient_devices", str(error))
+            await self.jobs.transition(job, "failed", Event("message", failed.message, "error"), error=failed)
+            return
+        self.leases[job.id] = lease
+        self.waiting_told.discard(job.id)
+        started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
+        moved = await self.jobs.transition(
+            job, "running", started, attempt=job.attempt + 1, also=lambda db: keep_lease(db, lease)
+        )
+        fresh = self.jobs.get(job.id)
+        if not moved or fresh is None:
+            self.release(job.id)
+            return
+        self._spawn(fresh, self._launch(fresh, trainer, lease))
+
+    async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
+        try:
+            ref = await self.attempts.start(job, trainer, lease, self.bell)
+        except OSError as error:
+            log.exception("job %s: attempt %d did not start", job.id, job.attempt)
+            await self.attempts.not_started(job, error)
+            return
+        await note_ref(self.jobs, job, ref)
+        fresh = self.jobs.get(job.id)
+        if fresh:
+            await self._follow(fresh)
+
+    async def _follow(self, job: Job) -> None:
+        """Take an attempt's events as they come until it has ended, then settle the job."""
+        rung = self.rung[job.id]
+        told = "run"
+        while True:
+            rung.clear()
+            ended = self.attempts.exit(job)  # before the events: what is written before it is then all there
+            alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
+            if ended is None and not alive:
+                ended = self.attempts.exit(job)
+            job = await self.attempts.collect(self.jobs.get(job.id) or job)
+            if not alive:
+                await self.attempts.settle(job, ended)
+                return
+            if job.desired != told:
+                self.attempts.pass_on(job)
+                told = job.desired
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await rung.wait()
+                    await asyncio.sleep(GATHER_SECONDS)
+            except TimeoutError:
+                continue
+
+
+def claim_of(job: Job) -> Claim:
+    """What a job needs in order to train."""
+    return Claim(job.id, (Bundle("train", job.spec.devices),))

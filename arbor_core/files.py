@@ -1,0 +1,305 @@
+"""Uploaded files: bytes under `<storage>/files/<id>`, a row in the database, never one without the other.
+
+A file on its way in lives in `.incoming`; it is hashed and made durable, renamed to its id, and only then has a row. The
+client's file name is shown and never used as a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import shutil
+import sqlite3
+import time
+import unicodedata
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+
+from . import ids
+from .config import LimitsConfig
+from .errors import CLOSE, NO_RETRY, ApiError, not_found
+from .logs import sync_folder
+from .store import Store
+
+PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+"""What a client may upload a file for."""
+BATCH_BYTES = 1 << 20
+"""Bytes that go to the disk at once."""
+ORPHAN_SECONDS = 3600.0
+"""How old a file without a row must be before the sweep removes it."""
+
+
+class FileRow(msgspec.Struct, frozen=True):
+    """One row of `files`."""
+
+    id: str
+    seq: int
+    owner: str
+    purpose: str
+    filename: str
+    bytes: int
+    sha256: str
+    created_at: int
+    expires_at: int | None
+    status: Literal["processed", "error"]
+
+
+class Files:
+    """The files of one storage directory."""
+
+    def __init__(self, store: Store, root: Path, limits: LimitsConfig) -> None:
+        self.store, self.root, self.limits = store, root, limits
+        self.incoming_dir = root / ".incoming"
+        self._intact: dict[str, tuple[int, int, int]] = {}
+        self.incoming_dir.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what an earlier server left behind: unfinished uploads, and bytes that never got or lost their row."""
+        for left in self.incoming_dir.iterdir():
+            left.unlink()
+        kept = {row["id"] for row in self.store.read("SELECT id FROM files WHERE deleted=0")}
+        for path in self.root.iterdir():
+            if path.is_file() and path.name not in kept and path.stat().st_mtime < time.time() - ORPHAN_SECONDS:
+                path.unlink()
+
+    def incoming(self) -> Incoming:
+        """A place for a file on its way in: `async with files.incoming() as part`."""
+        return Incoming(self)
+
+    async def add_bytes(self, owner: str, filename: str, content: bytes, purpose: str) -> FileRow:
+        """Store a file that the server made."""
+        async with self.incoming() as part:
+            await part.write(content)
+            return await part.commit(owner, filename, purpose)
+
+    def get(self, id: str, owner: str) -> FileRow | None:
+        """A file of this owner that is neither deleted nor expired."""
+        row = self.store.one("SELECT * FROM files WHERE id=? AND owner=? AND deleted=0", id, owner)
+        found = decoded(row) if row else None
+        expired = found and found.expires_at is not None and found.expires_at <= time.time()
+        return None if expired and not self.in_use(id) else found
+
+    def path(self, id: str) -> Path:
+        """Where a file's bytes are."""
+        return self.root / id
+
+    def page(
+        self, owner: str, limit: int, after: int | None = None, *, purpose: str | None = None, ascending: bool = False
+    ) -> list[FileRow]:
+        """Files by arrival, newest first unless `ascending`, beyond `after` (a `seq`)."""
+        where, values = ["owner=?", "deleted=0", "(expires_at IS NULL OR expires_at>?)"], [owner, int(time.time())]
+        if after is not None:
+            where.append("seq>?" if ascending else "seq<?")
+            values.append(after)
+        if purpose is not None:
+            where.append("purpose=?")
+            values.append(purpose)
+        order = "ASC" if ascending else "DESC"
+        sql = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"
+        return [decoded(row) for row in self.store.read(sql, *values, limit)]
+
+    def seq(self, id: str, owner: str) -> int | None:
+        """Where a file stands in the list; that of a deleted file is still a valid cursor."""
+        row = self.store.one("SELECT seq FROM files WHERE id=? AND owner=?", id, owner)
+        return int(row[0]) if row else None
+
+    def in_use(self, id: str) -> bool:
+        """Whether a job that has not ended needs the file."""
+        return self.store.one(IN_USE, id, id) is not None
+
+    async def delete(self, id: str, owner: str) -> None:
+        """Forget a file.
+
+        Raises:
+            ApiError: there is no such file, or a job that has not ended needs it.
+        """
+
+        def mark(db: sqlite3.Connection) -> str | None:
+            row = db.execute("SELECT 1 FROM files WHERE id=? AND owner=? AND deleted=0", (id, owner)).fetchone()
+            if row is None:
+                raise not_found("file", id, "file_not_found")
+            if job := db.execute(IN_USE, (id, id)).fetchone():
+                return str(job[0])
+            db.execute("UPDATE files SET deleted=1 WHERE id=?", (id,))
+            return None
+
+        if job_id := await self.store.write(mark):
+            raise ApiError(400, f"File {id} is used by job {job_id}: cancel it, or wait for its end.", "file_in_use")
+        await asyncio.to_thread(self.path(id).unlink, missing_ok=True)
+
+    async def expire(self) -> None:
+        """Delete what has passed its `expires_at`, but not what a job needs."""
+        sql = "SELECT id, owner FROM files WHERE deleted=0 AND expires_at<=?"
+        for row in self.store.read(sql, int(time.time())):
+            if not self.in_use(row["id"]):
+                await self.delete(row["id"], row["owner"])
+
+    async def read(self, file: FileRow) -> AsyncIterator[bytes]:
+        """The bytes, in pieces. Call `check` before."""
+        handle = await asyncio.to_thread(self.path(file.id).open, "rb")
+        with handle:
+            while piece := await asyncio.to_thread(handle.read, BATCH_BYTES):
+                yield piece
+
+    async def check(self, file: FileRow) -> None:
+        """Make sure that the stored bytes are those that came. They are hashed once for every inode, size and time.
+
+        Raises:
+            ApiError: they are gone, or others; the file's status is `error` from then on.
+        """
+        path = self.path(file.id)
+        try:
+            stat = path.stat()
+            identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._intact.get(file.id) == identity:
+                return
+            intact = stat.st_size == file.bytes and await asyncio.to_thread(sha256, path) == file.sha256
+        except FileNotFoundError:
+            await self._mark_broken(file.id)
+            raise not_found("the content of file", file.id, "file_not_found") from None
+        if not intact:
+            await self._mark_broken(file.id)
+            message = f"The stored bytes of file {file.id} are not those that were uploaded. Upload the file again."
+            raise ApiError(500, message, "file_corrupted", headers=NO_RETRY)
+        self._intact[file.id] = identity
+
+    async def _mark_broken(self, id: str) -> None:
+        await self.store.write(lambda db: db.execute("UPDATE files SET status='error' WHERE id=?", (id,)))
+
+
+IN_USE = (
+    "SELECT id FROM jobs WHERE (training_file=? OR validation_file=?)"
+    " AND status NOT IN ('succeeded','failed','cancelled')"
+)
+
+
+class Incoming:
+    """One file on its way in. Hashing and writing happen on a thread, at most one batch behind the network.
+
+    Leaving the `async with` block without `commit` removes every trace.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.path = files.incoming_dir / f"{uuid.uuid4().hex}.part"
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+        self._batch: list[bytes] = []
+        self._batched = 0
+        self._writing: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.require_room(0)
+        self._file = self.path.open("xb", buffering=0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writing:
+            await asyncio.wait([self._writing])
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_room(str(error)) from error
+
+    def require_room(self, size: int) -> None:
+        """Refuse an upload of `size` bytes that is too large, or that would fill the disk.
+
+        Raises:
+            ApiError: 413 or 507.
+        """
+        if size > self.files.limits.upload_bytes:
+            limit = self.files.limits.upload_bytes
+            message = f"The file has more than {limit} bytes, the most this server takes (limits.upload_bytes)."
+            raise ApiError(413, message, "file_too_large", "file", CLOSE)
+        free = shutil.disk_usage(self.files.incoming_dir).free - size
+        if free < self.files.limits.free_bytes:
+            raise no_room(f"{self.files.limits.free_bytes} bytes must stay free (limits.free_bytes)")
+
+    async def write(self, chunk: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            ApiError: the file has become too large.
+        """
+        self.bytes += len(chunk)
+        if self.bytes > self.files.limits.upload_bytes:
+            self.require_room(self.bytes)
+        self._batch.append(chunk)
+        self._batched += len(chunk)
+        if self._batched >= BATCH_BYTES:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        if self._writing:
+            await self._writing
+        data, self._batch, self._batched = b"".join(self._batch), [], 0
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._store, data)
+
+    def _store(self, data: bytes) -> None:
+        self._hash.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    async def commit(self, owner: str, filename: str, purpose: str, lifetime: int | None = None) -> FileRow:
+        """Make the file durable and known under a new id; `lifetime` is in seconds."""
+        await self._flush()
+        if self._writing:
+            await self._writing
+        id, now = ids.new("file-"), int(time.time())
+        await asyncio.to_thread(self._settle, self.files.path(id))
+        values = {
+            "id": id,
+            "owner": owner,
+            "purpose": purpose,
+            "filename": display_name(filename),
+            "bytes": self.bytes,
+            "sha256": self._hash.hexdigest(),
+            "created_at": now,
+            "expires_at": None if lifetime is None else now + lifetime,
+            "status": "processed",
+        }
+        marks = ",".join(f":{name}" for name in values)
+
+        def insert(db: sqlite3.Connection) -> FileRow:
+            db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
+            return decoded(db.execute("SELECT * FROM files WHERE id=?", (id,)).fetchone())
+
+        return await self.files.store.write(insert)
+
+    def _settle(self, target: Path) -> None:
+        os.fsync(self._file.fileno())
+        self.path.rename(target)
+        sync_folder(target.parent)
+
+
+def decoded(row: sqlite3.Row) -> FileRow:
+    return msgspec.convert(dict(row), FileRow)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def no_room(reason: str) -> ApiError:
+    message = f"There is not enough disk space for this file: {reason}. Delete files that are no longer needed."
+    return ApiError(507, message, "insufficient_storage", headers=NO_RETRY | CLOSE)
+
+
+def display_name(name: str) -> str:
+    """A client's file name as it is shown: the last part of the path, composed (NFC), nothing invisible, 255 bytes."""
+    base = name.replace("\\", "/").rpartition("/")[2]
+    seen = "".join(c for c in unicodedata.normalize("NFC", base) if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    cut = seen.encode()[:255].decode(errors="ignore").strip()
+    return cut if cut.strip(".") else "upload"

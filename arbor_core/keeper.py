@@ -1,0 +1,135 @@
+"""The keeper: the small parent of an attempt's processes. It outlives the server and writes how the attempt ended.
+
+`python -m arbor_core.keeper <attempt dir>`, or a fork of the template. It runs in a session of its own, adopts whatever
+its worker leaves behind, ends all of it, and only then writes `exit.json`: who reads that file knows that no process
+of the attempt lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from .bell import ring
+from .logs import decode, replace
+from .types import Exit, Order
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+WAKE_SECONDS = 1.0
+WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
+
+
+def keep(attempt_dir: Path) -> int:
+    """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
+    order = decode((attempt_dir / "order.json").read_bytes(), Order)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
+    worker = os.fork()
+    if worker == 0:
+        _become_worker(attempt_dir, order)
+    with contextlib.suppress(OSError):  # the child does the same: whoever comes first
+        os.setpgid(worker, worker)
+    code = _wait(worker, order.grace)
+    _end_all(worker)
+    ended = Exit(code, time.time())
+    while True:
+        try:
+            replace(attempt_dir / "exit.json", msgspec.json.encode(ended))
+            break
+        except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
+            traceback.print_exc()
+            time.sleep(WAKE_SECONDS)
+    ring(order.bell, attempt_dir.parent.parent.name)
+    return code
+
+
+def _become_worker(attempt_dir: Path, order: Order) -> None:
+    """The child's side of the fork; never returns."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
+        if order.argv:
+            os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
+        from .worker import main
+
+        status = main(attempt_dir)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()  # into worker.log
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(worker: int, grace: float) -> int:
+    """Wait for the worker; SIGTERM is passed on, SIGKILL follows after `grace` seconds."""
+    deadline: float | None = None
+    while True:
+        got = signal.sigtimedwait(WAITED_FOR, WAKE_SECONDS)
+        if got and got.si_signo == signal.SIGTERM:
+            _kill(worker, signal.SIGTERM)
+            deadline = deadline or time.monotonic() + grace
+        if deadline and time.monotonic() > deadline:
+            _kill(worker, signal.SIGKILL)
+        for pid, status in _reaped():
+            if pid == worker:
+                return os.waitstatus_to_exitcode(status)
+
+
+def _reaped() -> Iterator[tuple[int, int]]:
+    """Children that have ended, with their wait status."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def _kill(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _end_all(worker: int) -> None:
+    """Kill what the worker left: its group, and descendants that changed their group and are now our children."""
+    _kill(worker, signal.SIGKILL)
+    while children := _children():
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+        list(_reaped())
+
+
+def _children() -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:  # not Linux: the group was all we could know
+        return []
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux's prctl; does nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(keep(Path(sys.argv[1])))

@@ -1,0 +1,206 @@
+"""The composition root: everything a server consists of, wired once, from its configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import importlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from . import config
+from .attempts import Attempts
+from .config import ServeConfig
+from .dispatcher import Dispatcher
+from .engines import Engines
+from .files import Files
+from .jobs import Jobs
+from .models import Models
+from .onlookers import Onlookers
+from .plugins import Plugins
+from .store import Store
+from .types import Allocator, AllocatorSettings, ArborError, Executor, ExecutorSettings, Trainer
+
+TICK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TrainerDefaults:
+    """A trainer and what its configuration is before a client says anything."""
+
+    trainer: Trainer
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Arbor:
+    """A server's parts."""
+
+    settings: ServeConfig
+    plugins: Plugins
+    trainers: Mapping[str, TrainerDefaults]
+    default_trainer: str | None
+    store: Store
+    jobs: Jobs
+    files: Files
+    models: Models
+    engines: Engines
+    allocator: Allocator
+    executor: Executor
+    onlookers: Onlookers
+    dispatcher: Dispatcher
+    lock: IO[str]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Dispatch jobs and look after engines; on the way out engines end and trainers go on."""
+        if self.default_trainer:
+            chosen = self.trainers[self.default_trainer].trainer
+            self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
+        tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.engines.close()
+            await self.executor.close()
+            self.onlookers.close()
+            self.store.close()
+            self.lock.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self.engines.tick()
+
+
+def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
+    """Wire a server together.
+
+    Raises:
+        ArborError: a name that no plugin brings, a device that is not there, a storage directory that cannot be used.
+    """
+    trainers = trainer_defaults(settings, plugins, default_trainer)
+    scheduler = plugins.get("schedulers", settings.scheduler)()
+    allocator = plugins.get("allocators", settings.allocator)(
+        AllocatorSettings(settings.gpu.train, settings.gpu.inference)
+    )
+    backend = plugins.get("inference_backends", settings.inference)()
+    root = settings.storage.absolute()
+    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.launcher, root / "run"))
+    engine_options = config.merged(config.defaults("inference", settings.inference), settings.engine)
+    lock = locked(root)
+    (root / "run").mkdir(exist_ok=True)
+    store = Store(root / "arbor.db")
+    jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
+    models = Models(store, settings.models, root)
+    slots = max(1, len(allocator.inventory().get("train", ())))
+    cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
+    onlookers = Onlookers(plugins)
+    released: list[Dispatcher] = []
+    attempts = Attempts(
+        jobs,
+        files,
+        executor,
+        onlookers,
+        root,
+        organization=settings.organization,
+        threads=cores,
+        launcher=settings.launcher,
+        accelerate_config=settings.accelerate_config,
+        max_crashes=settings.limits.attempts,
+        release=lambda job_id: released[0].release(job_id),
+    )
+    by_name = {name: entry.trainer for name, entry in trainers.items()}
+    dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
+    released.append(dispatcher)
+    engines = Engines(
+        backend,
+        allocator,
+        root / "engines",
+        options=engine_options,
+        threads=settings.threads or os.cpu_count() or 1,
+        idle_seconds=settings.limits.engine_idle_seconds,
+    )
+    return Arbor(
+        settings,
+        plugins,
+        trainers,
+        default_trainer,
+        store,
+        jobs,
+        files,
+        models,
+        engines,
+        allocator,
+        executor,
+        onlookers,
+        dispatcher,
+        lock,
+    )
+
+
+def trainer_defaults(
+    settings: ServeConfig, plugins: Plugins, default_trainer: str | None
+) -> dict[str, TrainerDefaults]:
+    """Every installed trainer with its YAML, under what the command line said of it; all of it type-checked.
+
+    Raises:
+        ConfigError: a value that the trainer's struct does not take.
+    """
+    found = {}
+    for name, trainer in plugins.all("trainers").items():
+        values = config.defaults("trainer", name)
+        where = f"trainers.{name}"
+        if name == default_trainer and settings.trainer:
+            values, where = settings.trainer, "trainer"
+        values = config.merged(values, settings.trainers.get(name, {}))
+        config.typed(values, trainer.config, where=where)
+        found[name] = TrainerDefaults(trainer, values)
+    for name in settings.trainers:
+        plugins.get("trainers", name)  # says which name is near
+    return found
+
+
+def locked(root: Path) -> IO[str]:
+    """Hold the storage directory, so that no second server works on it.
+
+    Raises:
+        ArborError: another server has it, or it cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / "lock").open("a+")
+    except OSError as error:
+        raise ArborError(f"cannot write to the storage directory {root}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise ArborError(f"the storage directory {root} is in use by another server (pid {holder})") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def tiny_model(folder: Path) -> None:
+    """Write the 1M-parameter base model that demos and tests use.
+
+    Raises:
+        ArborError: arbor-sft, which makes it, is not installed.
+    """
+    try:
+        tiny = importlib.import_module("arbor_sft.tiny")
+    except ModuleNotFoundError:
+        raise ArborError("the tiny model is made by arbor-sft, which is not installed: pip install arbor-sft") from None
+    tiny.make(folder)

@@ -1,0 +1,123 @@
+"""Reads a job's files row by row, before the job is queued: `python -m arbor_core.validate <job.json>`.
+
+A process of its own with limits on memory and time, because the rows are a stranger's. Says what it found as one JSON
+object on standard output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .data import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
+from .executor import clean_env
+from .logs import decode
+from .types import JobFailed
+from .worker import WorkOrder, imported
+
+MEMORY_BYTES = 4 << 30
+CPU_SECONDS = 3600
+
+
+class Report(msgspec.Struct):
+    """What the validator found."""
+
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+
+async def validate(job_json: Path, python: str) -> Report:
+    """Run the validator on a job's papers."""
+    process = await asyncio.create_subprocess_exec(
+        python,
+        "-m",
+        "arbor_core.validate",
+        str(job_json),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=clean_env(),
+    )
+    try:
+        output, errors = await process.communicate()
+    except asyncio.CancelledError:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        raise
+    if process.returncode == 0:
+        return msgspec.json.decode(output, type=Report)
+    said = errors.decode(errors="replace").strip().splitlines()
+    reason = said[-1] if said else f"it ended with status {process.returncode}"
+    return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
+
+
+def check(order: WorkOrder) -> Report:
+    """Check both files against what the trainer accepts."""
+    report = Report()
+    check_row: Callable[[dict[str, Any]], None] = imported(order.check_row)
+    files = [("training_file", order.training_file, order.min_rows)]
+    if order.validation_file:
+        files.append(("validation_file", order.validation_file, 1))
+    try:
+        for param, path, minimum in files:
+            report.rows[param] = check_file(path, param, check_row, report.warnings)
+            require_rows(report.rows[param], minimum, param)
+    except JobFailed as error:
+        report.error = {"code": error.code, "message": str(error), "param": error.param}
+    return report
+
+
+def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], None], warnings: list[str]) -> int:
+    """Count the rows of a file.
+
+    Raises:
+        JobFailed: `invalid_<param>` with the first `MAX_REPORTED` lines that cannot be used.
+    """
+    seen: Counter[str] = Counter()
+    first: dict[str, int] = {}
+
+    def warn(line: int, reason: str) -> None:
+        seen[reason] += 1
+        first.setdefault(reason, line)
+
+    count, faults = 0, []
+    for line, row in parse_lines(path, warn):
+        if isinstance(row, RowError):
+            faults.append(str(row))
+        else:
+            count += 1
+            try:
+                check_row(row)
+            except ValueError as error:
+                faults.append(str(RowError(line, str(error), excerpt(msgspec.json.encode(row)))))
+        if len(faults) >= MAX_REPORTED:
+            break
+    warnings += [f"{param}: {why} ({n} time(s), first at line {first[why]})" for why, n in seen.items()]
+    if faults:
+        more = f" (the first {MAX_REPORTED} are shown)" if len(faults) >= MAX_REPORTED else ""
+        raise JobFailed(
+            f"{len(faults)} line(s) of the {param.replace('_', ' ')} cannot be used{more}: " + "; ".join(faults),
+            code=f"invalid_{param}",
+            param=param,
+        )
+    return count
+
+
+def main(job_json: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    report = check(decode(job_json.read_bytes(), WorkOrder))
+    sys.stdout.write(msgspec.json.encode(report).decode())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
