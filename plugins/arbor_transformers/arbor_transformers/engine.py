@@ -1,0 +1,349 @@
+"""The generation loop: one thread that owns the model and advances every running sequence by a token a turn.
+
+Sequences wait in a queue, enter in groups of similar length, run side by side whatever their parameters and adapters,
+and leave one by one. When the cache is full the youngest go back to the queue and are computed again later.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from .batch import Batch, Prefill
+from .errors import ApiError, numerical, queue_full, stopping
+from .lora import Adapter
+from .sampler import History, Sampled, Sampling, sample
+from .text import Detokenizer, StopStrings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Token(NamedTuple):
+    """A generated token as it is reported. `offset` is where its text begins in the choice's text, in characters."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    offset: int
+
+
+class Delta(NamedTuple):
+    """What a sequence has produced since its last delta. `finish` or `error` end it."""
+
+    choice: int
+    text: str
+    tokens: list[Token]
+    finish: str | None = None
+    error: ApiError | None = None
+
+
+class Sink(Protocol):
+    """Where a request's deltas go."""
+
+    def put(self, delta: Delta) -> None: ...
+
+
+@dataclass(eq=False)
+class Generation:
+    """One sequence being generated: a choice of a request.
+
+    Args:
+        prompt: Token ids.
+        sampling: How to choose tokens.
+        choice: Its index in the answer.
+        max_tokens: Tokens after which it ends.
+        adapter: Whose weights it runs on, to its end.
+        sink: Receives its deltas.
+        streams: Whether it reports as it goes or once at the end.
+        text: Makes its text.
+        stops: Ends it.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    choice: int
+    max_tokens: int
+    adapter: Adapter | None
+    sink: Sink
+    streams: bool
+    text: Detokenizer
+    stops: StopStrings
+    tokens: list[int] = field(default_factory=list)
+    history: History | None = None
+    cancelled: bool = False
+    _text: str = ""
+    _unreported: list[Token] = field(default_factory=list)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of its tokens so far."""
+        return (*self.prompt, *self.tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def take(self, sampled: Sampled) -> Delta | None:
+        """Append a token; the delta to report now, if any."""
+        if not sampled.finite:
+            return Delta(self.choice, "", [], error=numerical())
+        self._unreported.append(Token(sampled.token, sampled.logprob, sampled.top, self.text.length))
+        self.tokens.append(sampled.token)
+        if self.history is not None:
+            self.history.add(sampled.token)
+        finish = self._extend(sampled.token)
+        if finish is None and not (self.streams and self._text):
+            return None
+        delta = Delta(self.choice, self._text, self._unreported, finish)
+        self._text, self._unreported = "", []
+        return delta
+
+    def _extend(self, token: int) -> str | None:
+        """Add the token's text; why the sequence ends with it, if it does."""
+        if token in self.sampling.stop_ids:
+            self._text += self.stops.add(self.text.flush(), armed=False)
+            return "stop"
+        self._text += self.stops.add(self.text.add(token), armed=len(self.tokens) >= self.sampling.min_tokens)
+        if self.stops.stopped:
+            return "stop"
+        if len(self.tokens) < self.max_tokens:
+            return None
+        self._text += self.stops.add(self.text.flush())
+        if self.stops.stopped:
+            return "stop"
+        self._text += self.stops.flush()
+        return "length"
+
+
+@dataclass
+class Entry:
+    """Sequences whose prompts are running: `picks[i]` is the prompt of `members[i]`."""
+
+    prefill: Prefill
+    members: list[Generation]
+    picks: list[int]
+
+
+class Engine:
+    """Runs generations on a batch in a thread of its own.
+
+    Args:
+        batch: The model's rows.
+        max_batch: Rows at once.
+        max_waiting: Sequences in the queue.
+        prefill_tokens: Prompt tokens that enter together.
+        deliver: Called from the engine's thread with each turn's deltas.
+        broken: Called when the device is lost and the process must end.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        max_batch: int,
+        max_waiting: int,
+        prefill_tokens: int,
+        deliver: Callable[[list[tuple[Sink, Delta]]], None],
+        broken: Callable[[], None],
+    ) -> None:
+        self.batch, self.max_batch, self.max_waiting, self.prefill_tokens = batch, max_batch, max_waiting, prefill_tokens
+        self.deliver, self.broken = deliver, broken
+        self.rows: list[Generation] = []
+        self.entry: Entry | None = None
+        self.queue: deque[Generation] = deque()
+        self.calls: deque[Callable[[], None]] = deque()
+        self.changed = threading.Condition()
+        self.ending = False
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def running(self) -> int:
+        entry = self.entry
+        return len(self.rows) + (len(entry.members) if entry else 0)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue the sequences of one request.
+
+        Raises:
+            ApiError: the queue is full, or the engine ends.
+        """
+        with self.changed:
+            if self.ending:
+                raise stopping()
+            if self.queue and len(self.queue) + len(generations) > self.max_waiting:
+                raise queue_full(len(self.queue))
+            self.queue.extend(generations)
+            self.changed.notify()
+
+    def cancel(self, generations: Sequence[Generation]) -> None:
+        """Let sequences leave at the next turn; nothing more is reported of them."""
+        with self.changed:
+            for generation in generations:
+                generation.cancelled = True
+            self.changed.notify()
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function between two turns."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self.changed:
+            self.calls.append(run)
+            self.changed.notify()
+        return future
+
+    def stop(self) -> None:
+        """End every sequence with an error, and the thread."""
+        with self.changed:
+            self.ending = True
+            self.changed.notify()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait():
+                while self.calls:
+                    self.calls.popleft()()
+                self._sweep()
+                self._enter()
+                self._step()
+        self._fail([*self.rows, *(self.entry.members if self.entry else []), *self.queue], stopping())
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False when it is to end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ending or self.queue or self.rows or self.entry or self.calls)
+            return not self.ending
+
+    def _sweep(self) -> None:
+        """Let cancelled sequences go."""
+        with self.changed:
+            if any(generation.cancelled for generation in self.queue):
+                self.queue = deque(generation for generation in self.queue if not generation.cancelled)
+        if self.entry and all(member.cancelled for member in self.entry.members):
+            self.entry = None
+        self._drop({row for row, generation in enumerate(self.rows) if generation.cancelled})
+
+    def _enter(self) -> None:
+        """Run the next chunk of the prompts that are entering, or choose some to enter."""
+        try:
+            if self.entry is None:
+                self.entry = self._choose()
+            if self.entry is None or not self.entry.prefill.advance():
+                return
+        except Exception as error:
+            members, self.entry = self.entry.members if self.entry else [], None
+            self._broke("running a prompt", members, error)
+            return
+        entry, self.entry = self.entry, None
+        staying = [(member, pick) for member, pick in zip(entry.members, entry.picks, strict=True) if not member.cancelled]
+        if not staying:
+            return
+        first = len(self.rows)
+        self.rows += [member for member, _ in staying]
+        try:
+            self._advance(first, self.batch.admit(entry.prefill, [pick for _, pick in staying]))
+        except Exception as error:
+            self._broke_all(error)
+
+    def _choose(self) -> Entry | None:
+        """Take sequences of similar length from the queue, the oldest first, as many as fit."""
+        with self.changed:
+            nearest = [self.queue[i] for i in range(min(len(self.queue), self.max_batch))]
+            alike = [one for one in nearest if self.batch.alike(nearest[0].length, one.length)]
+            alike = alike[: self.batch.fits([one.length + 1 for one in alike])]
+            members: list[Generation] = []
+            prompts: dict[tuple[Adapter | None, tuple[int, ...]], int] = {}
+            for one in alike:
+                key = (one.adapter, one.ids)
+                longest = max(one.length, *(len(ids) for _, ids in prompts)) if prompts else one.length
+                if prompts and key not in prompts and (len(prompts) + 1) * longest > self.prefill_tokens:
+                    break
+                prompts.setdefault(key, len(prompts))
+                members.append(one)
+            if not members:
+                return None
+            picks = [prompts[one.adapter, one.ids] for one in members]
+            taken = set(map(id, members))
+            self.queue = deque(one for one in self.queue if id(one) not in taken)
+        try:
+            prefill = self.batch.prefill([ids for _, ids in prompts], [adapter for adapter, _ in prompts])
+        except Exception as error:
+            self._broke("preparing a prompt", members, error)
+            return None
+        return Entry(prefill, members, picks)
+
+    def _step(self) -> None:
+        """Advance all rows by one token."""
+        try:
+            self._make_room()
+            if self.rows:
+                self._advance(0, self.batch.step([row.tokens[-1] for row in self.rows]))
+        except Exception as error:
+            self._broke_all(error)
+
+    def _make_room(self) -> None:
+        """Send the last rows back to the queue when the next tokens would not fit into the cache."""
+        surplus = self.batch.overflow()
+        if not surplus:
+            return
+        leaving = self.rows[-surplus:]
+        self._drop(set(range(len(self.rows) - surplus, len(self.rows))))
+        with self.changed:
+            self.queue.extendleft(reversed(leaving))
+
+    def _advance(self, first: int, logits: torch.Tensor) -> None:
+        """Choose the next token of the rows from `first` on, report, and let go of those that end."""
+        rows = self.rows[first:]
+        deltas: list[tuple[Sink, Delta]] = []
+        ended: set[int] = set()
+        for row, (generation, sampled) in enumerate(zip(rows, sample(logits, rows), strict=True), first):
+            delta = generation.take(sampled)
+            if delta is not None:
+                deltas.append((generation.sink, delta))
+                if delta.finish or delta.error:
+                    ended.add(row)
+        self._drop(ended)
+        if deltas:
+            self.deliver(deltas)
+
+    def _drop(self, rows: set[int]) -> None:
+        if rows:
+            self.rows = [self.rows[old] for old in self.batch.drop(rows)]
+
+    def _fail(self, generations: Sequence[Generation], error: ApiError) -> None:
+        self.deliver([(one.sink, Delta(one.choice, "", [], error=error)) for one in generations])
+
+    def _broke_all(self, error: Exception) -> None:
+        rows, self.rows = self.rows, []
+        self.batch.clear()
+        self._broke("generating", rows, error)
+
+    def _broke(self, doing: str, generations: Sequence[Generation], error: Exception) -> None:
+        """Fail the sequences that were in the call that failed; end the process if the device is lost with it."""
+        log.error("failed %s %d sequences", doing, len(generations), exc_info=error)
+        message = f"The engine failed while {doing} ({type(error).__name__}). Its log has the details."
+        self._fail(generations, ApiError(message, "engine_error", status=500))
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                log.exception("the GPU is lost to this process")
+                self.broken()

@@ -1,0 +1,178 @@
+"""Loading a model, and finding out how it can be batched."""
+
+import copy
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+from transformers.modeling_utils import PreTrainedModel
+
+from arbor_core import ArborError, Device
+
+from . import Options
+from .batch import Batch, EvenBatch, SlotBatch, even_forward
+from .lora import AdapterRows
+from .slots import COLUMNS, SlotForward
+
+log = logging.getLogger(__name__)
+UNBOUNDED = 32768
+"""Context of a model whose configuration names no limit."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to serve. Tokenizers are not for several threads at once, so each that needs one has its own."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_of_engine: PreTrainedTokenizerBase
+    tokenizer_of_answers: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    """Tokens that end an answer."""
+    vocabulary: int
+    """Rows of the embedding matrix: ids from there on do not exist."""
+    context: int
+
+
+def load(path: str, device: Device, options: Options) -> Loaded:
+    """Load weights (safetensors only) and tokenizer, never running code that comes with them.
+
+    Raises:
+        ArborError: what is at the path cannot be served; the message says why.
+    """
+    place = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
+    dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if place.type == "cuda" else "float32")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation=options.attention,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = model.to(place).eval().requires_grad_(False)
+    except Exception as error:
+        # The libraries raise nearly everything here; the process has nothing else to do.
+        log.debug("loading failed", exc_info=True)
+        raise ArborError(f"cannot load a model from {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ArborError(f"the weights in {path} lack {len(missing)} tensors of its model, {missing[0]} among them")
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_of_engine=copy.deepcopy(tokenizer),
+        tokenizer_of_answers=copy.deepcopy(tokenizer),
+        ends=ends_of(model, tokenizer),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        context=context_of(model, tokenizer),
+    )
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that the model's files call an end."""
+    ends: set[int] = set()
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        ends |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset(ends)
+
+
+def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model can look at."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None and tokenizer.model_max_length < 1 << 30:
+        limit = tokenizer.model_max_length
+    return int(limit or UNBOUNDED)
+
+
+def make_batch(loaded: Loaded, lora: AdapterRows, options: Options) -> tuple[Batch, int]:
+    """The best batch for this model, and the tokens that one sequence may have in it.
+
+    Raises:
+        ArborError: none gives the model's own logits.
+    """
+    model = loaded.model
+    cells = options.max_cached_tokens or cells_that_fit(model, options.max_batch * loaded.context)
+    cells = max(cells // COLUMNS * COLUMNS, COLUMNS)
+    even = EvenBatch(model, lora, options.max_batch, cells)
+    forward = slot_forward(model)
+    batches: list[Batch] = [even]
+    if forward is not None:
+        batches.insert(0, SlotBatch(forward, lora, options.max_batch, cells, options.prefill_tokens))
+    for batch in batches:
+        if proves(batch, model):
+            log.info("batching with %s, %d tokens cached at most", type(batch).__name__, cells)
+            return batch, min(loaded.context, cells - 1)
+    raise ArborError(f"the embedded engine cannot serve {type(model).__name__}: its cache gives other logits than none")
+
+
+def slot_forward(model: PreTrainedModel) -> SlotForward | None:
+    """How to run a model over slots; None where its layers keep something else than keys and values by position."""
+    config = model.config.get_text_config(decoder=True)
+    types, details = get_layer_types_and_kwargs(config)
+    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    # These stretch positions by the longest row of a batch: rows would depend on one another.
+    stretched = any(kind in str(scaling) for kind in ("'dynamic'", "'longrope'"))
+    windows = {detail["sliding_window"] for detail in details if "sliding_window" in detail}
+    if stretched or len(windows) > 1 or not set(types) <= {"full_attention", "sliding_attention"}:
+        return None
+    return SlotForward(model, types, next(iter(windows), None))
+
+
+@torch.inference_mode()
+def proves(batch: Batch, model: PreTrainedModel) -> bool:
+    """Whether a batch gives the logits that the model gives without any cache, on a few short sequences.
+
+    Runs prefill, admission beside a running row, decoding and dropping; leaves the batch empty.
+    """
+    spread = model.get_input_embeddings().weight.shape[0] - 1
+    prompts = [[(7 * i + 3 * row) % spread for i in range(9)] for row in range(2)]
+    try:
+        prefill = batch.prefill(prompts, [None, None])
+        while not prefill.advance():
+            pass
+        seen = [batch.admit(prefill, [0, 1, 1]), batch.step([1, 2, 3])]
+        order = batch.drop({0})
+        seen.append(batch.step([4] * len(order)))
+        batch.clear()
+        texts = [[*prompts[row > 0], row + 1, 4] for row in range(3)]
+        plain = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
+    except Exception:
+        log.info("%s does not run %s", type(batch).__name__, type(model).__name__, exc_info=True)
+        batch.clear()
+        return False
+    wanted = [plain[:, -3], plain[:, -2], plain[order, -1]]
+    return all(close(mine, theirs) for mine, theirs in zip(seen, wanted, strict=True))
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether logits agree as far as their number format lets them, relative to how far apart they lie."""
+    tolerance = 1e-3 if theirs.dtype == torch.float32 else 0.05
+    mine, theirs = mine.float(), theirs.float()
+    return bool((mine - theirs).norm() <= tolerance * theirs.norm())
+
+
+def cells_that_fit(model: PreTrainedModel, useful: int) -> int:
+    """Cached tokens for which there is memory: 60 % of the GPU's that is free, or a quarter of the machine's."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        even_forward(model, torch.zeros(1, COLUMNS, dtype=torch.long, device=model.device), cache, 0)
+    tensors = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    per_token = max(1, sum(tensor.nbytes for tensor in tensors) // COLUMNS)
+    return max(COLUMNS, min(useful, free_bytes(model.device) // per_token))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that the cache may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
