@@ -1,0 +1,115 @@
+"""Arbor without a GPU: a simulated trainer, engine and allocator behind the real routes, directories and events.
+
+`ARBOR_MOCK_GPU=1 arbor-serve` makes them the server's defaults. Light: the server imports this.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from arbor_core import (
+    AllocatorSettings,
+    ConfigError,
+    Device,
+    Engine,
+    EngineProcess,
+    EngineSpec,
+    InferenceBackend,
+    PoolAllocator,
+    Trainer,
+    hookimpl,
+)
+
+GPUS, SERVING = 4, 1
+"""Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
+GPU_BYTES = 80 << 30
+
+Seconds = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/trainer/mock.yaml`, typed; each key is explained there."""
+
+    n_epochs: Annotated[int, Meta(ge=1, le=50)] | Literal["auto"]
+    batch_size: Annotated[int, Meta(ge=1, le=256)] | Literal["auto"]
+    learning_rate_multiplier: Annotated[float, Meta(gt=0)] | Literal["auto"]
+    learning_rate: Annotated[float, Meta(gt=0)]
+    steps: Count | None
+    step_seconds: Seconds
+    checkpoint_steps: Count | None
+    fault: Literal["none", "fail", "crash", "hang", "lose_gpu", "bad_checkpoint"]
+    fault_step: Count
+    fault_times: Count
+
+
+class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/inference/mock.yaml`, typed; each key is explained there."""
+
+    context: Count
+    max_running: Count
+    max_waiting: Annotated[int, Meta(ge=0)]
+    load_seconds: Seconds
+    delay_seconds: Seconds
+    token_seconds: Seconds
+    load_error: str | None
+    die_after_tokens: Annotated[int, Meta(ge=0)] | None
+
+
+class MockBackend:
+    """Starts `python -m arbor_mock.engine`."""
+
+    async def start(self, spec: EngineSpec) -> Engine:
+        """See `arbor_core.InferenceBackend.start`."""
+        try:
+            msgspec.convert(spec.options, EngineOptions)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"inference engine 'mock': {error}", path="engine") from None
+        return await EngineProcess.start([sys.executable, "-m", "arbor_mock.engine"], {}, spec)
+
+
+def simulated_devices(settings: AllocatorSettings) -> PoolAllocator:
+    """An allocator of devices that are not there."""
+    train = settings.train if settings.train is not None else range(GPUS)
+    first = max(train, default=-1) + 1
+    serve = settings.inference if settings.inference is not None else range(first, first + SERVING)
+    return PoolAllocator(
+        {
+            pool: [Device(f"mock:{index}", "mock", index, GPU_BYTES) for index in indices]
+            for pool, indices in {"train": train, "engine": serve}.items()
+        }
+    )
+
+
+def simulating() -> bool:
+    """Whether ARBOR_MOCK_GPU asks for simulated devices in place of real ones."""
+    return os.environ.get("ARBOR_MOCK_GPU", "").lower() not in ("", "0", "false", "no")
+
+
+@hookimpl
+def arbor_trainers() -> Mapping[str, Trainer]:
+    # With real devices a job is mocked only if it asks for `mock`: never because nothing else is installed.
+    methods = ("supervised", "dpo", "reinforcement") if simulating() else ()
+    return {
+        "mock": Trainer(
+            config=MockConfig,
+            entry="arbor_mock.train:train",
+            methods=methods,
+            check_row="arbor_mock.rows:check_row",
+            preload=("arbor_mock.train",),
+        )
+    }
+
+
+@hookimpl
+def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocator]]:
+    return {"mock": simulated_devices}
+
+
+@hookimpl
+def arbor_inference_backends() -> Mapping[str, Callable[[], InferenceBackend]]:
+    return {"mock": MockBackend}

@@ -1,0 +1,125 @@
+"""What the simulated model says. Pure functions: a request's answer is known before its first token is sent."""
+
+import codecs
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_ASKED = re.compile(r"\[mock:([^\]]*)\]")
+FAULTS = (
+    "delay_seconds",
+    "token_seconds",
+    "die_after_tokens",
+    "fail_after_tokens",
+    "hang",
+    "full",
+    "status",
+    "logprob",
+)
+
+
+class BadFaultError(ValueError):
+    """A `[mock: ...]` line that says nothing."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One byte of an answer."""
+
+    id: int
+    text: str
+    """What this byte adds to the text: nothing until a character is complete."""
+    logprob: float
+    top: dict[int, float]
+    """Log-probabilities of the likeliest tokens, this one first."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What shapes an answer."""
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    top: int = 0
+    logprob: float | None = None
+
+
+@dataclass
+class Answer:
+    """One choice."""
+
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    """Without the stop string."""
+    finish_reason: str = "length"
+
+
+def asked_faults(text: str) -> dict[str, float]:
+    """What `[mock: key=value, ...]` in a prompt asks for.
+
+    Raises:
+        BadFaultError: an unknown key, or no number.
+    """
+    found: dict[str, float] = {}
+    for line in _ASKED.findall(text):
+        for pair in line.split(","):
+            key, _, value = (part.strip() for part in pair.partition("="))
+            if key not in FAULTS:
+                raise BadFaultError(f"'{key}' is none of {', '.join(FAULTS)}")
+            try:
+                found[key] = float(value)
+            except ValueError:
+                raise BadFaultError(f"{key}={value}: expected a number") from None
+    return found
+
+
+def answer(model: str, prompt: str, index: int, wanted: Sampling) -> Answer:
+    """Choice number `index` of the answer of `model` to `prompt`."""
+    numbers = random.Random(f"{model}/{wanted.seed}/{index}/{prompt}")
+    said = Answer()
+    decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
+    for byte in _bytes(prompt, numbers, wanted):
+        if len(said.tokens) == wanted.max_tokens:
+            return said
+        logprob = wanted.logprob if wanted.logprob is not None else -numbers.random()
+        piece = decode(bytes([byte]))
+        said.tokens.append(Token(byte, piece, logprob, _top(byte, logprob, wanted.top)))
+        said.text += piece
+        if (found := _first_stop(said.text, wanted.stop)) is not None:
+            said.text, said.finish_reason = said.text[:found], "stop"
+            return said
+    said.finish_reason = "stop"
+    return said
+
+
+def _bytes(prompt: str, numbers: random.Random, wanted: Sampling) -> Iterator[int]:
+    """The words of the prompt, permuted unless greedy; again and again while the end must not come."""
+    words = _ASKED.sub(" ", prompt).split() or ["mock"]
+    sent = 0
+    while sent == 0 or sent < wanted.min_tokens or wanted.ignore_eos:
+        if wanted.temperature > 0:
+            numbers.shuffle(words)
+        text = (" " if sent else "") + " ".join(words)
+        sent += len(text.encode())
+        yield from text.encode()
+
+
+def _top(byte: int, logprob: float, count: int) -> dict[int, float]:
+    """`count` likeliest tokens: the one that was sampled and its neighbours, each half as likely as the one before."""
+    return {(byte + rank) % 256: logprob - rank * math.log(2) for rank in range(count)}
+
+
+def _first_stop(text: str, stops: tuple[str, ...]) -> int | None:
+    """Where the earliest stop string begins; None while none is complete."""
+    return min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
+
+
+def spelled(token: int) -> str:
+    """A token as OpenAI shows it: text, or the byte where it is none by itself."""
+    return chr(token) if token < 128 else f"bytes:\\x{token:02x}"
