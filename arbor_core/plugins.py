@@ -86,7 +86,13 @@ class Plugins:
     def _collect(self, kind: str) -> dict[str, tuple[Any, str]]:
         found: dict[str, tuple[Any, str]] = {}
         for impl in getattr(self.manager.hook, f"arbor_{kind}").get_hookimpls():
-            for name, thing in impl.function().items():
+            try:
+                brought = dict(impl.function())
+            except Exception as error:  # a stranger's hook may raise anything
+                distribution = impl.plugin_name.partition(" ")[0]
+                self.broken[distribution] = f"{impl.plugin_name}: {type(error).__name__}: {error} (arbor_{kind})"
+                continue
+            for name, thing in brought.items():
                 if name in found:
                     owner = found[name][1]
                     raise ArborError(

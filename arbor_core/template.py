@@ -25,6 +25,7 @@ import msgspec
 
 from .bell import short
 from .keeper import keep
+from .logs import decode
 from .worker import imported
 
 PROOF_FAILED = 4
@@ -70,7 +71,7 @@ def serve(listener: socket.socket) -> None:
             with connection:
                 try:
                     line = connection.makefile("rb").readline()
-                    request = msgspec.json.decode(line, type=ForkRequest)
+                    request = decode(line, ForkRequest)
                     connection.sendall(str(fork(request, listener, connection)).encode() + b"\n")
                 except (OSError, msgspec.DecodeError):
                     traceback.print_exc()

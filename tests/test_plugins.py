@@ -1,0 +1,156 @@
+"""Finding, loading and looking up plugins."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from arbor_core import ArborError, Event, JobView, Trainer, hookspecs
+from arbor_core import plugins as loading
+from arbor_core.onlookers import Onlookers
+
+ANY = Trainer(config=msgspec.Struct, entry="x:y")
+HOOKS = [name for name in vars(hookspecs) if name.startswith("arbor_")]
+
+
+def test_hook_arbor_trainers_are_found_by_name(plugins, plugin):
+    plugin("acme 1.0", arbor_trainers=lambda: {"acme": ANY})
+    assert plugins.get("trainers", "acme") is ANY
+    assert plugins.owner("trainers", "acme") == "acme 1.0"
+
+
+@pytest.mark.parametrize("kind", ["schedulers", "allocators", "executors", "inference_backends"])
+def test_hook_arbor_schedulers_allocators_executors_inference_backends(plugins, plugin, kind):
+    made = object()
+    plugin("acme 1.0", **{f"arbor_{kind}": lambda: {"mine": lambda: made}})
+    assert plugins.get(kind, "mine")() is made
+
+
+def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
+    seen = []
+
+    def bad(job, event):
+        raise RuntimeError("mine")
+
+    plugin("bad 1.0", arbor_job_event=bad)
+    plugin("good 1.0", arbor_job_event=lambda event: seen.append(event.step))
+    onlookers = Onlookers(plugins)
+    view = JobView("ftjob-1", "mock", "m", "running")
+    for step in range(3):
+        onlookers.tell(view, Event("metrics", step=step))
+    onlookers.close()
+    while not onlookers.queue.empty():
+        pass
+    assert seen == [0, 1, 2]
+
+
+def test_a_plugin_that_hangs_loses_events_but_stops_nobody(plugins, plugin, monkeypatch):
+    import threading
+
+    monkeypatch.setattr("arbor_core.onlookers.CAPACITY", 4)
+    held = threading.Event()
+    plugin("slow 1.0", arbor_job_event=lambda job: held.wait())
+    onlookers = Onlookers(plugins)
+    for step in range(50):
+        onlookers.tell(JobView("ftjob-1", "mock", "m", "running"), Event("metrics", step=step))
+    assert onlookers.dropped >= 40
+    held.set()
+
+
+def test_two_plugins_may_not_bring_one_name(plugins, plugin):
+    plugin("acme 1.0", arbor_trainers=lambda: {"grpo": ANY})
+    plugin("other 2.0", arbor_trainers=lambda: {"grpo": ANY})
+    with pytest.raises(ArborError, match=r"'grpo' is brought by (acme 1.0|other 2.0) and by (other 2.0|acme 1.0)"):
+        plugins.all("trainers")
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [("acmee", "did you mean 'acme'"), ("dpo", "pip install arbor-dpo"), ("zzz", "installed: acme")],
+)
+def test_an_unknown_name_says_what_to_do(plugins, plugin, asked, says):
+    plugin("acme 1.0", arbor_trainers=lambda: {"acme": ANY})
+    with pytest.raises(ArborError, match=says):
+        plugins.get("trainers", asked)
+
+
+def test_a_method_finds_its_trainer_the_preferred_one_first(plugins, plugin):
+    one, two = (Trainer(config=msgspec.Struct, entry="x:y", methods=("supervised",)) for _ in range(2))
+    plugin("acme 1.0", arbor_trainers=lambda: {"one": one, "two": two})
+    assert plugins.trainer_for("supervised") == "one"
+    assert plugins.trainer_for("supervised", preferred="two") == "two"
+    assert plugins.trainer_for("two") == "two"
+    with pytest.raises(ArborError, match="pip install arbor-dpo"):
+        plugins.trainer_for("dpo")
+
+
+def write_plugin(folder: Path, name: str, code: str) -> None:
+    """An installed distribution, made by hand."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[arbor]\n{name} = {name}\n")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    yield tmp_path
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        ("raise SystemError('dead')", "SystemError: dead"),
+        ("import arbor_core\n@arbor_core.hookimpl\ndef arbor_trainer(): return {}", "arbor_trainer"),
+        ("import arbor_core\n@arbor_core.hookimpl\ndef arbor_routes(wrong): return []", "wrong"),
+    ],
+)
+def test_a_broken_plugin_is_shown_and_stops_nobody(site, code, reason):
+    write_plugin(site, "acme_broken", code)
+    loaded = loading.load()
+    assert reason in loaded.broken["acme-broken"]
+    assert "fifo" in loaded.all("schedulers")
+
+
+def test_a_hook_that_raises_when_asked_is_a_broken_plugin(site):
+    write_plugin(site, "acme_late", "import arbor_core\n@arbor_core.hookimpl\ndef arbor_trainers(): return 1 / 0")
+    loaded = loading.load()
+    assert "ZeroDivisionError" in loaded.broken["acme-late"]
+    assert "fifo" in loaded.all("schedulers")
+
+
+def test_a_disabled_plugin_is_not_imported(site):
+    write_plugin(site, "acme_off", "raise SystemError('imported')")
+    assert loading.load(["acme_off"]).broken.keys() == loading.load(["acme-off"]).broken.keys()
+    assert "acme-off" not in loading.load(["acme-off"]).broken
+    with pytest.raises(ArborError, match="no plugin called nothing"):
+        loading.load(["nothing"])
+
+
+def test_every_hook_says_what_it_is_for():
+    assert len(HOOKS) == 7
+    for name in HOOKS:
+        assert len(getattr(hookspecs, name).__doc__) > 40
+
+
+def test_every_hook_has_a_test():
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for name in HOOKS:
+        kind = name.removeprefix("arbor_")
+        assert f"test_hook_{name}" in tests or (f"_{kind}" in tests and "test_hook_" in tests), name
+
+
+def test_loading_every_plugin_imports_no_deep_learning_library():
+    heavy = "torch transformers trl peft vllm accelerate deepspeed".split()
+    code = "import sys; from arbor_core import plugins; plugins.load().all('trainers'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(heavy) & set(loaded)
