@@ -1,7 +1,7 @@
 """Uploaded files: bytes under `<storage>/files/<id>`, a row in the database, never one without the other.
 
-A file on its way in lives in `.incoming`; it is hashed and made durable, renamed to its id, and only then has a row. The
-client's file name is shown and never used as a path.
+A file on its way in lives in `.incoming`; it is hashed and made durable, renamed to its id, and only then has a row.
+The client's file name is shown and never used as a path.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Files:
             where.append("purpose=?")
             values.append(purpose)
         order = "ASC" if ascending else "DESC"
-        sql = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"
+        sql = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"  # noqa: S608 - our words
         return [decoded(row) for row in self.store.read(sql, *values, limit)]
 
     def seq(self, id: str, owner: str) -> int | None:
@@ -256,10 +256,10 @@ class Incoming:
         await self._flush()
         if self._writing:
             await self._writing
-        id, now = ids.new("file-"), int(time.time())
-        await asyncio.to_thread(self._settle, self.files.path(id))
+        file_id, now = ids.new("file-"), int(time.time())
+        await asyncio.to_thread(self._settle, self.files.path(file_id))
         values = {
-            "id": id,
+            "id": file_id,
             "owner": owner,
             "purpose": purpose,
             "filename": display_name(filename),
@@ -273,7 +273,7 @@ class Incoming:
 
         def insert(db: sqlite3.Connection) -> FileRow:
             db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
-            return decoded(db.execute("SELECT * FROM files WHERE id=?", (id,)).fetchone())
+            return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
 
         return await self.files.store.write(insert)
 
@@ -300,6 +300,8 @@ def no_room(reason: str) -> ApiError:
 def display_name(name: str) -> str:
     """A client's file name as it is shown: the last part of the path, composed (NFC), nothing invisible, 255 bytes."""
     base = name.replace("\\", "/").rpartition("/")[2]
-    seen = "".join(c for c in unicodedata.normalize("NFC", base) if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    seen = "".join(
+        c for c in unicodedata.normalize("NFC", base) if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
     cut = seen.encode()[:255].decode(errors="ignore").strip()
     return cut if cut.strip(".") else "upload"

@@ -281,6 +281,11 @@ class Jobs:
         sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
         return [decoded_event(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
 
+    def events_after(self, job_id: str, seq: int) -> list[EventRow]:
+        """Events oldest first, newer than `seq`."""
+        sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq"
+        return [decoded_event(row) for row in self.store.read(sql, job_id, seq)]
+
     def event_seq(self, job_id: str, event_id: str) -> int | None:
         """Where an event of the job stands."""
         row = self.store.one("SELECT seq FROM events WHERE id=? AND job_id=?", event_id, job_id)

@@ -63,11 +63,11 @@ class Models:
     """The models that one server knows.
 
     Args:
-        jobs: Directory of the jobs' directories, where checkpoints are.
+        root: The storage directory; checkpoints are under `jobs/<id>/checkpoints` in it.
     """
 
-    def __init__(self, store: Store, config: ModelsConfig, jobs: Path) -> None:
-        self.store, self.config, self.jobs = store, config, jobs
+    def __init__(self, store: Store, config: ModelsConfig, root: Path) -> None:
+        self.store, self.config, self.root = store, config, root
 
     @staticmethod
     def strip(name: str) -> str:
@@ -117,7 +117,9 @@ class Models:
         if (made := self.made(name, owner)) is None:
             return self.base(name)
         if made.kind == "adapter":
-            message = f"Model '{name}' is an adapter, and adapters cannot be trained further: use its base, '{made.base}'."
+            message = (
+                f"Model '{name}' is an adapter, and adapters cannot be trained further: use its base, '{made.base}'."
+            )
             raise ApiError(400, message, "unsupported_model", "model")
         return made.path
 
@@ -137,8 +139,10 @@ class Models:
             name,
             owner,
         )
-        path = row and self.jobs / row["job_id"] / "checkpoints" / row["dir"]
-        if row is None or path is None or not path.is_dir():
+        if row is None:
+            return None
+        path = self.root / "jobs" / row["job_id"] / "checkpoints" / row["dir"]
+        if not path.is_dir():
             return None
         spec = msgspec.json.decode(row["spec"])
         kind: Kind = "adapter" if (path / "adapter_config.json").is_file() else "full"
@@ -177,9 +181,7 @@ class Models:
         """
 
         def mark(db: sqlite3.Connection) -> str | None:
-            row = db.execute(
-                "SELECT path FROM models WHERE name=? AND owner=? AND deleted=0", (name, owner)
-            ).fetchone()
+            row = db.execute("SELECT path FROM models WHERE name=? AND owner=? AND deleted=0", (name, owner)).fetchone()
             if row is None:
                 return "not a model of its own"
             user = db.execute(

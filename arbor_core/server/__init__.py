@@ -1,0 +1,1 @@
+"""The HTTP server: one file per resource of the API."""

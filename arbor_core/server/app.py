@@ -1,0 +1,57 @@
+"""The application: routes, errors, keys and request ids put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.types import Message, Scope
+
+from arbor_core.system import Arbor
+
+from . import about, document, files, fine_tuning, models
+from .auth import guard, owner
+from .errors import HANDLERS, request_id
+from .services import ServerServices
+
+ROOMS = (about, files, fine_tuning, models, document)
+
+
+def create_app(arbor: Arbor) -> Litestar:
+    """The ASGI application that serves one Arbor."""
+
+    def the_arbor() -> Arbor:
+        return arbor
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        async with arbor.running():
+            yield
+
+    return Litestar(
+        route_handlers=[*(route for room in ROOMS for route in room.ROUTES), *plugin_routes(arbor)],
+        dependencies={"arbor": Provide(the_arbor, sync_to_thread=False), "owner": Provide(owner)},
+        exception_handlers=HANDLERS,
+        guards=[guard(arbor.settings.auth.keys)],
+        lifespan=[lifespan],
+        before_send=[add_request_id],
+        request_max_body_size=arbor.settings.limits.json_bytes,
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def plugin_routes(arbor: Arbor) -> list[Any]:
+    """The route handlers that plugins bring."""
+    services = ServerServices(arbor)
+    return [route for routes in arbor.plugins.manager.hook.arbor_routes(services=services) for route in routes]
+
+
+async def add_request_id(message: Message, scope: Scope) -> None:
+    """Name the request in its response, whatever the response is."""
+    if message["type"] == "http.response.start":
+        headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+        message["headers"] = [*headers, (b"x-request-id", request_id(scope).encode())]

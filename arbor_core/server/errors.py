@@ -1,0 +1,113 @@
+"""Every error leaves in OpenAI's envelope, with all four keys, whatever raised it."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.types import ExceptionHandlersMap, Scope
+
+from arbor_core import ids
+from arbor_core.errors import CLOSE, NO_RETRY, ApiError, not_found
+from arbor_core.types import ArborError, ConfigError
+
+__all__ = ["CLOSE", "HANDLERS", "NO_RETRY", "ApiError", "envelope", "not_found", "request_id", "response"]
+
+log = logging.getLogger(__name__)
+PATH_CHARS = 200
+KINDS = {429: "rate_limit_error"}
+"""`type` of an error, where it is not one of the two that most are."""
+
+
+class ErrorBody(msgspec.Struct):
+    """OpenAI's `Error` object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(msgspec.Struct):
+    """The envelope."""
+
+    error: ErrorBody
+
+
+def envelope(error: ApiError) -> bytes:
+    """The JSON of an error; also what a stream sends when it cannot go on."""
+    kind = "server_error" if error.status >= 500 else KINDS.get(error.status, "invalid_request_error")
+    return msgspec.json.encode(Error(ErrorBody(str(error), kind, error.param, error.code)))
+
+
+def response(error: ApiError) -> Response[bytes]:
+    """The HTTP answer to a request that failed."""
+    return Response(envelope(error), status_code=error.status, headers=error.headers, media_type="application/json")
+
+
+def request_id(scope: Scope) -> str:
+    """The id of a request: in the `x-request-id` header of its response, and in the log."""
+    state: dict[str, Any] = scope["state"]
+    return str(state.get("request_id") or state.setdefault("request_id", ids.new("req_")))
+
+
+def _api(request: Request[Any, Any, Any], error: ApiError) -> Response[bytes]:
+    return response(error)
+
+
+def _config(request: Request[Any, Any, Any], error: ConfigError) -> Response[bytes]:
+    return response(ApiError(400, str(error), error.code, error.path))
+
+
+def _arbor(request: Request[Any, Any, Any], error: ArborError) -> Response[bytes]:
+    return response(ApiError(400, str(error), "invalid_request"))
+
+
+def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """What Litestar raises itself: no such route, wrong method, body too large, a plugin route's parameters."""
+    where = f"{request.method} {request.scope['path'][:PATH_CHARS]}"
+    status, headers = error.status_code, dict(error.headers or {})
+    if status == 404:
+        found = ApiError(404, f"Unknown request URL: {where}. The routes are at /docs.", "unknown_url")
+    elif status == 405:
+        allowed = headers.get("allow", "other methods")
+        message = f"Not allowed to {where}; this URL answers to {allowed}."
+        found = ApiError(405, message, "method_not_allowed", headers=headers)
+    elif status == 413:
+        message = "The request body is too large (limits.json_bytes)."
+        found = ApiError(413, message, "request_too_large", headers=CLOSE)
+    elif status >= 500:
+        return _unknown(request, error)
+    else:
+        found = ApiError(status, error.detail, "invalid_request", headers=headers)
+    return response(found)
+
+
+def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> Response[bytes]:
+    """A database that somebody else holds: nothing was written, so the request may come again."""
+    if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+        return _unknown(request, error)
+    message = "The database is busy. Try again in a moment."
+    return response(ApiError(503, message, "database_busy", headers={"retry-after": "2"}))
+
+
+def _unknown(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """A fault of ours: the whole story into the log, its id to the client. Repeating the request would not help."""
+    name = request_id(request.scope)
+    log.error("%s %s %s failed", name, request.method, request.scope["path"], exc_info=error)
+    message = f"The server had an error while it worked on your request. Its log has more under {name}."
+    return response(ApiError(500, message, "internal_error", headers=NO_RETRY))
+
+
+HANDLERS: ExceptionHandlersMap = {
+    ApiError: _api,
+    ConfigError: _config,
+    ArborError: _arbor,
+    HTTPException: _http,
+    sqlite3.OperationalError: _busy,
+    Exception: _unknown,
+}

@@ -1,0 +1,91 @@
+"""/v1/files."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from litestar import delete, get, post
+from litestar.response import Stream
+
+from arbor_core.files import FileRow
+from arbor_core.system import Arbor
+
+from . import wire
+from .document import described
+from .errors import not_found
+from .request import AnyRequest, bad_cursor, plausible, query
+from .upload import FORM, receive
+
+
+@post(
+    "/v1/files",
+    operation_id="createFile",
+    status_code=200,
+    request_max_body_size=None,
+    opt=described("Upload a file; it is written to disk as it comes.", form=FORM),
+)
+async def create_file(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FileObject:
+    await arbor.files.expire()
+    return wire.file_object(await receive(request, arbor.files, owner))
+
+
+@get(
+    "/v1/files",
+    operation_id="listFiles",
+    opt=described("List files, newest first.", query=wire.FilePage),
+)
+async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FileList:
+    page = query(request, wire.FilePage)
+    after = arbor.files.seq(page.after, owner) if page.after is not None else None
+    if page.after is not None and after is None:
+        raise bad_cursor(page.after)
+    await arbor.files.expire()
+    rows = arbor.files.page(owner, page.limit + 1, after, purpose=page.purpose, ascending=page.order == "asc")
+    data = [wire.file_object(row) for row in rows[: page.limit]]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return wire.FileList(data, first, last, has_more=len(rows) > page.limit)
+
+
+@get("/v1/files/{file_id:str}", operation_id="retrieveFile", opt=described("Retrieve a file's description."))
+async def retrieve_file(file_id: str, arbor: Arbor, owner: str) -> wire.FileObject:
+    return wire.file_object(found(arbor, file_id, owner))
+
+
+@delete("/v1/files/{file_id:str}", operation_id="deleteFile", status_code=200, opt=described("Delete a file."))
+async def delete_file(file_id: str, arbor: Arbor, owner: str) -> wire.Deleted:
+    file = found(arbor, file_id, owner)
+    await arbor.files.delete(file.id, owner)
+    return wire.Deleted(file.id, "file")
+
+
+@get(
+    "/v1/files/{file_id:str}/content",
+    operation_id="downloadFile",
+    opt=described("Download a file.", content="application/octet-stream"),
+)
+async def download_file(file_id: str, arbor: Arbor, owner: str) -> Stream:
+    file = found(arbor, file_id, owner)
+    await arbor.files.check(file)
+    ascii_name = "".join(c if c.isascii() and c.isprintable() and c not in '"\\%' else "_" for c in file.filename)
+    disposition = f"attachment; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(file.filename, safe='')}"
+    headers = {
+        "content-disposition": disposition,
+        "content-length": str(file.bytes),
+        "x-content-type-options": "nosniff",
+    }
+    return Stream(arbor.files.read(file), headers=headers, media_type="application/octet-stream")
+
+
+def found(arbor: Arbor, file_id: str, owner: str) -> FileRow:
+    """A file of the caller's.
+
+    Raises:
+        ApiError: 404.
+    """
+    file = arbor.files.get(plausible(file_id, "file", "file_not_found"), owner)
+    if file is None:
+        raise not_found("file", file_id, "file_not_found")
+    return file
+
+
+ROUTES = [create_file, list_files, retrieve_file, delete_file, download_file]

@@ -1,0 +1,48 @@
+"""/v1/models. A model's name may have slashes, raw or as %2F."""
+
+from __future__ import annotations
+
+from litestar import delete, get
+
+from arbor_core.models import unknown
+from arbor_core.system import Arbor
+
+from . import wire
+from .document import described
+
+MODEL = "/v1/models/{model:path}"
+
+
+@get("/v1/models", operation_id="listModels", opt=described("List the models that answer here."))
+async def list_models(arbor: Arbor, owner: str) -> wire.ModelList:
+    organization = arbor.settings.organization
+    return wire.ModelList([wire.model_object(model, organization) for model in arbor.models.list(owner)])
+
+
+@get(MODEL, operation_id="retrieveModel", opt=described("Retrieve a model's description."))
+async def retrieve_model(model: str, arbor: Arbor, owner: str) -> wire.Model:
+    found = arbor.models.get(named(model), owner)
+    return wire.model_object(found, arbor.settings.organization)
+
+
+@delete(MODEL, operation_id="deleteModel", status_code=200, opt=described("Delete a fine-tuned model."))
+async def delete_model(model: str, arbor: Arbor, owner: str) -> wire.Deleted:
+    name = named(model)
+    await arbor.models.delete(name, owner)
+    await arbor.engines.forget(name)
+    return wire.Deleted(name, "model")
+
+
+def named(path: str) -> str:
+    """The model's name in a path.
+
+    Raises:
+        ApiError: 404: no model is called that.
+    """
+    name = path.removeprefix("/")
+    if not 0 < len(name) <= 512 or not name.isascii() or not name.isprintable():
+        raise unknown(name)
+    return name
+
+
+ROUTES = [list_models, retrieve_model, delete_model]

@@ -1,0 +1,95 @@
+"""Reading requests: JSON bodies, query strings and ids, each mistake with OpenAI's code and the path of the field."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+
+from arbor_core import ids
+from arbor_core.config import typed
+from arbor_core.types import ConfigError
+
+from .errors import ApiError, not_found
+
+T = TypeVar("T")
+AnyRequest = Request[Any, Any, Any]
+MAX_PAGE = 1000
+"""Most objects on a page, where OpenAI does not say another number."""
+
+
+async def body(request: AnyRequest, type_: type[T]) -> T:
+    """A JSON body as a struct. Litestar has bounded its size (`limits.json_bytes`).
+
+    Raises:
+        ApiError: `invalid_json`: it is not a JSON object.
+        ConfigError: a field is unknown, missing or of the wrong type; becomes a 400 with the field's path.
+    """
+    return typed(decoded(await request.body()), type_, "")
+
+
+def decoded(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`.
+
+    Raises:
+        ApiError: there is none.
+    """
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error) if raw else "it is empty"
+        raise _not_json(reason) from None
+    if not isinstance(value, dict):
+        raise _not_json(f"expected an object, got {'null' if value is None else type(value).__name__}")
+    return value
+
+
+def _not_json(reason: str) -> ApiError:
+    message = f"We could not parse the JSON body of your request: {reason}. The body must be one JSON object."
+    return ApiError(400, message, "invalid_json")
+
+
+def query(request: AnyRequest, type_: type[T]) -> T:
+    """The query string as a struct; what the struct does not know is ignored.
+
+    Raises:
+        ConfigError: a value is out of bounds or not a number; becomes a 400 with the parameter's name.
+    """
+    values = {name: value for name, value in request.query_params.items() if value != ""}
+    try:
+        return msgspec.convert(values, type_, strict=False)
+    except msgspec.ValidationError:
+        pass
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    for name in fields.keys() & values.keys():
+        if reason := _fault(values[name], fields[name]):
+            code = "integer_above_max_value" if "<=" in reason else "invalid_value"
+            shown = f"Invalid '{name}': {reason}, got '{values[name][:80]}'."
+            raise ConfigError(shown, path=name, code=code)
+    raise AssertionError(f"msgspec refused {values} as {type_}, but none of its fields")
+
+
+def _fault(value: Any, type_: Any) -> str | None:
+    try:
+        msgspec.convert(value, type_, strict=False)
+    except msgspec.ValidationError as error:
+        return str(error).partition(", got")[0]
+    return None
+
+
+def plausible(id: str, what: str, code: str = "not_found", param: str | None = "id") -> str:
+    """An id that may be looked up.
+
+    Raises:
+        ApiError: 404: nothing of ours looks like that.
+    """
+    if not ids.plausible(id):
+        raise not_found(what, id, code, param)
+    return id
+
+
+def bad_cursor(after: str) -> ApiError:
+    """An `after` that is not on the list: answering the first page again would send a client round for ever."""
+    message = f"Invalid 'after': there is no object '{after[:80]}' in this list."
+    return ApiError(400, message, "invalid_cursor", "after")

@@ -1,0 +1,219 @@
+"""From the body of `POST /v1/fine_tuning/jobs` to a job: what was asked for is checked, completed and written down."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from . import ids
+from .config import merged, typed
+from .errors import ApiError
+from .jobs import JobSpec, NewJob
+from .types import ArborError, ConfigError
+
+if TYPE_CHECKING:
+    from .system import Arbor
+
+METHODS = ("supervised", "dpo", "reinforcement")
+"""OpenAI's words for `method.type`; a trainer's own name is one too."""
+SHOWN = ("n_epochs", "batch_size", "learning_rate_multiplier")
+"""Hyperparameters that a job shows even when its author did not set them."""
+MAX_SEED = 2_147_483_647
+_SUFFIX = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class Wandb(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Where Weights & Biases shows the job."""
+
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+class Integration(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+Method = Annotated[
+    dict[str, Any],
+    Meta(
+        extra_json_schema={
+            "required": ["type"],
+            "properties": {
+                "type": {"type": "string", "description": f"{', '.join(METHODS)}, or the name of a trainer."},
+                **{name: {"type": "object", "properties": {"hyperparameters": {"type": "object"}}} for name in METHODS},
+            },
+        }
+    ),
+]
+
+
+class CreateFineTuningJobRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body. `num_gpus` is Arbor's own."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    method: Method | None = None
+    hyperparameters: dict[str, Any] | None = None
+    suffix: str | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    metadata: Metadata | None = None
+    integrations: Annotated[list[Integration], Meta(max_length=5)] | None = None
+    num_gpus: Annotated[int, Meta(ge=1)] = 1
+
+
+def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple[NewJob, list[str]]:
+    """The job that is asked for, and what its author should be warned of.
+
+    Raises:
+        ApiError, ConfigError: saying which field is wrong, and how.
+    """
+    method, trainer = chosen(arbor, body)
+    given, where = hyperparameters_of(body, method)
+    config = configured(arbor, trainer, given, where)
+    check_suffix(body.suffix)
+    model_path = arbor.models.trainable(body.model, owner)
+    check_file(arbor, body.training_file, owner, "training_file")
+    if body.validation_file is not None:
+        check_file(arbor, body.validation_file, owner, "validation_file")
+    check_room(arbor, body.num_gpus)
+    spec = JobSpec(
+        trainer=trainer,
+        method=method,
+        config=config,
+        model=body.model,
+        model_path=model_path,
+        seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
+        suffix=body.suffix,
+        integrations=None if body.integrations is None else msgspec.to_builtins(body.integrations),
+        devices=body.num_gpus,
+    )
+    shown = {name: config[name] for name in SHOWN if name in config} | given
+    job = NewJob(owner, body.training_file, body.validation_file, body.metadata, shown, spec)
+    return job, list(warnings(body))
+
+
+def chosen(arbor: Arbor, body: CreateFineTuningJobRequest) -> tuple[str, str]:
+    """The method (OpenAI's word, or a trainer's name) and the trainer that answers to it."""
+    preferred = arbor.default_trainer
+    if body.method is None:
+        methods = arbor.trainers[preferred].trainer.methods if preferred else ("supervised",)
+        method = methods[0] if methods else str(preferred)
+    elif isinstance(given := body.method.get("type"), str):
+        method = given
+    else:
+        code = "invalid_type" if "type" in body.method else "missing_required_parameter"
+        raise ApiError(400, f"'method.type' must be one of {', '.join(METHODS)}.", code, "method.type")
+    try:
+        trainer = arbor.plugins.trainer_for(method, preferred)
+    except ArborError as error:
+        code = "method_not_installed" if method in METHODS else "invalid_value"
+        raise ApiError(400, f"{error}.", code, "method.type") from None
+    return method, trainer
+
+
+def hyperparameters_of(body: CreateFineTuningJobRequest, method: str) -> tuple[dict[str, Any], str]:
+    """The hyperparameters as given, and the path under which they were."""
+    where = f"method.{method}.hyperparameters"
+    block = _block(body.method or {}, method)
+    new = block.get("hyperparameters")
+    if new is not None and not isinstance(new, dict):
+        raise ApiError(400, f"Invalid '{where}': expected an object.", "invalid_type", where)
+    if body.hyperparameters is None:
+        return new or {}, where
+    if new is not None and new != body.hyperparameters:
+        message = f"'hyperparameters' and '{where}' differ: give only the latter."
+        raise ApiError(400, message, "conflicting_parameters", "hyperparameters")
+    return body.hyperparameters, "hyperparameters"
+
+
+def _block(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The part of `method` that belongs to its type; nothing else may be in it."""
+    for name, value in given.items():
+        if name in ("type", method) or (value is None and name in METHODS):
+            continue
+        if name in METHODS:
+            message = f"Invalid 'method.{name}': 'method.type' is '{method}', so only 'method.{method}' may be given."
+            raise ApiError(400, message, "invalid_value", f"method.{name}")
+        raise _unknown(f"method.{name}", name, ("type", method))
+    block = given.get(method)
+    if block is None:
+        return {}
+    if not isinstance(block, dict):
+        raise ApiError(400, f"Invalid 'method.{method}': expected an object.", "invalid_type", f"method.{method}")
+    for name in block:
+        if name != "hyperparameters":
+            raise _unknown(f"method.{method}.{name}", name, ("hyperparameters",))
+    return block
+
+
+def _unknown(path: str, name: str, known: tuple[str, ...]) -> ApiError:
+    near = get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else f" Known here: {', '.join(known)}."
+    return ApiError(400, f"Unknown parameter: '{path}'.{hint}", "unknown_parameter", path)
+
+
+def configured(arbor: Arbor, trainer: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The trainer's whole configuration: what was given, over the server's defaults.
+
+    Raises:
+        ConfigError: a key that the trainer does not have, or a value it does not take.
+    """
+    defaults = arbor.trainers[trainer]
+    try:
+        config = typed(merged(defaults.values, given), defaults.trainer.config, where)
+    except ConfigError as error:
+        code = "invalid_value" if error.code.endswith("_below_min_value") else error.code
+        raise ConfigError(str(error), path=error.path, code=code) from None
+    return dict(msgspec.to_builtins(config, enc_hook=str))
+
+
+def check_suffix(suffix: str | None) -> None:
+    """A suffix becomes part of a model's name, so it may hold less than OpenAI's."""
+    if suffix is not None and (not _SUFFIX.fullmatch(suffix) or ".." in suffix):
+        message = "Invalid 'suffix': expected 1 to 64 letters, digits, '_', '.' or '-' (they become part of a name)."
+        raise ApiError(400, message, "invalid_suffix", "suffix")
+
+
+def check_file(arbor: Arbor, id: str, owner: str, param: str) -> None:
+    """A file that a job names must be its owner's and meant for training."""
+    file = arbor.files.get(id, owner) if ids.plausible(id) else None
+    if file is None:
+        raise ApiError(400, f"File '{id[:80]}' does not exist: upload it first.", "file_not_found", param)
+    if file.purpose != "fine-tune":
+        message = f"File '{id}' was uploaded with purpose '{file.purpose}'; a job needs 'fine-tune'."
+        raise ApiError(400, message, "invalid_file_purpose", param)
+
+
+def check_room(arbor: Arbor, devices: int) -> None:
+    """Refuse what can never run, and what would make the queue too long."""
+    pool = len(arbor.allocator.inventory().get("train", ()))
+    if devices > pool:
+        message = f"Invalid 'num_gpus': {devices} are asked for, this server trains on {pool}."
+        raise ApiError(400, message, "invalid_gpu", "num_gpus")
+    limit = arbor.settings.limits.queued_jobs
+    if arbor.jobs.waiting() >= limit:
+        message = f"{limit} jobs are waiting already (limits.queued_jobs). Try again when some have begun."
+        raise ApiError(429, message, "queue_full", headers={"retry-after": "30"})
+
+
+def warnings(body: CreateFineTuningJobRequest) -> list[str]:
+    """What is allowed and probably not meant."""
+    found = []
+    if body.validation_file == body.training_file:
+        found.append("The validation file is the training file: its loss says nothing about new data.")
+    if body.integrations:
+        found.append("No tracker is configured on this server: the integrations of this job are not used.")
+    return found
