@@ -10,7 +10,7 @@ from arbor_core import ConfigError, Engine, EngineProcess, EngineSpec, Inference
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `conf/inference/transformers.yaml` says; each key is explained there."""
+    """What `conf/backend/transformers.yaml` says; each key is explained there."""
 
     max_batch: int
     max_waiting: int
