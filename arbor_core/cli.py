@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -126,6 +127,8 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
             h11_max_incomplete_event_size=65536,
         )
     )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has shut down: that is success
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

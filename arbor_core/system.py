@@ -94,7 +94,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     backend = plugins.get("inference_backends", settings.inference)()
     root = settings.storage.absolute()
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.launcher, root / "run"))
-    engine_options = config.merged(config.defaults("inference", settings.inference), settings.engine)
+    engine_options = config.merged(config.defaults("backend", settings.inference), settings.engine)
     lock = locked(root)
     (root / "run").mkdir(exist_ok=True)
     store = Store(root / "arbor.db")

@@ -385,7 +385,7 @@ class EngineSpec(Struct, frozen=True):
     token: str = ""
     """Bearer token the engine demands on every route but /health."""
     options: dict[str, Any] = struct_field(default_factory=dict)
-    """The backend's own options, from `conf/inference/<name>.yaml`."""
+    """The backend's own options, from `conf/backend/<name>.yaml`."""
 
 
 class Engine(Protocol):
