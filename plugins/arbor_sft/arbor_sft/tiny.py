@@ -3,6 +3,7 @@
     python -m arbor_sft.tiny DIR
 
 Its tokenizer is bytes: any text in any language, one token per byte, so that tasks on single characters can be learned.
+Only what opens a chat message (`assistant` and a line break) is one token, which makes short chats half as long.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+OPENINGS = ("system\n", "user\n", "assistant\n", "tool\n")
 CHAT_TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}"
     "{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
@@ -44,8 +46,8 @@ def make(path: Path, *, seed: int = 0, context: int = 2048) -> None:
     config = Qwen2Config(
         vocab_size=len(tokens),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=5,
+        intermediate_size=512,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
@@ -64,12 +66,13 @@ def make(path: Path, *, seed: int = 0, context: int = 2048) -> None:
 
 
 def tokenizer(context: int = 2048) -> PreTrainedTokenizerFast:
-    """256 byte tokens and three special ones."""
+    """256 byte tokens, three special ones and the openings."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (END, START, STOP)])
+    backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in OPENINGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=STOP,
