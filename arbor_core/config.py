@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 from hydra import compose
@@ -67,7 +67,7 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     scheduler: str
     allocator: str
     executor: str
-    launcher: str
+    launcher: Literal["warm", "cold"]
     inference: str
     organization: str
     threads: int | None
@@ -177,7 +177,7 @@ def _decode(wanted: Any, value: Any) -> Any:
     raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__}")
 
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?(?P<path>[^`]*)`)?$", re.DOTALL)
+_AT = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`(?P<path>[^`]*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"(?:unknown|required) field `(?P<name>[^`]*)`")
 
 
@@ -185,6 +185,7 @@ def explained(message: str, type_: Any, where: str) -> ConfigError:
     """msgspec's message as an error that speaks of the user's key path."""
     match = _AT.fullmatch(message)
     what, path = (match["what"], match["path"] or "$") if match else (message, "$")
+    path = path.replace("[...]", "")  # msgspec does not say which key of a dict it was
     path = path.replace("$", where, 1) if where else path.removeprefix("$").removeprefix(".")
     if field := _FIELD.search(what):
         full = f"{path}.{field['name']}" if path else field["name"]

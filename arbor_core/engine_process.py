@@ -105,13 +105,16 @@ class EngineProcess:
     async def _post(self, path: str, body: Mapping[str, str]) -> None:
         import aiohttp
 
-        async with (
-            aiohttp.ClientSession(headers=self.headers) as session,
-            session.post(self.url + path, json=body) as answer,
-        ):
-            if answer.status != 200:
-                said = await answer.text()
-                raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({answer.status}): {said[:500]}")
+        try:
+            async with (
+                aiohttp.ClientSession(headers=self.headers) as session,
+                session.post(self.url + path, json=body) as answer,
+            ):
+                status, said = answer.status, await answer.text()
+        except aiohttp.ClientError as error:
+            raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {error}") from None
+        if status != 200:
+            raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
 
 
 def read_spec(path: Path) -> EngineSpec:

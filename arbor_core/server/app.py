@@ -12,7 +12,7 @@ from litestar.types import Message, Scope
 
 from arbor_core.system import Arbor
 
-from . import about, document, files, fine_tuning, models
+from . import about, chat, completions, document, files, fine_tuning, models
 from .auth import guard, owner
 from .errors import HANDLERS, request_id
 from .services import ServerServices

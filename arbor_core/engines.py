@@ -1,0 +1,322 @@
+"""Inference engines: which model is served by which process, from first use until nobody needs it.
+
+An engine serves one base model and any number of adapters of it. It is started by the first request, which others may
+join in waiting; it holds a lease, ends when it was idle for long or another needs its device, and is started anew by
+the next request when its process has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import NO_RETRY, ApiError
+from .models import Resolved
+from .types import Allocator, ArborError, Bundle, Claim, Engine, EngineSpec, InferenceBackend, Lease, Weights
+
+if TYPE_CHECKING:
+    import aiohttp
+
+log = logging.getLogger(__name__)
+
+LOAD_WAIT = 300.0
+"""Seconds that a request waits for an engine to start."""
+FAILURE_SECONDS = 10.0
+"""An engine that could not start is not tried again for so long."""
+LOOK_SECONDS = 0.5
+"""How often a start that waits for a device looks for an idle engine."""
+ADAPTERS = 64
+"""Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
+
+Key = tuple[str, str]
+"""Public name and path of the base model."""
+
+
+@dataclass(eq=False)
+class Served:
+    """One base model that is served, or about to be."""
+
+    key: Key
+    start: asyncio.Task[Engine]
+    users: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    adapters: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Loading or loaded, in order of use."""
+    dir: Path | None = None
+    lease: Lease | None = None
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it runs and nobody uses it."""
+        return self.users == 0 and self.watch is not None
+
+
+class Engines:
+    """The engines of one server.
+
+    Args:
+        backend: How an engine is started.
+        allocator: Who grants devices of the pool `engine`.
+        root: Directory of the engines' scratch directories; emptied here.
+        options: The backend's options.
+        threads: CPU threads of an engine.
+        idle_seconds: An engine that nobody has used for so long is stopped by `tick`.
+        load_wait: Seconds that a request waits for an engine to start.
+    """
+
+    def __init__(
+        self,
+        backend: InferenceBackend,
+        allocator: Allocator,
+        root: Path,
+        *,
+        options: Mapping[str, Any],
+        threads: int,
+        idle_seconds: float,
+        load_wait: float = LOAD_WAIT,
+    ) -> None:
+        self.backend, self.allocator, self.root = backend, allocator, root
+        self.options, self.threads = dict(options), threads
+        self.idle_seconds, self.load_wait = idle_seconds, load_wait
+        self.served: dict[Key, Served] = {}
+        self.failed: dict[Key, tuple[float, ApiError]] = {}
+        self.started = 0
+        self.freed = asyncio.Event()
+        self.background: set[asyncio.Task[Any]] = set()
+        self._session: aiohttp.ClientSession | None = None
+        shutil.rmtree(root, ignore_errors=True)
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The connections to all engines; made at first use, because the import costs a tenth of a second."""
+        if self._session is None:
+            import aiohttp  # noqa: PLC0415 - a tenth of a second, which the start of the server need not take
+
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                auto_decompress=False,
+                read_bufsize=1 << 18,
+            )
+        return self._session
+
+    @asynccontextmanager
+    async def using(self, resolved: Resolved) -> AsyncIterator[Engine]:
+        """The running engine that serves a model, its adapter loaded; it is not stopped inside the block.
+
+        Raises:
+            ApiError: 503 `engine_unavailable`: it cannot start, or the adapter cannot be loaded;
+                503 `model_loading`: it takes longer than `load_wait`.
+        """
+        served = self._find(resolved)
+        served.users += 1
+        try:
+            try:
+                async with asyncio.timeout(self.load_wait):
+                    engine = await asyncio.shield(served.start)
+                    if resolved.adapter:
+                        await asyncio.shield(self._adapter(served, engine, resolved.adapter))
+            except TimeoutError:
+                message = f"The model '{resolved.name}' is still loading. Try again in a while."
+                raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
+            yield engine
+        finally:
+            served.users -= 1
+            served.used_at = time.monotonic()
+            if served.users == 0:
+                self.freed.set()
+
+    def _find(self, resolved: Resolved) -> Served:
+        """What serves the base, or a start of it that has begun now."""
+        key = (resolved.base, resolved.base_path)
+        if served := self.served.get(key):
+            return served
+        if key in self.failed:
+            until, error = self.failed[key]
+            if time.monotonic() < until:
+                raise error
+            del self.failed[key]
+        served = Served(key, asyncio.create_task(self._start(key)))
+        served.start.add_done_callback(heard)
+        self.served[key] = served
+        return served
+
+    async def _start(self, key: Key) -> Engine:
+        """Lease a device and start an engine on it; whoever waits for it hears why it failed."""
+        await asyncio.sleep(0)  # until `_find` has put it into `served`
+        served = self.served[key]
+        try:
+            served.lease = await self._lease(key)
+            self.started += 1
+            served.dir = self.root / str(self.started)
+            spec = EngineSpec(
+                model=key[0],
+                path=key[1],
+                dir=served.dir,
+                devices=served.lease.of("engine"),
+                threads=self.threads,
+                token=secrets.token_urlsafe(24),
+                options=self.options,
+            )
+            engine = await self.backend.start(spec)
+        except BaseException as error:
+            self._drop(served)
+            if isinstance(error, ArborError | OSError):
+                log.warning("engine of %s: %s", key[0], error)
+                raise self._remember(key, str(error)) from None
+            raise
+        served.watch = asyncio.create_task(self._watch(served, engine))
+        return engine
+
+    def _remember(self, key: Key, reason: str) -> ApiError:
+        error = ApiError(503, f"The model '{key[0]}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)
+        self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
+        return error
+
+    async def _lease(self, key: Key) -> Lease:
+        """A device for an engine; idle engines make room, the one not used for longest first.
+
+        Raises:
+            ArborError: this machine has no device to serve from.
+        """
+        waiting = asyncio.ensure_future(self.allocator.acquire(Claim(f"engine:{key[0]}", (Bundle("engine"),))))
+        try:
+            await asyncio.wait({waiting}, timeout=0)
+            while not waiting.done():
+                self.freed.clear()
+                idle = min((s for s in self.served.values() if s.idle), key=lambda s: s.used_at, default=None)
+                if idle and not self.allocator.free().get("engine"):
+                    await self._stop(idle)
+                freed = asyncio.ensure_future(self.freed.wait())
+                await asyncio.wait({waiting, freed}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                freed.cancel()
+            return await waiting
+        except asyncio.CancelledError:
+            if not waiting.cancel() and not waiting.cancelled() and not waiting.exception():
+                self.allocator.release(waiting.result())
+            raise
+
+    def _adapter(self, served: Served, engine: Engine, weights: Weights) -> asyncio.Task[None]:
+        """The loading of an adapter, begun by its first user."""
+        loading = served.adapters.pop(weights.name, None)
+        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
+            loading = asyncio.create_task(self._load(served, engine, weights))
+            loading.add_done_callback(heard)
+        served.adapters[weights.name] = loading  # the last in use is the last in order
+        return loading
+
+    async def _load(self, served: Served, engine: Engine, weights: Weights) -> None:
+        try:
+            await engine.load_weights(weights)
+        except ArborError as error:
+            log.warning("adapter %s: %s", weights.name, error)
+            message = f"The model '{weights.name}' cannot be loaded: {error}"
+            raise ApiError(503, message, "engine_unavailable", "model", NO_RETRY) from None
+        if len(served.adapters) > ADAPTERS:
+            oldest = next(iter(served.adapters))
+            if oldest != weights.name:
+                self.later(self._unload(served, engine, oldest))
+
+    async def _unload(self, served: Served, engine: Engine, name: str) -> None:
+        """Requests that run on the adapter finish; new ones would load it again."""
+        loading = served.adapters.pop(name, None)
+        if loading is None:
+            return
+        try:
+            await loading
+            await engine.unload(name)
+        except ArborError as error:
+            log.warning("unloading %s: %s", name, error)
+
+    def later(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something that no request waits for."""
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+
+    async def _watch(self, served: Served, engine: Engine) -> None:
+        """Notice that the process has ended: the next request starts another."""
+        how = await engine.wait()
+        log.warning("engine of %s ended: %s", served.key[0], how)
+        self._drop(served)
+
+    def _drop(self, served: Served) -> None:
+        """Forget what served, and give its devices back."""
+        if self.served.get(served.key) is served:
+            del self.served[served.key]
+        if served.lease:
+            self.allocator.release(served.lease)
+            served.lease = None
+        self.freed.set()
+
+    async def _stop(self, served: Served) -> None:
+        """End an engine. New requests start another, which waits for the device."""
+        if self.served.get(served.key) is served:
+            del self.served[served.key]
+        if served.watch:
+            served.watch.cancel()
+        served.start.cancel()
+        outcome = (await asyncio.gather(served.start, return_exceptions=True))[0]
+        if not isinstance(outcome, BaseException):
+            await outcome.stop()
+            shutil.rmtree(served.dir or "", ignore_errors=True)  # one that failed keeps its log
+        self._drop(served)
+
+    async def suspect(self, engine: Engine) -> bool:
+        """Whether an engine that broke a connection is lost; it is ended then.
+
+        A process that dies is noticed by itself, a little after its connections break.
+        """
+        served = next((s for s in self.served.values() if s.start.done() and _engine(s) is engine), None)
+        if served is None:
+            return True
+        if await engine.health():
+            return False
+        log.warning("engine of %s does not answer and is ended", served.key[0])
+        await self._stop(served)
+        return True
+
+    async def forget(self, name: str) -> None:
+        """Unload a model that was deleted, wherever it is loaded; requests on it finish first."""
+        for served in list(self.served.values()):
+            if name in served.adapters and (engine := _engine(served)):
+                self.later(self._unload(served, engine, name))
+            elif served.key[0] == name and served.idle:
+                await self._stop(served)
+
+    async def tick(self) -> None:
+        """Stop engines that nobody has used for `idle_seconds`. To be called every few seconds."""
+        before = time.monotonic() - self.idle_seconds
+        for served in list(self.served.values()):
+            if served.idle and served.used_at < before:
+                log.info("engine of %s is idle and stops", served.key[0])
+                await self._stop(served)
+
+    async def close(self) -> None:
+        """Stop every engine."""
+        for task in list(self.background):
+            task.cancel()
+        await asyncio.gather(*(self._stop(served) for served in list(self.served.values())), return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+
+def heard(task: asyncio.Task[Any]) -> None:
+    """Take note of a failure that nobody may be left to wait for; it was logged where it happened."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _engine(served: Served) -> Engine | None:
+    """The engine, if it has started."""
+    done = served.start.done() and not served.start.cancelled() and not served.start.exception()
+    return served.start.result() if done else None

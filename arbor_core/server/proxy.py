@@ -1,0 +1,207 @@
+"""From a request to its engine and back: bytes are relayed as they come, and every failure has OpenAI's envelope."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from litestar.types import HTTPScope, Receive, Scope, Send
+
+from arbor_core.engines import Engines
+from arbor_core.errors import NO_RETRY, ApiError
+from arbor_core.models import Resolved
+from arbor_core.types import Engine
+
+from .errors import envelope, request_id
+
+if TYPE_CHECKING:
+    import aiohttp
+
+PING_SECONDS = 15.0
+"""A stream that is silent for so long gets a comment, so that nothing between us and the client gives it up."""
+RETRY_SOON = {"retry-after": "1"}
+PASSED_ON = ("retry-after", "x-should-retry")
+"""Headers of an engine's error that the client hears."""
+DONE = b"data: [DONE]\n\n"
+
+
+class Relay:
+    """An ASGI application that answers one request with what its engine answers.
+
+    Args:
+        path: The route, the same here and there.
+        body: The request's body, for the engine.
+        stream: Whether the answer comes as server-sent events.
+    """
+
+    def __init__(self, engines: Engines, resolved: Resolved, path: str, body: bytes, stream: bool) -> None:
+        self.engines, self.resolved, self.path, self.body, self.stream = engines, resolved, path, body, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, unless the client goes away first: then the engine hears it too.
+
+        Raises:
+            ApiError: nothing has been sent yet, and the engine cannot answer.
+        """
+        known_as = request_id(cast("HTTPScope", scope))
+        answer = asyncio.create_task(self._streamed(known_as, send) if self.stream else self._whole(known_as, send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            answer.cancel()
+            gone.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+
+    async def _whole(self, id: str, send: Send) -> None:
+        raw = b""
+        async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
+            raw = await upstream.read()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": raw, "more_body": False})
+
+    async def _streamed(self, id: str, send: Send) -> None:
+        events = Events(send)
+        pings = asyncio.create_task(events.keep_alive())
+        try:
+            async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
+                async for chunk in upstream.content.iter_any():
+                    await events.write(chunk)
+        except ApiError as error:
+            pings.cancel()
+            if not events.opened:
+                raise
+            dead = ApiError(error.status, f"The engine died: {error}", "engine_dead") if events.begun else error
+            await events.write(b"data: " + envelope(dead) + b"\n\n" + DONE)
+        finally:
+            pings.cancel()
+        await events.close()
+
+    @asynccontextmanager
+    async def _asked(self, engine: Engine, id: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's answer, once it begins.
+
+        Raises:
+            ApiError: the engine refused, or broke the connection, here or while the answer was read.
+        """
+        import aiohttp  # noqa: PLC0415 - a tenth of a second, which the start of the server need not take
+
+        try:
+            async with await self._post(engine, id) as upstream:
+                if upstream.status >= 400:
+                    raise failure(upstream.status, await upstream.read(), upstream.headers)
+                yield upstream
+        except (aiohttp.ClientError, OSError) as error:
+            self.engines.later(self.engines.suspect(engine))
+            raise unavailable(self.resolved.name, error) from None
+
+    async def _post(self, engine: Engine, id: str) -> aiohttp.ClientResponse:
+        """Send the request; once more if only a connection was lost that had been kept open."""
+        import aiohttp  # noqa: PLC0415 - see above
+
+        headers = {"content-type": "application/json", "x-request-id": id, **engine.headers}
+        try:
+            return await self.engines.session.post(engine.url + self.path, data=self.body, headers=headers)
+        except (aiohttp.ClientError, OSError) as error:
+            if await self.engines.suspect(engine):
+                raise unavailable(self.resolved.name, error) from None
+        return await self.engines.session.post(engine.url + self.path, data=self.body, headers=headers)
+
+
+class Events:
+    """The client's end of a stream of server-sent events. An event is sent as a whole or not at all."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.opened = False
+        self.begun = False
+        """Whether an event, not only a comment, was sent."""
+        self.held = b""
+        self.sent_at = time.monotonic()
+
+    async def open(self) -> None:
+        self.opened = True
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, chunk: bytes) -> None:
+        """Pass on what has come; the beginning of an event is held until its end has come too."""
+        if self.held:
+            chunk = self.held + chunk
+        if chunk.endswith(b"\n\n"):
+            self.held = b""
+        else:
+            end = chunk.rfind(b"\n\n") + 2 if b"\n\n" in chunk else 0
+            chunk, self.held = chunk[:end], chunk[end:]
+        if chunk:
+            self.begun = True
+            await self._send(chunk)
+
+    async def _send(self, chunk: bytes) -> None:
+        if not self.opened:
+            await self.open()
+        self.sent_at = time.monotonic()
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def keep_alive(self) -> None:
+        """Send a comment whenever nothing was sent for a while; opens the stream if need be."""
+        while True:
+            silence = time.monotonic() - self.sent_at
+            if silence >= PING_SECONDS:
+                await self._send(b": ping\n\n")
+                silence = 0.0
+            await asyncio.sleep(PING_SECONDS - silence)
+
+    async def close(self) -> None:
+        if not self.opened:
+            await self.open()
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def unavailable(model: str, error: Exception) -> ApiError:
+    """Row 130: another engine is started by the next request, so trying again helps."""
+    reason = str(error) or type(error).__name__
+    message = f"The engine of '{model}' did not answer ({reason}). It is started again: repeat the request."
+    return ApiError(503, message, "engine_unavailable", headers=RETRY_SOON)
+
+
+class EngineErrorBody(msgspec.Struct):
+    message: str
+    code: str | int | None = None
+    param: str | None = None
+
+
+class EngineError(msgspec.Struct):
+    """OpenAI's envelope, as engines write it: some leave keys out, some have numbers for codes."""
+
+    error: EngineErrorBody
+
+
+def failure(status: int, raw: bytes, headers: Any) -> ApiError:
+    """An engine's refusal as ours. A page, or anything that is no envelope, is not passed on."""
+    kept = {name: headers[name] for name in PASSED_ON if name in headers}
+    if status in (401, 403):
+        return ApiError(500, "The engine did not accept this server's token.", "engine_error", headers=NO_RETRY)
+    try:
+        said = msgspec.json.decode(raw, type=EngineError).error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ApiError(status, f"The engine answered {status} without a reason.", "engine_error", headers=kept)
+    code = "engine_error" if said.code is None else str(said.code)
+    return ApiError(status, said.message, code, said.param, kept)
