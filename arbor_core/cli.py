@@ -27,19 +27,28 @@ def serve() -> None:
     """`arbor-serve`."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a traceback; we print one line
     import hydra
-    from hydra.errors import CompactHydraException
+    from hydra.errors import CompactHydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     from .config import core_config_dir
     from .user_config import overrides
 
     try:
-        sys.argv[1:1] = overrides(os.environ)
+        ours = first_override(sys.argv[1:]) + 1
+        sys.argv[ours:ours] = overrides(os.environ)
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
+    except OverrideParseException as error:
+        give_up(f"cannot read '{error.override}': {error.message.partition(' See ')[0].splitlines()[0]}")
     except (CompactHydraException, OmegaConfBaseException) as error:
         give_up(plain_words(str(error) or str(error.__cause__)))
     except ArborError as error:
         give_up(str(error))
+
+
+def first_override(arguments: list[str]) -> int:
+    """Where `KEY=VALUE` begins: argparse wants all of them in one place."""
+    found = (n for n, word in enumerate(arguments) if "=" in word and not word.startswith("-"))
+    return next(found, len(arguments))
 
 
 def plain_words(said: str) -> str:
