@@ -17,7 +17,7 @@ from .auth import guard, owner
 from .errors import HANDLERS, request_id
 from .services import ServerServices
 
-ROOMS = (about, files, fine_tuning, models, document)
+ROOMS = (about, chat, completions, files, fine_tuning, models, document)
 
 
 def create_app(arbor: Arbor) -> Litestar:
