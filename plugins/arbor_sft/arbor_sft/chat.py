@@ -52,6 +52,11 @@ class Sample:
         """Number of tokens with loss."""
         return sum(label != IGNORED for label in self.labels)
 
+    @property
+    def last_trained(self) -> int:
+        """The last token with loss."""
+        return next(label for label in reversed(self.labels) if label != IGNORED)
+
 
 class ChatFormat:
     """A tokenizer's chat template."""
@@ -68,7 +73,12 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.knows_developer = "developer" in str(tokenizer.chat_template)
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.stops = tuple(special | set(tokenizer.all_special_tokens))
+        self.stops = sorted(special | set(tokenizer.all_special_tokens))
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that may end a turn."""
+        return set(self.tokenizer.convert_tokens_to_ids(self.stops))
 
     def render(self, row: dict[str, Any]) -> list[Rendered]:
         """The texts to train on for one row.
@@ -137,13 +147,13 @@ class ChatFormat:
             [rendered.text for rendered in texts], add_special_tokens=False, return_offsets_mapping=True
         )
         return [
-            self._labelled(rendered, ids, _tiled(offsets))
+            self._labelled(rendered, ids, offsets)
             for rendered, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True)
         ]
 
     def _labelled(self, rendered: Rendered, ids: list[int], extents: list[Span]) -> Sample:
         cuts = [edge for span in rendered.spans for edge in span]
-        if any(start < cut < end for start, end in extents for cut in cuts):
+        if not set(cuts) <= _edges(extents):
             ids, extents = self._in_pieces(rendered.text, cuts)
         inside = [any(start <= at and end <= stop for start, stop in rendered.spans) for at, end in extents]
         labels = [token if learn else IGNORED for token, learn in zip(ids, inside, strict=True)]
@@ -159,17 +169,16 @@ class ChatFormat:
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             piece = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
             ids += piece["input_ids"]
-            extents += [(start + at, start + stop) for at, stop in _tiled(piece["offset_mapping"])]
+            extents += [(start + at, start + stop) for at, stop in piece["offset_mapping"]]
         return ids, extents
 
 
-def _tiled(offsets: Sequence[Span]) -> list[Span]:
-    """Offsets without gaps: some tokenizers leave the space before a word out of the word's token."""
-    extents, last = [], 0
-    for start, end in offsets:
-        extents.append((min(start, last), end))
-        last = max(last, end)
-    return extents
+def _edges(extents: Sequence[Span]) -> set[int]:
+    """Where one token certainly ends and the next begins. Some tokenizers leave spaces out of the offsets, and do not
+    say which neighbour holds them; the characters of one letter's several bytes overlap."""
+    ends = [0, *(end for _, end in extents)]
+    starts = [*(start for start, _ in extents), ends[-1]]
+    return {end for end, start in zip(ends, starts, strict=True) if start == end}
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:

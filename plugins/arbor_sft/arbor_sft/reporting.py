@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from arbor_core import JobFailed, JobStopped, Run
+from arbor_core.types import Desired
 
 from . import SftConfig
 from .chat import Sample
@@ -62,18 +63,29 @@ class Reporting(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         step = state.global_step
-        try:
-            self.run.stop_if_asked()
-        except JobStopped as stop:
-            if stop.desired != "pause":
-                raise
-            self.stop = stop  # raised when the checkpoint is written
+        self.stop = self.asked_to_stop()
+        if self.stop and self.stop.desired != "pause":
+            raise self.stop
         control.should_save = self.stop is not None or self.checkpoint_due(step)
         self.accuracy = self.token_accuracy(step)
         self.valid = {}
         if self.evaluation and self.trainer and (self.checkpoint_due(step) or self.evaluation_due(step)):
             self.valid = self.evaluation(self.trainer)
         return control
+
+    def asked_to_stop(self) -> JobStopped | None:
+        """What this run is asked, agreed on by all ranks: one that stopped alone would leave the others waiting."""
+        try:
+            self.run.stop_if_asked()
+            stop = None
+        except JobStopped as asked:
+            stop = asked
+        if self.trainer is None or self.run.world_size == 1:
+            return stop
+        words: list[Desired] = ["run", "pause", "cancel"]
+        mine = torch.tensor([words.index(stop.desired if stop else "run")], device=self.trainer.accelerator.device)
+        word = words[int(self.trainer.accelerator.gather(mine).max())]
+        return None if word == "run" else JobStopped(word)
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.run.config.checkpoint_steps
@@ -87,11 +99,10 @@ class Reporting(TrainerCallback):
         """Share of the step's learned tokens that were the likeliest. TRL reports the mean over micro-batches; weighted
         by their tokens it is the mean over the step."""
         means = self.trainer._metrics["train"]["mean_token_accuracy"] if self.trainer else []
-        ranks = max(1, self.plan.parts // max(1, len(means)))
-        parts = self.plan.steps[step - 1]
+        parts, ranks = self.plan.steps[step - 1], self.run.world_size
         groups = [parts[at : at + ranks] for at in range(0, len(parts), ranks)]
         tokens = [sum(self.samples[row].trained for rows in group for row in rows) for group in groups]
-        return sum(m * n for m, n in zip(means, tokens, strict=True)) / max(1, sum(tokens))
+        return sum(mean * count for mean, count in zip(means, tokens, strict=True)) / max(1, sum(tokens))
 
     def on_log(
         self,
@@ -125,6 +136,8 @@ class Reporting(TrainerCallback):
         """Move what the trainer wrote under the run's checkpoints; same file system, so nothing is copied."""
         step = state.global_step
         written = Path(str(args.output_dir)) / f"checkpoint-{step}"
+        if self.trainer:
+            self.trainer.accelerator.wait_for_everyone()  # each rank writes its random state
         if self.run.rank == 0:
             with self.run.checkpoint(step, **self.metrics) as folder:
                 for path in written.iterdir():

@@ -49,6 +49,7 @@ def train(run: Run[SftConfig]) -> None:
     chat = chat_format(run, tokenizer)
     model = load_model(run)
     training, validation = load_files(run, chat, context(model, tokenizer))
+    stop_where_trained(model, chat, training)
     layout = choose_layout(run, model, training)
     schedule = make_plan(run, training, layout)
     trainer, reporting = compose(run, model, tokenizer, training, validation, schedule, layout)
@@ -86,6 +87,16 @@ def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Sam
     training, validation = found
     assert training is not None
     return training, validation
+
+
+def stop_where_trained(model: PreTrainedModel, chat: ChatFormat, training: Samples) -> None:
+    """Let generation end at the tokens that ended the turns it learned; a base model may know another one only."""
+    generation = model.generation_config
+    known = generation.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    learned = {sample.last_trained for sample in training.kept} & chat.stop_ids
+    if new := sorted(learned - set(known)):
+        generation.eos_token_id = [*known, *new]
 
 
 def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples) -> Layout:

@@ -1,0 +1,19 @@
+"""Fixtures: one tiny model for the whole session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and templates.py, whatever the import mode
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from arbor_sft.tiny import make
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    make(path)
+    return path
