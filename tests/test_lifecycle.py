@@ -1,0 +1,226 @@
+"""The life of a job, on a real server with the mock trainer: states, events, devices, crashes, restarts."""
+
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+
+def create(server, rows, **options):
+    hyper = options.pop("hyperparameters", {"steps": 5})
+    return server.client.fine_tuning.jobs.create(
+        model="mock/tiny",
+        training_file=server.upload(rows),
+        method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
+        **options,
+    )
+
+
+def events(server, job_id):
+    page = server.client.fine_tuning.jobs.list_events(job_id, limit=100)
+    return list(page)[::-1]
+
+
+def messages(server, job_id):
+    return [event.message for event in events(server, job_id) if event.type == "message"]
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.03)
+    return value
+
+
+def held(server) -> int:
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        return db.execute("SELECT count(*) FROM leases").fetchone()[0]
+
+
+def keeper_of(server, job_id) -> int:
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]
+    return int(ref.split(":")[0]) if ref else 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def step_events(server, job_id):
+    return [event.data["step"] for event in events(server, job_id) if event.type == "metrics"]
+
+
+def test_a_job_goes_through_every_state_in_order(server, chat_rows):
+    job = create(server, chat_rows, suffix="life")
+    assert job.status == "validating_files" and job.finished_at is None
+    job = server.wait(job.id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model == f"ft:mock/tiny:arbor:life:{job.id[-8:]}"
+    assert job.finished_at >= job.created_at and job.trained_tokens > 0
+    said = messages(server, job.id)
+    order = ["Created fine-tuning job", "Validating", "Files validated", "started", "New fine-tuned model", "success"]
+    positions = [next(n for n, text in enumerate(said) if word in text) for word in order]
+    assert positions == sorted(positions)
+    assert step_events(server, job.id) == [1, 2, 3, 4, 5]
+    csv = server.client.files.content(job.result_files[0]).text.splitlines()
+    assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(csv) == 6
+
+
+@pytest.mark.parametrize(
+    ("raw", "code", "says"),
+    [
+        pytest.param(b'{"messages": [' * 12, "invalid_training_file", "line 1: not JSON", id="row-2"),
+        pytest.param(b'{"messages":[{"role":"assistant","content":"a"}]}\n' * 3, "invalid_n_examples", "3", id="row-3"),
+        pytest.param(b'{"a": "\xff"}\n' * 12, "invalid_training_file", "not UTF-8 at byte 7", id="row-5"),
+        pytest.param(b'{"a": NaN}\n' * 12, "invalid_training_file", "NaN", id="row-6"),
+        pytest.param(b"[" * 200_000, "invalid_training_file", "nested too deeply", id="row-8"),
+        pytest.param(b'{"x": "' + b"y" * (17 << 20), "invalid_training_file", "line too long", id="row-7"),
+        pytest.param(b'{"input": {"messages": []}}\n' * 12, "invalid_training_file", "missing 'messages'", id="row-61"),
+        pytest.param(
+            b'{"messages":[{"role":"user","content":"a"}]}\n' * 12, "invalid_training_file", "line 1", id="row-62"
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_fails_the_job_with_its_line(server, raw, code, says):
+    job = create(server, raw)
+    job = server.wait(job.id, "failed")
+    assert job.error.code == code and job.error.param == "training_file"
+    assert says in job.error.message
+    assert events(server, job.id)[-1].level == "error"
+    assert server.client.files.content(job.training_file).content == raw
+
+
+def test_row_4_oddities_are_accepted_and_counted(server, chat_rows):
+    import json
+
+    raw = b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in chat_rows)
+    job = create(server, raw)
+    assert server.wait(job.id).status == "succeeded"
+    assert any("blank line skipped (11 time(s), first at line 2)" in text for text in messages(server, job.id))
+    assert server.client.files.content(job.training_file).content == raw
+
+
+def test_an_empty_validation_file_is_named(server, chat_rows):
+    bad = server.upload(b"{}\n")
+    job = create(server, chat_rows, validation_file=bad)
+    job = server.wait(job.id, "failed")
+    assert (job.error.code, job.error.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_a_trainer_that_fails_says_why(server, chat_rows):
+    job = create(server, chat_rows, hyperparameters={"steps": 5, "fault": "fail", "fault_step": 3})
+    job = server.wait(job.id, "failed")
+    assert job.error.message and job.error.code
+    assert step_events(server, job.id)[-1] in (2, 3)
+    until(lambda: keeper_of(server, job.id) == 0)
+
+
+def test_row_89_a_trainer_that_keeps_dying_is_given_up(server, chat_rows):
+    job = create(server, chat_rows, hyperparameters={"steps": 5, "fault": "crash", "fault_times": 9, "checkpoint_steps": 5})
+    job = server.wait(job.id, "failed")
+    assert job.error.code == "worker_crashed"
+    assert sum("attempt" in text and "died" in text for text in messages(server, job.id)) >= 2
+
+
+def test_row_89_a_killed_attempt_is_taken_up_again(start_server, chat_rows):
+    server = start_server()
+    job = create(server, chat_rows, hyperparameters={"steps": 40, "step_seconds": 0.1, "checkpoint_steps": 5})
+    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
+    os.kill(keeper_of(server, job.id), signal.SIGKILL)
+    job = server.wait(job.id)
+    assert job.status == "succeeded"
+    assert any("its keeper was lost" in text and "from the checkpoint" in text for text in messages(server, job.id))
+    assert sorted(set(step_events(server, job.id)))[-1] == 40
+    assert held(server) == 0
+
+
+def test_row_97_cancelling_a_running_job_ends_its_processes(start_server, chat_rows):
+    server = start_server()
+    job = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.1, "checkpoint_steps": 2})
+    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
+    keeper = keeper_of(server, job.id)
+    assert server.client.fine_tuning.jobs.cancel(job.id).status in ("running", "cancelled")
+    job = server.wait(job.id, "cancelled")
+    until(lambda: not alive(keeper))
+    assert held(server) == 0 and job.error is None
+    assert server.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"  # row 98
+    checkpoint = server.client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
+    answer = server.client.chat.completions.create(
+        model=checkpoint.fine_tuned_model_checkpoint, messages=[{"role": "user", "content": "still there?"}]
+    )
+    assert answer.choices[0].message.content
+
+
+def test_rows_96_103_one_device_one_job_and_cancelling_in_the_queue(start_server, chat_rows):
+    server = start_server("gpu.train=[0]")
+    first = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.05})
+    server.wait(first.id, "running")
+    second, third = create(server, chat_rows), create(server, chat_rows)
+    server.wait(third.id, "queued")
+    until(lambda: "Waiting for a device" in messages(server, third.id))
+    assert server.client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    assert server.client.fine_tuning.jobs.retrieve(third.id).status == "queued"
+    server.client.fine_tuning.jobs.cancel(first.id)
+    assert server.wait(third.id).status == "succeeded"
+    assert not any("started" in text for text in messages(server, second.id))
+
+
+def test_rows_101_102_pause_frees_the_device_and_resume_goes_on(start_server, chat_rows):
+    server = start_server("gpu.train=[0]")
+    client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
+    job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
+    until(lambda: len(step_events(server, job.id)) > 3)
+    client.fine_tuning.jobs.pause(job.id)
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    assert held(server) == 0
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    other = create(server, chat_rows)
+    assert server.wait(other.id).status == "succeeded"
+    client.fine_tuning.jobs.resume(job.id)
+    assert server.wait(job.id).status == "succeeded"
+    steps = step_events(server, job.id)
+    assert steps[-1] == 60 and len(steps) == len(set(steps))  # no step was trained twice
+
+
+def test_row_91_training_goes_on_while_the_server_is_dead(start_server, chat_rows):
+    server = start_server()
+    job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
+    until(lambda: step_events(server, job.id))
+    keeper = keeper_of(server, job.id)
+    server.stop(signal.SIGKILL)
+    assert alive(keeper)
+    again = start_server()
+    assert again.wait(job.id).status == "succeeded"
+    assert step_events(again, job.id) == list(range(1, 61))  # none lost, none twice
+    assert held(again) == 0
+    assert not any("attempt 2" in text for text in messages(again, job.id))
+
+
+def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, chat_rows):
+    server = start_server()
+    job = create(server, chat_rows, hyperparameters={"steps": 40, "step_seconds": 0.05})
+    until(lambda: step_events(server, job.id))
+    keeper = keeper_of(server, job.id)
+    assert server.stop() == 0
+    assert alive(keeper)
+    assert start_server().wait(job.id).status == "succeeded"
+
+
+def test_row_109_a_second_server_on_the_same_directory_is_refused(start_server, tmp_path):
+    server = start_server()
+    with pytest.raises(RuntimeError, match=f"in use by another server .pid {server.process.pid}"):
+        start_server()
+
+
+def test_no_deep_learning_library_is_in_the_server(start_server, chat_rows):
+    server = start_server()
+    assert server.wait(create(server, chat_rows).id).status == "succeeded"
+    mapped = open(f"/proc/{server.process.pid}/maps").read()
+    assert "torch" not in mapped and "site-packages/transformers" not in mapped
