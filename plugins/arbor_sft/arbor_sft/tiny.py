@@ -42,6 +42,7 @@ def make(path: Path, *, seed: int = 0, context: int = 2048) -> None:
         seed: Of the random weights.
         context: Longest sequence, in tokens (bytes of text).
     """
+    logging.disable_progress_bar()
     tokens = tokenizer(context)
     config = Qwen2Config(
         vocab_size=len(tokens),
@@ -87,7 +88,6 @@ def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m arbor_sft.tiny DIR", file=sys.stderr)
         return 2
-    logging.disable_progress_bar()
     make(Path(sys.argv[1]))
     print(f"wrote a tiny model to {sys.argv[1]}")
     return 0

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-import templates as t
+import sft_templates as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

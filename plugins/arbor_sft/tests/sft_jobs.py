@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,16 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 
-from arbor_core.config import load_yaml, merged
+from arbor_core.config import load_yaml, merged, typed
 from arbor_core.logs import encode, tail
 from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
 from arbor_core.worker import WorkOrder
+from arbor_sft import SftConfig
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
 FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
+
+
+def config(hyperparameters: dict[str, Any]) -> SftConfig:
+    return typed(merged(DEFAULTS, hyperparameters), SftConfig, "hyperparameters")
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -47,13 +54,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.dir.mkdir(parents=True)
-        defaults = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
         order = WorkOrder(
             protocol=PROTOCOL,
             job_id="ftjob-test",
             entry="arbor_sft.train:train",
             config_type="arbor_sft:SftConfig",
-            config=merged(defaults, self.hyperparameters),
+            config=merged(DEFAULTS, self.hyperparameters),
             check_row="arbor_core.data:check_chat_row",
             min_rows=1,
             model=str(self.model),
@@ -68,25 +74,23 @@ class Job:
         )
         (self.dir / "job.json").write_bytes(encode(order))
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """A new attempt."""
+    def start(self, *, cold: bool = False) -> Worker:
+        """A new attempt: a fork of a process that has imported the libraries, or a new Python."""
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
         placement = Placement((Device("cpu:0"),), 1)
         (folder / "placement.json").write_bytes(encode(placement))
         (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
-        with (folder / "worker.log").open("wb") as log:
-            command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
-            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+        return Cold(folder) if cold else Fork(folder)
 
-    def attempt(self) -> int:
+    def attempt(self, *, cold: bool = False) -> int:
         """Run an attempt to its end; the exit status."""
-        return self.start().wait(timeout=120)
+        return self.start(cold=cold).wait()
 
-    def run(self) -> Job:
+    def run(self, *, cold: bool = False) -> Job:
         """An attempt that must succeed."""
-        assert self.attempt() == 0, self.log()
+        assert self.attempt(cold=cold) == 0, self.log()
         return self
 
     def log(self) -> str:
@@ -113,12 +117,77 @@ class Job:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def until(process: subprocess.Popen[bytes], job: Job, type_: str, count: int = 1) -> None:
+class Worker(Protocol):
+    """A running attempt."""
+
+    def ended(self) -> bool: ...
+    def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
+class Cold:
+    """`python -m arbor_core.worker`."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
+        with (folder / "worker.log").open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self) -> int:
+        return self.process.wait(120)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+
+class Fork:
+    """The same in a fork of a process that has imported the libraries, which saves seconds for each job."""
+
+    parent: ClassVar[subprocess.Popen[str] | None] = None
+
+    def __init__(self, folder: Path) -> None:
+        self.pid = int(self.ask(f"start {folder}"))
+        self.code: int | None = None
+
+    @classmethod
+    def ask(cls, request: str) -> str:
+        if cls.parent is None:
+            command = [sys.executable, str(Path(__file__).with_name("sft_forks.py"))]
+            cls.parent = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENV}
+            )
+        assert cls.parent.stdin and cls.parent.stdout
+        print(request, file=cls.parent.stdin, flush=True)
+        return cls.parent.stdout.readline().strip()
+
+    def ended(self) -> bool:
+        if self.code is None and (said := self.ask(f"poll {self.pid}")) != "running":
+            self.code = int(said)
+        return self.code is not None
+
+    def wait(self) -> int:
+        for _ in polls(120):
+            if self.ended():
+                assert self.code is not None
+                return self.code
+        self.kill()
+        raise AssertionError("the attempt did not end within 120 s")
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def until(worker: Worker, job: Job, type_: str, count: int = 1) -> None:
     """Wait until the running attempt has reported `count` events of a type."""
     for _ in polls(60):
-        if (job.dir / "attempts" / str(job.attempts)).exists() and len(job.events(type_)) >= count:
+        if len(job.events(type_)) >= count:
             return
-        assert process.poll() is None, job.log()
+        assert not worker.ended(), job.log()
     raise AssertionError(f"no {type_} within 60 s: {job.log()}")
 
 
