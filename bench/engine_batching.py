@@ -83,12 +83,12 @@ def own_engine(loaded: Loaded, options: Options) -> Callable[[list[list[int]], i
 
     engine = Engine(batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, lambda: None)
     engine.start()
-    decode = TokenText(loaded.tokenizer).decode
+    texts = TokenText(loaded.tokenizer)
 
     def run(prompts: list[list[int]], tokens: int) -> int:
         done = Done(len(prompts))
         for prompt in prompts:
-            text, stops = Detokenizer(decode), StopStrings([])
+            text, stops = Detokenizer(texts), StopStrings([])
             greedy = Sampling(temperature=0)
             engine.submit([Generation(tuple(prompt), greedy, 0, tokens, None, done, False, text, stops)])
         done.event.wait()
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     ask = parser.parse_args()
-    defaults = Path(arbor_transformers.__file__).parent / "conf" / "inference" / "transformers.yaml"
+    defaults = Path(arbor_transformers.__file__).parent / "conf" / "backend" / "transformers.yaml"
     options = Options(**yaml.safe_load(defaults.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         path = str(tiny_model(Path(folder)))

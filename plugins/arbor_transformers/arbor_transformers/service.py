@@ -2,13 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .engine import Delta, Engine, Generation
 from .errors import ApiError
-from .lora import AdapterRows, Adapter, load_adapter
+from .lora import Adapter, AdapterRows, load_adapter
 from .model import Loaded
 from .prompts import Prompts, as_template_wants
 from .sampler import Sampling
@@ -55,7 +55,7 @@ class Service:
         self.adapters: dict[str, Adapter] = {}
         self.prompts = Prompts(loaded.tokenizer, loaded.vocabulary)
         self.texts = TokenText(loaded.tokenizer_of_answers)
-        self.decode: Callable[[Sequence[int]], str] = TokenText(loaded.tokenizer_of_engine).decode
+        self.engine_texts = TokenText(loaded.tokenizer_of_engine)
         self.encoder = ThreadPoolExecutor(1, "encoder")
         self.reader = ThreadPoolExecutor(1, "reader")
 
@@ -133,7 +133,7 @@ class Service:
                 adapter=adapter,
                 sink=inbox,
                 streams=bool(request.stream),
-                text=Detokenizer(self.decode),
+                text=Detokenizer(self.engine_texts),
                 stops=StopStrings(request.stops),
             )
             for at, prompt in enumerate(prompts)

@@ -1,17 +1,17 @@
 """Tokens to text, as they come: never half a character, never half a stop string."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 LONGEST_BROKEN = 8
-"""Broken characters at the end of a text that may still become whole ones: a tokenizer with byte fallback shows every
-byte of an unfinished run as one, three of a whole character before it included."""
+"""Broken characters at the end of a text that may still become whole ones. With byte fallback every byte of a run is
+shown as one until the run is whole: up to 4 of the character before and 3 of the unfinished one."""
 WINDOW = 16
-"""Tokens after which the start of the decoded window moves on."""
+"""Tokens after which the start of the decoded window moves on, where finished characters stay as they are."""
 
 
 class Detokenizer:
@@ -21,8 +21,8 @@ class Detokenizer:
     whole character, and keeps the tokens of one move as context, because decoders treat a first token differently.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self.decode = decode
+    def __init__(self, texts: "TokenText") -> None:
+        self.decode, self.step = texts.decode, texts.window
         self.window: list[int] = []
         self.context = 0
         """How many tokens of the window are the context."""
@@ -39,7 +39,7 @@ class Detokenizer:
         if broken > LONGEST_BROKEN:
             broken = 1
         new = self._give(text, len(text) - broken)
-        if not broken and len(self.window) - self.context >= WINDOW:
+        if not broken and len(self.window) - self.context >= self.step:
             self.window = self.window[self.context :]
             self.context, self.shown = len(self.window), len(self.decode(self.window))
         return new
@@ -95,6 +95,9 @@ class TokenText:
         self.tokenizer = tokenizer
         self.added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
         self.decoders = decoder_types(tokenizer)
+        # With byte fallback, and for all we know of a slow tokenizer, an unfinished character breaks the whole ones
+        # before it as well, so that no more than one of them may be in the window.
+        self.window = 1 if "ByteFallback" in self.decoders or not self.decoders else WINDOW
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of several tokens, control tokens left out."""

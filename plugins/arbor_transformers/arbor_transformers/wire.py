@@ -67,7 +67,7 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatRequest(Request, kw_only=True):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. Fields of type None are OpenAI's and not supported."""
 
     messages: list[Json]
     max_completion_tokens: int | None = None
@@ -82,6 +82,12 @@ class ChatRequest(Request, kw_only=True):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: list[str] | None = None
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    moderation: None = None
+    prediction: None = None
+    web_search_options: None = None
 
     @property
     def limit(self) -> int | None:
@@ -163,6 +169,8 @@ def mismatch(said: str) -> ApiError:
     if text.startswith("Object contains unknown field") and field:
         name = f"{inside}.{field[1]}" if inside else field[1]
         return ApiError(f"Unknown parameter: '{name}'.", "unknown_parameter", name)
+    if text.startswith("Expected `null`"):
+        return ApiError(f"'{inside}' is not supported by this engine.", "unsupported_parameter", inside)
     if not inside:
         return ApiError(f"The body has the wrong shape: {text}.", "invalid_type")
     return ApiError(f"Invalid type for '{inside}': {text}.", "invalid_type", inside)

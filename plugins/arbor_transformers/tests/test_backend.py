@@ -1,0 +1,114 @@
+"""The plugin as the core sees it: names, options, and a process that starts or says why not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from embedded import OPTIONS, World, launch, make_model, options
+from safetensors.torch import load_file, save_file
+
+import arbor_transformers
+from arbor_core import ArborError, ConfigError, Device, EngineSpec, Weights
+
+
+def test_options_and_yaml_have_the_same_keys() -> None:
+    values = yaml.safe_load(OPTIONS.read_text())
+    assert set(values) == set(arbor_transformers.Options.__struct_fields__)
+    msgspec.convert(values, arbor_transformers.Options)
+
+
+@pytest.mark.parametrize("change", [{"max_batch": 0}, {"dtype": "int8"}, {"surprise": 1}, {"max_waiting": -1}])
+async def test_wrong_options_are_refused_before_anything_starts(change: dict[str, Any], tmp_path: Path) -> None:
+    backend = arbor_transformers.arbor_inference_backends()["transformers"]()
+    spec = EngineSpec("base", "nowhere", tmp_path / "engine", (Device("cpu:0"),), 1, "", options(**change))
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        await backend.start(spec)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_the_plugin_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'aiohttp'} & set(sys.modules)"
+    code = f"import sys, arbor_transformers; arbor_transformers.arbor_inference_backends(); sys.exit(str({heavy} or 0))"
+    assert subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL).returncode in (0,)
+
+
+async def test_the_core_starts_loads_and_stops_an_engine(world: World, tmp_path: Path) -> None:
+    backend = arbor_transformers.arbor_inference_backends()["transformers"]()
+    spec = EngineSpec("base", str(world.model), tmp_path, (Device("cpu:0"),), 1, "t", options())
+    engine = await backend.start(spec)
+    try:
+        assert await engine.health()
+        await engine.load_weights(Weights("new", str(world.adapters["small"])))
+        await engine.unload("new")
+        with pytest.raises(ArborError, match="not loaded"):
+            await engine.unload("new")
+    finally:
+        await engine.stop()
+    assert not await engine.health()
+
+
+def broken_models(world: World, folder: Path) -> dict[str, Path]:
+    """Directories that hold no model that can be served."""
+
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(world.model, folder / name))
+
+    torn, empty, pickled, partial, poisoned, remote = (
+        copied(name) for name in ("torn", "empty", "pickled", "partial", "poisoned", "remote")
+    )
+    data = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(data[: len(data) // 2])
+    shutil.rmtree(empty)
+    empty.mkdir()
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    tensors = load_file(partial / "model.safetensors")
+    fewer = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp" not in name}
+    save_file(fewer, partial / "model.safetensors", metadata={"format": "pt"})
+    nan = {name: tensor * float("nan") for name, tensor in tensors.items()}
+    save_file(nan, poisoned / "model.safetensors", metadata={"format": "pt"})
+    config = msgspec.json.decode((remote / "config.json").read_bytes())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (remote / "config.json").write_bytes(msgspec.json.encode(config))
+    (remote / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    paths = (torn, empty, pickled, partial, poisoned, remote, folder / "nowhere")
+    return {path.name: path for path in paths}
+
+
+def test_a_model_that_cannot_be_served_is_exit_code_3_and_one_line(world: World, tmp_path: Path) -> None:
+    started = {
+        name: (launch(path, tmp_path / "engines" / name), path)
+        for name, path in broken_models(world, tmp_path).items()
+    }
+    for name, (process, path) in started.items():
+        assert process.wait(60) == 3, name
+        said = (tmp_path / "engines" / name / "engine.log").read_text().strip().splitlines()
+        assert "Traceback" not in "\n".join(said), name
+        assert str(path) in said[-1] or "diverged" in said[-1], said
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_the_cause_reaches_whoever_started_it(tmp_path: Path) -> None:
+    backend = arbor_transformers.arbor_inference_backends()["transformers"]()
+    spec = EngineSpec("base", str(tmp_path / "nothing"), tmp_path, (Device("cpu:0"),), 1, "", options())
+    with pytest.raises(ArborError, match="cannot load a model from"):
+        await backend.start(spec)
+
+
+def test_a_model_without_a_chat_template_is_named_so(tmp_path: Path) -> None:
+    import openai
+    from embedded import start
+
+    model = make_model(tmp_path / "plain")
+    (model / "chat_template.jinja").unlink()
+    running = start(model, tmp_path / "engine", token="")
+    try:
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            running.client.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
+        assert running.client.completions.create(model="base", prompt="x").usage
+    finally:
+        running.stop()
