@@ -1,0 +1,67 @@
+"""What OpenAI's client cannot send, and what every error must look like."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+MULTIPART = {"content-type": "multipart/form-data; boundary=XX"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def error(self, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+        """The error object, after making sure that it is one, in full, and this one."""
+        assert self.status == status, self.body
+        assert self.headers["content-type"] == "application/json"
+        assert self.headers["x-request-id"].startswith("req_")
+        error: dict[str, Any] = self.json["error"]
+        assert set(self.json) == {"error"}
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == code, error
+        assert error["param"] == param, error
+        assert error["message"]
+        assert "Traceback" not in error["message"]
+        return error
+
+
+def call(url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+    """One request, sent as it is. `body`: bytes as they are, an iterable of bytes in chunks, anything else as JSON."""
+    where = urlsplit(url)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=30)
+    try:
+        raw = json.dumps(body).encode() if isinstance(body, dict | list) else body
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before all is sent
+            connection.request(method, path, raw, dict(headers or {}))
+        response = connection.getresponse()
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+def raw_socket(url: str) -> socket.socket:
+    where = urlsplit(url)
+    return socket.create_connection((where.hostname or "", where.port or 0), timeout=30)
+
+
+def form(*parts: tuple[str, bytes] | tuple[str, bytes, str]) -> bytes:
+    """A multipart body (boundary XX): (name, content) for a text, (name, content, filename) for a file."""
+    found = b""
+    for name, content, *filename in parts:
+        file = f'; filename="{filename[0]}"' if filename else ""
+        found += f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
+    return found + b"--XX--\r\n"

@@ -1,0 +1,371 @@
+"""/v1/fine_tuning/jobs against a real server. The ids `row-N` are rows of the table of bad inputs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from conftest import LiveServer
+from http_calls import Answer, call
+
+JOBS = "/v1/fine_tuning/jobs"
+BASE = "mock/tiny"
+
+
+@pytest.fixture
+def file(server: LiveServer, chat_rows: list[dict[str, Any]]) -> str:
+    return server.upload(chat_rows)
+
+
+@pytest.fixture
+def hanging(server: LiveServer, file: str) -> Any:
+    """A job that runs until it is cancelled."""
+    job = submit(server, file, hyperparameters={"fault": "hang", "fault_step": 1}).json
+    server.wait(job["id"], "running")
+    yield server.client.fine_tuning.jobs.retrieve(job["id"])
+    call(server.url, "POST", f"{JOBS}/{job['id']}/cancel")
+    server.wait(job["id"], "cancelled")
+
+
+def submit(server: LiveServer, file: str, **fields: Any) -> Answer:
+    return call(server.url, "POST", JOBS, {"model": BASE, "training_file": file, **fields})
+
+
+def supervised(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def events(server: LiveServer, job_id: str) -> list[Any]:
+    return list(server.client.fine_tuning.jobs.list_events(job_id, limit=100))
+
+
+def test_a_job_from_upload_to_result(server: LiveServer, file: str) -> None:
+    jobs = server.client.fine_tuning.jobs
+    job = jobs.create(
+        model=BASE,
+        training_file=file,
+        validation_file=server.upload([{"messages": [{"role": "assistant", "content": "x"}]}] * 10),
+        suffix="mine",
+        seed=7,
+        metadata={"team": "a"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+    )
+    assert re.fullmatch(r"ftjob-[A-Za-z0-9]{24}", job.id)
+    assert job.status == "validating_files"
+    assert (job.seed, job.metadata, job.error, job.fine_tuned_model) == (7, {"team": "a"}, None, None)
+    assert job.method is not None
+    assert job.method.supervised is not None
+    assert job.method.supervised.hyperparameters is not None
+    assert job.method.supervised.hyperparameters.n_epochs == 2
+    assert job.hyperparameters.batch_size == "auto"
+    assert job.hyperparameters.learning_rate_multiplier == "auto"
+    done = server.wait(job.id)
+    assert done.fine_tuned_model == f"ft:{BASE}:arbor:mine:{job.id[-8:]}"
+    assert done.hyperparameters.n_epochs == 2
+    assert isinstance(done.hyperparameters.batch_size, int), "auto is replaced by the number that was used"
+    assert done.finished_at >= done.created_at
+    assert done.trained_tokens > 0
+    (result,) = done.result_files
+    header = server.client.files.content(result).text.splitlines()[0]
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert server.client.files.retrieve(result).purpose == "fine-tune-results"
+    metrics = [event for event in events(server, job.id) if event.type == "metrics"]
+    assert metrics[0].data["step"] > metrics[-1].data["step"], "newest first"
+    checkpoints = list(jobs.checkpoints.list(job.id, limit=1))
+    assert [c.step_number for c in checkpoints] == sorted((c.step_number for c in checkpoints), reverse=True)
+    assert checkpoints[0].fine_tuned_model_checkpoint.startswith(f"{done.fine_tuned_model}:ckpt-step-")
+    assert checkpoints[0].metrics.step == checkpoints[0].step_number
+
+
+def test_the_old_style_of_hyperparameters(server: LiveServer, file: str) -> None:
+    job = submit(server, file, hyperparameters={"n_epochs": 3}).json
+    assert job["method"]["type"] == "supervised"
+    assert job["method"]["supervised"]["hyperparameters"]["n_epochs"] == 3
+    assert submit(server, file, hyperparameters={"n_epochs": 3}, method=supervised(n_epochs=3)).status == 200
+    assert submit(server, file, method={"type": "supervised", "supervised": None, "dpo": None}).status == 200
+
+
+def test_every_nullable_field_is_there(server: LiveServer, file: str) -> None:
+    job = submit(server, file).json
+    for name in ("error", "fine_tuned_model", "finished_at", "trained_tokens", "validation_file", "metadata"):
+        assert job[name] is None
+    assert job["result_files"] == []
+    assert job["seed"] in range(1 << 31)
+    assert submit(server, file).json["seed"] != job["seed"]
+
+
+def test_a_seed_and_keys_of_the_trainer_are_shown(server: LiveServer, file: str) -> None:
+    job = submit(server, file, seed=0, method=supervised(learning_rate=0.5)).json
+    assert job["seed"] == 0
+    assert job["hyperparameters"]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["supervised", "mock"])
+def test_a_trainer_answers_to_its_methods_and_its_name(server: LiveServer, file: str, method: str) -> None:
+    block = {"type": method, method: {"hyperparameters": {"n_epochs": 1}}}
+    job = submit(server, file, method=block).json
+    assert job["method"] == {"type": method, method: {"hyperparameters": job["hyperparameters"]}}
+
+
+BAD_FIELDS = [
+    pytest.param({"model": None}, 400, "invalid_type", "model", id="row-42-null"),
+    pytest.param({"model": 7}, 400, "invalid_type", "model", id="row-42-number"),
+    pytest.param({"training_file": ["a"]}, 400, "invalid_type", "training_file", id="row-42-array"),
+    pytest.param({"seed": True}, 400, "invalid_type", "seed", id="row-42-bool-for-int"),
+    pytest.param({"seed": "5"}, 400, "invalid_type", "seed", id="row-42-text-for-int"),
+    pytest.param({"seed": 5.0}, 400, "invalid_type", "seed", id="row-42-float-for-int"),
+    pytest.param({"seed": -1}, 400, "integer_below_min_value", "seed", id="seed-below"),
+    pytest.param({"seed": 1 << 31}, 400, "integer_above_max_value", "seed", id="seed-above"),
+    pytest.param({"sufix": "x"}, 400, "unknown_parameter", "sufix", id="row-43"),
+    pytest.param({"metadata": {f"k{n}": "v" for n in range(17)}}, 400, "invalid_value", "metadata", id="row-49-pairs"),
+    pytest.param({"metadata": {"k" * 65: "v"}}, 400, "invalid_value", "metadata", id="row-49-key"),
+    pytest.param({"metadata": {"k": "v" * 513}}, 400, "invalid_value", "metadata", id="row-49-value"),
+    pytest.param({"metadata": {"k": 1}}, 400, "invalid_type", "metadata", id="row-49-number"),
+    pytest.param({"suffix": ""}, 400, "invalid_suffix", "suffix", id="row-50-empty"),
+    pytest.param({"suffix": "x" * 65}, 400, "invalid_suffix", "suffix", id="row-50-long"),
+    pytest.param({"suffix": "a/b"}, 400, "invalid_suffix", "suffix", id="row-50-slash"),
+    pytest.param({"suffix": "../x"}, 400, "invalid_suffix", "suffix", id="row-50-dots"),
+    pytest.param({"suffix": "🌳"}, 400, "invalid_suffix", "suffix", id="row-50-emoji"),
+    pytest.param({"suffix": "a\n"}, 400, "invalid_suffix", "suffix", id="row-50-newline"),
+    pytest.param({"model": "nope"}, 404, "model_not_found", "model", id="row-52"),
+    pytest.param({"model": "ft:mock/tiny:arbor::00000000"}, 400, "invalid_model", "model", id="row-52-ft"),
+    pytest.param({"model": "../../etc"}, 400, "invalid_model", "model", id="row-53-traversal"),
+    pytest.param({"model": "a/../b"}, 400, "invalid_model", "model", id="row-53-inside"),
+    pytest.param({"model": "/etc/passwd"}, 400, "invalid_model", "model", id="row-53-absolute"),
+    pytest.param({"model": "https://example.com/m"}, 400, "invalid_model", "model", id="row-53-url"),
+    pytest.param({"model": "a\0b"}, 400, "invalid_model", "model", id="row-53-nul"),
+    pytest.param({"model": ""}, 400, "invalid_model", "model", id="row-53-empty"),
+    pytest.param({"training_file": "file-nope"}, 400, "file_not_found", "training_file", id="row-54-training"),
+    pytest.param({"validation_file": "../x"}, 400, "file_not_found", "validation_file", id="row-54-validation"),
+    pytest.param({"integrations": [{"type": "mlflow"}]}, 400, "invalid_value", "integrations[0].type", id="row-68"),
+    pytest.param(
+        {"integrations": [{"type": "wandb", "wandb": {}}]},
+        400,
+        "missing_required_parameter",
+        "integrations[0].wandb.project",
+        id="row-68-project",
+    ),
+    pytest.param({"num_gpus": 0}, 400, "integer_below_min_value", "num_gpus", id="row-70-none"),
+    pytest.param({"num_gpus": 10_000}, 400, "invalid_gpu", "num_gpus", id="row-70-many"),
+    pytest.param({"method": {}}, 400, "missing_required_parameter", "method.type", id="row-41-method"),
+    pytest.param({"method": {"type": 3}}, 400, "invalid_type", "method.type", id="row-42-method"),
+    pytest.param({"method": {"type": "supervized"}}, 400, "invalid_value", "method.type", id="method-unknown"),
+    pytest.param({"method": {"type": "supervised", "dpo": {}}}, 400, "invalid_value", "method.dpo", id="row-59"),
+    pytest.param(
+        {"method": {"type": "supervised", "supervized": {}}},
+        400,
+        "unknown_parameter",
+        "method.supervized",
+        id="row-59-typo",
+    ),
+    pytest.param(
+        {"method": {"type": "supervised", "supervised": {"hyperparameter": {}}}},
+        400,
+        "unknown_parameter",
+        "method.supervised.hyperparameter",
+        id="row-43-method",
+    ),
+    pytest.param(
+        {"method": supervised(n_epochs=1), "hyperparameters": {"n_epochs": 2}},
+        400,
+        "conflicting_parameters",
+        "hyperparameters",
+        id="row-60",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "code", "param"), BAD_FIELDS)
+def test_fields_that_are_refused(
+    server: LiveServer, file: str, fields: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    submit(server, file, **fields).error(status, code, param)
+
+
+@pytest.mark.parametrize("missing", [pytest.param(name, id=f"row-41-{name}") for name in ("model", "training_file")])
+def test_what_must_be_there(server: LiveServer, file: str, missing: str) -> None:
+    body = {"model": BASE, "training_file": file}
+    del body[missing]
+    call(server.url, "POST", JOBS, body).error(400, "missing_required_parameter", missing)
+
+
+def test_row_57_an_unknown_hyperparameter_names_the_nearest(server: LiveServer, file: str) -> None:
+    path = "method.supervised.hyperparameters.learing_rate"
+    error = submit(server, file, method=supervised(learing_rate=1)).error(400, "unknown_parameter", path)
+    assert "Did you mean 'learning_rate'?" in error["message"]
+    old = submit(server, file, hyperparameters={"learing_rate": 1})
+    old.error(400, "unknown_parameter", "hyperparameters.learing_rate")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        pytest.param("n_epochs", 0, "invalid_value", id="row-58-n_epochs-0"),
+        pytest.param("n_epochs", 51, "integer_above_max_value", id="row-58-n_epochs-51"),
+        pytest.param("n_epochs", 1.5, "invalid_type", id="row-58-n_epochs-1.5"),
+        pytest.param("n_epochs", "lots", "invalid_value", id="row-58-n_epochs-lots"),
+        pytest.param("n_epochs", True, "invalid_type", id="row-58-n_epochs-true"),
+        pytest.param("batch_size", 0, "invalid_value", id="row-58-batch_size-0"),
+        pytest.param("batch_size", 257, "integer_above_max_value", id="row-58-batch_size-257"),
+        pytest.param("learning_rate_multiplier", 0, "invalid_value", id="row-58-lr-0"),
+        pytest.param("learning_rate_multiplier", -1, "invalid_value", id="row-58-lr-negative"),
+        pytest.param("n_epochs", "${oc.env:HOME}", "invalid_value", id="no-interpolation"),
+    ],
+)
+def test_hyperparameters_out_of_bounds(server: LiveServer, file: str, name: str, value: Any, code: str) -> None:
+    path = f"method.supervised.hyperparameters.{name}"
+    submit(server, file, method=supervised(**{name: value})).error(400, code, path)
+
+
+@pytest.mark.parametrize("number", [pytest.param(n, id=f"row-58-{n}") for n in ("1e400", "NaN", "Infinity", "-1e999")])
+def test_numbers_that_json_cannot_hold(server: LiveServer, file: str, number: str) -> None:
+    method = '{"type":"supervised","supervised":{"hyperparameters":{"learning_rate_multiplier":%s}}}' % number
+    body = f'{{"model":"{BASE}","training_file":"{file}","method":{method}}}'.encode()
+    call(server.url, "POST", JOBS, body).error(400, "invalid_json")
+
+
+def test_row_16_a_file_for_something_else(server: LiveServer, file: str) -> None:
+    other = server.upload(b"{}", purpose="user_data")
+    submit(server, other).error(400, "invalid_file_purpose", "training_file")
+    submit(server, file, validation_file=other).error(400, "invalid_file_purpose", "validation_file")
+
+
+def test_row_55_validating_on_the_training_file(server: LiveServer, file: str) -> None:
+    job = submit(server, file, validation_file=file).json
+    assert any(event.level == "warn" and "validation file" in event.message for event in events(server, job["id"]))
+
+
+def test_row_67_a_tracker_that_is_not_there(server: LiveServer, file: str) -> None:
+    asked = [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]
+    job = submit(server, file, integrations=asked).json
+    assert job["integrations"] == asked
+    assert any(event.level == "warn" and "integrations" in event.message for event in events(server, job["id"]))
+    assert server.wait(job["id"]).status == "succeeded"
+
+
+def test_methods_without_their_plugin(start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]) -> None:
+    server = start_server("plugins.disabled=[mock,sft]", "allocator=local", mock=False)
+    file = server.upload(chat_rows)
+    error = submit(server, file, method={"type": "dpo"}).error(400, "method_not_installed", "method.type")
+    assert "pip install arbor-dpo" in error["message"]
+    submit(server, file).error(400, "method_not_installed", "method.type")
+
+
+def test_row_66_a_queue_that_is_full(start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]) -> None:
+    server = start_server("limits.queued_jobs=0")
+    answer = submit(server, server.upload(chat_rows))
+    answer.error(429, "queue_full")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "param"),
+    [
+        pytest.param("limit=0", "invalid_value", "limit", id="row-46-0"),
+        pytest.param("limit=-1", "invalid_value", "limit", id="row-46-negative"),
+        pytest.param("limit=1000000000", "integer_above_max_value", "limit", id="row-46-large"),
+        pytest.param("limit=x", "invalid_value", "limit", id="row-46-text"),
+        pytest.param("limit=1.5", "invalid_value", "limit", id="row-46-float"),
+        pytest.param("after=nope", "invalid_cursor", "after", id="row-47"),
+        pytest.param("after=%00", "invalid_cursor", "after", id="row-47-nul"),
+    ],
+)
+def test_queries_that_are_refused(server: LiveServer, file: str, query: str, code: str, param: str) -> None:
+    job = submit(server, file).json["id"]
+    for path in (JOBS, f"{JOBS}/{job}/events", f"{JOBS}/{job}/checkpoints", "/v1/files"):
+        call(server.url, "GET", f"{path}?{query}").error(400, code, param)
+
+
+def test_a_cursor_of_another_list(server: LiveServer, file: str) -> None:
+    first, second = (submit(server, file).json["id"] for _ in range(2))
+    foreign = events(server, second)[0].id
+    call(server.url, "GET", f"{JOBS}/{first}/events?after={foreign}").error(400, "invalid_cursor", "after")
+    call(server.url, "GET", f"{JOBS}?after={file}").error(400, "invalid_cursor", "after")
+
+
+def test_row_48_pages_while_jobs_are_added(server: LiveServer, file: str) -> None:
+    mark = {"batch": file}
+    old = [submit(server, file, metadata=mark).json["id"] for _ in range(4)]
+    first = server.client.fine_tuning.jobs.list(limit=2, metadata=mark)
+    submit(server, file, metadata=mark)
+    rest = first.get_next_page()
+    assert [job.id for job in first.data] + [job.id for job in rest.data] == old[::-1]
+    assert first.has_more
+    assert not rest.has_more
+
+
+def test_jobs_by_metadata(server: LiveServer, file: str) -> None:
+    jobs = server.client.fine_tuning.jobs
+    with_key = submit(server, file, metadata={"a": file, "b": ""}).json["id"]
+    without = submit(server, file).json["id"]
+    assert [job.id for job in jobs.list(metadata={"a": file})] == [with_key]
+    assert [job.id for job in jobs.list(metadata={"a": file, "b": ""})] == [with_key]
+    assert [job.id for job in jobs.list(metadata={"a": file, "b": "x"})] == []
+    null = [job["id"] for job in call(server.url, "GET", f"{JOBS}?metadata=null&limit=1000").json["data"]]
+    assert without in null
+    assert with_key not in null
+
+
+def test_row_45_ids_that_cannot_be(server: LiveServer) -> None:
+    for id in ("%00", "..%2f..%2fetc", "x" * 10_000, "%F0%9F%8C%B3", "ftjob-nope"):
+        for tail in ("", "/events", "/checkpoints"):
+            call(server.url, "GET", f"{JOBS}/{id}{tail}").error(404, *NO_JOB) if "%2f" not in id else None
+        for verb in ("cancel", "pause", "resume"):
+            call(server.url, "POST", f"{JOBS}/{id}/{verb}").error(404, *NO_JOB) if "%2f" not in id else None
+        assert call(server.url, "GET", f"/v1/files/{id}").status == 404
+        assert call(server.url, "GET", f"/v1/files/{id}/content").status == 404
+
+
+NO_JOB = ("fine_tune_not_found", "fine_tune_id")
+
+
+def test_rows_97_and_98_cancelling(server: LiveServer, hanging: Any) -> None:
+    jobs = server.client.fine_tuning.jobs
+    assert jobs.cancel(hanging.id).status in ("running", "cancelled")
+    server.wait(hanging.id, "cancelled")
+    seen = events(server, hanging.id)
+    again = jobs.cancel(hanging.id)
+    assert again.status == "cancelled"
+    assert again == jobs.retrieve(hanging.id)
+    assert events(server, hanging.id) == seen
+
+
+def test_row_99_cancelling_what_has_ended(server: LiveServer, file: str) -> None:
+    job = submit(server, file).json["id"]
+    server.wait(job)
+    for verb in ("cancel", "pause", "resume"):
+        call(server.url, "POST", f"{JOBS}/{job}/{verb}").error(400, "invalid_job_state")
+    with pytest.raises(openai.BadRequestError, match="it has succeeded"):
+        server.client.fine_tuning.jobs.cancel(job)
+
+
+def test_row_96_cancelling_before_it_begins(start_server: Callable[..., LiveServer], chat_rows: Any) -> None:
+    server = start_server("gpu.train=[0]")
+    file = server.upload(chat_rows)
+    first = submit(server, file, hyperparameters={"fault": "hang", "fault_step": 1}).json["id"]
+    server.wait(first, "running")
+    second = submit(server, file).json["id"]
+    server.wait(second, "queued")
+    assert call(server.url, "POST", f"{JOBS}/{second}/cancel").json["status"] == "cancelled"
+    third = submit(server, file).json["id"]
+    assert call(server.url, "POST", f"{JOBS}/{third}/cancel").json["status"] == "cancelled", "while it is validated"
+    assert server.client.fine_tuning.jobs.retrieve(third).status == "cancelled"
+    fourth = submit(server, file).json["id"]
+    server.wait(fourth, "queued")
+    paused = call(server.url, "POST", f"{JOBS}/{fourth}/pause").json
+    assert paused["status"] == "paused"
+    assert call(server.url, "POST", f"{JOBS}/{fourth}/pause").json["status"] == "paused"
+    assert call(server.url, "POST", f"{JOBS}/{fourth}/resume").json["status"] == "queued"
+    assert call(server.url, "POST", f"{JOBS}/{first}/resume").json["status"] == "running", "resuming changes nothing"
+    server.client.fine_tuning.jobs.cancel(first)
+    assert server.wait(fourth).status == "succeeded"
+
+
+def test_the_body_of_cancel_may_be_empty_or_not(server: LiveServer, hanging: Any) -> None:
+    answer = call(server.url, "POST", f"{JOBS}/{hanging.id}/cancel", b"", {"content-type": "application/json"})
+    assert answer.status == 200
+    assert json.loads(answer.body)["id"] == hanging.id
