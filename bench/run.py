@@ -1,0 +1,75 @@
+"""`make bench`: runs every measurement, compares it with its aim, and writes `bench/results.json`.
+
+    python bench/run.py [NAME ...]
+
+Figures are ratios of things taken in one run, because the machine is shared; a time stands alone only where the aim is
+a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+# What is measured -> [(path in its JSON, "at least" or "at most", aim)]
+AIMS: dict[str, list[tuple[str, str, float]]] = {
+    "first_step": [("warm_ratio", "at most", 0.2), ("cold_ratio", "at most", 1.1)],
+    "sft_throughput": [("equal.ratio", "at least", 0.97), ("varied.ratio", "at least", 1.5)],
+    "serving": [("plain_32.ratio", "at least", 0.9), ("plain_64.ratio", "at least", 0.9)],
+    "proxy": [("proxy.plain.added_ms", "at most", 3.0)],
+    "server": [
+        ("ready_seconds", "at most", 1.5),
+        ("help_seconds", "at most", 1.0),
+        ("idle_mb", "at most", 120),
+        ("upload_added_mb", "at most", 50),
+        ("upload_speed_ratio", "at least", 0.5),
+    ],
+    "engine_batching": [],
+}
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or list(AIMS)
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    missed = 0
+    for name in wanted:
+        print(f"== {name}", flush=True)
+        figures = measure(name)
+        results[name] = {"figures": figures, "taken": time.strftime("%Y-%m-%d"), "machine": machine()}
+        for path, how, aim in AIMS[name]:
+            value = found(figures, path)
+            met = value >= aim if how == "at least" else value <= aim
+            missed += not met
+            print(f"{'ok    ' if met else 'MISSED'} {path}: {value:g} ({how} {aim:g})", flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    return 1 if missed else 0
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The JSON on the last line that a script prints."""
+    done = subprocess.run([sys.executable, HERE / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def found(figures: Any, path: str) -> float:
+    for part in path.split("."):
+        figures = figures[part]
+    return float(figures)
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
