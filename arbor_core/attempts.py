@@ -8,7 +8,6 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from .config import ServeConfig
 from .files import Files
 from .jobs import Job, JobError, Jobs, encoded
 from .logs import encode, replace, tail
@@ -49,17 +49,11 @@ class Attempts:
         executor: Executor,
         onlookers: Onlookers,
         root: Path,
-        *,
-        organization: str,
+        settings: ServeConfig,
         threads: int,
-        launcher: str,
-        accelerate_config: Path | None,
-        max_crashes: int,
-        release: Callable[[str], None],
     ) -> None:
         self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
-        self.root, self.organization, self.threads, self.launcher = root, organization, threads, launcher
-        self.accelerate_config, self.max_crashes, self.release = accelerate_config, max_crashes, release
+        self.root, self.settings, self.threads = root, settings, threads
 
     def dir(self, job: Job) -> Path:
         return self.root / "jobs" / job.id
@@ -111,11 +105,12 @@ class Attempts:
             python=self.python(trainer),
             preload=trainer.preload,
             prove=trainer.prove,
-            launcher=self.launcher,
+            launcher=self.settings.launcher,
             bell=str(bell),
         )
         if len(placement.devices) > 1:
-            order = msgspec.structs.replace(order, argv=ranks_command(order, len(placement.devices), self.accelerate_config))
+            argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
+            order = msgspec.structs.replace(order, argv=argv)
         replace(folder / "placement.json", encode(placement))
         replace(folder / "order.json", encode(order))
         return await self.executor.start(order, placement)
@@ -149,7 +144,7 @@ class Attempts:
         return await self.collect(fresh) if len(events) == BATCH else fresh
 
     def model_name(self, job: Job) -> str:
-        return ft_name(job.spec.model, self.organization, job.spec.suffix, job.id)
+        return ft_name(job.spec.model, self.settings.organization, job.spec.suffix, job.id)
 
     def view(self, job: Job) -> JobView:
         return JobView(job.id, job.spec.trainer, job.spec.model, job.status, job.spec.config, job.metadata or {})
@@ -185,7 +180,7 @@ class Attempts:
         return last
 
     async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
-        """Leave `running`, and give the devices back in the same transaction."""
+        """Leave `running`, and forget the lease in the same transaction."""
         also = changes.pop("also", None)
 
         def give_back(db: sqlite3.Connection) -> None:
@@ -198,7 +193,6 @@ class Attempts:
             view.status = status
             for event in events:
                 self.onlookers.tell(view, event)
-        self.release(job.id)
 
     async def _succeed(self, job: Job, result: Event) -> None:
         name = self.model_name(job)
@@ -233,7 +227,7 @@ class Attempts:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
         how = "its keeper was lost" if ended is None else exit_words(ended.code)
         crashes = job.crashes + 1
-        if crashes >= self.max_crashes:
+        if crashes >= self.settings.limits.attempts:
             error = JobError(
                 "worker_crashed",
                 f"The training process died {crashes} times without progress; the last time {how}. "
@@ -284,6 +278,7 @@ def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:
 
 def ranks_command(order: Order, ranks: int, accelerate_config: Path | None) -> tuple[str, ...]:
     """One process per device: by accelerate where the operator configured it, else by torchrun."""
+    launch: tuple[str, ...]
     if accelerate_config:
         launch = ("accelerate.commands.launch", "--config_file", str(accelerate_config), "--num_processes", str(ranks))
     else:

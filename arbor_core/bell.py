@@ -44,9 +44,9 @@ def ring(path: str | Path | None, job_id: str) -> None:
     """Say that a job has written something, if somebody listens."""
     if not path:
         return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as bell:
-        with short(Path(path)) as address:
-            bell.sendto(job_id.encode(), address)
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as bell, short(Path(path)) as address:
+        bell.sendto(job_id.encode(), address)
 
 
 class short(contextlib.AbstractContextManager[str]):  # noqa: N801 - reads as a function

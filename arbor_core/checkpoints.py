@@ -41,7 +41,7 @@ def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) ->
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        manifest = Manifest(step, attempt, metrics, {name: entry for name, entry in _entries(temporary)})
+        manifest = Manifest(step, attempt, metrics, dict(_entries(temporary)))
         replace(temporary / MANIFEST, msgspec.json.encode(manifest))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -29,6 +29,7 @@ from .types import (
     RunningJob,
     Scheduler,
     Snapshot,
+    Status,
     Trainer,
 )
 from .validate import validate
@@ -120,7 +121,7 @@ class Dispatcher:
                 self._spawn(job, self._validate(job))
             elif job.status == "running":
                 self._spawn(job, self._follow(job))
-            elif (job.status == "queued") != (job.desired == "run"):
+            elif idle_target(job):
                 await self.settle_idle(job)
         await self._plan()
 
@@ -138,13 +139,13 @@ class Dispatcher:
             self.awake.set()
 
     async def settle_idle(self, job: Job) -> None:
-        """Do what is asked of a job that no process works on."""
-        if job.desired == "cancel":
-            await self.jobs.transition(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
-        elif job.desired == "pause" and job.status != "paused":
-            await self.jobs.transition(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
-        elif job.desired == "run" and job.status == "paused":
-            await self.jobs.transition(job, "queued", Event("message", f"Fine-tuning job {job.id} resumed"))
+        """Do what is asked of a job that no process works on; a job that moves meanwhile is looked at again."""
+        found: Job | None = job
+        while found is not None and (to := idle_target(found)):
+            event = Event("message", f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
+            if await self.jobs.transition(found, to, event):
+                break
+            found = self.jobs.get(found.id)
         self.wake()
 
     async def _validate(self, job: Job) -> None:
@@ -227,7 +228,7 @@ class Dispatcher:
         self.waiting_told.discard(job.id)
         started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
         moved = await self.jobs.transition(
-            job, "running", started, attempt=job.attempt + 1, also=lambda db: keep_lease(db, lease)
+            job, "running", started, attempt=job.attempt + 1, only_if="run", also=lambda db: keep_lease(db, lease)
         )
         fresh = self.jobs.get(job.id)
         if not moved or fresh is None:
@@ -241,6 +242,7 @@ class Dispatcher:
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
             await self.attempts.not_started(job, error)
+            self.release(job.id)
             return
         await note_ref(self.jobs, job, ref)
         fresh = self.jobs.get(job.id)
@@ -260,6 +262,7 @@ class Dispatcher:
             job = await self.attempts.collect(self.jobs.get(job.id) or job)
             if not alive:
                 await self.attempts.settle(job, ended)
+                self.release(job.id)
                 return
             if job.desired != told:
                 self.attempts.pass_on(job)
@@ -270,6 +273,19 @@ class Dispatcher:
                     await asyncio.sleep(GATHER_SECONDS)
             except TimeoutError:
                 continue
+
+
+def idle_target(job: Job) -> Status | None:
+    """Where a job that no process works on should be instead, if not where it is."""
+    if job.status not in ("validating_files", "queued", "paused"):
+        return None
+    if job.desired == "cancel":
+        return "cancelled"
+    if job.desired == "pause" and job.status == "queued":
+        return "paused"
+    if job.desired == "run" and job.status == "paused":
+        return "queued"
+    return None
 
 
 def claim_of(job: Job) -> Claim:

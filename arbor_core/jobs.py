@@ -158,11 +158,11 @@ class Jobs:
         marks = ",".join("?" * len(statuses))
         return [
             decoded_job(row)
-            for row in self.store.read(f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY seq", *statuses)
+            for row in self.store.read(f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY seq", *statuses)  # noqa: S608
         ]
 
     def page(
-        self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | None | str = ""
+        self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
     ) -> list[Job]:
         """Jobs newest first, older than `after` (a `seq`).
 
@@ -179,7 +179,7 @@ class Jobs:
             for key, value in metadata.items():
                 where.append("EXISTS(SELECT 1 FROM json_each(metadata) WHERE key=? AND value=?)")
                 values += [key, value]
-        sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
+        sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"  # noqa: S608
         return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
 
     def waiting(self) -> int:
@@ -193,6 +193,7 @@ class Jobs:
         to: Status,
         *events: Event,
         attempt: int | None = None,
+        only_if: Desired | None = None,
         also: Callable[[sqlite3.Connection], object] | None = None,
         **changes: Any,
     ) -> bool:
@@ -202,6 +203,7 @@ class Jobs:
             to: The new status.
             events: What to tell those who follow the job, in the same transaction.
             attempt: The new attempt's number, when one begins.
+            only_if: What must be wanted of the job still: one that was cancelled meanwhile does not start.
             also: More changes for the same transaction.
             changes: Columns to set.
 
@@ -219,8 +221,16 @@ class Jobs:
             values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
             sets = ",".join(["status=:_to", *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
-                f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt",
-                {**values, "_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt},
+                f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
+                " AND desired=coalesce(:_only_if,desired)",
+                {
+                    **values,
+                    "_to": to,
+                    "_id": job.id,
+                    "_from": job.status,
+                    "_attempt": job.attempt,
+                    "_only_if": only_if,
+                },
             )
             if swapped.rowcount == 0:
                 return False

@@ -103,23 +103,9 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     slots = max(1, len(allocator.inventory().get("train", ())))
     cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     onlookers = Onlookers(plugins)
-    released: list[Dispatcher] = []
-    attempts = Attempts(
-        jobs,
-        files,
-        executor,
-        onlookers,
-        root,
-        organization=settings.organization,
-        threads=cores,
-        launcher=settings.launcher,
-        accelerate_config=settings.accelerate_config,
-        max_crashes=settings.limits.attempts,
-        release=lambda job_id: released[0].release(job_id),
-    )
+    attempts = Attempts(jobs, files, executor, onlookers, root, settings, cores)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
     dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
-    released.append(dispatcher)
     engines = Engines(
         backend,
         allocator,

@@ -474,5 +474,3 @@ class Services(Protocol):
     def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
         """The job's event objects, oldest first, as they come; ends when the job has ended."""
         ...
-
-

@@ -19,7 +19,12 @@ from pathlib import Path
 import openai
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is, as you asked."}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"Say {n}."},
+            {"role": "assistant", "content": f"{n} it is, as you asked."},
+        ]
+    }
     for n in range(256)
 ]
 BATCH = 8

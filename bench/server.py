@@ -39,9 +39,7 @@ def seconds_of(command: list[str], env: dict[str, str]) -> float:
 
 
 def start(storage: Path, env: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen(
-        [*SERVE, "port=0", f"storage={storage}"], stdout=subprocess.PIPE, text=True, env=env
-    )
+    process = subprocess.Popen([*SERVE, "port=0", f"storage={storage}"], stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     return process, process.stdout.readline().split()[-1]
 
