@@ -3,8 +3,8 @@
     python examples/letters.py OUT_DIR [SEED]     writes train.jsonl, valid.jsonl and test.jsonl
 
 The split is by word, decided by a checksum of the word itself: a word belongs to one split for ever, so none that is
-tested (or validated on) was trained on, whatever the counts and seeds. Words are 3 to 6 random letters, about 321 million
-of them, so that learning them by heart does not help.
+tested (or validated on) was trained on, whatever the counts and seeds. Words are 3 to 6 random letters; there are about
+321 million of them, so that learning them by heart does not help.
 """
 
 from __future__ import annotations

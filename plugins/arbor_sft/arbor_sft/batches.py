@@ -31,7 +31,8 @@ class Collate:
 
     def padded(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         shape = len(samples), max(len(sample.ids) for sample in samples)
-        ids, mask, labels = torch.full(shape, self.pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORED)
+        mask = torch.zeros(shape, dtype=torch.long)
         for row, sample in enumerate(samples):
             length = len(sample.ids)
             ids[row, :length] = torch.tensor(sample.ids)

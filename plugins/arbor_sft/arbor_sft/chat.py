@@ -1,12 +1,12 @@
 """Chat rows as tokens, with a loss on what the assistant said, for any chat template.
 
 A template is code, so what an assistant's turn looks like is found by rendering, not by parsing: the turn is what
-`messages[:i + 1]` adds to `messages[:i]` with a generation prompt. The prompt is then, to the letter, what an engine will
-send, and the answer ends with the token that stops it.
+`messages[:i + 1]` adds to `messages[:i]` with a generation prompt. The prompt is then, to the letter, what an engine
+will send, and the answer ends with the token that stops it.
 
 Most templates render a conversation so that each turn is a prefix of the next, and the row becomes one sequence. Some
-rewrite earlier turns (they drop old reasoning, or move the system prompt to the last question); those rows become one sequence
-for each trained turn, each rendered as the engine will see it.
+rewrite earlier turns (they drop old reasoning, or move the system prompt to the last question); those rows become one
+sequence for each trained turn, each rendered as the engine will see it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ChatFormat:
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that may end a turn."""
-        return set(self.tokenizer.convert_tokens_to_ids(self.stops))
+        return {int(self.tokenizer.get_vocab()[word]) for word in self.stops}
 
     def render(self, row: dict[str, Any]) -> list[Rendered]:
         """The texts to train on for one row.

@@ -19,7 +19,7 @@ from .plan import Budget
 CPU = Budget(tokens=32_768, overhead=256)
 CUDA = Budget(tokens=65_536, overhead=2_048)
 CUDA_BYTES_PER_TOKEN = 1 << 20
-"""Memory that one token's activations may need, without checkpointing: a cautious figure for models of some billions."""
+"""Memory that one token's activations may need, without checkpointing: a cautious figure for some billion weights."""
 DEFAULT_CONTEXT = 2048
 PROBE_TOKENS = 64
 
@@ -41,7 +41,7 @@ def uses_cuda(run: Run[SftConfig]) -> bool:
 def autocast(run: Run[SftConfig]) -> bool:
     """Whether to compute in bfloat16."""
     if run.config.dtype == "auto":
-        return uses_cuda(run) and torch.cuda.is_bf16_supported()
+        return uses_cuda(run) and bool(torch.cuda.is_bf16_supported())
     return run.config.dtype == "bfloat16"
 
 
@@ -98,7 +98,7 @@ def adapter(settings: LoraSettings) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
@@ -108,12 +108,13 @@ def adapter(settings: LoraSettings) -> LoraConfig:
 def tells_rows_apart(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
     """Whether two rows in one sequence give the logits that they give alone. Tried, because no flag says so."""
     two = [sample.cut(PROBE_TOKENS) for sample in samples[:2]] * (2 if len(samples) == 1 else 1)
-    model.eval()
+    model.train(False)
 
     def logits(rows: Sequence[Sample]) -> torch.Tensor:
-        inputs = {key: value.to(model.device) for key, value in Collate(rows, 0, packed=True)([{"rows": range(len(rows))}]).items()}
-        del inputs["labels"]
-        return model(**inputs, use_cache=False).logits[0].float()
+        inputs = Collate(rows, 0).one_sequence(rows)
+        ids, positions = (inputs[key].to(model.device) for key in ("input_ids", "position_ids"))
+        found: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        return found
 
     alone, together = torch.cat([logits([row]) for row in two]), logits(two)
     model.train()

@@ -1,7 +1,7 @@
 """Which rows form each optimizer step, and how a step is cut into micro-batches.
 
-The plan is a pure function of lengths, seed and sizes, made before training: a resumed run finds its place by counting, and
-how a step is cut changes its time but not its gradient, which is the mean over the tokens of the whole step.
+The plan is a pure function of lengths, seed and sizes, made before training: a resumed run finds its place by counting,
+and how a step is cut changes its time but not its gradient, which is the mean over the tokens of the whole step.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -89,9 +90,7 @@ def make(
     )
 
 
-def best_parts(
-    lengths: Sequence[int], batches: Sequence[Rows], layout: Layout, budget: Budget, ranks: int
-) -> int:
+def best_parts(lengths: Sequence[int], batches: Sequence[Rows], layout: Layout, budget: Budget, ranks: int) -> int:
     """The number of micro-batches per step that costs least, among those that keep within the budget's tokens.
 
     The cost of a step is its padded tokens and `budget.overhead` for each micro-batch. Where no number keeps within the
@@ -146,7 +145,7 @@ def _least_padding(rows: Rows, lengths: Sequence[int], parts: int) -> list[Rows]
     for choice in reversed(choices):
         edges.append(int(choice[edges[-1] - 1]))
     edges = [0, *reversed(edges)]
-    return [rows[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [rows[start:end] for start, end in pairwise(edges)]
 
 
 def _multiple(parts: int, ranks: int) -> int:

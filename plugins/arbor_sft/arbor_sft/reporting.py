@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import JobFailed, JobStopped, Run
 from arbor_core.types import Desired
@@ -47,10 +47,13 @@ class Evaluation:
 class Reporting(TrainerCallback):
     """Connects TRL's trainer with the run.
 
-    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), on_save (commit).
+    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), on_save
+    (commit).
     """
 
-    def __init__(self, run: Run[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None) -> None:
+    def __init__(
+        self, run: Run[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None
+    ) -> None:
         self.run, self.plan, self.samples, self.evaluation = run, plan, samples, evaluation
         self.total = len(plan.steps)
         self.trainer: SFTTrainer | None = None
@@ -98,7 +101,7 @@ class Reporting(TrainerCallback):
     def token_accuracy(self, step: int) -> float:
         """Share of the step's learned tokens that were the likeliest. TRL reports the mean over micro-batches; weighted
         by their tokens it is the mean over the step."""
-        means = self.trainer._metrics["train"]["mean_token_accuracy"] if self.trainer else []
+        means: list[float] = self.trainer._metrics["train"]["mean_token_accuracy"] if self.trainer else []
         parts, ranks = self.plan.steps[step - 1], self.run.world_size
         groups = [parts[at : at + ranks] for at in range(0, len(parts), ranks)]
         tokens = [sum(self.samples[row].trained for rows in group for row in rows) for group in groups]
@@ -130,9 +133,7 @@ class Reporting(TrainerCallback):
             self.metrics |= {f"full_{name}": value for name, value in self.valid.items()}
         self.run.metrics(state.global_step, self.total, **self.metrics)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move what the trainer wrote under the run's checkpoints; same file system, so nothing is copied."""
         step = state.global_step
         written = Path(str(args.output_dir)) / f"checkpoint-{step}"

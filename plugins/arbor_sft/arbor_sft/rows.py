@@ -81,10 +81,10 @@ def _shortened(
 ) -> Samples:
     long = [sample for sample in samples if len(sample.ids) > length]
     if len(long) * 2 > len(samples):
-        longest = max(len(sample.ids) for sample in long)
+        longest = max(long, key=lambda sample: len(sample.ids))
         raise JobFailed(
-            f"{param}: {len(long)} of {len(samples)} examples are longer than {length} tokens (the longest has {longest}, "
-            f"in line {next(s.line for s in long if len(s.ids) == longest)}): shorten them, or raise max_length",
+            f"{param}: {len(long)} of {len(samples)} examples are longer than {length} tokens (the longest has "
+            f"{len(longest.ids)}, in line {longest.line}): shorten them, or raise max_length",
             code=f"invalid_{param}",
             param=param,
         )

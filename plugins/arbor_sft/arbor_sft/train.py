@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
-from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
+from trl.trainer.sft_config import SFTConfig as TrlConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import JobFailed, Run
 
@@ -43,8 +45,8 @@ def train(run: Run[SftConfig]) -> None:
     """
     torch.set_num_threads(run.threads)
     transformers.set_seed(run.seed % 2**32)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = load_tokenizer(run)
     chat = chat_format(run, tokenizer)
     model = load_model(run)
@@ -52,8 +54,8 @@ def train(run: Run[SftConfig]) -> None:
     stop_where_trained(model, chat, training)
     layout = choose_layout(run, model, training)
     schedule = make_plan(run, training, layout)
-    trainer, reporting = compose(run, model, tokenizer, training, validation, schedule, layout)
-    describe(run, trainer.model, training, validation, schedule)
+    trainer = compose(run, model, tokenizer, training, validation, schedule, layout)
+    describe(run, trainer.model_wrapped, training, validation, schedule)
     resume(run, trainer, len(schedule.steps))
     if run.rank == 0:
         finish(run, schedule)
@@ -69,11 +71,8 @@ def chat_format(run: Run[SftConfig], tokenizer: PreTrainedTokenizerBase) -> Chat
 def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Samples, Samples | None]:
     """Both files as tokens; rows that are too long are counted in one warning for each file."""
     length = min(run.config.max_length or longest, longest)
-    found = []
-    for path, param in ((run.training_file, "training_file"), (run.validation_file, "validation_file")):
-        if path is None:
-            found.append(None)
-            continue
+
+    def load(path: Path, param: str) -> Samples:
         samples = rows.load(path, chat, length, run.config.too_long, param)
         if samples.truncated or samples.skipped:
             run.message(
@@ -83,10 +82,10 @@ def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Sam
                 truncated=samples.truncated,
                 skipped=samples.skipped,
             )
-        found.append(samples)
-    training, validation = found
-    assert training is not None
-    return training, validation
+        return samples
+
+    validation = load(run.validation_file, "validation_file") if run.validation_file else None
+    return load(run.training_file, "training_file"), validation
 
 
 def stop_where_trained(model: PreTrainedModel, chat: ChatFormat, training: Samples) -> None:
@@ -108,10 +107,12 @@ def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples
     wanted = run.config.batching
     if wanted == "auto":
         wanted = "packed" if "flash" in str(model.config._attn_implementation) else "sorted"
-    if wanted == "packed" and not tells_rows_apart(model.to("cuda" if uses_cuda(run) else "cpu"), training.kept):
+    if uses_cuda(run):
+        model.to("cuda")  # type: ignore[arg-type]  # transformers wraps torch's method
+    if wanted == "packed" and not tells_rows_apart(model, training.kept):
         if run.config.batching == "packed":
             raise JobFailed(
-                f"batching is 'packed', but {run.model} does not tell packed rows apart by their positions: use 'sorted'",
+                f"batching is 'packed', but {run.model} does not tell packed rows apart by position: use 'sorted'",
                 code="invalid_hyperparameters",
                 param="hyperparameters",
             )
@@ -145,7 +146,7 @@ def compose(
     validation: Samples | None,
     schedule: Plan,
     layout: Layout,
-) -> tuple[SFTTrainer, Reporting]:
+) -> SFTTrainer:
     """TRL's trainer over the plan: an item of its data set is a micro-batch, by row numbers."""
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     packed = layout == "packed"
@@ -172,7 +173,7 @@ def compose(
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     reporting.trainer = trainer
-    return trainer, reporting
+    return trainer
 
 
 def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
@@ -207,7 +208,7 @@ def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
 
 
 def describe(
-    run: Run[SftConfig], model: PreTrainedModel, training: Samples, validation: Samples | None, schedule: Plan
+    run: Run[SftConfig], model: torch.nn.Module, training: Samples, validation: Samples | None, schedule: Plan
 ) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -231,5 +232,6 @@ def resume(run: Run[SftConfig], trainer: SFTTrainer, total: int) -> None:
 def finish(run: Run[SftConfig], schedule: Plan) -> None:
     last = run.last_checkpoint()
     if last is None or last.step != len(schedule.steps):
-        raise JobFailed(f"the last step's checkpoint is missing; the newest whole one is {last}", code="checkpoint_lost")
+        newest = f"step {last.step}'s" if last else "none"
+        raise JobFailed(f"the last step's checkpoint is lost; the newest whole one is {newest}", code="checkpoint_lost")
     run.finish(last, schedule.tokens, adapter=run.config.lora is not None)

@@ -15,12 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from arbor_sft import SftConfig
 
 from arbor_core.config import load_yaml, merged, typed
 from arbor_core.logs import encode, tail
 from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
 from arbor_core.worker import WorkOrder
-from arbor_sft import SftConfig
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
@@ -160,7 +160,8 @@ class Fork:
             cls.parent = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENV}
             )
-        assert cls.parent.stdin and cls.parent.stdout
+        assert cls.parent.stdin
+        assert cls.parent.stdout
         print(request, file=cls.parent.stdin, flush=True)
         return cls.parent.stdout.readline().strip()
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import sft_templates as t
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
 from arbor_sft.chat import IGNORED, ChatFormat, Sample
 from arbor_sft.tiny import tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 
 def msg(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -179,8 +178,6 @@ def merging(*, trim: bool) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     if trim:
-        from tokenizers import processors
-
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
     learn = trainers.BpeTrainer(
         vocab_size=300,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
+from arbor_sft import auto, plan
+from arbor_sft.plan import Budget, Layout, Plan
 from hypothesis import given
 from hypothesis import strategies as st
 from sft_jobs import config
-
-from arbor_sft import auto, plan
-from arbor_sft.plan import Budget, Layout, Plan
 
 BUDGET = Budget(tokens=4096, overhead=256)
 LAYOUTS: tuple[Layout, ...] = ("padded", "sorted", "packed")
@@ -55,7 +54,7 @@ def test_no_contiguous_cut_has_less_padding(lengths: list[int], parts: int) -> N
     rows = plan.cut(list(range(len(lengths))), lengths, parts, "sorted")
     order = sorted(lengths)
     edges = ([0, *inner, len(order)] for inner in combinations(range(1, len(order)), parts - 1))
-    best = min(sum((b - a) * order[b - 1] for a, b in zip(e, e[1:], strict=False)) for e in edges)
+    best = min(sum((b - a) * order[b - 1] for a, b in pairwise(e)) for e in edges)
     assert sum(plan.size(part, lengths, "sorted") for part in rows) == best
 
 
@@ -95,7 +94,8 @@ def test_evaluation_sees_every_row_once(lengths: list[int], layout: Layout) -> N
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs", "batch_size"), [(10, 10, 1), (33, 4, 1), (34, 3, 1), (1000, 3, 2), (8334, 2, 17), (200_000, 1, 256)]
+    ("rows", "epochs", "batch_size"),
+    [(10, 10, 1), (33, 4, 1), (34, 3, 1), (1000, 3, 2), (8334, 2, 17), (200_000, 1, 256)],
 )
 def test_auto(rows: int, epochs: int, batch_size: int) -> None:
     made = config({})

@@ -9,10 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from arbor_sft import LoraSettings, SftConfig
+from arbor_sft.warm import prove
+from peft import PeftModel
 from sft_jobs import DEFAULTS, FULL, Job, chat, config, until, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arbor_core import ConfigError
-from arbor_sft import LoraSettings, SftConfig
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2, "batch_size": 4, "n_epochs": 1}
 
@@ -41,7 +45,7 @@ def job(tmp_path: Path, tiny: Path, data: Path) -> Any:
     return make
 
 
-# --- configuration -----------------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------------------------
 
 
 def test_defaults_have_the_structs_keys() -> None:
@@ -66,7 +70,7 @@ def test_a_wrong_value_is_named(given: dict[str, Any], words: str) -> None:
         config(given)
 
 
-# --- what a job reports and leaves -------------------------------------------------------------------------------------
+# --- what a job reports and leaves -----------------------------------------------------------------------------------
 
 
 def test_full_weights(job: Any) -> None:
@@ -102,8 +106,6 @@ def test_adapter(job: Any) -> None:
 
 
 def tokens(model: Path, path: Path) -> int:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
     return sum(len(tokenizer.apply_chat_template(row, return_dict=True)["input_ids"]) for row in rows)
@@ -111,10 +113,6 @@ def tokens(model: Path, path: Path) -> int:
 
 def reference(checkpoint: Path, path: Path | None, base: Path | None = None) -> tuple[float, float]:
     """Loss and accuracy per assistant token, row by row, without anything of ours or TRL's."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(base or checkpoint)
     if base:
         model = PeftModel.from_pretrained(model, checkpoint)
@@ -134,7 +132,7 @@ def reference(checkpoint: Path, path: Path | None, base: Path | None = None) -> 
     return loss / count, correct / count
 
 
-# --- the same gradient whatever the micro-batches ----------------------------------------------------------------------
+# --- the same gradient whatever the micro-batches --------------------------------------------------------------------
 
 
 def test_layouts_agree(job: Any) -> None:
@@ -151,7 +149,7 @@ def test_layouts_agree(job: Any) -> None:
             assert other.curve(key) == pytest.approx(plain.curve(key), rel=2e-3), (name, key)
 
 
-# --- the same weights whatever happens ---------------------------------------------------------------------------------
+# --- the same weights whatever happens -------------------------------------------------------------------------------
 
 
 def test_same_seed_same_weights(job: Any) -> None:
@@ -210,7 +208,7 @@ def test_keep_checkpoints(job: Any) -> None:
     assert {path.name for path in (made.dir / "checkpoints").iterdir()} == {"6-1", "8-1"}
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------
+# --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def failure(made: Job) -> dict[str, Any]:
@@ -288,6 +286,4 @@ def test_remaining_settings_reach_the_trainer(job: Any) -> None:
 
 
 def test_warm_proof() -> None:
-    from arbor_sft.warm import prove
-
     prove()
