@@ -82,6 +82,8 @@ class Models:
         Raises:
             ApiError: 400 if `name` cannot be one or its weights bring code, 404 if there is none.
         """
+        if name.startswith("ft:"):
+            raise unknown(name)
         if not _BASE.fullmatch(name) or ".." in name:
             message = (
                 f"Invalid model '{name[:80]}': expected the name of a model on this server (GET /v1/models), "
