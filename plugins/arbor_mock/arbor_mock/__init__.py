@@ -48,7 +48,7 @@ class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """`conf/inference/mock.yaml`, typed; each key is explained there."""
+    """`conf/backend/mock.yaml`, typed; each key is explained there."""
 
     context: Count
     max_running: Count

@@ -144,6 +144,9 @@ class MockEngine:
         for text, read in prompts:
             room = self.options.context - len(read)
             most = body.most() or room
+            if most > self.options.context:
+                message = f"Invalid 'max_tokens': expected at most {self.options.context}, this model's context."
+                raise RefusedError(400, "invalid_value", message, "max_tokens")
             if most > room or most < 1:
                 message = (
                     f"This model's maximum context length is {self.options.context} tokens. However, you requested "

@@ -1,0 +1,127 @@
+"""Fixtures: a job directory made by hand, run by the real worker; and a real engine process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import arbor_mock
+import msgspec
+import pytest
+
+from arbor_core import Device, EngineProcess, EngineSpec, Event, Order, Placement
+from arbor_core.config import load_yaml
+from arbor_core.logs import tail
+from arbor_core.types import PROTOCOL
+from arbor_core.worker import WorkOrder
+
+CONF = Path(arbor_mock.__file__).parent / "conf"
+MODEL = "mock/tiny"
+
+
+@dataclass
+class JobFolder:
+    """A job's directory, and its attempts."""
+
+    dir: Path
+    attempts: int = 0
+    codes: list[int] = field(default_factory=list)
+
+    def desire(self, word: str) -> None:
+        (self.dir / "desired").write_text(word)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begin the next attempt."""
+        self.attempts += 1
+        folder = self.dir / "attempts" / str(self.attempts)
+        folder.mkdir(parents=True)
+        order = Order(dir=folder, argv=(), env={}, python=sys.executable)
+        (folder / "order.json").write_bytes(msgspec.json.encode(order, enc_hook=str))
+        placement = Placement((Device("mock:0", "mock"),), 1)
+        (folder / "placement.json").write_bytes(msgspec.json.encode(placement))
+        with (folder / "worker.log").open("wb") as log:
+            return subprocess.Popen([sys.executable, "-m", "arbor_core.worker", str(folder)], stdout=log, stderr=log)
+
+    def run(self) -> int:
+        """One attempt from beginning to end; returns its exit status."""
+        return self.start().wait(60)
+
+    def events(self, type_: str | None = None, attempt: int | None = None) -> list[Event]:
+        log = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
+        return [event for _, event in tail(log, 0, Event) if type_ in (None, event.type)]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., JobFolder]:
+    """`job(steps=5, fault="crash")`: a job directory with twelve rows and these values over the defaults."""
+
+    def make(rows: int = 12, seed: int = 7, validation: bool = False, **values: Any) -> JobFolder:
+        folder = tmp_path / f"ftjob-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        data = folder / "train.jsonl"
+        message = {
+            "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "three words here"}]
+        }
+        data.write_text("".join(json.dumps(message) + "\n" for _ in range(rows)))
+        order = WorkOrder(
+            protocol=PROTOCOL,
+            job_id=folder.name,
+            entry="arbor_mock.train:train",
+            config_type="arbor_mock:MockConfig",
+            config={**load_yaml(CONF / "trainer" / "mock.yaml"), **values},
+            check_row="arbor_mock.rows:check_row",
+            min_rows=10,
+            model=MODEL,
+            model_name=MODEL,
+            training_file=data,
+            validation_file=data if validation else None,
+            seed=seed,
+            created_at=time.time(),
+            versions={},
+            threads=1,
+            cpu="",
+        )
+        (folder / "job.json").write_bytes(msgspec.json.encode(order, enc_hook=str))
+        return JobFolder(folder)
+
+    return make
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[EngineProcess]]]:
+    """`await engine(token_seconds=0.1)` starts an engine process; all are ended."""
+    started: list[EngineProcess] = []
+
+    async def start(**options: Any) -> EngineProcess:
+        spec = EngineSpec(
+            model=MODEL,
+            path=MODEL,
+            dir=tmp_path / f"engine-{len(started)}",
+            devices=(Device("mock:0", "mock"),),
+            threads=1,
+            token="secret",
+            options={**load_yaml(CONF / "backend" / "mock.yaml"), **options},
+        )
+        found = await arbor_mock.MockBackend().start(spec)
+        assert isinstance(found, EngineProcess)
+        started.append(found)
+        return found
+
+    yield start
+    for process in started:
+        await process.stop()
+
+
+@pytest.fixture
+def adapter(job: Callable[..., JobFolder]) -> Path:
+    """The checkpoint of a finished job."""
+    done = job(steps=1)
+    assert done.run() == 0, os.listdir(done.dir)
+    return next((done.dir / "checkpoints").iterdir())
