@@ -1,0 +1,289 @@
+"""When engines start, are shared, make room and end: real engine processes of the mock plugin."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from arbor_core import AllocatorSettings, Engine, EngineProcess, Weights
+from arbor_core import engines as engines_module
+from arbor_core.config import defaults, merged
+from arbor_core.engines import Engines
+from arbor_core.errors import ApiError
+from arbor_core.models import Resolved
+
+arbor_mock = pytest.importorskip("arbor_mock")
+
+ONE, TWO = (Resolved(name, name, f"/models/{name}") for name in ("one", "two"))
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, Any]:
+    from hydra import initialize_config_dir
+
+    from arbor_core.config import core_config_dir
+
+    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
+        return defaults("backend", "mock")
+
+
+@pytest.fixture
+async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callable[..., Engines]]:
+    """`make(devices=2, load_seconds=1.0)`: the engines of a server with so many devices to serve from."""
+    made: list[Engines] = []
+
+    def engines(devices: int = 1, idle_seconds: float = 60.0, load_wait: float = 60.0, **values: Any) -> Engines:
+        allocator = arbor_mock.simulated_devices(AllocatorSettings([], list(range(devices))))
+        made.append(
+            Engines(
+                arbor_mock.MockBackend(),
+                allocator,
+                tmp_path / "engines",
+                options=merged(options, values),
+                threads=1,
+                idle_seconds=idle_seconds,
+                load_wait=load_wait,
+            )
+        )
+        return made[-1]
+
+    yield engines
+    for each in made:
+        await each.close()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Resolved:
+    """An adapter on model `one`."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return Resolved("ft:one:x", ONE.base, ONE.base_path, Weights("ft:one:x", str(folder)))
+
+
+async def used(engines: Engines, resolved: Resolved) -> EngineProcess:
+    """Use a model for a moment."""
+    async with engines.using(resolved) as engine:
+        assert isinstance(engine, EngineProcess)
+        assert await engine.health()
+        return engine
+
+
+async def loaded(engine: Engine) -> list[str]:
+    async with aiohttp.ClientSession() as session, session.get(f"{engine.url}/health") as answer:
+        return list((await answer.json())["adapters"])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_first_requests_share_one_start(make):
+    engines = make(devices=4, load_seconds=0.2)
+    found = await asyncio.gather(*(used(engines, ONE) for _ in range(20)))
+    assert len(set(found)) == 1
+    assert engines.started == 1
+    assert engines.allocator.free()["engine"] == 3
+    assert await used(engines, TWO) is not found[0]
+
+
+async def test_an_idle_engine_is_stopped_and_one_in_use_is_not(make):
+    engines = make(idle_seconds=0)
+    async with engines.using(ONE) as engine:
+        await engines.tick()
+        assert await engine.health()
+    await engines.tick()
+    assert engine.process.returncode is not None
+    assert engines.served == {}
+    assert engines.allocator.free()["engine"] == 1
+    assert not any(engines.root.iterdir())
+    assert await used(engines, ONE) is not engine
+
+
+async def test_a_recently_used_engine_is_not_idle(make):
+    engines = make(idle_seconds=60)
+    engine = await used(engines, ONE)
+    await engines.tick()
+    assert await engine.health()
+
+
+async def test_the_next_request_after_a_death_starts_another(make, adapter):
+    engines = make()
+    first = await used(engines, adapter)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    await until(lambda: not engines.served)
+    assert engines.allocator.free()["engine"] == 1
+    second = await used(engines, adapter)
+    assert second is not first
+    assert await loaded(second) == ["ft:one:x"]
+
+
+async def test_an_engine_that_does_not_answer_is_replaced(make, monkeypatch):
+    engines = make()
+    first = await used(engines, ONE)
+    assert not await engines.suspect(first)
+    assert await used(engines, ONE) is first
+    os.kill(first.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr("arbor_core.engine_process.HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr("arbor_core.engine_process.STOP_SECONDS", 0.2)
+    assert await engines.suspect(first)
+    assert await used(engines, ONE) is not first
+
+
+async def test_the_engine_not_used_for_longest_makes_room(make):
+    engines = make(devices=2)
+    one, two = await used(engines, ONE), await used(engines, TWO)
+    assert await used(engines, ONE) is one
+    await used(engines, Resolved("three", "three", "/models/three"))
+    assert [served.key[0] for served in engines.served.values()] == ["one", "three"]
+    assert two.process.returncode is not None
+
+
+async def test_a_start_waits_for_an_engine_in_use(make):
+    engines = make(devices=1)
+    async with engines.using(ONE) as engine:
+        waiting = asyncio.create_task(used(engines, TWO))
+        await until(lambda: (TWO.base, TWO.base_path) in engines.served)
+        assert await engine.health()
+        assert not waiting.done()
+    await waiting
+    assert [served.key[0] for served in engines.served.values()] == ["two"]
+
+
+async def test_two_starts_that_wait_both_get_their_turn(make):
+    engines = make(devices=1)
+    three = Resolved("three", "three", "/models/three")
+    async with asyncio.timeout(30):
+        await asyncio.gather(used(engines, ONE), used(engines, TWO), used(engines, three))
+    assert engines.started == 3
+
+
+async def test_a_model_that_takes_long_to_load_is_answered_model_loading(make):  # row 118
+    engines = make(load_seconds=0.6, load_wait=0.1)
+    with pytest.raises(ApiError) as caught:
+        await used(engines, ONE)
+    assert (caught.value.status, caught.value.code) == (503, "model_loading")
+    assert int(caught.value.headers["retry-after"]) > 0
+    engines.load_wait = 60
+    await used(engines, ONE)
+    assert engines.started == 1
+
+
+async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(make, monkeypatch):
+    engines = make(load_error="these weights are from another world")
+    for _ in range(3):
+        with pytest.raises(ApiError, match="another world") as caught:
+            await used(engines, ONE)
+        assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
+        assert caught.value.headers == {"x-should-retry": "false"}
+    assert engines.started == 1
+    assert engines.allocator.free()["engine"] == 1
+    monkeypatch.setattr(engines_module, "FAILURE_SECONDS", 0)
+    engines.failed.clear()
+    engines.options["load_error"] = None
+    await used(engines, ONE)
+    assert engines.started == 2
+
+
+async def test_without_a_device_to_serve_from_nothing_is_served(make):
+    with pytest.raises(ApiError, match="this machine offers 0") as caught:
+        await used(make(devices=0), ONE)
+    assert caught.value.code == "engine_unavailable"
+
+
+async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
+    engines = make()
+    calls = []
+    load = EngineProcess.load_weights
+
+    async def counted(self, weights):
+        calls.append(weights.name)
+        await load(self, weights)
+
+    monkeypatch.setattr(EngineProcess, "load_weights", counted)
+    await asyncio.gather(*(used(engines, adapter) for _ in range(10)), used(engines, ONE))
+    assert calls == ["ft:one:x"]
+    assert engines.started == 1
+
+
+async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monkeypatch):
+    monkeypatch.setattr(engines_module, "ADAPTERS", 2)
+    engines = make()
+
+    def named(name):
+        return Resolved(name, adapter.base, adapter.base_path, Weights(name, adapter.adapter.path))
+
+    for name in ("a", "b", "a", "c"):
+        engine = await used(engines, named(name))
+    await until(lambda: not engines.background)
+    assert await loaded(engine) == ["a", "c"]
+    await used(engines, named("b"))
+    assert "b" in await loaded(engine)
+
+
+async def test_a_deleted_model_is_unloaded(make, adapter):
+    engines = make()
+    engine = await used(engines, adapter)
+    await engines.forget("ft:one:x")
+    await until(lambda: not engines.background)
+    assert await loaded(engine) == []
+    await engines.forget("one")
+    assert engine.process.returncode is not None
+
+
+async def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_alone(make, adapter):
+    engines = make()
+    path = Path(adapter.adapter.path) / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(ApiError, match="cut off") as caught:
+        await used(engines, adapter)
+    assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
+    await used(engines, ONE)
+    path.write_bytes(whole)
+    await used(engines, adapter)
+    assert engines.started == 1
+
+
+async def test_a_request_that_gives_up_does_not_stop_the_start(make):
+    engines = make(load_seconds=0.3)
+    asked = asyncio.create_task(used(engines, ONE))
+    await until(lambda: bool(engines.served))
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await used(engines, ONE)
+    assert engines.started == 1
+    assert next(iter(engines.served.values())).users == 0
+
+
+async def test_closing_ends_every_process_even_one_that_starts(make):
+    engines = make(devices=3, load_seconds=0.5)
+    one = await used(engines, ONE)
+    starting = asyncio.create_task(used(engines, TWO))
+    await until((engines.root / "2" / "spec.json").exists)
+    await engines.close()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert one.process.returncode is not None
+    assert engines.served == {}
+    assert engines.allocator.free()["engine"] == 3
+
+
+async def test_scratch_directories_of_an_earlier_server_are_gone(make, tmp_path):
+    (tmp_path / "engines" / "7").mkdir(parents=True)
+    engines = make()
+    assert not (tmp_path / "engines" / "7").exists()
+    engine = await used(engines, ONE)
+    spec = json.loads((engine.spec.dir / "spec.json").read_bytes())
+    assert len(spec["token"]) > 20
+    assert spec["model"] == "one"
