@@ -19,20 +19,21 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", TOKENIZERS_PARALLELISM="false")
 
+import arbor_transformers
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
-
-import arbor_transformers
-from arbor_core import Device
 from arbor_transformers import Options
-from arbor_transformers.engine import Delta, Engine, Generation, Sink
+from arbor_transformers.engine import Engine
+from arbor_transformers.generation import Delta, Generation, Sink
 from arbor_transformers.lora import AdapterRows
 from arbor_transformers.model import Loaded, load, make_batch
 from arbor_transformers.sampler import Sampling
 from arbor_transformers.text import Detokenizer, StopStrings, TokenText
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from arbor_core import Device
 
 logging.set_verbosity_error()
 

@@ -1,4 +1,4 @@
-"""Arbor's embedded inference engine, as the server sees it. Light: torch is imported only by the engine's own process."""
+"""Arbor's embedded inference engine, as the server sees it. Light: only the engine's own process imports torch."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from arbor_core import ArborError, EngineSpec
 
 from . import Options
-from .engine import Delta, Engine, Sink
+from .engine import Engine
+from .generation import Delta, Sink
 from .http import Face
 from .lora import AdapterRows
 from .model import Loaded, load, make_batch
@@ -37,8 +38,8 @@ def main() -> int:
     """Serve until told to end; the exit status."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineSpec, dec_hook=lambda kind, raw: kind(raw))
     options = msgspec.convert(spec.options, Options)
     torch.set_num_threads(max(1, spec.threads))

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .engine import Delta, Token
+from .generation import Delta, Token
 from .text import TokenText
 
 Json = dict[str, Any]
@@ -121,12 +121,12 @@ class ChatAnswer(Answer):
             return None
         content = []
         for token in tokens:
-            top = [self._entry(id, logprob) for id, logprob in token.top]
+            top = [self._entry(other, logprob) for other, logprob in token.top]
             content.append({**self._entry(token.id, token.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _entry(self, id: int, logprob: float) -> Json:
-        raw = self.texts.bytes(id)
+    def _entry(self, token: int, logprob: float) -> Json:
+        raw = self.texts.bytes(token)
         return {"token": raw.decode(errors="replace"), "bytes": list(raw), "logprob": finite(logprob)}
 
 
@@ -161,7 +161,7 @@ class CompletionAnswer(Answer):
 
     def _top(self, token: Token) -> Mapping[str, float]:
         """The alternatives, and the sampled token where it is not among them."""
-        shown = {self.texts.label(id): finite(logprob) for id, logprob in token.top}
+        shown = {self.texts.label(other): finite(logprob) for other, logprob in token.top}
         return shown | {self.texts.label(token.id): finite(token.logprob)}
 
 

@@ -235,7 +235,7 @@ class EvenBatch:
 
     def admit(self, done: EvenPrefill, picks: Sequence[int]) -> Tensor:
         rows = torch.tensor(list(picks), device=self.model.device)
-        done.cache.reorder_cache(rows)
+        done.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.cache, self.length = done.cache, done.tokens.shape[1]
         self.adapters = [done.adapters[pick] for pick in picks]
         return done.logits[rows]
@@ -258,7 +258,8 @@ class EvenBatch:
         if not order:
             self.clear()
         elif self.cache is not None:
-            self.cache.reorder_cache(torch.tensor(order, device=self.model.device))
+            rows_left = torch.tensor(order, device=self.model.device)
+            self.cache.reorder_cache(rows_left)  # type: ignore[arg-type]
             self.adapters = [self.adapters[row] for row in order]
         return order
 

@@ -9,116 +9,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from .batch import Batch, Prefill
-from .errors import ApiError, numerical, queue_full, stopping
+from .errors import ApiError, queue_full, stopping
+from .generation import Delta, Generation, Sink
 from .lora import Adapter
-from .sampler import History, Sampled, Sampling, sample
-from .text import Detokenizer, StopStrings
+from .sampler import Sampled, sample
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Token(NamedTuple):
-    """A generated token as it is reported. `offset` is where its text begins in the choice's text, in characters."""
-
-    id: int
-    logprob: float
-    top: list[tuple[int, float]]
-    offset: int
-
-
-class Delta(NamedTuple):
-    """What a sequence has produced since its last delta. `finish` or `error` end it."""
-
-    choice: int
-    text: str
-    tokens: list[Token]
-    finish: str | None = None
-    error: ApiError | None = None
-
-
-class Sink(Protocol):
-    """Where a request's deltas go."""
-
-    def put(self, delta: Delta) -> None: ...
-
-
-@dataclass(eq=False)
-class Generation:
-    """One sequence being generated: a choice of a request.
-
-    Args:
-        prompt: Token ids.
-        sampling: How to choose tokens.
-        choice: Its index in the answer.
-        max_tokens: Tokens after which it ends.
-        adapter: Whose weights it runs on, to its end.
-        sink: Receives its deltas.
-        streams: Whether it reports as it goes or once at the end.
-        text: Makes its text.
-        stops: Ends it.
-    """
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    choice: int
-    max_tokens: int
-    adapter: Adapter | None
-    sink: Sink
-    streams: bool
-    text: Detokenizer
-    stops: StopStrings
-    tokens: list[int] = field(default_factory=list)
-    history: History | None = None
-    cancelled: bool = False
-    _text: str = ""
-    _unreported: list[Token] = field(default_factory=list)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All of its tokens so far."""
-        return (*self.prompt, *self.tokens)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    def take(self, sampled: Sampled) -> Delta | None:
-        """Append a token; the delta to report now, if any."""
-        if not sampled.finite:
-            return Delta(self.choice, "", [], error=numerical())
-        self._unreported.append(Token(sampled.token, sampled.logprob, sampled.top, self.text.length))
-        self.tokens.append(sampled.token)
-        if self.history is not None:
-            self.history.add(sampled.token)
-        finish = self._extend(sampled.token)
-        if finish is None and not (self.streams and self._text):
-            return None
-        delta = Delta(self.choice, self._text, self._unreported, finish)
-        self._text, self._unreported = "", []
-        return delta
-
-    def _extend(self, token: int) -> str | None:
-        """Add the token's text; why the sequence ends with it, if it does."""
-        if token in self.sampling.stop_ids:
-            self._text += self.stops.add(self.text.flush(), armed=False)
-            return "stop"
-        self._text += self.stops.add(self.text.add(token), armed=len(self.tokens) >= self.sampling.min_tokens)
-        if self.stops.stopped:
-            return "stop"
-        if len(self.tokens) < self.max_tokens:
-            return None
-        self._text += self.stops.add(self.text.flush())
-        if self.stops.stopped:
-            return "stop"
-        self._text += self.stops.flush()
-        return "length"
 
 
 @dataclass
@@ -151,7 +54,12 @@ class Engine:
         deliver: Callable[[list[tuple[Sink, Delta]]], None],
         broken: Callable[[], None],
     ) -> None:
-        self.batch, self.max_batch, self.max_waiting, self.prefill_tokens = batch, max_batch, max_waiting, prefill_tokens
+        self.batch, self.max_batch, self.max_waiting, self.prefill_tokens = (
+            batch,
+            max_batch,
+            max_waiting,
+            prefill_tokens,
+        )
         self.deliver, self.broken = deliver, broken
         self.rows: list[Generation] = []
         self.entry: Entry | None = None
@@ -238,7 +146,10 @@ class Engine:
                 self.queue = deque(generation for generation in self.queue if not generation.cancelled)
         if self.entry and all(member.cancelled for member in self.entry.members):
             self.entry = None
-        self._drop({row for row, generation in enumerate(self.rows) if generation.cancelled})
+        try:
+            self._drop({row for row, generation in enumerate(self.rows) if generation.cancelled})
+        except Exception as error:
+            self._broke_all(error)
 
     def _enter(self) -> None:
         """Run the next chunk of the prompts that are entering, or choose some to enter."""
@@ -252,7 +163,9 @@ class Engine:
             self._broke("running a prompt", members, error)
             return
         entry, self.entry = self.entry, None
-        staying = [(member, pick) for member, pick in zip(entry.members, entry.picks, strict=True) if not member.cancelled]
+        staying = [
+            (member, pick) for member, pick in zip(entry.members, entry.picks, strict=True) if not member.cancelled
+        ]
         if not staying:
             return
         first = len(self.rows)
@@ -314,7 +227,7 @@ class Engine:
         deltas: list[tuple[Sink, Delta]] = []
         ended: set[int] = set()
         for row, (generation, sampled) in enumerate(zip(rows, sample(logits, rows), strict=True), first):
-            delta = generation.take(sampled)
+            delta = self._taken(generation, sampled)
             if delta is not None:
                 deltas.append((generation.sink, delta))
                 if delta.finish or delta.error:
@@ -322,6 +235,14 @@ class Engine:
         self._drop(ended)
         if deltas:
             self.deliver(deltas)
+
+    def _taken(self, generation: Generation, sampled: Sampled) -> Delta | None:
+        """Give a sequence its token; a failure to make text of it is its own, not the batch's."""
+        try:
+            return generation.take(sampled)
+        except Exception as error:
+            log.exception("failed to take a token")
+            return Delta(generation.choice, "", [], error=failure("making text", error))
 
     def _drop(self, rows: set[int]) -> None:
         if rows:
@@ -338,12 +259,17 @@ class Engine:
     def _broke(self, doing: str, generations: Sequence[Generation], error: Exception) -> None:
         """Fail the sequences that were in the call that failed; end the process if the device is lost with it."""
         log.error("failed %s %d sequences", doing, len(generations), exc_info=error)
-        message = f"The engine failed while {doing} ({type(error).__name__}). Its log has the details."
-        self._fail(generations, ApiError(message, "engine_error", status=500))
-        if torch.cuda.is_initialized():
+        self._fail(generations, failure(doing, error))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError:
                 log.exception("the GPU is lost to this process")
                 self.broken()
+
+
+def failure(doing: str, error: Exception) -> ApiError:
+    """What a client is told of an error of ours."""
+    message = f"The engine failed while {doing} ({type(error).__name__}). Its log has the details."
+    return ApiError(message, "engine_error", status=500)

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 import socket
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ import msgspec
 from aiohttp import web
 
 from .answers import Answer
-from .engine import Delta, Generation
+from .checks import check
 from .errors import ApiError, stopping
-from .service import Inbox, Service
-from .wire import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, check, parse
+from .generation import Delta, Generation
+from .inbox import Inbox
+from .service import Service
+from .wire import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, parse
 
 log = logging.getLogger(__name__)
 LARGEST_BODY = 64 << 20
@@ -36,7 +39,7 @@ class Face:
 
     def __init__(self, service: Service, token: str) -> None:
         self.service, self.token = service, token
-        self.streams: set[asyncio.Task[Any]] = set()
+        self.since = int(time.time())
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._envelope])
@@ -62,7 +65,7 @@ class Face:
 
     async def models(self, request: web.Request) -> web.Response:
         names = [self.service.name, *self.service.adapters]
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "arbor"} for name in names]
+        data = [{"id": name, "object": "model", "created": self.since, "owned_by": "arbor"} for name in names]
         return answer({"object": "list", "data": data})
 
     async def load(self, request: web.Request) -> web.Response:
@@ -137,7 +140,9 @@ class Face:
         except ApiError as error:
             failure = error
         except web.HTTPException as error:
-            code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status, "http_error")
+            code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(
+                error.status, "http_error"
+            )
             failure = ApiError(error.reason, code, status=error.status)
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -161,36 +166,40 @@ def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 async def whole(inbox: Inbox, count: int) -> list[Delta]:
     """The one delta of each of `count` choices, in order; the first error is raised."""
-    deltas = []
+    deltas: list[Delta] = []
     while len(deltas) < count:
-        delta = await inbox.deltas.get()
-        if delta.error is not None:
-            raise delta.error
-        deltas.append(delta)
+        deltas += await inbox.take()
+        for delta in deltas:
+            if delta.error is not None:
+                raise delta.error
     return sorted(deltas, key=lambda delta: delta.choice)
 
 
 async def send(response: web.StreamResponse, writing: Answer, count: int, inbox: Inbox) -> None:
     """Write a stream to its end. An error goes into the stream, and ends it like everything else with [DONE]."""
-    for chunk in writing.opening(count):
-        await response.write(event(chunk))
-    left = count
-    while left:
+    frames = [event(chunk) for chunk in writing.opening(count)]
+    left, failed = count, False
+    while left and not failed:
+        if frames:
+            await response.write(b"".join(frames))
         try:
-            delta = await asyncio.wait_for(inbox.deltas.get(), PING_SECONDS)
+            async with asyncio.timeout(PING_SECONDS):
+                deltas = await inbox.take()
         except TimeoutError:
-            await response.write(b": ping\n\n")
+            frames = [b": ping\n\n"]
             continue
-        if delta.error is not None:
-            await response.write(event(delta.error.envelope()))
-            break
-        left -= delta.finish is not None
-        await response.write(event(writing.chunk(delta)))
-    else:
-        ending = writing.ending()
-        if ending is not None:
-            await response.write(event(ending))
-    await response.write(b"data: [DONE]\n\n")
+        frames = []
+        for delta in deltas:
+            if delta.error is not None:
+                frames.append(event(delta.error.envelope()))
+                failed = True
+                break
+            left -= delta.finish is not None
+            frames.append(event(writing.chunk(delta)))
+    ending = None if failed else writing.ending()
+    if ending is not None:
+        frames.append(event(ending))
+    await response.write(b"".join([*frames, b"data: [DONE]\n\n"]))
     await response.write_eof()
 
 

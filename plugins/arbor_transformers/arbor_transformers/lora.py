@@ -35,7 +35,7 @@ UNSUPPORTED = {
     "monteclora_config": "Monte Carlo LoRA",
 }
 """Keys of `adapter_config.json` that change what an adapter computes in a way that is not implemented here."""
-NEUTRAL = (None, False, [], {}, "none", "")
+NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none", "")
 
 
 @dataclass(eq=False)
@@ -97,7 +97,9 @@ def read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key.removeprefix(PREFIX))
                 if match is None:
-                    raise refuse(f"tensor {key} in {file} is not a LoRA matrix of a linear layer", "unsupported_adapter")
+                    raise refuse(
+                        f"tensor {key} in {file} is not a LoRA matrix of a linear layer", "unsupported_adapter"
+                    )
                 pairs.setdefault(match[1], {})[match[2]] = tensors.get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise refuse(f"cannot read {file}: {error}") from None

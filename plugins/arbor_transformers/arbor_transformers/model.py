@@ -3,8 +3,10 @@
 import copy
 import logging
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ class Loaded:
     ends: frozenset[int]
     """Tokens that end an answer."""
     vocabulary: int
-    """Rows of the embedding matrix: ids from there on do not exist."""
+    """Ids from there on do not exist."""
     context: int
 
 
@@ -45,37 +47,66 @@ def load(path: str, device: Device, options: Options) -> Loaded:
     Raises:
         ArborError: what is at the path cannot be served; the message says why.
     """
+    local = is_directory(path)
     place = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if place.type == "cuda" else "float32")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=getattr(torch, dtype),
-            attn_implementation=options.attention,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = model.to(place).eval().requires_grad_(False)
+        model = load_weights(path, local, getattr(torch, dtype), options.attention)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+        model.to(place)  # type: ignore[arg-type]
+        model.eval().requires_grad_(False)
+    except ArborError:
+        raise
     except Exception as error:
         # The libraries raise nearly everything here; the process has nothing else to do.
         log.debug("loading failed", exc_info=True)
-        raise ArborError(f"cannot load a model from {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ArborError(f"the weights in {path} lack {len(missing)} tensors of its model, {missing[0]} among them")
+        said = " ".join(str(error).split())
+        raise ArborError(f"cannot load a model from {path}: {type(error).__name__}: {said}") from None
     return Loaded(
         model=model,
         tokenizer=tokenizer,
         tokenizer_of_engine=copy.deepcopy(tokenizer),
         tokenizer_of_answers=copy.deepcopy(tokenizer),
         ends=ends_of(model, tokenizer),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=vocabulary_of(model),
         context=context_of(model, tokenizer),
     )
+
+
+def load_weights(path: str, local: bool, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model itself, every tensor of it from the files."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        trust_remote_code=False,
+        local_files_only=local,
+        use_safetensors=True,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        # Without this they would be random.
+        missing = sorted(report["missing_keys"])
+        raise ArborError(f"the weights in {path} lack {len(missing)} tensors of its model, {missing[0]} among them")
+    return cast("PreTrainedModel", model)
+
+
+def is_directory(path: str) -> bool:
+    """Whether a path is a directory; False for a hub id.
+
+    Raises:
+        ArborError: it is written like a directory and there is none: asking the hub for it would only take long.
+    """
+    if Path(path).is_dir():
+        return True
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ArborError(f"cannot load a model from {path}: there is no such directory")
+    return False
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -84,6 +115,12 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         ends |= {value} if isinstance(value, int) else set(value or ())
     return frozenset(ends)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Ids that can be both read and written: rows of the embedding matrices."""
+    matrices: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    return min(len(matrix.weight) for matrix in matrices if matrix is not None)
 
 
 def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -140,7 +177,7 @@ PROOF = [[(7 * i + 3 * row) % 100 for i in range(9)] for row in range(2)]
 def reference(model: PreTrainedModel) -> torch.Tensor:
     """Logits [3, tokens, vocabulary] of the three sequences of `proves`, from the model alone."""
     texts = [[*PROOF[row > 0], row + 1, 4] for row in range(3)]
-    ids = torch.tensor(texts, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor(texts, device=model.device) % vocabulary_of(model)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
@@ -186,5 +223,16 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that the cache may take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.6)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")))
+    bounds = [int(available[1]) * 1024 if available else pages]
+    limit = read_text(Path("/sys/fs/cgroup/memory.max")).strip()
+    if limit.isdecimal():
+        # A container's limit, where there is one: what the machine has free says nothing then.
+        bounds.append(int(limit) - int(read_text(Path("/sys/fs/cgroup/memory.current"))))
+    return max(0, min(bounds) // 4)
 
+
+def read_text(file: Path) -> str:
+    """A file of the kernel's, empty where this kernel has none."""
+    return file.read_text() if file.exists() else ""

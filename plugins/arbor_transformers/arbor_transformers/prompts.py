@@ -25,10 +25,14 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.strips = {str(t): (t.lstrip, t.rstrip) for t in tokenizer.added_tokens_decoder.values()}
         longest_first = sorted(self.special, key=len, reverse=True)
         self.control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+    def plain(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """A prompt that is no conversation."""
+        return self.text(prompt) if isinstance(prompt, str) else self.ids(prompt)
 
     def ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """A prompt of token ids, checked against the vocabulary (row 137: an embedding look-up must not see others)."""
@@ -60,12 +64,9 @@ class Prompts:
             if at % 2:
                 ids.append(self.special[piece])
                 continue
-            if at and self.strips[pieces[at - 1]][1]:
-                piece = piece.lstrip()
-            if at + 1 < len(pieces) and self.strips[pieces[at + 1]][0]:
-                piece = piece.rstrip()
-            plain = self.tokenizer(veil.lift(piece), add_special_tokens=False, split_special_tokens=True)
-            ids += plain.input_ids
+            text = piece.lstrip() if at and self.strips[pieces[at - 1]][1] else piece
+            text = text.rstrip() if at + 1 < len(pieces) and self.strips[pieces[at + 1]][0] else text
+            ids += self.tokenizer(veil.lift(text), add_special_tokens=False, split_special_tokens=True).input_ids
         return self._some(tuple(ids), "messages")
 
     def _render(self, messages: list[Any], tools: Any, extras: Mapping[str, Any]) -> str:

@@ -65,11 +65,16 @@ class History:
 class Row(Protocol):
     """A sequence as the sampler sees it."""
 
-    sampling: Sampling
-    choice: int
-    prompt: Sequence[int]
-    tokens: list[int]
     history: History | None
+
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def choice(self) -> int: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def tokens(self) -> list[int]: ...
 
 
 class Sampled(NamedTuple):

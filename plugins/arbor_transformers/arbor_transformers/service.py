@@ -4,36 +4,19 @@ import asyncio
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
-from .engine import Delta, Engine, Generation
+from .engine import Engine
 from .errors import ApiError
+from .generation import Generation
+from .inbox import Inbox
 from .lora import Adapter, AdapterRows, load_adapter
 from .model import Loaded
 from .prompts import Prompts, as_template_wants
 from .sampler import Sampling
 from .text import Detokenizer, StopStrings, TokenText
 from .wire import ChatRequest, CompletionRequest, Request
-
-
-class Inbox:
-    """What one request's generations have produced and its connection has not yet sent.
-
-    Args:
-        limit: Deltas that may lie here; one more, and the reader is too slow (row 129).
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        self.overrun = asyncio.Event()
-
-    def put(self, delta: Delta) -> None:
-        """Only in the event loop's thread."""
-        if self.deltas.qsize() >= self.limit:
-            self.overrun.set()
-        else:
-            self.deltas.put_nowait(delta)
 
 
 class Service:
@@ -47,9 +30,7 @@ class Service:
         unread: Limit of an inbox.
     """
 
-    def __init__(
-        self, name: str, loaded: Loaded, engine: Engine, lora: AdapterRows, context: int, unread: int
-    ) -> None:
+    def __init__(self, name: str, loaded: Loaded, engine: Engine, lora: AdapterRows, context: int, unread: int) -> None:
         self.name, self.loaded, self.engine, self.lora = name, loaded, engine, lora
         self.context, self.unread = context, unread
         self.adapters: dict[str, Adapter] = {}
@@ -57,6 +38,7 @@ class Service:
         self.texts = TokenText(loaded.tokenizer_of_answers)
         self.engine_texts = TokenText(loaded.tokenizer_of_engine)
         self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.loading = asyncio.Lock()
         self.reader = ThreadPoolExecutor(1, "reader")
 
     def adapter(self, model: str) -> Adapter | None:
@@ -71,6 +53,10 @@ class Service:
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter under a name. The same name again is only right with the same directory."""
+        async with self.loading:
+            await self._load(name, path)
+
+    async def _load(self, name: str, path: str) -> None:
         known = self.adapters.get(name)
         if known is not None and known.path == path:
             return
@@ -100,12 +86,7 @@ class Service:
     async def complete(self, request: CompletionRequest) -> tuple[Answer, list[Generation], Inbox]:
         """The generations of plain prompts, not yet submitted."""
         adapter = self.adapter(request.model)
-        prompts = [
-            await self._encoded(lambda prompt=prompt: self.prompts.text(prompt))
-            if isinstance(prompt, str)
-            else self.prompts.ids(prompt)
-            for prompt in request.prompts
-        ]
+        prompts = [await self._encoded(partial(self.prompts.plain, prompt)) for prompt in request.prompts]
         return self._prepared(request, prompts, adapter, CompletionAnswer)
 
     async def _encoded(self, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -123,7 +104,7 @@ class Service:
             token_ids=bool(request.return_token_ids),
             usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        inbox, sampling, n = Inbox(self.unread), self._sampling(request), request.n or 1
+        inbox, sampling, n = Inbox(self._unread(request, len(prompts))), self._sampling(request), request.n or 1
         generations = [
             Generation(
                 prompt=prompt,
@@ -140,6 +121,16 @@ class Service:
             for i in range(n)
         ]
         return answer, generations, inbox
+
+    def _unread(self, request: Request, prompts: int) -> int:
+        """Limit of the inbox: every choice must be able to report once."""
+        count, most = prompts * (request.n or 1), self.engine.max_batch + self.engine.max_waiting
+        if count > most:
+            message = (
+                f"The request asks for {count} sequences; this engine takes {most} at once. Send several requests."
+            )
+            raise ApiError(message, "invalid_value", "n" if prompts == 1 else "prompt")
+        return self.unread + count
 
     def _room(self, request: Request, used: int) -> int:
         """How many tokens may be generated after a prompt."""

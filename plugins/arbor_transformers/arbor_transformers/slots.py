@@ -24,14 +24,14 @@ def rounded(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, each [rows, heads, columns, head dimension]."""
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, slots: "Slots") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -76,7 +76,7 @@ class Slots(Cache):
         columns: Columns to allocate.
     """
 
-    layers: list[SlotLayer]
+    layers: list[SlotLayer]  # type: ignore[assignment]
     rows: Tensor
     """[rows, 1], the slots in use: 0, 1, 2, ..."""
     columns: Tensor

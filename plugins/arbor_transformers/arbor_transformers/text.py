@@ -93,7 +93,7 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+        self.added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         self.decoders = decoder_types(tokenizer)
         # With byte fallback, and for all we know of a slow tokenizer, an unfinished character breaks the whole ones
         # before it as well, so that no more than one of them may be in the window.
@@ -101,7 +101,7 @@ class TokenText:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of several tokens, control tokens left out."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def bytes(self, token: int) -> bytes:
@@ -142,7 +142,7 @@ def decoder_types(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes (GPT-2): printable ones as they are, others from U+0100 on."""
+    """How byte-level BPE (GPT-2) writes bytes: printable ones as they are, others as characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,6 +1,7 @@
 """What the engine generates, through its real process and the stock client, against transformers and PEFT."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -68,10 +69,14 @@ async def test_a_batch_of_mixed_requests_is_each_alone(engine: Running, world: W
     load(engine, world)
     models = ["base", *world.adapters]
     asks = [
-        (prompt, models[(i + j) % 4], parameters) for i, prompt in enumerate(PROMPTS) for j, parameters in enumerate(MIXED)
+        (prompt, models[(i + j) % 4], parameters)
+        for i, prompt in enumerate(PROMPTS)
+        for j, parameters in enumerate(MIXED)
     ]
     alone = [await complete(engine, prompt, model, **parameters) for prompt, model, parameters in asks]
-    together = await asyncio.gather(*(complete(engine, prompt, model, **parameters) for prompt, model, parameters in asks))
+    together = await asyncio.gather(
+        *(complete(engine, prompt, model, **parameters) for prompt, model, parameters in asks)
+    )
     for one, other in zip(alone, together, strict=True):
         assert [choice.token_ids for choice in one.choices] == [choice.token_ids for choice in other.choices]
         assert [choice.text for choice in one.choices] == [choice.text for choice in other.choices]
@@ -150,7 +155,9 @@ async def test_stop_token_ids_min_tokens_and_ignore_eos(engine: Running) -> None
     free = (await complete(engine, "x", seed=8, max_tokens=30, extra={"ignore_eos": True})).choices[0]
     token = free.token_ids[4]
     first = free.token_ids.index(token)
-    ended = (await complete(engine, "x", seed=8, max_tokens=30, extra={"stop_token_ids": [token], "ignore_eos": True})).choices[0]
+    ended = (
+        await complete(engine, "x", seed=8, max_tokens=30, extra={"stop_token_ids": [token], "ignore_eos": True})
+    ).choices[0]
     assert ended.token_ids == free.token_ids[: first + 1]
     assert ended.finish_reason == "stop"
     later = {"stop_token_ids": [token], "ignore_eos": True, "min_tokens": first + 3}
@@ -181,7 +188,10 @@ async def test_logprobs_are_those_of_a_plain_forward(engine: Running, world: Wor
 async def test_chat_logprobs_and_stream_agree_with_the_whole(engine: Running) -> None:
     ask: dict[str, Any] = {
         "model": "base",
-        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "你好"}]}],
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "你好"}]},
+        ],
         "max_completion_tokens": 30,
         "seed": 4,
         "n": 2,
@@ -228,33 +238,34 @@ async def test_streams_never_cut_a_character(engine: Running) -> None:
     assert len(chunks) > 5
 
 
-async def test_a_long_prompt_enters_in_chunks(world: World, tmp_path: Any) -> None:
-    small = start(world.model, tmp_path, prefill_tokens=16)
-    try:
-        prompt = "jumps over 你好 " * 20
-        answers = await asyncio.gather(
-            complete(small, prompt, temperature=0, max_tokens=20), complete(small, "the", temperature=0, max_tokens=40)
-        )
-    finally:
-        small.stop()
+@pytest.fixture(scope="module")
+def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Room for 512 cached tokens, and prompts enter in chunks of 16."""
+    running = start(world.model, tmp_path_factory.mktemp("small"), max_cached_tokens=512, prefill_tokens=16)
+    yield running
+    running.stop()
+
+
+async def test_a_long_prompt_enters_in_chunks(world: World, small: Running) -> None:
+    prompt = "héllo zebra 42 " * 12
+    answers = await asyncio.gather(
+        complete(small, prompt, temperature=0, max_tokens=20), complete(small, "the", temperature=0, max_tokens=40)
+    )
+    assert len(answers[0].prompt_token_ids) > 100
     assert answers[0].choices[0].token_ids == generated(world, prompt, 20)
     assert answers[1].choices[0].token_ids == generated(world, "the", 40)
 
 
-async def test_a_full_cache_sends_sequences_back_and_changes_nothing(world: World, tmp_path: Any, engine: Running) -> None:
-    """Room for 4 rows of up to 127 tokens; 8 sequences of up to 200: they leave and enter again."""
-    small = start(world.model, tmp_path, max_cached_tokens=512)
-    try:
-        asks = [complete(small, "the", seed=i, max_tokens=180, extra={"ignore_eos": True}) for i in range(8)]
-        squeezed = await asyncio.gather(*asks)
-        with pytest.raises(openai.BadRequestError) as refused:
-            await complete(small, "the", max_tokens=512)
-    finally:
-        small.stop()
-    roomy = await asyncio.gather(
-        *(complete(engine, "the", seed=i, max_tokens=180, extra={"ignore_eos": True}) for i in range(8))
-    )
+async def test_a_full_cache_sends_sequences_back_and_changes_nothing(small: Running, engine: Running) -> None:
+    """Room for 4 rows of up to 127 tokens; 8 sequences of up to 180: they leave and enter again."""
+    parameters: dict[str, Any] = {"max_tokens": 180, "presence_penalty": 0.5, "extra": {"ignore_eos": True}}
+    squeezed, roomy = [
+        await asyncio.gather(*(complete(where, "the", seed=i, **parameters) for i in range(8)))
+        for where in (small, engine)
+    ]
     assert [one.choices[0].token_ids for one in squeezed] == [one.choices[0].token_ids for one in roomy]
+    with pytest.raises(openai.BadRequestError) as refused:
+        await complete(small, "the", max_tokens=511)
     assert refused.value.code == "context_length_exceeded"
 
 
@@ -271,4 +282,4 @@ def test_strict_validation_passes(engine: Running) -> None:
         model="base", messages=[{"role": "user", "content": "x"}], max_tokens=5, stream=True
     ):
         pass
-    assert [model.id for model in client.models.list()][0] == "base"
+    assert next(model.id for model in client.models.list()) == "base"

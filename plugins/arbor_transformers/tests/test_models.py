@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from embedded import make_adapter, make_tokenizer, options
-
-from arbor_core import Device
 from arbor_transformers import Options
 from arbor_transformers.batch import EvenBatch, SlotBatch
-from arbor_transformers.engine import Delta, Engine, Generation, Sink
+from arbor_transformers.engine import Engine
+from arbor_transformers.generation import Delta, Generation, Sink
 from arbor_transformers.lora import AdapterRows, load_adapter
 from arbor_transformers.model import Loaded, load, make_batch
 from arbor_transformers.sampler import Sampling
 from arbor_transformers.text import Detokenizer, StopStrings, TokenText
+from embedded import make_adapter, make_tokenizer, options
+
+from arbor_core import Device
 
 TOKENIZER = make_tokenizer()
 SHAPE: dict[str, Any] = {
@@ -92,7 +93,9 @@ def deliver(deltas: Sequence[tuple[Sink, Delta]]) -> None:
 def generations(loaded: Loaded, prompts: Sequence[list[int]], sink: Sink, tokens: int) -> list[Generation]:
     texts = TokenText(loaded.tokenizer)
     return [
-        Generation(tuple(prompt), Sampling(temperature=0), i, tokens, None, sink, False, Detokenizer(texts), StopStrings([]))
+        Generation(
+            tuple(prompt), Sampling(temperature=0), i, tokens, None, sink, False, Detokenizer(texts), StopStrings([])
+        )
         for i, prompt in enumerate(prompts)
     ]
 

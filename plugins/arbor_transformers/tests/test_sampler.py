@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
 from arbor_transformers.sampler import History, Sampling, sample, uniform
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 VOCABULARY = 50
 
@@ -44,7 +43,14 @@ def test_frequencies_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7}, {"top_p": 0.9, "min_p": 0.05}, {"top_k": 500}],
+    [
+        {"top_k": 4},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.7},
+        {"top_p": 0.9, "min_p": 0.05},
+        {"top_k": 500},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("seed", range(4))

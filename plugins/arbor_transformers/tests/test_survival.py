@@ -1,6 +1,7 @@
 """What must not hurt anybody else: clients that leave or dawdle, full queues, poisoned adapters, shutdown."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -88,7 +89,13 @@ async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
             "n": 2,
         }
     ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: x",
+        "Authorization: Bearer secret",
+        f"Content-Length: {len(body)}",
+    ]
+    head = "\r\n".join([*lines, "", ""])
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
@@ -102,10 +109,9 @@ async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
         await until(cut, 20)
         await until(idle(narrow))
         received = b""
-        with pytest.raises(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError):
             while part := await loop.sock_recv(client, 1 << 20):
                 received += part
-            raise ConnectionResetError
     assert b"[DONE]" not in received
 
 
@@ -141,9 +147,7 @@ async def test_an_error_in_a_stream_comes_in_band(narrow: Running, world: World,
     tensors = load_file(poison / "adapter_model.safetensors")
     save_file({key: value * 1e30 for key, value in tensors.items()}, poison / "adapter_model.safetensors")
     async with session_of(narrow) as session:
-        await session.post(
-            f"{narrow.url}/v1/load_lora_adapter", json={"lora_name": "p", "lora_path": str(poison)}
-        )
+        await session.post(f"{narrow.url}/v1/load_lora_adapter", json={"lora_name": "p", "lora_path": str(poison)})
         answer = await session.post(f"{narrow.url}/v1/completions", json={"model": "p", "prompt": "x", "stream": True})
         frames = (await answer.text()).strip().split("\n\n")
     assert json.loads(frames[0].removeprefix("data: "))["error"]["code"] == "engine_numerical_error"
@@ -172,9 +176,9 @@ async def test_adapters_come_and_go_under_traffic(engine: Running, world: World)
         expected = {name: (await ask(name))["choices"][0]["text"] for name in ("base", "v-small", "v-large")}
         await unload("v-small")
         await unload("v-large")
-        for round in range(4):
-            adapter = ("small", "large")[round % 2]
-            name = f"v{round}"
+        for turn in range(4):
+            adapter = ("small", "large")[turn % 2]
+            name = f"v{turn}"
             await load(name, adapter)
             running = [asyncio.create_task(ask(model)) for model in ("base", name, name)]
             await until(busy(engine, 3))

@@ -3,13 +3,12 @@
 import random
 
 import pytest
+from arbor_transformers.text import Detokenizer, StopStrings, TokenText
 from embedded import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
-
-from arbor_transformers.text import Detokenizer, StopStrings, TokenText
 
 TOKENIZER = make_tokenizer()
 TEXTS = TokenText(TOKENIZER)
