@@ -1,0 +1,144 @@
+"""`check_scheduler` and `check_allocator`: who runs next, and on what."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from arbor_core.scheduler import needs
+from arbor_core.types import Allocator, ArborError, Bundle, Claim, Lease, QueuedJob, RunningJob, Scheduler, Snapshot
+
+ROUNDS = 300
+MOST_JOBS, MOST_DEVICES = 8, 8
+WAIT_SECONDS = 10.0
+
+
+def check_scheduler(factory: Callable[[], Scheduler], *, rounds: int = ROUNDS) -> None:
+    """Check a scheduler on random snapshots.
+
+    Its plan must be a function of the snapshot, start only jobs that wait, each once and all of them on free devices,
+    pause only jobs that run, and start a job that waits alone before an idle machine.
+
+    Args:
+        factory: As the plugin's hook returns it.
+        rounds: How many snapshots; the same ones each time.
+
+    Raises:
+        AssertionError: what was expected, with the snapshot.
+    """
+    for number in range(rounds):
+        snapshot = random_snapshot(random.Random(number))
+        before = msgspec.json.encode(snapshot)
+        scheduler = factory()
+        plan = scheduler.plan(snapshot)
+        assert msgspec.json.encode(snapshot) == before, f"plan() changed its snapshot: {snapshot}"
+        assert scheduler.plan(snapshot) == plan, f"the same snapshot gave another plan: {snapshot}"
+        assert factory().plan(snapshot) == plan, f"a new scheduler plans otherwise from the same snapshot: {snapshot}"
+        queued = {job.id: job for job in snapshot.queued}
+        running = {job.id for job in snapshot.running}
+        assert set(plan.start) <= set(queued), f"starts jobs that do not wait: {plan} of {snapshot}"
+        assert len(set(plan.start)) == len(plan.start), f"starts a job twice: {plan}"
+        assert set(plan.preempt) <= running, f"pauses jobs that do not run: {plan} of {snapshot}"
+        taken = [queued[name].claim for name in plan.start]
+        for pool, free in snapshot.free.items():
+            used = sum(needs(claim).get(pool, 0) for claim in taken)
+            assert used <= free, f"starts jobs for {used} devices of '{pool}', {free} are free: {plan} of {snapshot}"
+    alone = QueuedJob("only", Claim("only", (Bundle("train", 2),)), 1)
+    plan = factory().plan(Snapshot((alone,), (), {"train": 2, "engine": 0}))
+    assert plan.start == ("only",), f"a job that fits an idle machine is not started: {plan}"
+
+
+def random_snapshot(draw: random.Random) -> Snapshot:
+    """A machine at some moment."""
+
+    def claim(owner: str) -> Claim:
+        return Claim(owner, (Bundle("train", draw.randint(1, MOST_DEVICES)),))
+
+    order = list(range(2 * MOST_JOBS))
+    draw.shuffle(order)
+    queued = tuple(
+        QueuedJob(f"q{n}", claim(f"q{n}"), order[n], draw.choice((0, 0, 1, -1)))
+        for n in range(draw.randint(0, MOST_JOBS))
+    )
+    running = tuple(
+        RunningJob(f"r{n}", claim(f"r{n}"), order[MOST_JOBS + n], draw.choice((0, 1)), draw.random() < 0.2)
+        for n in range(draw.randint(0, MOST_JOBS))
+    )
+    return Snapshot(queued, running, {"train": draw.randint(0, MOST_DEVICES), "engine": draw.randint(0, 2)})
+
+
+def check_allocator(factory: Callable[[], Allocator], *, pool: str = "train") -> None:
+    """Check an allocator: leases are whole, exclusive, waited for, and given back.
+
+    Args:
+        factory: Makes a new allocator of the same devices each time, at least one in `pool`.
+        pool: The pool to try.
+
+    Raises:
+        AssertionError: what was expected.
+    """
+    asyncio.run(_check_allocator(factory, pool))
+
+
+async def _check_allocator(factory: Callable[[], Allocator], pool: str) -> None:
+    allocator = factory()
+    size = len(allocator.inventory()[pool])
+    assert size >= 1, f"there is no device in the pool '{pool}' to try"
+    assert allocator.free()[pool] == size, f"a new allocator has {allocator.free()[pool]} of {size} devices free"
+    await _check_too_much(allocator, pool, size)
+    leases = [await _soon(allocator.acquire(_claim(pool, f"job-{n}", 1))) for n in range(size)]
+    devices = [device.id for lease in leases for device in lease.of(pool)]
+    assert len(devices) == len(set(devices)) == size, f"{size} leases of one device each hold {devices}"
+    assert allocator.free()[pool] == 0, f"all devices are leased, {allocator.free()[pool]} are said to be free"
+    await _check_waiting(allocator, pool, leases)
+    assert allocator.free()[pool] == size, f"all is given back, {allocator.free()[pool]} of {size} are free"
+    await _check_restored(factory, pool, size)
+
+
+async def _check_too_much(allocator: Allocator, pool: str, size: int) -> None:
+    said = None
+    try:
+        await _soon(allocator.acquire(_claim(pool, "too-much", size + 1)))
+    except ArborError as error:
+        said = str(error)
+    assert said is not None, f"{size + 1} of {size} devices were leased"
+    assert said, "a claim that can never fit is refused without a reason"
+    assert allocator.free()[pool] == size, "a claim that was refused holds devices"
+
+
+async def _check_waiting(allocator: Allocator, pool: str, leases: Sequence[Lease]) -> None:
+    """With everything leased: who waits gets what is given back, unless it gave up."""
+    gave_up = asyncio.create_task(allocator.acquire(_claim(pool, "impatient", 1)))
+    waits = asyncio.create_task(allocator.acquire(_claim(pool, "patient", 1)))
+    await asyncio.sleep(0)
+    assert not gave_up.done(), "a claim was granted although nothing is free"
+    gave_up.cancel()
+    await asyncio.gather(gave_up, return_exceptions=True)
+    allocator.release(leases[0])
+    lease = await _soon(waits)
+    assert lease.of(pool), "a lease that was waited for holds no device"
+    for held in (*leases[1:], lease, lease):  # twice: harmless
+        allocator.release(held)
+
+
+async def _check_restored(factory: Callable[[], Allocator], pool: str, size: int) -> None:
+    """A lease of before the server's restart holds its devices in the next server."""
+    lease = await _soon(factory().acquire(_claim(pool, "survivor", size)))
+    allocator = factory()
+    allocator.restore(lease)
+    assert allocator.free()[pool] == 0, "a restored lease does not hold its devices"
+    allocator.release(lease)
+    assert allocator.free()[pool] == size, "a restored lease cannot be released"
+
+
+def _claim(pool: str, owner: str, count: int) -> Claim:
+    return Claim(owner, (Bundle(pool, count),))
+
+
+async def _soon(lease: object) -> Lease:
+    """The lease, which must not take long."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        return await lease  # type: ignore[misc, no-any-return]

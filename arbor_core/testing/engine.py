@@ -1,0 +1,109 @@
+"""`check_backend`: what the server relies on when it starts an engine and relays requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arbor_core.types import ArborError, Device, Engine, EngineSpec, InferenceBackend
+
+if TYPE_CHECKING:
+    import aiohttp
+
+TOKEN = "a-token-of-the-check"  # noqa: S105 - not a secret
+WAIT_SECONDS = 60.0
+
+
+def check_backend(
+    factory: Callable[[], InferenceBackend], model: str | Path, *, options: Mapping[str, Any], refuses: bool = True
+) -> None:
+    """Start an engine, talk to it, stop it.
+
+    Args:
+        factory: As the plugin's hook returns it.
+        model: Directory of a base model that it can serve.
+        options: The backend's options, as in its `conf/backend/<name>.yaml`.
+        refuses: Whether a directory that holds no model must be refused (a simulated engine takes any).
+
+    Raises:
+        AssertionError: what was expected.
+    """
+    asyncio.run(_check_backend(factory, str(model), options, refuses))
+
+
+async def _check_backend(
+    factory: Callable[[], InferenceBackend], model: str, options: Mapping[str, Any], refuses: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if refuses:
+            await _check_refusal(factory, _spec(root / "refused", str(root / "no-model"), options))
+        engine = await factory().start(_spec(root / "engine", model, options))
+        try:
+            await _check_face(engine)
+        finally:
+            await engine.stop()
+        async with asyncio.timeout(WAIT_SECONDS):
+            said = await engine.wait()
+        assert said, "wait() does not say how the engine ended"
+        assert not await engine.health(), "a stopped engine is said to be healthy"
+
+
+def _spec(folder: Path, model: str, options: Mapping[str, Any]) -> EngineSpec:
+    return EngineSpec("base", model, folder, (Device("cpu:0"),), 1, TOKEN, dict(options))
+
+
+async def _check_refusal(factory: Callable[[], InferenceBackend], spec: EngineSpec) -> None:
+    said = None
+    try:
+        engine = await factory().start(spec)
+        await engine.stop()
+    except ArborError as error:
+        said = str(error)
+    assert said is not None, f"an engine of {spec.path}, where there is nothing, was started"
+    assert said, "an engine that does not start gives no reason"
+
+
+async def _check_face(engine: Engine) -> None:
+    import aiohttp
+
+    assert await engine.health(), "an engine that has started is not healthy"
+    async with aiohttp.ClientSession() as anybody, anybody.get(f"{engine.url}/v1/models") as answer:
+        assert answer.status == 401, f"without the token /v1/models answered {answer.status}, expected 401"
+    async with aiohttp.ClientSession(headers=engine.headers) as session:
+        await _check_chat(session, engine.url)
+        await _check_unknown(session, engine.url)
+
+
+async def _check_chat(session: aiohttp.ClientSession, url: str) -> None:
+    """One answer, plain and streamed: the same at temperature 0, in OpenAI's shape."""
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "Say something short."}],
+        "temperature": 0,
+        "max_tokens": 4,
+    }
+    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+        assert answer.status == 200, f"a chat completion answered {answer.status}: {await answer.text()}"
+        plain = await answer.json()
+    missing = {"id", "object", "created", "model", "choices", "usage"} - set(plain)
+    assert not missing, f"a chat completion lacks {sorted(missing)}"
+    async with session.post(f"{url}/v1/chat/completions", json={**body, "stream": True}) as answer:
+        lines = [line async for line in answer.content if line.strip()]
+    assert lines[-1].strip() == b"data: [DONE]", f"a stream ended with {lines[-1]!r}"
+    chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines[:-1]]
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    whole = plain["choices"][0]["message"]["content"]
+    assert text == whole, f"streamed, the answer is {text!r}; at once, {whole!r}"
+
+
+async def _check_unknown(session: aiohttp.ClientSession, url: str) -> None:
+    body = {"model": "nobody-loaded-this", "messages": [{"role": "user", "content": "Hello"}]}
+    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+        assert answer.status == 404, f"a model that is not loaded answered {answer.status}, expected 404"
+        error = (await answer.json())["error"]
+        assert error["code"] == "model_not_found", f"a model that is not loaded: code {error['code']!r}"

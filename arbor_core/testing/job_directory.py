@@ -1,0 +1,134 @@
+"""A job's directory as the server writes it, and its worker run as the keeper runs it: for tests of trainers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core import config, plugins
+from arbor_core.logs import encode, replace, tail
+from arbor_core.types import PROTOCOL, Desired, Device, Event, EventType, Order, Placement
+from arbor_core.worker import WorkOrder
+
+ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+"""One thread and none that spins: the same numbers each time, on a machine that has other work to do."""
+ATTEMPT_SECONDS = 300
+
+
+@dataclass
+class JobDirectory:
+    """A job of an installed trainer.
+
+    Args:
+        dir: Made here; must not be there yet.
+        trainer: Its name.
+        rows: The training file's rows.
+        model: Directory, hub id or whatever the trainer takes as a base model.
+        hyperparameters: Laid over the trainer's YAML, as a request's are.
+        validation_rows: The validation file's rows; None: there is no validation file.
+        devices: The devices of all ranks.
+
+    Raises:
+        ArborError: there is no such trainer, or its configuration does not take the hyperparameters.
+    """
+
+    dir: Path
+    trainer: str
+    rows: Sequence[Mapping[str, Any]]
+    model: str
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    validation_rows: Sequence[Mapping[str, Any]] | None = None
+    seed: int = 1
+    devices: tuple[Device, ...] = (Device("cpu:0"),)
+    attempts: int = 0
+
+    def __post_init__(self) -> None:
+        found = plugins.load().get("trainers", self.trainer)
+        self.dir.mkdir(parents=True)
+        values = config.merged(yaml_of(self.trainer), self.hyperparameters)
+        typed = config.typed(values, found.config, "hyperparameters")
+        order = WorkOrder(
+            protocol=PROTOCOL,
+            job_id=f"ftjob-{self.dir.name}",
+            entry=found.entry,
+            config_type=f"{found.config.__module__}:{found.config.__qualname__}",
+            config=msgspec.to_builtins(typed, enc_hook=str),
+            check_row=found.check_row,
+            min_rows=1,
+            model=self.model,
+            model_name=self.model,
+            training_file=self._write("train.jsonl", self.rows),
+            validation_file=None if self.validation_rows is None else self._write("valid.jsonl", self.validation_rows),
+            seed=self.seed,
+            created_at=time.time(),
+            versions={},
+            threads=1,
+            cpu="",
+        )
+        (self.dir / "job.json").write_bytes(encode(order))
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        path = self.dir / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def ask(self, desired: Desired) -> None:
+        """Say what is wanted of the job: a level that the worker reads between steps."""
+        replace(self.dir / "desired", desired.encode())
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begin a new attempt, in a new Python."""
+        self.attempts += 1
+        folder = self.attempt_dir
+        folder.mkdir(parents=True)
+        (folder / "placement.json").write_bytes(encode(Placement(self.devices, 1)))
+        (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
+        with (folder / "worker.log").open("wb") as log:
+            command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
+            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+
+    def attempt(self) -> int:
+        """Run a new attempt to its end; its exit status."""
+        process = self.start()
+        try:
+            return process.wait(ATTEMPT_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+
+    @property
+    def attempt_dir(self) -> Path:
+        """The newest attempt's directory."""
+        return self.dir / "attempts" / str(self.attempts)
+
+    @property
+    def log(self) -> str:
+        """What the newest attempt printed."""
+        return (self.attempt_dir / "worker.log").read_text(errors="replace")
+
+    def events(self, *types: EventType, attempt: int | None = None) -> list[Event]:
+        """What an attempt reported (default: the newest), all of it or of some types."""
+        path = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
+        return [event for _, event in tail(path, 0, Event) if not types or event.type in types]
+
+
+def yaml_of(trainer: str) -> dict[str, Any]:
+    """A trainer's YAML as its plugin ships it, without Hydra's composition.
+
+    Raises:
+        AssertionError: no installed plugin has `conf/trainer/<name>.yaml`.
+    """
+    folders = [plugin.config_dir for plugin in plugins.installed()]
+    paths = [folder / "trainer" / f"{trainer}.yaml" for folder in folders if folder]
+    found = [path for path in paths if path.is_file()]
+    assert found, f"no plugin has conf/trainer/{trainer}.yaml inside its package: the defaults of its keys go there"
+    return config.load_yaml(found[0])

@@ -1,0 +1,245 @@
+"""`check_trainer`: what every trainer has to do right."""
+
+from __future__ import annotations
+
+import ast
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core import checkpoints, config, plugins
+from arbor_core.types import ConfigError, Event, EventType, Trainer
+from arbor_core.worker import imported
+
+from .job_directory import JobDirectory, yaml_of
+
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "jax", "tensorflow")
+"""What a plugin's own module may not import: the server does, and every command."""
+LAST_WORDS: tuple[EventType, ...] = ("result", "error", "paused")
+RESUMED_TOLERANCE = 1e-3
+"""How far a resumed run's losses may be from an uninterrupted one's, relatively."""
+
+
+def check_trainer(
+    name: str,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    model: str | Path | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> None:
+    """Check an installed trainer.
+
+    Always: that its configuration's struct and YAML agree and refuse what they should, that the functions it names
+    exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
+    in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled.
+
+    Args:
+        rows: Rows that it can be trained on, enough for two steps and few enough for seconds.
+        model: A base model for them.
+        hyperparameters: Laid over its YAML, to make the run short.
+
+    Raises:
+        AssertionError: what was expected.
+        ArborError: there is no such trainer.
+    """
+    trainer: Trainer = plugins.load().get("trainers", name)
+    check_config(name, trainer)
+    check_functions(trainer)
+    check_light()
+    if rows is None:
+        return
+    assert model is not None, "check_trainer: rows were given without a model"
+    check_rows(trainer, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+
+        def job(kind: str) -> JobDirectory:
+            return JobDirectory(root / kind, name, rows, str(model), hyperparameters or {})
+
+        whole = job("whole")
+        check_run(whole)
+        check_pause(job("paused"), whole)
+        check_cancel(job("cancelled"))
+
+
+def check_config(name: str, trainer: Trainer) -> None:
+    """The struct has the types, the YAML the defaults, and both the same keys."""
+    values = yaml_of(name)
+    typed, written = set(config.key_paths(trainer.config)), set(_paths(values))
+    assert written <= typed, f"{name}.yaml has keys that {trainer.config.__name__} does not: {sorted(written - typed)}"
+    missing = {key for key in typed - written if not _inside_null(key, values)}
+    assert not missing, f"{name}.yaml lacks keys of {trainer.config.__name__}: {sorted(missing)}"
+    with_default = [field.name for field in msgspec.structs.fields(trainer.config) if not field.required]
+    assert not with_default, (
+        f"{trainer.config.__name__} has defaults ({with_default}): they belong in {name}.yaml alone"
+    )
+    config.typed(values, trainer.config, f"{name}.yaml")
+    msgspec.json.schema(trainer.config)
+    for key in values:
+        _check_misspelled(key, values, trainer.config)
+
+
+def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _inside_null(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key belongs to a group that the YAML switches off."""
+    first, *rest = key.split(".")
+    value = values.get(first, ())
+    return value is None or bool(rest and isinstance(value, Mapping) and _inside_null(".".join(rest), value))
+
+
+def _check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.Struct]) -> None:
+    """A key with a letter too many is refused, and the nearest one is named."""
+    wrong = f"{key}x"
+    if wrong in values:
+        return
+    said = ""
+    try:
+        config.typed({**values, wrong: 1}, struct, "")
+    except ConfigError as error:
+        said = str(error)
+    assert said, f"{struct.__name__} takes any key ('{wrong}'): declare it with forbid_unknown_fields=True"
+    near = get_close_matches(wrong, list(values), n=1)[0]
+    assert near in said, f"the key '{wrong}' is refused without naming '{near}': {said}"
+
+
+def check_functions(trainer: Trainer) -> None:
+    """What the trainer names is there. Its entry is looked for, not imported: only a worker imports it."""
+    for what, path in (("entry", trainer.entry), ("prove", trainer.prove)):
+        if path is None:
+            continue
+        module, _, function = path.partition(":")
+        spec = find_spec(module)
+        assert spec is not None, f"{what}: there is no module {module}"
+        tree = ast.parse(Path(str(spec.origin)).read_text())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert function in names, f"{what}: {module} defines no '{function}'"
+    for module in trainer.preload:
+        assert find_spec(module), f"preload: there is no module {module}"
+    assert callable(imported(trainer.check_row)), f"check_row: {trainer.check_row} cannot be called"
+
+
+def check_light() -> None:
+    """Loading every plugin and asking what it brings imports none of the heavy libraries."""
+    script = (
+        "import sys; from arbor_core import plugins; found = plugins.load(); "
+        "[found.all(kind) for kind in plugins.KINDS]; "
+        f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    heavy = ran.stdout.split()
+    assert not heavy, f"listing plugins imported {heavy}: import them in the module that `entry` names"
+
+
+def check_rows(trainer: Trainer, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Good rows pass, and a row that is nothing is refused with a ValueError that says why."""
+    check_row = imported(trainer.check_row)
+    for row in rows:
+        check_row(row)
+    said = None
+    try:
+        check_row({})
+    except ValueError as error:
+        said = str(error)
+    assert said is not None, f"{trainer.check_row} takes an empty row"
+    assert said, f"{trainer.check_row} refuses a row without saying why"
+
+
+def check_run(job: JobDirectory) -> None:
+    """One attempt from beginning to end."""
+    status = job.attempt()
+    assert status == 0, f"the worker ended with status {status}:\n{job.log}"
+    check_metrics(job.events("metrics"))
+    check_checkpoints(job)
+    (*_, last) = job.events()
+    assert last.type == "result", f"the last event is '{last.type}', expected 'result': call run.finish at the end"
+    assert len(job.events(*LAST_WORDS)) == 1, "there is more than one of result, error and paused"
+    folder = job.dir / "checkpoints" / last.data["dir"]
+    assert checkpoints.fault(folder) is None, f"the result's checkpoint {folder.name} is not whole"
+    assert last.data["trained_tokens"] > 0, "the result's trained_tokens is not above 0"
+    is_adapter = (folder / "adapter_config.json").is_file()
+    said = bool(last.data.get("adapter"))
+    assert said == is_adapter, (
+        f"finish(adapter={said}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
+    )
+    check_resolved(job)
+    assert not (job.attempt_dir / "work").exists(), "the scratch directory outlives the attempt"
+
+
+def check_metrics(events: Sequence[Event]) -> None:
+    """Every step once, from 1, each with numbers; the total is the last step's."""
+    assert events, "no metrics were reported"
+    steps = [event.data["step"] for event in events]
+    assert steps == sorted(set(steps)), f"metrics do not come in the order of steps: {steps}"
+    assert steps[0] >= 1, f"steps count from 1, the first is {steps[0]}"
+    totals = {event.data["total_steps"] for event in events}
+    assert totals == {steps[-1]}, f"total_steps is {sorted(totals)}, the last step is {steps[-1]}"
+    for event in events:
+        for key, value in event.data.items():
+            good = isinstance(value, int | float) and math.isfinite(value)
+            assert good, f"metrics of step {event.data['step']}: {key} is {value!r}, expected a finite number"
+        assert "train_loss" in event.data, f"metrics of step {event.data['step']} have no train_loss"
+
+
+def check_checkpoints(job: JobDirectory) -> None:
+    """Every checkpoint that was reported is whole, and none is half-written."""
+    for event in job.events("checkpoint"):
+        reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
+        assert reason is None, f"checkpoint {event.data['dir']}: {reason}"
+    left = [path.name for path in (job.dir / "checkpoints").glob("*.tmp")]
+    assert not left, f"unfinished checkpoints are left: {left}"
+
+
+def check_resolved(job: JobDirectory) -> None:
+    """What was `"auto"` among OpenAI's hyperparameters has been reported as a number."""
+    values = {**yaml_of(job.trainer), **job.hyperparameters}
+    auto = {key for key in ("n_epochs", "batch_size", "learning_rate_multiplier") if values.get(key) == "auto"}
+    told = {key for event in job.events("resolved") for key, value in event.data.items() if value != "auto"}
+    assert auto <= told, f"{sorted(auto - told)} stayed 'auto': report the numbers with run.resolved"
+
+
+def check_pause(job: JobDirectory, whole: JobDirectory) -> None:
+    """Paused between steps, with a checkpoint; resumed, it does the rest and ends where an uninterrupted run does."""
+    job.ask("pause")
+    status = job.attempt()
+    assert status == 0, f"asked to pause, the worker ended with status {status}:\n{job.log}"
+    last = job.events()[-1]
+    assert last.type == "paused", f"asked to pause, the last event is '{last.type}': call run.stop_if_asked every step"
+    done = [event.data["step"] for event in job.events("metrics")]
+    saved = [event.step for event in job.events("checkpoint")]
+    assert not done or saved[-1:] == done[-1:], f"paused after step {done[-1:]}, with checkpoints of {saved}"
+    job.ask("run")
+    status = job.attempt()
+    assert status == 0, f"the resumed worker ended with status {status}:\n{job.log}"
+    both = [*job.events("metrics", attempt=1), *job.events("metrics", attempt=2)]
+    expected = whole.events("metrics")
+    steps, expected_steps = ([event.data["step"] for event in events] for events in (both, expected))
+    assert steps == expected_steps, f"paused and resumed, the steps are {steps}; expected {expected_steps}"
+    for mine, theirs in zip(both, expected, strict=True):
+        a, b = mine.data["train_loss"], theirs.data["train_loss"]
+        assert math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6), (
+            f"step {mine.data['step']}: the loss is {a} in a run that was paused, {b} in one that was not"
+        )
+    assert job.events(*LAST_WORDS)[-1].type == "result", "the resumed run did not finish"
+
+
+def check_cancel(job: JobDirectory) -> None:
+    """Cancelled, it stops between steps, with neither a result nor an error."""
+    job.ask("cancel")
+    status = job.attempt()
+    assert status == 0, f"asked to cancel, the worker ended with status {status}:\n{job.log}"
+    said = [event.type for event in job.events(*LAST_WORDS)]
+    assert not said, f"cancelled, it still reported {said}: let JobStopped pass"
