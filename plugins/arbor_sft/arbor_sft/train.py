@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
@@ -31,6 +33,9 @@ from .model import (
 from .plan import Layout, Plan
 from .reporting import Evaluation, Reporting
 from .rows import Samples
+
+if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
+    import_module("deepspeed")
 
 EVALUATION_ROWS = 32
 """Most rows of a micro-batch in evaluation."""

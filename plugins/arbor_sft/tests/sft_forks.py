@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 from pathlib import Path
+
+from arbor_sft import arbor_trainers
 
 from arbor_core.worker import main
 
@@ -33,7 +36,10 @@ def poll(pid: int) -> str:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
-    importlib.import_module("arbor_sft.train")
+    for module in arbor_trainers()["sft"].preload:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         verb, what = line.split(maxsplit=1)
         print(start(Path(what.strip())) if verb == "start" else poll(int(what)), file=answers, flush=True)
