@@ -1,0 +1,41 @@
+"""Fine-tune a model on a JSONL file of your own, then chat with it.
+
+    python examples/quickstart.py data.jsonl [MODEL]
+
+Needs a running server (`arbor-serve`) and `pip install openai`. OPENAI_BASE_URL and OPENAI_API_KEY are respected.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import openai
+
+path, model = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "tiny"
+client = openai.OpenAI(
+    base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:7453/v1"),
+    api_key=os.environ.get("OPENAI_API_KEY", "unused"),
+)
+
+file = client.files.create(file=Path(path), purpose="fine-tune")
+job = client.fine_tuning.jobs.create(model=model, training_file=file.id, method={"type": "supervised"})
+print("Job", job.id)
+
+shown = set()
+while not job.finished_at:
+    time.sleep(0.5)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    for event in reversed(list(client.fine_tuning.jobs.list_events(job.id))):
+        if event.id not in shown:
+            print(event.message)
+            shown.add(event.id)
+
+if job.status != "succeeded":
+    sys.exit(f"The job {job.status}: {job.error.message if job.error else ''}")
+print(f"Chatting with {job.fine_tuned_model}; an empty line ends it.")
+while question := input("> "):
+    messages = [{"role": "user", "content": question}]
+    for chunk in client.chat.completions.create(model=job.fine_tuned_model, messages=messages, stream=True):
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+    print()
