@@ -7,31 +7,24 @@ The client's file name is shown and never used as a path.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
-import os
-import shutil
 import sqlite3
 import time
 import unicodedata
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
 
 from . import ids
 from .config import LimitsConfig
-from .errors import CLOSE, NO_RETRY, ApiError, not_found
-from .logs import sync_folder
+from .errors import NO_RETRY, ApiError, not_found
+from .incoming import BATCH_BYTES, Incoming
 from .store import Store
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 """What a client may upload a file for."""
-BATCH_BYTES = 1 << 20
-"""Bytes that go to the disk at once."""
 ORPHAN_SECONDS = 3600.0
 """How old a file without a row must be before the sweep removes it."""
 
@@ -72,13 +65,37 @@ class Files:
 
     def incoming(self) -> Incoming:
         """A place for a file on its way in: `async with files.incoming() as part`."""
-        return Incoming(self)
+        return Incoming(self.incoming_dir, self.limits)
+
+    async def commit(
+        self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None
+    ) -> FileRow:
+        """Give a file that has come in whole an id and a row; `lifetime` is in seconds."""
+        file_id, now = ids.new("file-"), int(time.time())
+        values = {
+            "id": file_id,
+            "owner": owner,
+            "purpose": purpose,
+            "filename": display_name(filename),
+            "bytes": part.bytes,
+            "sha256": await part.settle(self.path(file_id)),
+            "created_at": now,
+            "expires_at": None if lifetime is None else now + lifetime,
+            "status": "processed",
+        }
+        marks = ",".join(f":{name}" for name in values)
+
+        def insert(db: sqlite3.Connection) -> FileRow:
+            db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
+            return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
+
+        return await self.store.write(insert)
 
     async def add_bytes(self, owner: str, filename: str, content: bytes, purpose: str) -> FileRow:
         """Store a file that the server made."""
         async with self.incoming() as part:
             await part.write(content)
-            return await part.commit(owner, filename, purpose)
+            return await self.commit(part, owner, filename, purpose)
 
     def get(self, id: str, owner: str) -> FileRow | None:
         """A file of this owner that is neither deleted nor expired."""
@@ -181,108 +198,6 @@ IN_USE = (
 )
 
 
-class Incoming:
-    """One file on its way in. Hashing and writing happen on a thread, at most one batch behind the network.
-
-    Leaving the `async with` block without `commit` removes every trace.
-    """
-
-    def __init__(self, files: Files) -> None:
-        self.files = files
-        self.path = files.incoming_dir / f"{uuid.uuid4().hex}.part"
-        self.bytes = 0
-        self._hash = hashlib.sha256()
-        self._batch: list[bytes] = []
-        self._batched = 0
-        self._writing: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self.require_room(0)
-        self._file = self.path.open("xb", buffering=0)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writing:
-            await asyncio.wait([self._writing])
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_room(str(error)) from error
-
-    def require_room(self, size: int) -> None:
-        """Refuse an upload of `size` bytes that is too large, or that would fill the disk.
-
-        Raises:
-            ApiError: 413 or 507.
-        """
-        if size > self.files.limits.upload_bytes:
-            limit = self.files.limits.upload_bytes
-            message = f"The file has more than {limit} bytes, the most this server takes (limits.upload_bytes)."
-            raise ApiError(413, message, "file_too_large", "file", CLOSE)
-        free = shutil.disk_usage(self.files.incoming_dir).free - size
-        if free < self.files.limits.free_bytes:
-            raise no_room(f"{self.files.limits.free_bytes} bytes must stay free (limits.free_bytes)")
-
-    async def write(self, chunk: bytes) -> None:
-        """Take the next bytes.
-
-        Raises:
-            ApiError: the file has become too large.
-        """
-        self.bytes += len(chunk)
-        if self.bytes > self.files.limits.upload_bytes:
-            self.require_room(self.bytes)
-        self._batch.append(chunk)
-        self._batched += len(chunk)
-        if self._batched >= BATCH_BYTES:
-            await self._flush()
-
-    async def _flush(self) -> None:
-        if self._writing:
-            await self._writing
-        data, self._batch, self._batched = b"".join(self._batch), [], 0
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._store, data)
-
-    def _store(self, data: bytes) -> None:
-        self._hash.update(data)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    async def commit(self, owner: str, filename: str, purpose: str, lifetime: int | None = None) -> FileRow:
-        """Make the file durable and known under a new id; `lifetime` is in seconds."""
-        await self._flush()
-        if self._writing:
-            await self._writing
-        file_id, now = ids.new("file-"), int(time.time())
-        await asyncio.to_thread(self._settle, self.files.path(file_id))
-        values = {
-            "id": file_id,
-            "owner": owner,
-            "purpose": purpose,
-            "filename": display_name(filename),
-            "bytes": self.bytes,
-            "sha256": self._hash.hexdigest(),
-            "created_at": now,
-            "expires_at": None if lifetime is None else now + lifetime,
-            "status": "processed",
-        }
-        marks = ",".join(f":{name}" for name in values)
-
-        def insert(db: sqlite3.Connection) -> FileRow:
-            db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
-            return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
-
-        return await self.files.store.write(insert)
-
-    def _settle(self, target: Path) -> None:
-        os.fsync(self._file.fileno())
-        self.path.rename(target)
-        sync_folder(target.parent)
-
-
 def decoded(row: sqlite3.Row) -> FileRow:
     return msgspec.convert(dict(row), FileRow)
 
@@ -290,11 +205,6 @@ def decoded(row: sqlite3.Row) -> FileRow:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def no_room(reason: str) -> ApiError:
-    message = f"There is not enough disk space for this file: {reason}. Delete files that are no longer needed."
-    return ApiError(507, message, "insufficient_storage", headers=NO_RETRY | CLOSE)
 
 
 def display_name(name: str) -> str:

@@ -59,7 +59,7 @@ def routes(app: Litestar) -> Iterator[tuple[str, str, HTTPRouteHandler]]:
         if isinstance(route, HTTPRoute):
             for handler in route.route_handlers:
                 for method in sorted(handler.http_methods - {"OPTIONS"}):
-                    if handler.operation_id is not None or handler.opt.get("summary"):
+                    if handler.operation_id is not None or handler.fn.__doc__:
                         yield route.path_format, method.lower(), handler
 
 

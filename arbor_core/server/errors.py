@@ -12,6 +12,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap, Scope
 
 from arbor_core import ids
+from arbor_core.config import explained
 from arbor_core.errors import CLOSE, NO_RETRY, ApiError, not_found
 from arbor_core.types import ArborError, ConfigError
 
@@ -80,11 +81,29 @@ def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[byt
     elif status == 413:
         message = "The request body is too large (limits.json_bytes)."
         found = ApiError(413, message, "request_too_large", headers=CLOSE)
-    elif status >= 500:
+    elif status >= 500 and error.detail != GONE:
         return _unknown(request, error)
+    elif status >= 500:
+        log.info("%s: %s", where, GONE)
+        found = ApiError(400, "The client went away while it sent its request.", "request_aborted")
     else:
-        found = ApiError(status, error.detail, "invalid_request", headers=headers)
+        found = _refused(error)
     return response(found)
+
+
+GONE = "client disconnected prematurely"
+"""What Litestar says, with status 500, when a body ends too early."""
+
+
+def _refused(error: HTTPException) -> ApiError:
+    """A plugin route's parameters that Litestar refused: the first that is wrong, in the words of our own routes."""
+    faults = [fault for fault in error.extra or () if isinstance(fault, dict)]
+    if not faults:
+        return ApiError(error.status_code, error.detail, "invalid_request", headers=error.headers)
+    key = str(faults[0].get("key", "data"))
+    path = "$" if key == "data" else f"$.{key}"
+    fault = explained(f"{faults[0].get('message')} - at `{path}`", None, "")
+    return ApiError(error.status_code, str(fault), fault.code, fault.path or None)
 
 
 def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> Response[bytes]:
@@ -97,10 +116,18 @@ def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> R
 
 def _unknown(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """A fault of ours: the whole story into the log, its id to the client. Repeating the request would not help."""
+    if isinstance(error, RecursionError | UnicodeDecodeError) and _litestar_decodes(request):
+        return response(ApiError(400, "We could not parse the JSON body of your request.", "invalid_json"))
     name = request_id(request.scope)
     log.error("%s %s %s failed", name, request.method, request.scope["path"], exc_info=error)
     message = f"The server had an error while it worked on your request. Its log has more under {name}."
     return response(ApiError(500, message, "internal_error", headers=NO_RETRY))
+
+
+def _litestar_decodes(request: Request[Any, Any, Any]) -> bool:
+    """Whether the route has Litestar decode its body, as a plugin's may: it lets these two errors through."""
+    route = request.scope.get("route_handler")
+    return route is not None and "data" in route.parsed_fn_signature.parameters
 
 
 HANDLERS: ExceptionHandlersMap = {

@@ -9,7 +9,8 @@ from typing import Any
 
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
-from arbor_core.files import PURPOSES, FileRow, Files, Incoming
+from arbor_core.files import PURPOSES, FileRow, Files
+from arbor_core.incoming import Incoming
 
 from .errors import CLOSE, NO_RETRY, ApiError
 from .request import AnyRequest
@@ -56,7 +57,7 @@ async def receive(request: AnyRequest, files: Files, owner: str) -> FileRow:
         except MultipartError as error:
             raise _invalid(f"{error}") from None
         purpose, lifetime = form.finished()
-        return await part.commit(owner, form.filename, purpose, lifetime)
+        return await files.commit(part, owner, form.filename, purpose, lifetime)
 
 
 def boundary(request: AnyRequest) -> str:
