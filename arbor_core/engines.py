@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import NO_RETRY, ApiError
 from .models import Resolved
-from .types import Allocator, ArborError, Bundle, Claim, Engine, EngineSpec, InferenceBackend, Lease, Weights
+from .served import Key, Served, heard
+from .types import Allocator, ArborError, Bundle, Claim, Engine, EngineSpec, InferenceBackend, Lease
 
 if TYPE_CHECKING:
     import aiohttp
@@ -33,31 +33,7 @@ FAILURE_SECONDS = 10.0
 """An engine that could not start is not tried again for so long."""
 LOOK_SECONDS = 0.5
 """How often a start that waits for a device looks for an idle engine."""
-ADAPTERS = 64
-"""Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
-
-Key = tuple[str, str]
-"""Public name and path of the base model."""
-
-
-@dataclass(eq=False)
-class Served:
-    """One base model that is served, or about to be."""
-
-    key: Key
-    start: asyncio.Task[Engine]
-    users: int = 0
-    used_at: float = field(default_factory=time.monotonic)
-    adapters: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    """Loading or loaded, in order of use."""
-    dir: Path | None = None
-    lease: Lease | None = None
-    watch: asyncio.Task[None] | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether it runs and nobody uses it."""
-        return self.users == 0 and self.watch is not None
+T = TypeVar("T")
 
 
 class Engines:
@@ -88,7 +64,8 @@ class Engines:
         self.options, self.threads = dict(options), threads
         self.idle_seconds, self.load_wait = idle_seconds, load_wait
         self.served: dict[Key, Served] = {}
-        self.failed: dict[Key, tuple[float, ApiError]] = {}
+        self.failed: dict[Key, tuple[float, str]] = {}
+        """Until when a start is not tried again, and why."""
         self.started = 0
         self.freed = asyncio.Event()
         self.background: set[asyncio.Task[Any]] = set()
@@ -99,7 +76,7 @@ class Engines:
     def session(self) -> aiohttp.ClientSession:
         """The connections to all engines; made at first use, because the import costs a tenth of a second."""
         if self._session is None:
-            import aiohttp  # noqa: PLC0415 - a tenth of a second, which the start of the server need not take
+            import aiohttp
 
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
@@ -124,7 +101,7 @@ class Engines:
                 async with asyncio.timeout(self.load_wait):
                     engine = await asyncio.shield(served.start)
                     if resolved.adapter:
-                        await asyncio.shield(self._adapter(served, engine, resolved.adapter))
+                        await asyncio.shield(served.adapter(resolved.adapter))
             except TimeoutError:
                 message = f"The model '{resolved.name}' is still loading. Try again in a while."
                 raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
@@ -140,11 +117,9 @@ class Engines:
         key = (resolved.base, resolved.base_path)
         if served := self.served.get(key):
             return served
+        self.failed = {key: entry for key, entry in self.failed.items() if time.monotonic() < entry[0]}
         if key in self.failed:
-            until, error = self.failed[key]
-            if time.monotonic() < until:
-                raise error
-            del self.failed[key]
+            raise cannot_serve(key, self.failed[key][1])
         served = Served(key, asyncio.create_task(self._start(key)))
         served.start.add_done_callback(heard)
         self.served[key] = served
@@ -152,7 +127,6 @@ class Engines:
 
     async def _start(self, key: Key) -> Engine:
         """Lease a device and start an engine on it; whoever waits for it hears why it failed."""
-        await asyncio.sleep(0)  # until `_find` has put it into `served`
         served = self.served[key]
         try:
             served.lease = await self._lease(key)
@@ -172,15 +146,11 @@ class Engines:
             self._drop(served)
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
-                raise self._remember(key, str(error)) from None
+                self.failed[key] = (time.monotonic() + FAILURE_SECONDS, str(error))
+                raise cannot_serve(key, str(error)) from None
             raise
         served.watch = asyncio.create_task(self._watch(served, engine))
         return engine
-
-    def _remember(self, key: Key, reason: str) -> ApiError:
-        error = ApiError(503, f"The model '{key[0]}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)
-        self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
-        return error
 
     async def _lease(self, key: Key) -> Lease:
         """A device for an engine; idle engines make room, the one not used for longest first.
@@ -205,43 +175,12 @@ class Engines:
                 self.allocator.release(waiting.result())
             raise
 
-    def _adapter(self, served: Served, engine: Engine, weights: Weights) -> asyncio.Task[None]:
-        """The loading of an adapter, begun by its first user."""
-        loading = served.adapters.pop(weights.name, None)
-        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
-            loading = asyncio.create_task(self._load(served, engine, weights))
-            loading.add_done_callback(heard)
-        served.adapters[weights.name] = loading  # the last in use is the last in order
-        return loading
-
-    async def _load(self, served: Served, engine: Engine, weights: Weights) -> None:
-        try:
-            await engine.load_weights(weights)
-        except ArborError as error:
-            log.warning("adapter %s: %s", weights.name, error)
-            message = f"The model '{weights.name}' cannot be loaded: {error}"
-            raise ApiError(503, message, "engine_unavailable", "model", NO_RETRY) from None
-        if len(served.adapters) > ADAPTERS:
-            oldest = next(iter(served.adapters))
-            if oldest != weights.name:
-                self.later(self._unload(served, engine, oldest))
-
-    async def _unload(self, served: Served, engine: Engine, name: str) -> None:
-        """Requests that run on the adapter finish; new ones would load it again."""
-        loading = served.adapters.pop(name, None)
-        if loading is None:
-            return
-        try:
-            await loading
-            await engine.unload(name)
-        except ArborError as error:
-            log.warning("unloading %s: %s", name, error)
-
-    def later(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do something that no request waits for."""
+    def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do something to its end, whoever stops waiting for it."""
         task = asyncio.create_task(work)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
+        return task
 
     async def _watch(self, served: Served, engine: Engine) -> None:
         """Notice that the process has ended: the next request starts another."""
@@ -272,11 +211,14 @@ class Engines:
         self._drop(served)
 
     async def suspect(self, engine: Engine) -> bool:
-        """Whether an engine that broke a connection is lost; it is ended then.
+        """Whether an engine that broke a connection is lost; it is ended then, and the next request starts another.
 
-        A process that dies is noticed by itself, a little after its connections break.
+        A process that dies is noticed by itself, but a little after its connections break.
         """
-        served = next((s for s in self.served.values() if s.start.done() and _engine(s) is engine), None)
+        return await asyncio.shield(self.later(self._suspect(engine)))
+
+    async def _suspect(self, engine: Engine) -> bool:
+        served = next((s for s in self.served.values() if s.engine is engine), None)
         if served is None:
             return True
         if await engine.health():
@@ -288,8 +230,8 @@ class Engines:
     async def forget(self, name: str) -> None:
         """Unload a model that was deleted, wherever it is loaded; requests on it finish first."""
         for served in list(self.served.values()):
-            if name in served.adapters and (engine := _engine(served)):
-                self.later(self._unload(served, engine, name))
+            if name in served.adapters:
+                served.forget(name)
             elif served.key[0] == name and served.idle:
                 await self._stop(served)
 
@@ -310,13 +252,5 @@ class Engines:
             await self._session.close()
 
 
-def heard(task: asyncio.Task[Any]) -> None:
-    """Take note of a failure that nobody may be left to wait for; it was logged where it happened."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _engine(served: Served) -> Engine | None:
-    """The engine, if it has started."""
-    done = served.start.done() and not served.start.cancelled() and not served.start.exception()
-    return served.start.result() if done else None
+def cannot_serve(key: Key, reason: str) -> ApiError:
+    return ApiError(503, f"The model '{key[0]}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)

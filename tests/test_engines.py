@@ -218,7 +218,7 @@ async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
 
 
 async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monkeypatch):
-    monkeypatch.setattr(engines_module, "ADAPTERS", 2)
+    monkeypatch.setattr("arbor_core.served.ADAPTERS", 2)
     engines = make()
 
     def named(name):
@@ -226,7 +226,7 @@ async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monke
 
     for name in ("a", "b", "a", "c"):
         engine = await used(engines, named(name))
-    await until(lambda: not engines.background)
+    await until(lambda: not any(served.leaving for served in engines.served.values()))
     assert await loaded(engine) == ["a", "c"]
     await used(engines, named("b"))
     assert "b" in await loaded(engine)
@@ -236,7 +236,7 @@ async def test_a_deleted_model_is_unloaded(make, adapter):
     engines = make()
     engine = await used(engines, adapter)
     await engines.forget("ft:one:x")
-    await until(lambda: not engines.background)
+    await until(lambda: not any(served.leaving for served in engines.served.values()))
     assert await loaded(engine) == []
     await engines.forget("one")
     assert engine.process.returncode is not None

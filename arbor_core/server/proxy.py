@@ -91,7 +91,7 @@ class Relay:
         Raises:
             ApiError: the engine refused, or broke the connection, here or while the answer was read.
         """
-        import aiohttp  # noqa: PLC0415 - a tenth of a second, which the start of the server need not take
+        import aiohttp
 
         try:
             async with await self._post(engine, id) as upstream:
@@ -99,12 +99,12 @@ class Relay:
                     raise failure(upstream.status, await upstream.read(), upstream.headers)
                 yield upstream
         except (aiohttp.ClientError, OSError) as error:
-            self.engines.later(self.engines.suspect(engine))
+            await self.engines.suspect(engine)
             raise unavailable(self.resolved.name, error) from None
 
     async def _post(self, engine: Engine, id: str) -> aiohttp.ClientResponse:
         """Send the request; once more if only a connection was lost that had been kept open."""
-        import aiohttp  # noqa: PLC0415 - see above
+        import aiohttp
 
         headers = {"content-type": "application/json", "x-request-id": id, **engine.headers}
         try:

@@ -1,0 +1,93 @@
+"""One base model that is served: its engine, who uses it, and the adapters that are loaded on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import NO_RETRY, ApiError
+from .types import ArborError, Engine, Lease, Weights
+
+log = logging.getLogger(__name__)
+
+ADAPTERS = 64
+"""Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
+
+Key = tuple[str, str]
+"""Public name and path of a base model."""
+
+
+@dataclass(eq=False)
+class Served:
+    """What serves one base model, or is about to."""
+
+    key: Key
+    start: asyncio.Task[Engine]
+    users: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    adapters: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Loading or loaded, in order of use."""
+    leaving: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Being unloaded."""
+    dir: Path | None = None
+    lease: Lease | None = None
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine, if it has started."""
+        done = self.start.done() and not self.start.cancelled() and not self.start.exception()
+        return self.start.result() if done else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it runs and nobody uses it."""
+        return self.users == 0 and self.watch is not None
+
+    def adapter(self, weights: Weights) -> asyncio.Task[None]:
+        """The loading of an adapter, begun by its first user.
+
+        Raises:
+            ApiError: (from the task) 503 `engine_unavailable`: the engine refused it.
+        """
+        loading = self.adapters.pop(weights.name, None)
+        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
+            loading = asyncio.create_task(self._load(weights))
+            loading.add_done_callback(heard)
+        self.adapters[weights.name] = loading  # the last in use is the last in order
+        if len(self.adapters) > ADAPTERS:
+            self.forget(next(iter(self.adapters)))
+        return loading
+
+    async def _load(self, weights: Weights) -> None:
+        if leaving := self.leaving.get(weights.name):
+            await asyncio.wait({leaving})
+        try:
+            await (await self.start).load_weights(weights)
+        except ArborError as error:
+            log.warning("adapter %s: %s", weights.name, error)
+            message = f"The model '{weights.name}' cannot be loaded: {error}"
+            raise ApiError(503, message, "engine_unavailable", "model", NO_RETRY) from None
+
+    def forget(self, name: str) -> None:
+        """Unload an adapter. Requests that run on it finish first; new ones load it again."""
+        self.leaving[name] = asyncio.create_task(self._unload(name, self.adapters.pop(name)))
+
+    async def _unload(self, name: str, loading: asyncio.Task[None]) -> None:
+        try:
+            await loading
+            await (await self.start).unload(name)
+        except ArborError as error:
+            log.warning("unloading %s: %s", name, error)
+        finally:
+            del self.leaving[name]
+
+
+def heard(task: asyncio.Task[Any]) -> None:
+    """Take note of a failure that nobody may be left to wait for; it was logged where it happened."""
+    if not task.cancelled():
+        task.exception()
