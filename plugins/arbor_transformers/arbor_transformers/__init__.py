@@ -18,7 +18,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_tokens: int
     max_unread: int
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    attention: Literal["sdpa", "eager"]
+    attention: Literal["auto", "sdpa", "eager"]
 
     def __post_init__(self) -> None:
         for key in ("max_batch", "max_waiting", "max_cached_tokens", "prefill_tokens", "max_unread"):

@@ -6,6 +6,7 @@ is empty. `make_batch` tries the first on the loaded model and keeps what gives 
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -207,9 +208,11 @@ class EvenPrefill:
 
 def even_forward(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, past: int) -> Tensor:
     """Run tokens [rows, t] after `past` others on a model's own cache; last logits [rows, vocabulary]."""
+    takes = signature(model.forward).parameters
     positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-    logits: Tensor = output.logits[:, -1]
+    extra: dict[str, Any] = {"position_ids": positions} if "position_ids" in takes else {}
+    extra["past_key_values" if "past_key_values" in takes else "cache_params"] = cache
+    logits: Tensor = model(input_ids=tokens, use_cache=True, **extra).logits[:, -1]
     return logits
 
 

@@ -124,6 +124,17 @@ class Engine:
             self.changed.notify()
 
     def _run(self) -> None:
+        try:
+            self._turn_until_told()
+        except BaseException:
+            # Whatever this was, nobody would ever answer a request again.
+            log.exception("the engine's thread ends")
+            self.broken()
+        with self.changed:
+            self.ending = True
+        self._fail([*self.rows, *(self.entry.members if self.entry else []), *self.queue], stopping())
+
+    def _turn_until_told(self) -> None:
         with torch.inference_mode():
             while self._wait():
                 while self.calls:
@@ -131,7 +142,6 @@ class Engine:
                 self._sweep()
                 self._enter()
                 self._step()
-        self._fail([*self.rows, *(self.entry.members if self.entry else []), *self.queue], stopping())
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is to end."""

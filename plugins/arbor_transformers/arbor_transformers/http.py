@@ -23,6 +23,7 @@ from .wire import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, pa
 log = logging.getLogger(__name__)
 LARGEST_BODY = 64 << 20
 PING_SECONDS = 15.0
+CLIENT_LEFT = 499
 SEND_BUFFER = 1 << 16
 """Bytes that the kernel may hold for one connection: it would take megabytes, which a slow reader then keeps."""
 Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -144,8 +145,9 @@ class Face:
                 error.status, "http_error"
             )
             failure = ApiError(error.reason, code, status=error.status)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
+        except ConnectionError:
+            # The client has left; aiohttp finds out when it tries to send this.
+            return web.Response(status=CLIENT_LEFT)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             failure = ApiError("The engine failed; its log has the details.", "engine_error", status=500)

@@ -56,7 +56,7 @@ def load(path: str, device: Device, options: Options) -> Loaded:
         model = load_weights(path, local, getattr(torch, dtype), options.attention)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local)
         model.to(place)  # type: ignore[arg-type]
-        model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     except ArborError:
         raise
     except Exception as error:
@@ -85,7 +85,7 @@ def load_weights(path: str, local: bool, dtype: torch.dtype, attention: str) -> 
         local_files_only=local,
         use_safetensors=True,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=None if attention == "auto" else attention,
         output_loading_info=True,
     )
     model, report = loaded

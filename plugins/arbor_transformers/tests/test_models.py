@@ -60,6 +60,12 @@ MODELS: dict[str, tuple[Any, type]] = {
         transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
         EvenBatch,
     ),
+    "mamba": (
+        transformers.MambaConfig(
+            vocab_size=len(TOKENIZER), hidden_size=64, num_hidden_layers=2, initializer_range=0.25, state_size=8
+        ),
+        EvenBatch,
+    ),
     "llama, stretched positions": (
         transformers.LlamaConfig(
             **SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
