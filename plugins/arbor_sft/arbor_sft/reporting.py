@@ -33,7 +33,10 @@ class Evaluation:
         accelerator, model = trainer.accelerator, trainer.model_wrapped
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-        mine = self.micro_batches[accelerator.process_index :: accelerator.num_processes]
+        ranks = accelerator.num_processes
+        # every rank calls the model equally often, because calls of a distributed model are collective
+        shared = [*self.micro_batches, *([] for _ in range(-len(self.micro_batches) % ranks))]
+        mine: list[Rows] = shared[accelerator.process_index :: ranks]
         with torch.no_grad(), trainer.compute_loss_context_manager():
             for rows in mine:
                 inputs = {key: value.to(accelerator.device) for key, value in self.collate([{"rows": rows}]).items()}

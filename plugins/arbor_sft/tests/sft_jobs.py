@@ -74,15 +74,15 @@ class Job:
         )
         (self.dir / "job.json").write_bytes(encode(order))
 
-    def start(self, *, cold: bool = False) -> Worker:
-        """A new attempt: a fork of a process that has imported the libraries, or a new Python."""
+    def start(self, *, cold: bool = False, ranks: int = 1) -> Worker:
+        """A new attempt: a fork of a process that has imported the libraries, or a new Python, or several."""
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
         placement = Placement((Device("cpu:0"),), 1)
         (folder / "placement.json").write_bytes(encode(placement))
         (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
-        return Cold(folder) if cold else Fork(folder)
+        return Cold(folder, ranks) if cold or ranks > 1 else Fork(folder)
 
     def attempt(self, *, cold: bool = False) -> int:
         """Run an attempt to its end; the exit status."""
@@ -126,10 +126,11 @@ class Worker(Protocol):
 
 
 class Cold:
-    """`python -m arbor_core.worker`."""
+    """`python -m arbor_core.worker`, by torchrun if there are several ranks."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
+    def __init__(self, folder: Path, ranks: int) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *torchrun, "-m", "arbor_core.worker", str(folder)]
         with (folder / "worker.log").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import msgspec
 import pytest
 import torch
 from arbor_sft import LoraSettings, SftConfig
+from arbor_sft.chat import Sample
+from arbor_sft.model import tells_rows_apart
 from arbor_sft.warm import prove
 from peft import PeftModel
 from sft_jobs import DEFAULTS, FULL, Job, chat, config, until, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from arbor_core import ConfigError
 
@@ -149,6 +152,26 @@ def test_layouts_agree(job: Any) -> None:
             assert other.curve(key) == pytest.approx(plain.curve(key), rel=2e-3), (name, key)
 
 
+def test_packing_is_for_models_that_tell_rows_apart(tiny: Path) -> None:
+    samples = [Sample(list(range(start, start + 9)), list(range(9))) for start in (40, 60)]
+    mamba = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4)
+    assert tells_rows_apart(AutoModelForCausalLM.from_pretrained(tiny), samples)
+    assert not tells_rows_apart(MambaForCausalLM(mamba), samples)
+
+
+@pytest.mark.slow
+def test_two_ranks(job: Any) -> None:
+    settings = {**FULL, "batch_size": 8, "checkpoint_steps": 3}
+    one, two = job("one", valid=True, **settings).run(), job("two", valid=True, **settings)
+    assert two.start(ranks=2).wait() == 0, two.log()
+    for name in ("train_loss", "train_mean_token_accuracy", "grad_norm", "valid_loss"):
+        assert two.curve(name) == pytest.approx(one.curve(name), rel=1e-4)
+    assert [event.step for event in two.events("checkpoint")] == [3, 4]
+    shutil.rmtree(two.result())
+    assert two.start(ranks=2).wait() == 0, two.log()
+    assert two.curve() == two.curve(attempt=1)[3:]
+
+
 # --- the same weights whatever happens -------------------------------------------------------------------------------
 
 
@@ -279,10 +302,11 @@ def test_remaining_settings_reach_the_trainer(job: Any) -> None:
             {"weight_decay": 0.5},
             {"max_grad_norm": 0.1},
             {"dtype": "bfloat16"},
+            {"attention": "eager"},
         ]
     ):
         seen.add(job(str(number), **{**base, **changes}).run().digest())
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 def test_warm_proof() -> None:
