@@ -3,8 +3,8 @@
     python bench/proxy.py [REQUESTS]
 
 Both in one run, one request of each kind after the other, so that a noisy machine disturbs both alike. Sequential
-requests over one kept connection show the added latency; 32 and 64 at once, 64 tokens each, the share of the engine's
-own throughput that is left. The last line is JSON.
+requests over one kept connection show the added latency; 32 and 64 at once, 64 tokens of 5 ms each, the share of the
+engine's own throughput that is left. (bench/serving.py does that with real models.) The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ import aiohttp
 MODEL = "mock/tiny"
 TOKENS = 64
 CONCURRENT = (32, 64)
-ROUNDS = 3
+ROUNDS = 5
 WAVES = 3
 
 
-def body(stream: bool = False) -> dict[str, Any]:
+def body(model: str, stream: bool) -> dict[str, Any]:
     words = "a fairly ordinary question of about a dozen words for the model"
     return {
-        "model": MODEL,
+        "model": model,
         "messages": [{"role": "user", "content": words}],
         "max_tokens": TOKENS,
         "ignore_eos": True,
@@ -42,10 +43,10 @@ def body(stream: bool = False) -> dict[str, Any]:
     }
 
 
-async def ask(session: aiohttp.ClientSession, url: str, stream: bool = False) -> float:
+async def ask(session: aiohttp.ClientSession, url: str, stream: bool = False, model: str = MODEL) -> float:
     """Seconds that one request takes to its last byte."""
     began = time.perf_counter()
-    async with session.post(f"{url}/v1/chat/completions", json=body(stream)) as answer:
+    async with session.post(f"{url}/v1/chat/completions", json=body(model, stream)) as answer:
         raw = await answer.read()
         assert answer.status == 200, raw
     return time.perf_counter() - began
@@ -79,22 +80,28 @@ async def rate(request: Callable[[], Awaitable[float]], concurrent: int, count: 
 async def throughput(
     through: Callable[[], Awaitable[float]], direct: Callable[[], Awaitable[float]], concurrent: int
 ) -> dict[str, float]:
-    """Median completions a second of both, taken in turn."""
+    """Median completions a second of both, taken in turn, and the median of their ratios."""
     count = concurrent * WAVES
     pairs = [(await rate(through, concurrent, count), await rate(direct, concurrent, count)) for _ in range(ROUNDS)]
     served, own = (statistics.median(rates) for rates in zip(*pairs, strict=True))
-    return {"through": round(served, 1), "direct": round(own, 1), "ratio": round(served / own, 3)}
+    ratio = statistics.median(one / other for one, other in pairs)
+    return {"through": round(served, 1), "direct": round(own, 1), "ratio": round(ratio, 3)}
 
 
-def serve(folder: Path, *overrides: str) -> tuple[subprocess.Popen[bytes], str]:
-    """An `arbor-serve` with the mock plugin, and its address."""
+@contextmanager
+def serving(storage: Path, *overrides: str, mock: bool = True) -> Iterator[str]:
+    """The address of an `arbor-serve` of our own."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "arbor_core", "serve", "port=0", f"storage={folder}", *overrides],
+        [sys.executable, "-m", "arbor_core", "serve", "port=0", f"storage={storage}", *overrides],
         stdout=subprocess.PIPE,
-        env={**os.environ, "ARBOR_MOCK_GPU": "1", "ARBOR_HOME": str(folder / "home")},
+        env={**os.environ, "ARBOR_MOCK_GPU": "1" if mock else "", "ARBOR_HOME": str(storage / "home")},
     )
     assert process.stdout is not None
-    return process, process.stdout.readline().decode().split()[-1]
+    try:
+        yield process.stdout.readline().decode().split()[-1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 def engine_of(storage: Path) -> tuple[str, dict[str, str]]:
@@ -105,45 +112,54 @@ def engine_of(storage: Path) -> tuple[str, dict[str, str]]:
     return url, {"Authorization": f"Bearer {token}"}
 
 
-async def measure(url: str, storage: Path, requests: int, busy: bool) -> dict[str, Any]:
-    """Latency, or throughput where the engine is `busy`.
+Asking = Callable[[bool], Callable[[], Awaitable[float]]]
 
-    A busy engine takes 5 ms a token: one that takes no time at all measures only how three processes share two cores.
-    """
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        await ask(session, url)
+
+@asynccontextmanager
+async def both_ways(url: str, storage: Path, model: str = MODEL) -> AsyncIterator[tuple[Asking, Asking]]:
+    """Two ways to ask a model: through the server at `url`, and straight to the engine that it has started."""
+    async with AsyncExitStack() as stack:
+
+        async def session(headers: dict[str, str]) -> aiohttp.ClientSession:
+            connector = aiohttp.TCPConnector(limit=0)
+            return await stack.enter_async_context(aiohttp.ClientSession(connector=connector, headers=headers))
+
+        client = await session({})
+        await ask(client, url, model=model)
         address, headers = engine_of(storage)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as own:
-            results: dict[str, Any] = {}
-            for name, stream in (("plain", False), ("stream", True)) if not busy else ():
-                results[name] = await latency(
-                    lambda stream=stream: ask(session, url, stream),
-                    lambda stream=stream: ask(own, address, stream),
-                    requests,
-                )
-            for concurrent in CONCURRENT if busy else ():
-                for name, stream in (("plain", False), ("stream", True)):
-                    results[f"{name}_{concurrent}"] = await throughput(
-                        lambda stream=stream: ask(session, url, stream),
-                        lambda stream=stream: ask(own, address, stream),
-                        concurrent,
-                    )
-    return results
+        direct = await session(headers)
+        yield (
+            lambda stream: lambda: ask(client, url, stream, model),
+            lambda stream: lambda: ask(direct, address, stream, model),
+        )
+
+
+async def latencies(url: str, storage: Path, requests: int) -> dict[str, Any]:
+    async with both_ways(url, storage) as (through, direct):
+        return {
+            name: await latency(through(stream), direct(stream), requests)
+            for name, stream in (("plain", False), ("stream", True))
+        }
+
+
+async def throughputs(url: str, storage: Path, model: str = MODEL) -> dict[str, Any]:
+    async with both_ways(url, storage, model) as (through, direct):
+        return {
+            f"{name}_{concurrent}": await throughput(through(stream), direct(stream), concurrent)
+            for concurrent in CONCURRENT
+            for name, stream in (("plain", False), ("stream", True))
+        }
 
 
 def main() -> None:
     requests = int(sys.argv[1]) if len(sys.argv) > 1 else 300
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, overrides in (("idle", ()), ("busy", ("++engine.token_seconds=0.005",))):
-            storage = Path(folder) / name
-            process, url = serve(storage, *overrides)
-            try:
-                results |= asyncio.run(measure(url, storage, requests, name == "busy"))
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
+        storage = Path(folder) / "idle"
+        with serving(storage) as url:
+            results = asyncio.run(latencies(url, storage, requests))
+        storage = Path(folder) / "busy"  # an engine that takes no time shows only how three processes share two cores
+        with serving(storage, "+engine.token_seconds=0.005") as url:
+            results |= asyncio.run(throughputs(url, storage))
     for key, value in results.items():
         print(f"{key:10} {value}")
     print(json.dumps({"proxy": results}))
