@@ -1,10 +1,12 @@
 """Fine-tune a model on a JSONL file of your own, then chat with it.
 
-    python examples/quickstart.py data.jsonl [MODEL]
+    python examples/quickstart.py data.jsonl [MODEL [KEY=VALUE ...]]
 
-Needs a running server (`arbor-serve`) and `pip install openai`. OPENAI_BASE_URL and OPENAI_API_KEY are respected.
+KEY=VALUE are hyperparameters (docs/fine-tuning.md), values as JSON: n_epochs=5 lora=null.
+Needs a running server (arbor-serve) and `pip install openai`. OPENAI_BASE_URL and OPENAI_API_KEY are respected.
 """
 
+import json
 import os
 import sys
 import time
@@ -12,14 +14,21 @@ from pathlib import Path
 
 import openai
 
-path, model = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "tiny"
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
+path, model = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "tiny"
+hyperparameters = {key: json.loads(value) for key, value in (argument.split("=", 1) for argument in sys.argv[3:])}
 client = openai.OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:7453/v1"),
     api_key=os.environ.get("OPENAI_API_KEY", "unused"),
 )
 
-file = client.files.create(file=Path(path), purpose="fine-tune")
-job = client.fine_tuning.jobs.create(model=model, training_file=file.id, method={"type": "supervised"})
+file = client.files.create(file=path, purpose="fine-tune")
+job = client.fine_tuning.jobs.create(
+    model=model,
+    training_file=file.id,
+    method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+)
 print("Job", job.id)
 
 shown = set()

@@ -35,7 +35,7 @@ def run(command: list[str], input_: str = "", **variables: str) -> str:
 
 
 def test_quickstart(server: LiveServer, data: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), str(data), "mock/tiny"]
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), str(data), "mock/tiny", "n_epochs=2"]
     said = run(command, "good morning\n\n", OPENAI_BASE_URL=f"{server.url}/v1")
     assert "The job has successfully completed" in said
     assert "Chatting with ft:mock/tiny:" in said
