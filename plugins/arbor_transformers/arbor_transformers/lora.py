@@ -33,6 +33,9 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "monteclora_config": "Monte Carlo LoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA",
 }
 """Keys of `adapter_config.json` that change what an adapter computes in a way that is not implemented here."""
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none", "")

@@ -40,3 +40,12 @@ def engine(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     running = start(world.model, tmp_path_factory.mktemp("engine"))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def tight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An engine that is short of everything: 512 cached tokens, prompts enter in chunks of 16."""
+    limits = {"max_cached_tokens": 512, "max_batch": 16, "max_waiting": 64, "max_unread": 64, "prefill_tokens": 16}
+    running = start(world.model, tmp_path_factory.mktemp("tight"), **limits)
+    yield running
+    running.stop()

@@ -4,50 +4,22 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import pytest
-from embedded import Running, World, start, until
+from embedded import Running, World, until
 
 ODD: list[Any] = [
     None, 0, 1, -1, 2, 0.5, 1e308, -1e308, 10**30, "x", "", [], {}, True, ["a"], [1], [[1]], {"a": 1}, "\ud83d",
     "<|im_end|>", [None], {"5": 3}, 3.7, [{"role": "user"}], [{"type": "function", "function": []}],
 ]  # fmt: skip
 KEYS = [
-    "n",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "min_tokens",
-    "stream",
-    "stream_options",
-    "return_token_ids",
-    "logprobs",
-    "top_logprobs",
-    "prompt",
-    "messages",
-    "model",
-    "tools",
-    "tool_choice",
-    "user",
-    "metadata",
-    "echo",
-    "best_of",
-    "chat_template_kwargs",
-    "response_format",
-]
+    "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "stream",
+    "stream_options", "return_token_ids", "logprobs", "top_logprobs", "prompt", "messages", "model", "tools",
+    "tool_choice", "user", "metadata", "echo", "best_of", "chat_template_kwargs", "response_format",
+]  # fmt: skip
 CHOICES: dict[str, list[Any]] = {
     "temperature": [0, 0.3, 1, 2],
     "top_p": [0.1, 0.9, 1],
@@ -63,15 +35,6 @@ CHOICES: dict[str, list[Any]] = {
     "logit_bias": [{"5": 100}, {str(i): -100 for i in range(300)}],
     "return_token_ids": [True],
 }
-
-
-@pytest.fixture(scope="module")
-def tight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """An engine that is short of everything."""
-    limits = {"max_cached_tokens": 4096, "max_batch": 16, "max_waiting": 64, "max_unread": 64, "prefill_tokens": 64}
-    running = start(world.model, tmp_path_factory.mktemp("tight"), **limits)
-    yield running
-    running.stop()
 
 
 def request(draw: random.Random) -> tuple[str, dict[str, Any]]:

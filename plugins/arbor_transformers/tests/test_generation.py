@@ -1,13 +1,12 @@
 """What the engine generates, through its real process and the stock client, against transformers and PEFT."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
-from embedded import Running, World, make_tokenizer, start
+from embedded import Running, World, make_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -238,34 +237,26 @@ async def test_streams_never_cut_a_character(engine: Running) -> None:
     assert len(chunks) > 5
 
 
-@pytest.fixture(scope="module")
-def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Room for 512 cached tokens, and prompts enter in chunks of 16."""
-    running = start(world.model, tmp_path_factory.mktemp("small"), max_cached_tokens=512, prefill_tokens=16)
-    yield running
-    running.stop()
-
-
-async def test_a_long_prompt_enters_in_chunks(world: World, small: Running) -> None:
+async def test_a_long_prompt_enters_in_chunks(world: World, tight: Running) -> None:
     prompt = "héllo zebra 42 " * 12
     answers = await asyncio.gather(
-        complete(small, prompt, temperature=0, max_tokens=20), complete(small, "the", temperature=0, max_tokens=40)
+        complete(tight, prompt, temperature=0, max_tokens=20), complete(tight, "the", temperature=0, max_tokens=40)
     )
     assert len(answers[0].prompt_token_ids) > 100
     assert answers[0].choices[0].token_ids == generated(world, prompt, 20)
     assert answers[1].choices[0].token_ids == generated(world, "the", 40)
 
 
-async def test_a_full_cache_sends_sequences_back_and_changes_nothing(small: Running, engine: Running) -> None:
+async def test_a_full_cache_sends_sequences_back_and_changes_nothing(tight: Running, engine: Running) -> None:
     """Room for 4 rows of up to 127 tokens; 8 sequences of up to 180: they leave and enter again."""
     parameters: dict[str, Any] = {"max_tokens": 180, "presence_penalty": 0.5, "extra": {"ignore_eos": True}}
     squeezed, roomy = [
         await asyncio.gather(*(complete(where, "the", seed=i, **parameters) for i in range(8)))
-        for where in (small, engine)
+        for where in (tight, engine)
     ]
     assert [one.choices[0].token_ids for one in squeezed] == [one.choices[0].token_ids for one in roomy]
     with pytest.raises(openai.BadRequestError) as refused:
-        await complete(small, "the", max_tokens=511)
+        await complete(tight, "the", max_tokens=511)
     assert refused.value.code == "context_length_exceeded"
 
 
