@@ -30,7 +30,7 @@ from .model import (
     unavailable,
     uses_cuda,
 )
-from .plan import Layout, Plan
+from .plan import Budget, Layout, Plan
 from .reporting import Evaluation, Reporting
 from .rows import Samples
 
@@ -58,7 +58,8 @@ def train(run: Run[SftConfig]) -> None:
     training, validation = load_files(run, chat, context(model, tokenizer))
     stop_where_trained(model, chat, training)
     layout = choose_layout(run, model, training)
-    schedule = make_plan(run, training, layout)
+    limits = budget(run, model)
+    schedule = make_plan(run, training, layout, limits)
     trainer = compose(run, model, tokenizer, training, validation, schedule, layout)
     describe(run, trainer.model_wrapped, training, validation, schedule)
     resume(run, trainer, len(schedule.steps))
@@ -125,7 +126,7 @@ def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples
     return wanted
 
 
-def make_plan(run: Run[SftConfig], training: Samples, layout: Layout) -> Plan:
+def make_plan(run: Run[SftConfig], training: Samples, layout: Layout, limits: Budget) -> Plan:
     """Resolve "auto", report it, and lay out all steps."""
     config, count = run.config, len(training.kept)
     epochs, batch_size = auto.n_epochs(config, training.rows), auto.batch_size(config, training.rows)
@@ -138,7 +139,7 @@ def make_plan(run: Run[SftConfig], training: Samples, layout: Layout) -> Plan:
         seed=run.seed,
         layout=layout,
         micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
-        budget=budget(run),
+        budget=limits,
         ranks=run.world_size,
     )
 
@@ -157,7 +158,7 @@ def compose(
     packed = layout == "packed"
     evaluation = None
     if validation:
-        cuts = plan.evaluation(validation.lengths, layout, EVALUATION_ROWS, budget(run))
+        cuts = plan.evaluation(validation.lengths, layout, EVALUATION_ROWS, budget(run, model))
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
     try:
