@@ -178,6 +178,44 @@ def test_a_batch_that_fails_fails_its_own_rows_only(tmp_path: Path) -> None:
     assert engine.running == 0
 
 
+def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
+    """Eight sequences outgrow 512 tokens: some are sent back, all end, and no more is ever allocated."""
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    chosen = Options(**options(max_cached_tokens=512))
+    loaded = load(str(tmp_path), Device("cpu:0"), chosen)
+    batch, context = make_batch(loaded, AdapterRows(loaded.model), chosen)
+    assert isinstance(batch, SlotBatch) and context == 256
+    sent_back, cells = 0, [0]
+
+    class Watched(SlotBatch):
+        def step(self, tokens: Sequence[int]) -> torch.Tensor:
+            logits = super().step(tokens)
+            rows, columns = self.slots.capacity
+            cells.append(rows * columns)
+            assert all(layer.keys.shape[0] * layer.keys.shape[2] == cells[-1] for layer in self.slots.layers)
+            return logits
+
+        def overflow(self) -> int:
+            nonlocal sent_back
+            surplus = super().overflow()
+            sent_back += surplus
+            return surplus
+
+    batch.__class__ = Watched
+    engine, results = Engine(batch, 8, 100, 64, deliver, lambda: None), Results(8)
+    engine.start()
+    engine.submit(generations(loaded, [[5, 6, 7 + i] for i in range(8)], results, 150))
+    assert results.done.wait(60)
+    assert results.error is None
+    assert sent_back > 0 and 256 < max(cells) <= 512
+    assert all(len(tokens) == 150 for tokens in results.tokens.values())
+    engine.stop()
+    engine.thread.join(10)
+    assert batch.slots.capacity == (0, 0), "an empty batch holds no memory"
+
+
 def test_an_adapter_is_freed_with_its_last_sequence(tmp_path: Path) -> None:
     import gc
     import weakref
