@@ -94,6 +94,35 @@ async def test_a_stream_that_waits_gets_comments_and_its_error_in_band(monkeypat
     assert (done, end) == (b"data: [DONE]", b"")
 
 
+class BrokenEngines:
+    """Engines whose answer fails in a way that nobody thought of, after a part of an event."""
+
+    class Content:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            yield b'data: {"whole": 1}\n\ndata: {"cut'
+            raise ZeroDivisionError
+
+    content = Content()
+
+    @asynccontextmanager
+    async def using(self, _: Resolved) -> AsyncIterator[Any]:
+        yield None
+
+
+async def test_whatever_breaks_an_open_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def asked(self: Relay, engine: Any, id: str) -> AsyncIterator[Any]:
+        yield self.engines
+
+    monkeypatch.setattr(Relay, "_asked", asked)
+    client = Client()
+    await relay(BrokenEngines())(scope(), client.receive, client.send)
+    whole, error, done, end = client.body.split(b"\n\n")
+    assert whole == b'data: {"whole": 1}'
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "internal_error"
+    assert (done, end) == (b"data: [DONE]", b"")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_error_before_the_first_byte_has_its_status(stream: bool) -> None:
     client = Client()

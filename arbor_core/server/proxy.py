@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,8 @@ from .errors import envelope, request_id
 
 if TYPE_CHECKING:
     import aiohttp
+
+log = logging.getLogger(__name__)
 
 PING_SECONDS = 15.0
 """A stream that is silent for so long gets a comment, so that nothing between us and the client gives it up."""
@@ -74,12 +77,11 @@ class Relay:
             async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
                 async for chunk in upstream.content.iter_any():
                     await events.write(chunk)
-        except ApiError as error:
+        except Exception as error:  # once the stream is open, whatever it is must be said in it
             pings.cancel()
             if not events.opened:
                 raise
-            dead = ApiError(error.status, f"The engine died: {error}", "engine_dead") if events.begun else error
-            await events.write(b"data: " + envelope(dead) + b"\n\n" + DONE)
+            await events.fail(in_band(error, events.begun))
         finally:
             pings.cancel()
         await events.close()
@@ -163,6 +165,10 @@ class Events:
                 silence = 0.0
             await asyncio.sleep(PING_SECONDS - silence)
 
+    async def fail(self, error: ApiError) -> None:
+        """Say why the stream ends; what was held of an event is lost."""
+        await self._send(b"data: " + envelope(error) + b"\n\n" + DONE)
+
     async def close(self) -> None:
         if not self.opened:
             await self.open()
@@ -180,6 +186,14 @@ def unavailable(model: str, error: Exception) -> ApiError:
     reason = str(error) or type(error).__name__
     message = f"The engine of '{model}' did not answer ({reason}). It is started again: repeat the request."
     return ApiError(503, message, "engine_unavailable", headers=RETRY_SOON)
+
+
+def in_band(error: Exception, begun: bool) -> ApiError:
+    """An error as a stream tells it; `begun`: the engine had answered already, so it is the engine that was lost."""
+    if not isinstance(error, ApiError):
+        log.error("a stream failed", exc_info=error)
+        return ApiError(500, "The server had an error while it worked on your request.", "internal_error")
+    return ApiError(error.status, f"The engine died: {error}", "engine_dead") if begun else error
 
 
 class EngineErrorBody(msgspec.Struct):
