@@ -44,7 +44,7 @@ class Incoming:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writing:
-            await asyncio.wait([self._writing])
+            await asyncio.gather(self._writing, return_exceptions=True)  # its error, if any, was raised already
         self._file.close()
         self.path.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

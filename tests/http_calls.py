@@ -6,11 +6,20 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+if TYPE_CHECKING:
+    from conftest import LiveServer
+
+JOBS = "/v1/fine_tuning/jobs"
+BASE = "mock/tiny"
+"""Any name will do: the mock plugin trains and serves without weights."""
+PURPOSE = ("purpose", b"fine-tune")
+FILE = ("file", b"{}\n", "rows.jsonl")
 MULTIPART = {"content-type": "multipart/form-data; boundary=XX"}
 
 
@@ -65,3 +74,33 @@ def form(*parts: tuple[str, bytes] | tuple[str, bytes, str]) -> bytes:
         file = f'; filename="{filename[0]}"' if filename else ""
         found += f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
     return found + b"--XX--\r\n"
+
+
+def post(server: LiveServer, *parts: Any, headers: dict[str, str] | None = None) -> Answer:
+    return call(server.url, "POST", "/v1/files", form(*parts), headers or MULTIPART)
+
+
+def stored(server: LiveServer) -> set[str]:
+    """Everything on the disk that uploads have left."""
+    return {str(path) for path in (server.storage / "files").rglob("*") if path.is_file()}
+
+
+def settled(server: LiveServer) -> set[str]:
+    """What is stored once no upload is under way."""
+    incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 10
+    while any(incoming.iterdir()):
+        assert time.monotonic() < deadline, f"left behind: {list(incoming.iterdir())}"
+        time.sleep(0.01)
+    return stored(server)
+
+
+def submit(server: LiveServer, file: str, **fields: Any) -> Answer:
+    return call(server.url, "POST", JOBS, {"model": BASE, "training_file": file, **fields})
+
+
+def supervised(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def events(server: LiveServer, job_id: str) -> list[Any]:
+    return list(server.client.fine_tuning.jobs.list_events(job_id, limit=100))

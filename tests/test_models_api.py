@@ -12,7 +12,12 @@ import pytest
 from conftest import LiveServer, launch
 from http_calls import call
 
-from arbor_core.models import Models, ft_name
+from arbor_core.config import ModelsConfig
+from arbor_core.errors import ApiError
+from arbor_core.jobs import Job, Jobs, JobSpec, NewJob, add_checkpoint
+from arbor_core.models import Models, add_model, ft_name
+from arbor_core.store import Store
+from arbor_core.types import Event, Weights
 
 
 def weights(folder: Path, **config: Any) -> Path:
@@ -130,6 +135,76 @@ def test_names_of_fine_tuned_models() -> None:
     assert ft_name("base", "arbor", None, "ftjob-0123456789abcdef") == "ft:base:arbor::89abcdef"
     again = ft_name(first, "arbor", "y", "ftjob-fedcba9876543210")
     assert again == "ft:org/base:arbor:y:76543210", "the base is the one that all began with"
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Iterator[Models]:
+    """The models of an empty storage directory, without a server."""
+    store = Store(tmp_path / "arbor.db")
+    yield Models(store, ModelsConfig(dirs=[tmp_path / "models"], allow=[]), tmp_path)
+    store.close()
+
+
+async def new_job(known: Models, path: str) -> Job:
+    spec = JobSpec(trainer="t", method="supervised", config={}, model="base", model_path=path, seed=1)
+    return await Jobs(known.store).create(NewJob("me", "file-1", None, None, {}, spec))
+
+
+async def test_results_of_jobs(known: Models, tmp_path: Path) -> None:
+    await made(known, "ft:base:arbor::adapter0", "/jobs/a", "adapter")
+    await made(known, "ft:base:arbor::full0000", "/jobs/f", "full")
+    adapter = known.resolve("ft:base:arbor::adapter0", "me")
+    assert (adapter.base, adapter.base_path) == ("base", "/base")
+    assert adapter.adapter == Weights("ft:base:arbor::adapter0", "/jobs/a")
+    full = known.resolve("ft:base:arbor::full0000", "me")
+    assert (full.base, full.base_path, full.adapter) == (full.name, "/jobs/f", None)
+    assert known.trainable("ft:base:arbor::full0000", "me") == "/jobs/f"
+    with pytest.raises(ApiError, match="use its base, 'base'"):
+        known.trainable("ft:base:arbor::adapter0", "me")
+    await made(known, "ft:base:arbor::full0000", "/elsewhere", "full")
+    assert known.trainable("ft:base:arbor::full0000", "me") == "/jobs/f", "noted once, whoever says it again"
+    with pytest.raises(ApiError, match="does not exist"):
+        known.resolve("ft:base:arbor::full0000", "somebody else")
+
+
+async def made(known: Models, name: str, path: str, kind: Any) -> None:
+    fields = {"name": name, "owner": "me", "job_id": "ftjob-1", "base": "base", "base_path": "/base"}
+    await known.store.write(lambda db: add_model(db, **fields, path=path, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+async def test_checkpoints_are_models(known: Models, tmp_path: Path, kind: str) -> None:
+    job = await new_job(known, "/base")
+    folder = tmp_path / "jobs" / job.id / "checkpoints" / "4-1"
+    folder.mkdir(parents=True)
+    if kind == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    name = f"{ft_name('base', 'arbor', None, job.id)}:ckpt-step-4"
+    event = Event("checkpoint", step=4, data={"dir": "4-1"})
+    await known.store.write(lambda db: add_checkpoint(db, job.id, event, name))
+    resolved = known.resolve(name, "me")
+    if kind == "adapter":
+        assert (resolved.base_path, resolved.adapter) == ("/base", Weights(name, str(folder)))
+    else:
+        assert (resolved.base_path, resolved.adapter) == (str(folder), None)
+    folder.rename(folder.with_name("gone"))
+    with pytest.raises(ApiError, match="does not exist"):
+        known.resolve(name, "me")
+
+
+@pytest.mark.parametrize("status", [pytest.param("queued", id="row-116"), pytest.param("failed", id="row-116-ended")])
+async def test_deleting_a_model_that_is_trained_further(known: Models, status: Any) -> None:
+    await made(known, "ft:base:arbor::full0000", "/jobs/f", "full")
+    job = await new_job(known, "/jobs/f")
+    await Jobs(known.store).transition(job, status)
+    if status == "queued":
+        with pytest.raises(ApiError, match=job.id):
+            await known.delete("ft:base:arbor::full0000", "me")
+        assert known.get("ft:base:arbor::full0000", "me")
+    else:
+        await known.delete("ft:base:arbor::full0000", "me")
+        with pytest.raises(ApiError, match="does not exist"):
+            known.get("ft:base:arbor::full0000", "me")
 
 
 def test_objects_of_other_owners(start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]) -> None:

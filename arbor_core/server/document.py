@@ -59,7 +59,7 @@ def routes(app: Litestar) -> Iterator[tuple[str, str, HTTPRouteHandler]]:
         if isinstance(route, HTTPRoute):
             for handler in route.route_handlers:
                 for method in sorted(handler.http_methods - {"OPTIONS"}):
-                    if handler.operation_id is not None or handler.fn.__doc__:
+                    if handler.resolve_include_in_schema():
                         yield route.path_format, method.lower(), handler
 
 
@@ -78,7 +78,7 @@ def document(app: Litestar) -> dict[str, Any]:
         "info": {
             "title": "Arbor",
             "version": core_version(),
-            "description": "Post-training as a service. Every route of OpenAI's answers to OpenAI's client.",
+            "description": "Post-training as a service. The routes that OpenAI has too answer to OpenAI's client.",
         },
         "paths": paths,
         "components": {
