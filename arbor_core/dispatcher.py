@@ -86,7 +86,10 @@ class Dispatcher:
             self._restore()
             while True:
                 self.awake.clear()
-                await self._look()
+                try:
+                    await self._look()
+                except Exception:  # a full disk, say: jobs wait, and the next look may succeed
+                    log.exception("the jobs could not be looked after")
                 try:
                     async with asyncio.timeout(POLL_SECONDS):
                         await self.awake.wait()

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bell import short
-from .engine_process import threads_env
+from .engine_process import end, threads_env
 from .types import ExecutorSettings, Order, Placement
 
 log = logging.getLogger(__name__)
+TEMPLATE_SECONDS = 300.0
+"""How long importing and proving may take."""
 
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|XDG_.*|SSL_.*|.*_PROXY|.*_proxy"
@@ -125,10 +127,15 @@ class LocalExecutor:
                 start_new_session=True,
             )
         assert process.stdout is not None
-        if await process.stdout.readline() != b"ready\n":
-            await process.wait()
-            said = report.read_text(errors="replace").strip().splitlines()
-            raise TemplateError(f"the template of {', '.join(key.preload)} failed: {said[-1] if said else 'no output'}")
+        try:
+            said = await asyncio.wait_for(process.stdout.readline(), TEMPLATE_SECONDS)
+        except TimeoutError:
+            said = b""
+        if said != b"ready\n":
+            await end(process)
+            lines = report.read_text(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"it was not ready after {TEMPLATE_SECONDS:.0f} s"
+            raise TemplateError(f"the template of {', '.join(key.preload)} failed: {why}")
         return Template(process, socket)
 
     async def _fork(self, template: Template, order: Order, env: Mapping[str, str]) -> int:

@@ -46,6 +46,8 @@ def keep(attempt_dir: Path) -> int:
         try:
             replace(attempt_dir / "exit.json", msgspec.json.encode(ended))
             break
+        except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
+            break
         except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
             traceback.print_exc()
             time.sleep(WAKE_SECONDS)

@@ -125,7 +125,7 @@ def test_secrets_of_the_server_do_not_reach_a_worker(monkeypatch):
 
 async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_path, monkeypatch):
     (tmp_path / "proving.py").write_text(
-        "import fractions, os\nPID = os.getpid()\ndef prove(): fractions.Fraction(1, 2)\n"
+        "import fractions, os\nprint('a library that talks')\nPID = os.getpid()\ndef prove(): fractions.Fraction(1)\n"
         "def train(run): run.message('trained', imported_by=PID, seed=os.environ['PYTHONHASHSEED'])\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
