@@ -32,6 +32,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
 
+# The core and the mock plugin alone, in an environment without any machine-learning library.
+test-minimal:
+	test -x $(VENV)-minimal/bin/python || $(PYTHON) -m venv $(VENV)-minimal
+	$(VENV)-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' -e plugins/arbor_mock
+	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile -m "not ml" tests plugins/arbor_mock/tests
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +55,4 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) $(VENV)-minimal build dist demo-out .pytest_cache .mypy_cache .ruff_cache .coverage*
