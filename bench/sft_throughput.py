@@ -6,9 +6,9 @@ Two kinds of rows: all of one length, where the trainers should do the same work
 and log-normal lengths from 20 to 1,000 tokens (our defaults, at least 1.5 times). Both sides take the same rows in each
 optimizer step and start from the same weights, so their losses must agree.
 
-Only tokens that are not padding count. The time is that of the steps, from the end of the first. Rounds alternate between
-the two sides. `ratio` compares the best round of each, because a machine that others use too only ever makes a round
-slower; `cpu_ratio` compares tokens per second of processor time, the median of the rounds. The last line is JSON.
+Only tokens that are not padding count. The time is that of the steps, from the end of the first; rounds alternate
+between the two sides. `ratio` compares the best round of each, because a machine that others use too only ever makes a
+round slower; `cpu_ratio` compares tokens per second of processor time, the median of the rounds. The last line is JSON.
 """
 
 from __future__ import annotations
