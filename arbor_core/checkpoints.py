@@ -82,13 +82,18 @@ def fault(folder: Path) -> str | None:
 def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint under `folder` that is whole, and what was wrong with newer ones."""
     faults: list[str] = []
-    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix != ".tmp"] if folder.is_dir() else []
-    for path in sorted(found, key=_order, reverse=True):
+    for path in newest_first(folder):
         if reason := fault(path):
             faults.append(f"checkpoint {path.name} is not used: {reason}")
         elif said := manifest(path):
             return Checkpoint(said.step, path, said.metrics), faults
     return None, faults
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The committed checkpoints under `folder`, whole or not, by step and attempt."""
+    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix != ".tmp"] if folder.is_dir() else []
+    return sorted(found, key=_order, reverse=True)
 
 
 def _order(path: Path) -> tuple[int, int]:

@@ -282,6 +282,8 @@ class Jobs:
                     db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
                 elif event.type == "checkpoint":
                     add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+                elif event.type == "discarded":
+                    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"]))
             return True
 
         return await self.store.write(take)

@@ -238,7 +238,7 @@ class Executor(Protocol):
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
 
-EventType = Literal["message", "metrics", "checkpoint", "resolved", "result", "paused", "error"]
+EventType = Literal["message", "metrics", "checkpoint", "discarded", "resolved", "result", "paused", "error"]
 Level = Literal["info", "warn", "error"]
 
 
@@ -327,6 +327,10 @@ class Run(Protocol[ConfigT_co]):
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, to resume from."""
+        ...
+
+    def keep_checkpoints(self, count: int) -> None:
+        """Delete all checkpoints but the newest `count`, and stop offering them as models."""
         ...
 
     def stop_if_asked(self) -> None:

@@ -138,6 +138,11 @@ class WorkerRun(Generic[ConfigT]):
             self.message(reason, "error")
         return found
 
+    def keep_checkpoints(self, count: int) -> None:
+        for folder in checkpoints.newest_first(self.dir / "checkpoints")[count:]:
+            self.emit(Event("discarded", f"Checkpoint {folder.name} removed", data={"dir": folder.name}))
+            shutil.rmtree(folder)  # after the event: what is offered is there
+
     def stop_if_asked(self) -> None:
         desired = self.desired()
         if desired in ("pause", "cancel"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from conftest import LiveServer
+    from live import LiveServer
 
 JOBS = "/v1/fine_tuning/jobs"
 BASE = "mock/tiny"

@@ -87,9 +87,7 @@ def messages(*pairs: tuple) -> dict:
         pytest.param(messages(("robot", "a")), r"messages\[0\].role is 'robot'", id="row-62-role"),
         pytest.param(messages(("user", "a"), ("assistant", "")), r"messages\[1\].content is empty", id="row-62-empty"),
         pytest.param(messages(("user", 3), ("assistant", "b")), "must be text", id="row-62-number"),
-        pytest.param(
-            messages(("user", [{"type": "image_url"}]), ("assistant", "b")), "not text", id="row-62-image"
-        ),
+        pytest.param(messages(("user", [{"type": "image_url"}]), ("assistant", "b")), "not text", id="row-62-image"),
         pytest.param(
             {"messages": [{"role": "assistant", "content": "b", "weight": 0}]}, "no assistant", id="row-62-weight-0"
         ),

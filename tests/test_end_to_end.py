@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from conftest import LiveServer, launch
+from live import LiveServer, launch
 
 pytestmark = [pytest.mark.ml, pytest.mark.timeout(600)]
 COLORS = ("red", "green", "blue", "white", "black", "brown")
@@ -114,6 +114,15 @@ def test_streaming_says_the_same_and_log_probabilities_add_up(real, trained):
     for token in plain.choices[0].logprobs.content:
         assert token.logprob <= 0 and len(token.top_logprobs) == 3
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
+
+
+def test_checkpoints_that_are_not_kept_are_not_offered(real):
+    job = train(real, lora=None, max_steps=6, checkpoint_steps=2, keep_checkpoints=2)
+    job = real.wait(job.id, seconds=300)
+    assert [point.step_number for point in real.client.fine_tuning.jobs.checkpoints.list(job.id)] == [6, 4]
+    assert len(list((real.storage / "jobs" / job.id / "checkpoints").iterdir())) == 2
+    with pytest.raises(openai.NotFoundError):
+        ask(real.client, f"{job.fine_tuned_model}:ckpt-step-2", "color 1")
 
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint(real):

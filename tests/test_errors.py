@@ -8,8 +8,8 @@ from contextlib import closing
 
 import openai
 import pytest
-from conftest import LiveServer, launch
 from http_calls import call, raw_socket
+from live import LiveServer, launch
 
 from arbor_core.types import ArborError
 

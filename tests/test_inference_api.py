@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from conftest import LiveServer, launch
 from http_calls import Answer, call, raw_socket
+from live import LiveServer, launch
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 MODEL = "mock/tiny"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import LiveServer
 from http_calls import BASE, JOBS, call, events, submit, supervised
+from live import LiveServer
 
 
 @pytest.fixture
@@ -150,6 +150,7 @@ def test_row_67_a_tracker_that_is_not_there(server: LiveServer, file: str) -> No
     assert server.wait(job["id"]).status == "succeeded"
 
 
+@pytest.mark.ml
 def test_methods_without_their_plugin(start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]) -> None:
     server = start_server("plugins.disabled=[mock,sft]", "allocator=local", mock=False)
     file = server.upload(chat_rows)

@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import LiveServer
 from http_calls import BASE, JOBS, call, events, submit, supervised
+from live import LiveServer
 
 NO_JOB = ("fine_tune_not_found", "fine_tune_id")
 SLOW = {"steps": 100_000, "step_seconds": 0.05}

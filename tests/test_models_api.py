@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import LiveServer, launch
 from http_calls import call
+from live import LiveServer, launch
 
 from arbor_core.config import ModelsConfig
 from arbor_core.errors import ApiError

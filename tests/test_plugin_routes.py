@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import LiveServer, launch
 from http_calls import call
+from live import LiveServer, launch
 
 MODULE = '''
 from litestar import get, post

@@ -118,9 +118,7 @@ def test_without_gpus_ids_are_cpu_slots(monkeypatch):
     assert len(LocalAllocator.from_settings(AllocatorSettings(None, [5])).inventory()["train"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("count", "train", "serve"), [(1, ["GPU-0"], ["GPU-0"]), (3, ["GPU-0", "GPU-1"], ["GPU-2"])]
-)
+@pytest.mark.parametrize(("count", "train", "serve"), [(1, ["GPU-0"], ["GPU-0"]), (3, ["GPU-0", "GPU-1"], ["GPU-2"])])
 def test_with_gpus_the_last_one_serves(monkeypatch, count, train, serve):
     gpus = [Device(f"GPU-{n}", "cuda", n, 80 << 30) for n in range(count)]
     monkeypatch.setattr("arbor_core.allocator.find_gpus", lambda: gpus)

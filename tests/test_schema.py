@@ -10,8 +10,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import LiveServer
 from http_calls import Answer, call
+from live import LiveServer
 
 SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-schemas.json").read_text())["$defs"]
 ALWAYS = {

@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 import openai
 import pytest
-from conftest import LiveServer, launch
 from http_calls import FILE, MULTIPART, PURPOSE, call, form, post, raw_socket, settled, stored
+from live import LiveServer, launch
 
 
 @pytest.mark.parametrize(

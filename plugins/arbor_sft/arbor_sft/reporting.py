@@ -148,15 +148,7 @@ class Reporting(TrainerCallback):
                     if path.name != "training_args.bin":  # a pickle nobody reads
                         shutil.move(path, folder / path.name)
             shutil.rmtree(written)
-            self.prune()
+            if self.run.config.keep_checkpoints:
+                self.run.keep_checkpoints(self.run.config.keep_checkpoints)
         if self.stop:
             raise self.stop
-
-    def prune(self) -> None:
-        """Delete all but the newest `keep_checkpoints`."""
-        keep = self.run.config.keep_checkpoints
-        if not keep:
-            return
-        found = [path for path in (self.run.dir / "checkpoints").glob("*-*") if path.suffix != ".tmp"]
-        for path in sorted(found, key=lambda path: [int(n) for n in path.name.split("-")])[:-keep]:
-            shutil.rmtree(path)
