@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import openai
@@ -31,20 +32,21 @@ job = client.fine_tuning.jobs.create(
 )
 print("Job", job.id)
 
-shown = set()
+shown: set[str] = set()
 while not job.finished_at:
     time.sleep(0.5)
     job = client.fine_tuning.jobs.retrieve(job.id)
-    for event in reversed(list(client.fine_tuning.jobs.list_events(job.id))):
-        if event.id not in shown:
-            print(event.message)
-            shown.add(event.id)
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100)  # newest first
+    for event in reversed(list(takewhile(lambda event: event.id not in shown, events))):
+        print(event.message)
+        shown.add(event.id)
 
 if job.status != "succeeded":
     sys.exit(f"The job {job.status}: {job.error.message if job.error else ''}")
 print(f"Chatting with {job.fine_tuned_model}; an empty line ends it.")
 while question := input("> "):
     messages = [{"role": "user", "content": question}]
-    for chunk in client.chat.completions.create(model=job.fine_tuned_model, messages=messages, stream=True):
+    stream = client.chat.completions.create(model=job.fine_tuned_model, messages=messages, temperature=0, stream=True)
+    for chunk in stream:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
