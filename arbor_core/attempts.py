@@ -18,6 +18,7 @@ import msgspec
 from .config import ServeConfig
 from .files import Files
 from .jobs import Job, JobError, Jobs, encoded
+from .keeper import claimed
 from .logs import encode, replace, tail
 from .models import add_model, ft_name
 from .onlookers import Onlookers
@@ -156,6 +157,15 @@ class Attempts:
         except FileNotFoundError:
             return None
 
+    async def find(self, job: Job) -> bool:
+        """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
+        a second time because the first start took too long. One that has not begun yet never will."""
+        ref = claimed(self.attempt_dir(job), "")
+        if not ref or ref == job.ref or not self.executor.adopt(ref):
+            return False
+        await note_ref(self.jobs, job, ref)
+        return True
+
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
         last = self.outcome(job)
@@ -225,6 +235,10 @@ class Attempts:
 
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
+        if ended is None and job.ref is None and not claimed(self.attempt_dir(job), ""):
+            text = f"The server ended before attempt {job.attempt} began; another one starts"
+            await self._end(job, "queued", Event("message", text, "warn"))
+            return
         how = "its keeper was lost" if ended is None else exit_words(ended.code)
         crashes = job.crashes + 1
         if crashes >= self.settings.limits.attempts:

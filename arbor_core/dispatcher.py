@@ -262,6 +262,7 @@ class Dispatcher:
             alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
             if ended is None and not alive:
                 ended = self.attempts.exit(job)
+                alive = ended is None and await self.attempts.find(job)
             job = await self.attempts.collect(self.jobs.get(job.id) or job)
             if not alive:
                 await self.attempts.settle(job, ended)

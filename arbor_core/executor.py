@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .bell import short
 from .engine_process import end, threads_env
+from .keeper import ref_of
 from .types import ExecutorSettings, Order, Placement
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class LocalExecutor:
         self.templates: dict[TemplateKey, asyncio.Task[Template]] = {}
         self.faults: dict[TemplateKey, str] = {}
         self.children: set[asyncio.Task[int]] = set()
+        self.started = 0
 
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
         """Start to warm up for a trainer, without waiting."""
@@ -73,7 +75,7 @@ class LocalExecutor:
                 pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
                 return ref_of(pid)
             except OSError as error:  # the template has died, or never came up
-                self.templates.pop(key, None)
+                self._discard(key)
                 log.warning("starting cold: the template of %s is not usable: %s", order.preload, error)
             except TemplateError as error:
                 self.faults[key] = str(error)
@@ -106,11 +108,17 @@ class LocalExecutor:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whoever waits
         return task
 
+    def _discard(self, key: TemplateKey) -> None:
+        """Have no more to do with a template that failed us: the next attempt starts another."""
+        task = self.templates.pop(key, None)
+        if task and not lost(task) and task.done():
+            task.result().process.terminate()
+
     async def _start_template(self, key: TemplateKey) -> Template:
         self.runtime.mkdir(parents=True, exist_ok=True)
-        number = len(self.templates)
-        socket = self.runtime / f"template-{number}.sock"
-        report = self.runtime / f"template-{number}.log"
+        self.started += 1  # a number of its own: the socket of one that lives must stay
+        socket = self.runtime / f"template-{self.started}.sock"
+        report = self.runtime / f"template-{self.started}.log"
         extra = {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with report.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -199,14 +207,3 @@ def devices_env(placement: Placement) -> dict[str, str]:
     """Which GPUs a process may see."""
     gpus = [device.id for device in placement.devices if device.kind == "cuda"]
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-
-
-def ref_of(pid: int) -> str:
-    """`pid:start time:boot id`; empty if there is no such process, or only its remains."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-    state, *fields = stat.rpartition(")")[2].split()  # the command in parentheses may hold spaces
-    return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot}"

@@ -3,6 +3,9 @@
 `python -m arbor_core.keeper <attempt dir>`, or a fork of the template. It runs in a session of its own, adopts whatever
 its worker leaves behind, ends all of it, and only then writes `exit.json`: who reads that file knows that no process
 of the attempt lives.
+
+An attempt has one keeper. It says who it is in a file that can be made only once; a server that has lost sight of an
+attempt makes that file itself, so that no keeper that is late can begin it any more.
 """
 
 from __future__ import annotations
@@ -26,12 +29,17 @@ from .types import Exit, Order
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 WAKE_SECONDS = 1.0
+NOT_OURS = 5
+"""Exit status of a keeper that came too late."""
 WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
 
 
 def keep(attempt_dir: Path) -> int:
     """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
     order = decode((attempt_dir / "order.json").read_bytes(), Order)
+    if claimed(attempt_dir, own := ref_of(os.getpid())) != own:
+        print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
+        return NOT_OURS
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     worker = os.fork()
@@ -53,6 +61,29 @@ def keep(attempt_dir: Path) -> int:
             time.sleep(WAKE_SECONDS)
     ring(order.bell, attempt_dir.parent.parent.name)
     return code
+
+
+def claimed(attempt_dir: Path, ref: str) -> str:
+    """Who keeps an attempt: `ref` if nobody did before, else what was written then. Empty: nobody, for good."""
+    attempt_dir.mkdir(parents=True, exist_ok=True)
+    path, draft = attempt_dir / "keeper", attempt_dir / f".keeper.{os.getpid()}"
+    if not path.exists():
+        draft.write_text(ref)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)  # with its content, or not at all
+        draft.unlink()
+    return path.read_text()
+
+
+def ref_of(pid: int) -> str:
+    """`pid:start time:boot id`; empty if there is no such process, or only its remains."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    state, *fields = stat.rpartition(")")[2].split()  # the command in parentheses may hold spaces
+    return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot}"
 
 
 def _become_worker(attempt_dir: Path, order: Order) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import msgspec
 
 from .data import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
 from .executor import clean_env
+from .keeper import PR_SET_PDEATHSIG, prctl
 from .logs import decode
 from .types import JobFailed
 from .worker import WorkOrder, imported
@@ -113,6 +115,7 @@ def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], Non
 
 
 def main(job_json: Path) -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the server nobody wants to know
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     report = check(decode(job_json.read_bytes(), WorkOrder))

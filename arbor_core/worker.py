@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ import msgspec
 
 from . import checkpoints
 from .bell import ring
+from .keeper import PR_SET_PDEATHSIG, prctl
 from .logs import Log, decode
 from .types import (
     PROTOCOL,
@@ -188,6 +190,8 @@ def open_run(attempt_dir: Path) -> WorkerRun[Any]:
 def main(attempt_dir: Path) -> int:
     """Run the trainer; returns the exit status. How the job ended is in its events."""
     run = open_run(attempt_dir)
+    if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if run.rank == 0:
         beat = threading.Thread(target=_heartbeat, args=(attempt_dir / "heartbeat",), daemon=True)
         beat.start()

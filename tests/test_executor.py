@@ -11,6 +11,7 @@ import pytest
 
 from arbor_core import Event, ExecutorSettings, Order, Placement
 from arbor_core.executor import LocalExecutor, TemplateKey, clean_env, ref_of
+from arbor_core.keeper import claimed
 from arbor_core.logs import encode, replace, tail
 from arbor_core.types import PROTOCOL, Device, Exit
 from arbor_core.worker import WorkOrder
@@ -26,6 +27,18 @@ def papers(tmp_path: Path, code: str, name: str = "1", grace: float = 5.0, **cha
     order = msgspec.structs.replace(order, **changes)
     replace(folder / "order.json", encode(order))
     return order
+
+
+def job_papers(order: Order, entry: str) -> Path:
+    """What the attempt's worker reads of its job; returns the path of `job.json`."""
+    replace(order.dir / "placement.json", encode(PLACEMENT))
+    data = order.dir / "data.jsonl"
+    work = WorkOrder(
+        PROTOCOL, "ftjob-x", entry, "msgspec:Struct", {}, "builtins:len", 1, "m", "m", data, None, 0, 0, {}, 1, ""
+    )
+    path = order.dir.parent.parent / "job.json"
+    replace(path, encode(work))
+    return path
 
 
 def text_of(path: Path) -> str:
@@ -106,6 +119,40 @@ async def test_a_keeper_that_is_killed_leaves_no_worker(executor, tmp_path):
     assert not executor.poll(ref) and ended(order) is None
 
 
+async def test_a_killed_keeper_takes_the_ranks_of_its_launcher_along(executor, tmp_path, monkeypatch):
+    (tmp_path / "ranked.py").write_text(
+        "import os,time\n"
+        "def train(run):\n    open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launcher = "import subprocess,sys; subprocess.run(sys.argv[1:],start_new_session=True)"  # as torchrun does
+    folder = tmp_path / "ftjob-x" / "attempts" / "1"
+    rank = (sys.executable, "-c", launcher, sys.executable, "-m", "arbor_core.worker", str(folder))
+    order = papers(tmp_path, "", argv=rank, env={"RANK": "0", "WORLD_SIZE": "2"})
+    job_papers(order, "ranked:train")
+    ref = await executor.start(order, PLACEMENT)
+    pid = int(await until(lambda: text_of(order.dir / "pid")))
+    executor.signal(ref, signal.SIGKILL)
+    await until(lambda: not alive(pid))
+
+
+async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
+    order = papers(tmp_path, "open('runs','a').write('x')")
+    refs = [await executor.start(order, PLACEMENT) for _ in range(2)]
+    await until(lambda: ended(order) and not any(map(executor.poll, refs)))
+    assert text_of(order.dir / "runs") == "x"
+    assert text_of(order.dir / "keeper") in refs
+    assert "has another keeper" in text_of(order.dir / "worker.log")
+
+
+async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
+    order = papers(tmp_path, "open('runs','a').write('x')")
+    assert claimed(order.dir, "") == ""
+    ref = await executor.start(order, PLACEMENT)
+    await until(lambda: not executor.poll(ref))
+    assert not (order.dir / "runs").exists() and ended(order) is None
+
+
 def test_a_ref_is_not_mistaken_for_another_process():
     mine = ref_of(os.getpid())
     pid, start, boot = mine.split(":")
@@ -131,11 +178,7 @@ async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     executor.prepare(None, ("proving",), "proving:prove")
     order = papers(tmp_path, "", argv=(), preload=("proving",), prove="proving:prove")
-    replace(order.dir / "placement.json", encode(PLACEMENT))
-    work = WorkOrder(
-        PROTOCOL, "ftjob-x", "proving:train", "msgspec:Struct", {}, "x:y", 1, "m", "m", tmp_path, None, 0, 0, {}, 1, ""
-    )
-    replace(order.dir.parent.parent / "job.json", encode(work))
+    job_papers(order, "proving:train")
     ref = await executor.start(order, PLACEMENT)
     assert (await until(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
     [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
@@ -173,3 +216,34 @@ async def test_a_template_that_dies_is_replaced(executor, tmp_path, monkeypatch)
     await executor.start(order, PLACEMENT)
     assert await until(lambda: ended(order))
     assert (await executor.template(key)).process.pid != first.process.pid
+
+
+async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(executor, tmp_path, monkeypatch):
+    (tmp_path / "light.py").write_text("import fractions")
+    (tmp_path / "other.py").write_text("import decimal")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    key = TemplateKey(sys.executable, ("light",), None)
+    first = await executor.template(key)
+    other = await executor.template(TemplateKey(sys.executable, ("other",), None))
+    first.socket.unlink()
+    order = papers(tmp_path, "pass", argv=(), preload=("light",))
+    await executor.start(order, PLACEMENT)  # cold
+    await first.process.wait()
+    second = await executor.template(key)
+    assert second.process.pid != first.process.pid
+    assert second.socket != other.socket
+
+
+async def test_a_validator_ends_with_the_server(tmp_path):
+    order = papers(tmp_path, "")
+    job_json = job_papers(order, "x:y")
+    os.mkfifo(order.dir / "data.jsonl")
+    start = "import subprocess,sys,time; print(subprocess.Popen(sys.argv[1:]).pid,flush=True); time.sleep(999)"
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", start, sys.executable, "-m", "arbor_core.validate", job_json, stdout=-1
+    )
+    pid = int(await server.stdout.readline())
+    with await asyncio.to_thread((order.dir / "data.jsonl").open, "wb"):  # opens when the validator reads
+        server.kill()
+        await server.wait()
+        await until(lambda: not alive(pid))

@@ -1,6 +1,7 @@
 """The life of a job, on a real server with the mock trainer: states, events, devices, crashes, restarts."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -203,6 +204,37 @@ def test_row_91_training_goes_on_while_the_server_is_dead(start_server, chat_row
     assert step_events(again, job.id) == list(range(1, 61))  # none lost, none twice
     assert held(again) == 0
     assert not any("attempt 2" in text for text in messages(again, job.id))
+
+
+def change(server, sql, *values):
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        db.execute(sql, values)
+
+
+def test_an_attempt_is_found_again_whose_start_was_not_written_down(start_server, chat_rows):
+    server = start_server()
+    job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
+    until(lambda: step_events(server, job.id))
+    server.stop(signal.SIGKILL)
+    change(server, "UPDATE jobs SET ref=NULL WHERE id=?", job.id)
+    again = start_server()
+    assert again.wait(job.id).status == "succeeded"
+    assert step_events(again, job.id) == list(range(1, 61))
+    assert held(again) == 0
+
+
+def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
+    server = start_server("limits.attempts=1")
+    job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
+    keeper = until(lambda: keeper_of(server, job.id))
+    server.stop(signal.SIGKILL)
+    os.kill(keeper, signal.SIGKILL)
+    until(lambda: not alive(keeper))
+    shutil.rmtree(server.storage / "jobs" / job.id / "attempts")
+    change(server, "UPDATE jobs SET ref=NULL, offset=0 WHERE id=?", job.id)
+    again = start_server("limits.attempts=1")
+    assert again.wait(job.id).status == "succeeded"
+    assert "The server ended before attempt 1 began; another one starts" in messages(again, job.id)
 
 
 def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, chat_rows):
