@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -97,3 +98,60 @@ def test_plugin_trains_through_the_api(
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert job.trained_tokens == sum(len(row["messages"][1]["content"]) + 1 for row in chat_rows)
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """examples/demo.py as a module, writing elsewhere. `make demo` runs all of it."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("demo")
+    monkeypatch.setattr(module, "OUT", tmp_path)
+    (tmp_path / "models").mkdir()
+    return module
+
+
+class InterruptedDemo(Exception):
+    """Something goes wrong while the demo's server runs."""
+
+
+def interrupted(demo: Any) -> None:
+    with demo.serving() as process:
+        assert demo.address(process).startswith("http://127.0.0.1:")
+        raise InterruptedDemo(process)
+
+
+@pytest.mark.ml
+def test_demo_ends_its_server_whatever_happens(demo: Any) -> None:
+    with pytest.raises(InterruptedDemo) as caught:
+        interrupted(demo)
+    assert caught.value.args[0].returncode == 0
+
+
+@pytest.mark.parametrize(("before", "after", "status"), [(0.0, 0.99, 0), (0.2, 0.99, 1), (0.0, 0.7, 1)])
+def test_demo_fails_unless_the_model_has_learned(demo: Any, before: float, after: float, status: int) -> None:
+    assert demo.verdict(before, after) == status
+
+
+def test_demo_shows_each_event_once_and_in_order(
+    demo: Any, server: LiveServer, chat_rows: list[dict[str, Any]]
+) -> None:
+    job = server.client.fine_tuning.jobs.create(model="mock/tiny", training_file=server.upload(chat_rows))
+    seen: set[str] = set()
+    messages = []
+    ended = False
+    while not ended:
+        ended = server.client.fine_tuning.jobs.retrieve(job.id).finished_at is not None
+        messages += [event.message for event in demo.new_events(server.client, job.id, seen)]
+    assert messages == [e.message for e in server.client.fine_tuning.jobs.list_events(job.id, limit=1000).data[::-1]]
+    assert len(messages) > 50  # more than a page
+
+
+def test_demo_draws_the_result_file(demo: Any, tmp_path: Path) -> None:
+    table = tmp_path / "metrics.csv"
+    table.write_text(
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,2.0,0.1,,\n2,1.0,0.5,1.1,0.4\n"
+    )
+    demo.draw(table, {0: 0.0, 2: 0.5}, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert importlib.import_module("plot").column(table, "valid_loss") == ([2], [1.1])
