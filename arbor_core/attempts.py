@@ -294,7 +294,13 @@ def ranks_command(order: Order, ranks: int, accelerate_config: Path | None) -> t
     """One process per device: by accelerate where the operator configured it, else by torchrun."""
     launch: tuple[str, ...]
     if accelerate_config:
-        launch = ("accelerate.commands.launch", "--config_file", str(accelerate_config), "--num_processes", str(ranks))
+        launch = (
+            "accelerate.commands.launch",
+            "--config_file",
+            str(accelerate_config.absolute()),
+            "--num_processes",
+            str(ranks),
+        )
     else:
         launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     return (order.python, "-m", *launch, "-m", "arbor_core.worker", str(order.dir))

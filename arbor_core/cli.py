@@ -102,6 +102,7 @@ def start(cfg: DictConfig) -> None:
     if chosen is not None:
         loaded.get("trainers", chosen)
     check_exposure(settings)
+    check_paths(settings)
     listener = bound(settings.host, settings.port)  # before anything touches the jobs
     with listener:
         run(settings, loaded, chosen, listener)
@@ -174,6 +175,19 @@ def check_exposure(settings: ServeConfig) -> None:
             f"host={settings.host} lets other machines in, but auth.keys is empty: set auth.keys=[SECRET], "
             "or auth.insecure=true if you mean it"
         )
+
+
+def check_paths(settings: ServeConfig) -> None:
+    """Refuse paths that lead nowhere: what is not found later looks like an unknown model, or fails every job.
+
+    Raises:
+        ArborError: with the path.
+    """
+    for folder in settings.models.dirs:
+        if not folder.is_dir():
+            raise ArborError(f"models.dirs: there is no folder {folder}")
+    if settings.accelerate_config and not settings.accelerate_config.is_file():
+        raise ArborError(f"accelerate_config: there is no file {settings.accelerate_config}")
 
 
 def main() -> None:

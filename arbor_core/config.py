@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from hydra import compose
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins as HydraPlugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 
 from .plugins import installed
@@ -26,9 +27,23 @@ from .types import ArborError, ConfigError
 T = TypeVar("T")
 
 
+Count = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]
+Index = Annotated[int, Meta(ge=0)]
+Key = Annotated[str, Meta(pattern=r"^[!-~]+$")]
+"""What a header can carry; an empty key would let everybody in."""
+NamePart = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
 class GpuConfig(msgspec.Struct, forbid_unknown_fields=True):
-    train: list[int] | None
-    inference: list[int] | None
+    train: list[Index] | None
+    inference: list[Index] | None
+
+    def __post_init__(self) -> None:
+        for key, ids in (("train", self.train), ("inference", self.inference)):
+            if ids and len(set(ids)) < len(ids):
+                raise ValueError(f"a device is named twice in '{key}': {ids}")
 
 
 class ModelsConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,7 +52,7 @@ class ModelsConfig(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class AuthConfig(msgspec.Struct, forbid_unknown_fields=True):
-    keys: list[str]
+    keys: list[Key]
     insecure: bool
 
 
@@ -46,21 +61,21 @@ class PluginsConfig(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
-    upload_bytes: int
-    json_bytes: int
-    upload_idle_seconds: float
-    free_bytes: int
-    queued_jobs: int
-    engine_idle_seconds: float
-    engines: int
-    attempts: int
+    upload_bytes: Count
+    json_bytes: Count
+    upload_idle_seconds: Seconds
+    free_bytes: Bytes
+    queued_jobs: Count
+    engine_idle_seconds: Seconds
+    engines: Count
+    attempts: Count
 
 
 class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     """`conf/serve.yaml`, typed. The comment above each key is there."""
 
     host: str
-    port: int
+    port: Annotated[int, Meta(ge=0, le=65535)]
     storage: Path
     models: ModelsConfig
     gpu: GpuConfig
@@ -69,8 +84,8 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     executor: str
     launcher: Literal["warm", "cold"]
     inference: str
-    organization: str
-    threads: int | None
+    organization: NamePart
+    threads: Count | None
     auth: AuthConfig
     plugins: PluginsConfig
     limits: LimitsConfig
@@ -127,7 +142,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # yaml and omegaconf raise many kinds
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        what = f"line {mark.line + 1}: {problem}" if mark and problem else str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {what}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     return plain(loaded)

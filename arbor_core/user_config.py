@@ -23,7 +23,7 @@ def overrides(environ: Mapping[str, str]) -> list[str]:
     if environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):
         before += ["allocator=mock", "inference=mock"]
     path = arbor_home() / "config.yaml"
-    if path.is_file():
+    if path.exists():
         values = translated(load_yaml(path))
         known = [field.name for field in msgspec.structs.fields(ServeConfig)]
         for key in values:
@@ -42,7 +42,9 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
     if ids := ours.pop("gpu_ids", None):  # one list for both: the last serves, as with `gpu.train: null`
         gpu.setdefault("train", ids[:-1] or ids)
         gpu.setdefault("inference", ids[-1:])
-    if isinstance(training := ours.pop("training", None), Mapping):
+    if (training := ours.pop("training", None)) is not None:
+        if not isinstance(training, Mapping) or set(training) != {"gpu_ids"}:
+            raise ConfigError(f"config.yaml: 'training' may hold gpu_ids and nothing else, but it is {training!r}")
         gpu["train"] = training.get("gpu_ids")
     if isinstance(ours.get("inference"), Mapping):
         gpu["inference"] = ours.pop("inference").get("gpu_ids")

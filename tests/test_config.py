@@ -140,11 +140,16 @@ def test_the_storage_defaults_to_the_home(home):
     [
         ("prot: 1\n", "unknown key 'prot'; did you mean 'port'?"),
         ("port: [\n", "config.yaml"),
+        ("a: 1\nport: [\n", "config.yaml: line 3: expected the node content"),
         ("- a\n", "expected a mapping"),
+        ("training: 3\n", "'training' may hold gpu_ids"),
+        ("training: {gpus: [1]}\n", "'training' may hold gpu_ids"),
+        (None, "Is a directory"),
     ],
 )
 def test_a_wrong_user_file_is_one_line(home, content, says):
-    (home / "config.yaml").write_text(content)
+    path = home / "config.yaml"
+    path.mkdir() if content is None else path.write_text(content)
     with pytest.raises(ConfigError, match="config.yaml"):
         user_config.overrides(os.environ)
     done = arbor_serve()
@@ -168,6 +173,18 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
         ("host=0.0.0.0", "auth.keys"),
         ("launcher=luke", "launcher"),
+        ("port=99999", "Invalid 'port': Expected `int` <= 65535"),
+        ("gpu.train=[0,0]", "a device is named twice in 'train'"),
+        ("gpu.inference=[-1]", "Invalid 'gpu.inference[0]'"),
+        ("auth.keys=['']", "Invalid 'auth.keys[0]'"),
+        ("auth.keys=['two words']", "Invalid 'auth.keys[0]'"),
+        ("limits.attempts=0", "Invalid 'limits.attempts'"),
+        ("limits.upload_bytes=-1", "Invalid 'limits.upload_bytes'"),
+        ("limits.engine_idle_seconds=nan", "Invalid 'limits.engine_idle_seconds'"),
+        ("threads=0", "Invalid 'threads'"),
+        ("organization=a:b", "Invalid 'organization'"),
+        ("models.dirs=[/nowhere]", "models.dirs: there is no folder /nowhere"),
+        ("accelerate_config=/nowhere.yaml", "there is no file /nowhere.yaml"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_no_traceback(home, argument, says):
