@@ -7,6 +7,7 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 from pluggy import HookimplMarker
 
 from .allocator import PoolAllocator
+from .chats import Chats, ChatText, Conversation
 from .engine_process import EngineProcess
 from .types import (
     Allocator,
@@ -47,9 +48,12 @@ __all__ = [
     "AllocatorSettings",
     "ArborError",
     "Bundle",
+    "ChatText",
+    "Chats",
     "Checkpoint",
     "Claim",
     "ConfigError",
+    "Conversation",
     "Device",
     "Engine",
     "EngineProcess",

@@ -14,9 +14,6 @@ from . import ids
 from .scheduler import needs
 from .types import AllocatorSettings, ArborError, Claim, Device, Lease
 
-CPU_ENGINES = 4
-"""Engine slots on a machine without GPUs, unless gpu.inference says otherwise."""
-
 
 class PoolAllocator:
     """Leases whole devices from fixed pools, in the order of asking: a claim is granted as a whole or waits."""
@@ -108,12 +105,9 @@ class LocalAllocator(PoolAllocator):
         """
         gpus = find_gpus()
         if not gpus:
-            return cls(
-                {
-                    "train": cpu_slots(settings.train if settings.train is not None else [0]),
-                    "engine": cpu_slots(settings.inference if settings.inference is not None else range(CPU_ENGINES)),
-                }
-            )
+            train = settings.train if settings.train is not None else [0]
+            serve = settings.inference if settings.inference is not None else range(settings.engines)
+            return cls({"train": cpu_slots(train), "engine": cpu_slots(serve)})
         train = settings.train if settings.train is not None else [gpu.index for gpu in (gpus[:-1] or gpus)]
         serve = settings.inference if settings.inference is not None else [gpus[-1].index]
         return cls({"train": pick(gpus, train, "train"), "engine": pick(gpus, serve, "inference")})

@@ -34,6 +34,7 @@ def serve() -> None:
     from .user_config import overrides
 
     try:
+        sys.argv[1:] = [open_ended(word) for word in sys.argv[1:]]
         ours = first_override(sys.argv[1:]) + 1
         sys.argv[ours:ours] = overrides(os.environ)
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
@@ -51,12 +52,19 @@ def first_override(arguments: list[str]) -> int:
     return next(found, len(arguments))
 
 
+def open_ended(word: str) -> str:
+    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know: Hydra is to add them."""
+    return f"++{word}" if word.startswith(("engine.", "trainers.")) else word
+
+
 def plain_words(said: str) -> str:
     """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
     from . import config
 
     line = " ".join(said.split()).partition(" Config search path:")[0]
     if key := re.match(r"Could not override '([^']+)'", line):
+        if key[1] == "trainer":
+            return "a method is chosen with a plus sign: +trainer=NAME"
         name = key[1].removeprefix("trainer.")
         known = list(config.key_paths(config.ServeConfig))
         close = difflib.get_close_matches(name, known, n=1)

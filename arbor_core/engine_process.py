@@ -151,4 +151,4 @@ def threads_env(threads: int) -> dict[str, str]:
 def last_line(folder: Path) -> str:
     """The last thing the engine wrote: usually the error."""
     lines = (folder / "engine.log").read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1][:500]} (all of it: {folder / 'engine.log'})" if lines else "it wrote nothing"
+    return lines[-1][:500] if lines else "it wrote nothing"

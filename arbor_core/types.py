@@ -415,6 +415,11 @@ class Engine(Protocol):
 class InferenceBackend(Protocol):
     """A way to serve a model."""
 
+    @property
+    def options(self) -> type[Struct]:
+        """Struct of its options, whose defaults are in `conf/backend/<name>.yaml`; checked when the server starts."""
+        ...
+
     async def start(self, spec: EngineSpec) -> Engine:
         """Start an engine and return when it answers.
 
@@ -430,6 +435,8 @@ class AllocatorSettings:
 
     train: Sequence[int] | None
     inference: Sequence[int] | None
+    engines: int = 4
+    """Engines that may run at once where there is no GPU."""
 
 
 @dataclass(frozen=True)

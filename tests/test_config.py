@@ -93,6 +93,8 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def arbor_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if any("engine." in word for word in arguments):
+        arguments = ("inference=mock", *arguments)
     return subprocess.run(
         [sys.executable, "-m", "arbor_core", "serve", *arguments], capture_output=True, text=True, timeout=60
     )
@@ -173,6 +175,8 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
         ("host=0.0.0.0", "auth.keys"),
         ("launcher=luke", "launcher"),
+        ("trainer=sft", "+trainer=NAME"),
+        ("engine.token_secondss=1", "Did you mean 'token_seconds'?"),
         ("port=99999", "Invalid 'port': Expected `int` <= 65535"),
         ("gpu.train=[0,0]", "a device is named twice in 'train'"),
         ("gpu.inference=[-1]", "Invalid 'gpu.inference[0]'"),

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from arbor_core import (
     AllocatorSettings,
-    ConfigError,
     Device,
     Engine,
     EngineProcess,
@@ -63,12 +61,10 @@ class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
 class MockBackend:
     """Starts `python -m arbor_mock.engine`."""
 
+    options = EngineOptions
+
     async def start(self, spec: EngineSpec) -> Engine:
         """See `arbor_core.InferenceBackend.start`."""
-        try:
-            msgspec.convert(spec.options, EngineOptions)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"inference engine 'mock': {error}", path="engine") from None
         return await EngineProcess.start([sys.executable, "-m", "arbor_mock.engine"], {}, spec)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from arbor_core import ConfigError, Engine, EngineProcess, EngineSpec, InferenceBackend, hookimpl
+from arbor_core import Engine, EngineProcess, EngineSpec, InferenceBackend, hookimpl
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,12 +30,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TransformersBackend:
     """Starts engine processes of this package."""
 
+    options = Options
+
     async def start(self, spec: EngineSpec) -> Engine:
         """See `arbor_core.InferenceBackend.start`."""
-        try:
-            msgspec.convert(spec.options, Options)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"inference engine 'transformers': {error}", path="inference") from None
         return await EngineProcess.start([sys.executable, "-m", "arbor_transformers"], {}, spec)
 
 
