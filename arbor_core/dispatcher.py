@@ -194,6 +194,7 @@ class Dispatcher:
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
         queued = [job for job in self.jobs.with_status("queued") if job.desired == "run" and job.id not in self.tasks]
+        queued = [job for job in queued if not await self._set_aside(job)]
         if not queued:
             return
         running = self.jobs.with_status("running")
@@ -214,6 +215,21 @@ class Dispatcher:
             elif job.id not in self.waiting_told:
                 self.waiting_told.add(job.id)
                 await self.jobs.note(job.id, Event("message", "Waiting for a device"))
+
+    async def _set_aside(self, job: Job) -> bool:
+        """Whether this server, started otherwise than the one that took the job, cannot run it: it waits for one that
+        can, and holds nobody back."""
+        pool = len(self.allocator.inventory().get("train", ()))
+        if job.spec.trainer not in self.trainers:
+            reason = f"the trainer '{job.spec.trainer}' is not installed any more"
+        elif job.spec.devices > pool:
+            reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
+        else:
+            return False
+        if job.id not in self.waiting_told:
+            self.waiting_told.add(job.id)
+            await self.jobs.note(job.id, Event("message", f"This job cannot start here: {reason}", "warn"))
+        return True
 
     async def _start(self, job: Job) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""

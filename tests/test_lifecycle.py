@@ -237,6 +237,26 @@ def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
     assert "The server ended before attempt 1 began; another one starts" in messages(again, job.id)
 
 
+def test_a_job_that_a_server_cannot_run_waits_and_holds_nobody_back(start_server, chat_rows):
+    server = start_server("gpu.train=[0]", "limits.queued_jobs=9")
+    running = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05})
+    server.wait(running.id, "running")
+    one, other = create(server, chat_rows), create(server, chat_rows)
+    for job in (one, other):
+        server.wait(job.id, "queued")
+    server.client.fine_tuning.jobs.cancel(running.id)
+    server.stop(signal.SIGKILL)
+    change(server, "UPDATE jobs SET spec=json_set(spec, '$.devices', 2) WHERE id=?", one.id)
+    change(server, "UPDATE jobs SET status='queued', desired='run' WHERE id IN (?, ?)", one.id, other.id)
+    change(server, "UPDATE jobs SET spec=json_set(spec, '$.trainer', 'gone') WHERE id=?", running.id)
+    change(server, "UPDATE jobs SET status='queued', desired='run' WHERE id=?", running.id)
+    again = start_server("gpu.train=[0]")
+    assert again.wait(other.id).status == "succeeded"
+    for job, says in ((one, "needs 2 devices to train on, and this server has 1"), (running, "'gone' is not installed")):
+        assert any(says in text for text in messages(again, job.id))
+        assert again.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
 def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, chat_rows):
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 40, "step_seconds": 0.05})
