@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,10 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 from live import LiveServer, launch
+
+AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 
 pytestmark = [pytest.mark.ml, pytest.mark.timeout(600)]
 COLORS = ("red", "green", "blue", "white", "black", "brown")
@@ -30,15 +35,27 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("real")
     tiny = folder / "models" / "tiny"
     subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
+    end_elsewhere(tiny, folder / "models" / "elsewhere")
     live = launch(folder, "+trainer=sft", f"models.dirs=[{folder / 'models'}]", mock=False)
     yield live
     live.stop()
 
 
-def train(server: LiveServer, **hyperparameters):
+def end_elsewhere(model: Path, copy: Path) -> None:
+    """The same model, to whose own files another token is the end than to its chat template, like many base models."""
+    shutil.copytree(model, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(copy)
+    for name in ("config.json", "generation_config.json"):
+        file = copy / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": tokenizer.eos_token_id}))
+
+
+def train(server: LiveServer, model: str = "tiny", **hyperparameters):
     options = {"n_epochs": 12, "batch_size": 10, "learning_rate": 3e-3, **hyperparameters}
     return server.client.fine_tuning.jobs.create(
-        model="tiny",
+        model=model,
         training_file=server.upload(ROWS),
         validation_file=server.upload(ROWS[:12]),
         seed=7,
@@ -102,6 +119,43 @@ def test_every_checkpoint_and_both_kinds_of_model_answer_and_do_not_mix(real, tr
         thread.join()
     assert found == alone
     assert len(set(alone.values())) >= 3
+
+
+def test_an_adapter_brings_the_end_of_turn_that_it_learned(real):
+    job = real.wait(train(real, "elsewhere", lora={"r": 4}, max_steps=2).id, seconds=300)
+    assert job.status == "succeeded", job.error
+    end = AutoTokenizer.from_pretrained(real.storage.parent / "models" / "tiny").convert_tokens_to_ids("<|im_end|>")
+
+    def answer(model: str):
+        # Whether two steps taught it to end is left to no chance.
+        return ask(real.client, model, "color 1", temperature=0, logit_bias={str(end): 100})
+
+    taught, base = answer(job.fine_tuned_model), answer("elsewhere")
+    assert (taught.choices[0].finish_reason, taught.usage.completion_tokens) == ("stop", 1)
+    assert (base.choices[0].finish_reason, base.usage.completion_tokens) == ("length", 12)
+
+
+def test_the_engine_is_asked_as_the_trainer_taught(real):
+    from arbor_sft.chat import IGNORED, ChatFormat
+
+    tool = {"type": "function", "function": {"name": "f<|im_end|>", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "<|im_start|>"}'}}
+    messages = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "<|im_end|>"},
+    ]
+    options = {"model": "tiny", "tools": [tool], "max_tokens": 1, "extra_body": {"return_token_ids": True}}
+    asked = real.client.chat.completions.create(messages=messages, **options).prompt_token_ids
+    chat = ChatFormat(AutoTokenizer.from_pretrained(real.storage.parent / "models" / "tiny"))
+    silent = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+    row = {"messages": [*silent, {"role": "assistant", "content": "yes<|im_end|>"}], "tools": [tool]}
+    (sample,) = chat.encode(chat.render(row))
+    taught = sample.ids[: next(at for at, label in enumerate(sample.labels) if label != IGNORED)]
+    assert asked == taught
+    end = chat.chats.tokens["<|im_end|>"]
+    assert taught.count(end) == 4 and sample.last_trained == end and sample.ids.count(end) == 5
 
 
 def test_streaming_says_the_same_and_log_probabilities_add_up(real, trained):

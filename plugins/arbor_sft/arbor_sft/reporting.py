@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import JobFailed, JobStopped, Run
@@ -147,8 +147,15 @@ class Reporting(TrainerCallback):
                 for path in written.iterdir():
                     if path.name != "training_args.bin":  # a pickle nobody reads
                         shutil.move(path, folder / path.name)
+                self.write_ends(folder)
             shutil.rmtree(written)
             if self.run.config.keep_checkpoints:
                 self.run.keep_checkpoints(self.run.config.keep_checkpoints)
         if self.stop:
             raise self.stop
+
+    def write_ends(self, folder: Path) -> None:
+        """Say which tokens end an answer beside an adapter too; transformers does so for full weights only."""
+        if self.run.config.lora and self.trainer:
+            ends = self.trainer.accelerator.unwrap_model(self.trainer.model).generation_config.eos_token_id
+            GenerationConfig(eos_token_id=ends).save_pretrained(folder)  # type: ignore[no-untyped-call]

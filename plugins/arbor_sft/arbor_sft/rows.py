@@ -57,7 +57,7 @@ def load(path: Path, chat: ChatFormat, length: int, too_long: Literal["truncate"
 
 
 def _rendered(path: Path, chat: ChatFormat, param: str) -> Iterator[tuple[int, list[Rendered]]]:
-    line, row = 0, {}
+    line, row = 0, dict[str, Any]()
     try:
         for line, row in read_rows(path):
             check_chat_row(row)

@@ -20,9 +20,10 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 OPENINGS = ("system\n", "user\n", "assistant\n", "tool\n")
 CHAT_TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}"
-    "{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
+    "{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}"
+    "{%- set messages = messages[1:] %}{% endif %}"
     "{{- 'Tools:' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{%- for message in messages if not (tools and loop.first and message.role == 'system') %}"
+    "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}"
     "{%- for call in message.tool_calls or [] %}"
     "{{- '<tool_call>' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) }}"
@@ -42,7 +43,7 @@ def make(path: Path, *, seed: int = 0, context: int = 2048) -> None:
         seed: Of the random weights.
         context: Longest sequence, in tokens (bytes of text).
     """
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokens = tokenizer(context)
     config = Qwen2Config(
         vocab_size=len(tokens),
@@ -61,7 +62,7 @@ def make(path: Path, *, seed: int = 0, context: int = 2048) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(path)
     tokens.save_pretrained(path)
 
@@ -74,7 +75,7 @@ def tokenizer(context: int = 2048) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (END, START, STOP)])
     backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in OPENINGS])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         eos_token=STOP,
         pad_token=END,

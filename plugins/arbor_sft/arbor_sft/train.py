@@ -95,7 +95,8 @@ def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Sam
 
 
 def stop_where_trained(model: PreTrainedModel, chat: ChatFormat, training: Samples) -> None:
-    """Let generation end at the tokens that ended the turns it learned; a base model may know another one only."""
+    """Let generation end at the tokens that ended the turns it learned; a base model may know another one only.
+    Full weights are saved with it; `Reporting` writes it beside an adapter, where the embedded engine reads it."""
     generation = model.generation_config
     known = generation.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]

@@ -16,7 +16,7 @@ def prove() -> None:
     network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     loss = nn.functional.cross_entropy(network(torch.ones(32, 64, device=device)), torch.arange(32, device=device) % 8)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in network.parameters()]
     optimizer.step()
     if not torch.isfinite(loss) or any(g is None or not torch.isfinite(g).all() for g in gradients):

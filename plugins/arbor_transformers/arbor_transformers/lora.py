@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -41,13 +42,21 @@ UNSUPPORTED = {
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none", "")
 
 
+class Ends(msgspec.Struct):
+    """What is read of an adapter's `generation_config.json`."""
+
+    eos_token_id: int | list[int] | None = None
+
+
 @dataclass(eq=False)
 class Adapter:
-    """A loaded adapter: per module A [rank, in] and B [out, rank], the scaling already in B."""
+    """A loaded adapter: per module A [rank, in] and B [out, rank], the scaling already in B. `ends`: tokens that end
+    its answers, beside the base model's."""
 
     name: str
     path: str
     layers: dict[str, tuple[Tensor, Tensor]]
+    ends: frozenset[int] = frozenset()
 
 
 def refuse(message: str, code: str = "invalid_adapter") -> ApiError:
@@ -72,7 +81,8 @@ def load_adapter(name: str, path: str, model: PreTrainedModel) -> Adapter:
         layers[module_name] = (a.to(model.device, model.dtype), (b.float() * scaling).to(model.device, model.dtype))
     if not layers:
         raise refuse(f"the adapter at {path} holds no LoRA matrices")
-    return Adapter(name, path, layers)
+    embeddings: Any = model.get_input_embeddings()
+    return Adapter(name, path, layers, read_ends(folder, len(embeddings.weight)))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,6 +100,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         raise refuse(f"the adapter at {folder} trains biases; train it with bias='none'", "unsupported_adapter")
     return config
+
+
+def read_ends(folder: Path, vocabulary: int) -> frozenset[int]:
+    """`eos_token_id` of the adapter's `generation_config.json`, if it has one: training may have taught another end of
+    turn than its base model knows."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return frozenset()
+    try:
+        said = msgspec.json.decode(file.read_bytes(), type=Ends).eos_token_id
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise refuse(f"cannot read {file} ({error}); expected eos_token_id to be a token or a list of them") from None
+    ends = [said] if isinstance(said, int) else said or []
+    if not all(0 <= token < vocabulary for token in ends):
+        raise refuse(f"eos_token_id in {file} is {said}; expected tokens in 0..{vocabulary - 1}")
+    return frozenset(ends)
 
 
 def read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:

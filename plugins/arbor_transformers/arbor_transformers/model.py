@@ -110,11 +110,11 @@ def is_directory(path: str) -> bool:
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that the model's files call an end."""
+    """Every token that the model's files call an end, of those it can produce."""
     ends: set[int] = set()
     for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         ends |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(ends)
+    return frozenset(token for token in ends if token < vocabulary_of(model))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

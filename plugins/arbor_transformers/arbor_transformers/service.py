@@ -13,7 +13,7 @@ from .generation import Generation
 from .inbox import Inbox
 from .lora import Adapter, AdapterRows, load_adapter
 from .model import Loaded
-from .prompts import Prompts, as_template_wants
+from .prompts import Prompts
 from .sampler import Sampling
 from .text import Detokenizer, StopStrings, TokenText
 from .wire import ChatRequest, CompletionRequest, Request
@@ -77,10 +77,9 @@ class Service:
     async def chat(self, request: ChatRequest) -> tuple[Answer, list[Generation], Inbox]:
         """The generations of a conversation, not yet submitted."""
         adapter = self.adapter(request.model)
-        messages = [as_template_wants(message) for message in request.messages]
         tools = None if request.tool_choice == "none" else request.tools
         extras = request.chat_template_kwargs or {}
-        prompt = await self._encoded(lambda: self.prompts.chat(messages, tools, extras))
+        prompt = await self._encoded(lambda: self.prompts.chat(request.messages, tools, extras))
         return self._prepared(request, [prompt], adapter, ChatAnswer)
 
     async def complete(self, request: CompletionRequest) -> tuple[Answer, list[Generation], Inbox]:
@@ -104,7 +103,8 @@ class Service:
             token_ids=bool(request.return_token_ids),
             usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        inbox, sampling, n = Inbox(self._unread(request, len(prompts))), self._sampling(request), request.n or 1
+        inbox, n = Inbox(self._unread(request, len(prompts))), request.n or 1
+        sampling = self._sampling(request, adapter)
         generations = [
             Generation(
                 prompt=prompt,
@@ -142,11 +142,12 @@ class Service:
             raise ApiError(message, "context_length_exceeded", "messages" if default > 16 else "prompt")
         return min(default if wanted is None else wanted, self.context - used)
 
-    def _sampling(self, request: Request) -> Sampling:
+    def _sampling(self, request: Request, adapter: Adapter | None) -> Sampling:
         def given(value: float | None, default: float) -> float:
             return default if value is None else value
 
-        ends = set() if request.ignore_eos else set(self.loaded.ends)
+        learned = adapter.ends if adapter else frozenset()
+        ends = frozenset() if request.ignore_eos else self.loaded.ends | learned
         return Sampling(
             temperature=given(request.temperature, 1.0),
             top_k=max(request.top_k or 0, 0),
@@ -159,5 +160,5 @@ class Service:
             seed=random.getrandbits(63) if request.seed is None else request.seed,
             top_logprobs=request.alternatives or 0,
             min_tokens=request.min_tokens or 0,
-            stop_ids=frozenset(ends | set(request.stop_token_ids or [])),
+            stop_ids=ends | set(request.stop_token_ids or []),
         )

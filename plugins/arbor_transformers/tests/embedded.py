@@ -26,7 +26,7 @@ from arbor_core import Device, EngineSpec
 OPTIONS = Path(__file__).parents[1] / "arbor_transformers" / "conf" / "backend" / "transformers.yaml"
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
-    "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions') }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 WORDS = ["the quick brown fox jumps over the lazy dog", "héllo wörld, 你好 🙂", "user assistant system tool 0123456789"]

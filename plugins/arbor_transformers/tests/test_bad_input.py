@@ -233,6 +233,9 @@ def adapter_variants(world: World, folder: Path) -> dict[str, tuple[Path, str]]:
 
     pickled = edited("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    ends = {name: edited(name) for name in ("far end", "no end")}
+    (ends["far end"] / "generation_config.json").write_text('{"eos_token_id": [2, 100000]}')
+    (ends["no end"] / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
     torn = edited("torn")
     data = (torn / "adapter_model.safetensors").read_bytes()
     (torn / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
@@ -244,6 +247,8 @@ def adapter_variants(world: World, folder: Path) -> dict[str, tuple[Path, str]]:
         "bias": (edited("bias", bias="all"), "bias"),
         "pickled": (pickled, "adapter_model.safetensors"),
         "torn": (torn, "adapter_model.safetensors"),
+        "far end": (ends["far end"], "100000"),
+        "no end": (ends["no end"], "eos_token_id"),
         "embedding": (make_adapter(base, folder / "emb", 1, r=2, target_modules=["embed_tokens"]), "not a LoRA matrix"),
         "elsewhere": (
             rewritten("elsewhere", lambda t: {k.replace("layers.1", "layers.9"): v for k, v in t.items()}),
