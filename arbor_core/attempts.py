@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import signal
 import sqlite3
 import sys
@@ -19,7 +18,7 @@ from .config import ServeConfig
 from .files import Files
 from .jobs import Job, JobError, Jobs, encoded
 from .keeper import claimed
-from .logs import encode, replace, tail
+from .logs import decode, encode, replace, tail
 from .models import add_model, ft_name
 from .onlookers import Onlookers
 from .types import (
@@ -33,7 +32,7 @@ from .types import (
     Placement,
     Trainer,
 )
-from .worker import WorkOrder
+from .worker import WorkOrder, instruction_set
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
 BATCH = 500
@@ -98,7 +97,8 @@ class Attempts:
         folder = self.attempt_dir(job)
         folder.mkdir(parents=True, exist_ok=True)
         self.write_desired(job)
-        placement = Placement(lease.of("train"), self.threads)
+        papers = decode((self.dir(job) / "job.json").read_bytes(), WorkOrder)
+        placement = Placement(lease.of("train"), papers.threads)  # a server with other cores must not change the sums
         order = Order(
             dir=folder,
             argv=(),
@@ -326,13 +326,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@cache
-def instruction_set() -> str:
-    """The widest vector instructions that PyTorch would use here."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return os.uname().machine
-    return next((name for name in ("avx512f", "avx2") if name in flags), os.uname().machine)

@@ -313,8 +313,12 @@ class Run(Protocol[ConfigT_co]):
         """A line for whoever follows the job."""
         ...
 
-    def metrics(self, step: int, total_steps: int, **values: float) -> None:
-        """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1."""
+    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
+        """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1.
+
+        `digest` stands for the trained parameters after the step, where it is cheap to tell: a run that was interrupted
+        can be compared with one that was not.
+        """
         ...
 
     def resolved(self, **hyperparameters: Any) -> None:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic
@@ -66,7 +67,17 @@ class WorkOrder(msgspec.Struct, frozen=True):
     """Of the installed libraries that matter for the outcome, by distribution."""
     threads: int
     cpu: str
-    """Instruction set: AVX2 and AVX-512 give different last bits."""
+    """Instruction set: AVX2 and AVX-512 give different last bits. Empty: not known."""
+
+
+@cache
+def instruction_set() -> str:
+    """The widest vector instructions that PyTorch would use here."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return os.uname().machine
+    return next((name for name in ("avx512f", "avx2") if name in flags), os.uname().machine)
 
 
 def imported(path: str) -> Any:
@@ -95,7 +106,7 @@ class WorkerRun(Generic[ConfigT]):
         self.work.mkdir(exist_ok=True)
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
-        self.threads = self.placement.threads
+        self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
             self.log = Log(self.attempt_dir / "events.jsonl")
 
@@ -114,13 +125,13 @@ class WorkerRun(Generic[ConfigT]):
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(Event("message", text, level, data=data))
 
-    def metrics(self, step: int, total_steps: int, **values: float) -> None:
+    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
         shown = ", ".join(
             f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
             for name, value in values.items()
             if name.endswith("loss")
         )
-        data = {"step": step, "total_steps": total_steps, **values}
+        data = {"step": step, "total_steps": total_steps, **({"digest": digest} if digest else {}), **values}
         self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
 
     def resolved(self, **hyperparameters: Any) -> None:
@@ -195,6 +206,7 @@ def main(attempt_dir: Path) -> int:
     if run.rank == 0:
         beat = threading.Thread(target=_heartbeat, args=(attempt_dir / "heartbeat",), daemon=True)
         beat.start()
+        warn_of_another_machine(run)
     try:
         imported(run.order.entry)(run)
     except JobStopped as stop:
@@ -212,6 +224,14 @@ def main(attempt_dir: Path) -> int:
     finally:
         shutil.rmtree(run.work, ignore_errors=True)
     return 1
+
+
+def warn_of_another_machine(run: WorkerRun[Any]) -> None:
+    """Say that the numbers may come out otherwise than on the machine that the job was made on."""
+    made, here = run.order.cpu, instruction_set()
+    if made and made != here:
+        text = f"This job was made on a processor with {made}; this one computes with {here}: last digits may differ"
+        run.message(text, "warn", made=made, here=here)
 
 
 def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:

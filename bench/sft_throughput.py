@@ -171,8 +171,8 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
     job, run = open_run(attempt), Run()
     report = job.metrics
 
-    def metrics(step: int, total_steps: int, **values: float) -> None:
-        report(step, total_steps, **values)
+    def metrics(step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
+        report(step, total_steps, digest, **values)
         run.step(values["train_loss"])
 
     job.metrics = metrics  # type: ignore[method-assign]

@@ -107,6 +107,10 @@ class Job:
     def curve(self, name: str = "train_loss", attempt: int | None = None) -> list[float]:
         return [e.data[name] for e in self.events("metrics", attempt) if name in e.data]
 
+    def digests(self, attempt: int | None = None) -> dict[int, str]:
+        """What stands for the parameters after each step of an attempt."""
+        return {e.data["step"]: e.data["digest"] for e in self.events("metrics", attempt)}
+
     def result(self) -> Path:
         return self.dir / "checkpoints" / str(self.event("result").data["dir"])
 

@@ -181,14 +181,16 @@ def test_same_seed_same_weights(job: Any) -> None:
     assert first.digest() == again.digest() != other.digest()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(FULL, id="full"), pytest.param(LORA, id="lora")])
-def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any]) -> None:
-    settings = {**kind, "n_epochs": 5, "checkpoint_steps": 7, "micro_batch_size": 2}
+@pytest.mark.parametrize("batching", ["sorted", "packed"])
+@pytest.mark.parametrize("kind", [pytest.param(FULL, id="full"), pytest.param(LORA, id="lora-with-dropout")])
+def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any], batching: str) -> None:
+    settings = {**kind, "n_epochs": 5, "checkpoint_steps": 7, "micro_batch_size": 2, "batching": batching}
     whole = job("whole", **settings).run()
     broken = job("broken", **settings)
+    draw = random.Random(f"{kind['lora']}/{batching}")  # where it is interrupted: differs by case, not by run
 
     process = broken.start()
-    until(process, broken, "metrics", 3)
+    until(process, broken, "metrics", draw.randint(1, 6))
     (broken.dir / "desired").write_text("pause")
     assert process.wait() == 0, broken.log()
     assert broken.events()[-1].type == "paused"
@@ -197,6 +199,7 @@ def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any]) -> None:
     (broken.dir / "desired").write_text("run")
     process = broken.start()
     until(process, broken, "checkpoint", 2)
+    until(process, broken, "metrics", len(broken.events("metrics")) + draw.randint(0, 4))
     process.kill()
     assert not broken.events("result")
     resumed = broken.events("metrics")[0].step
@@ -204,9 +207,24 @@ def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any]) -> None:
 
     broken.run()
     assert broken.events("metrics")[0].step > resumed
+    expected = whole.digests()
+    assert list(expected) == list(range(1, 41))
+    assert len(set(expected.values())) == 40  # each step changes the parameters
+    for attempt in (1, 2, 3):
+        found = broken.digests(attempt)
+        assert found == {step: expected[step] for step in found}
+    assert max(found) == 40
     assert broken.curve() == whole.curve()[-len(broken.curve()) :]
     assert broken.digest() == whole.digest()
     assert broken.event("result").data["trained_tokens"] == whole.event("result").data["trained_tokens"]
+
+
+def test_a_job_on_another_processor_says_so(job: Any) -> None:
+    made = job(**FULL, max_steps=1)
+    path = made.dir / "job.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cpu": "abacus"}))
+    made.run()
+    assert [event.data["made"] for event in made.events("message") if event.level == "warn"] == ["abacus"]
 
 
 def test_a_finished_job_that_lost_its_last_word(job: Any) -> None:
