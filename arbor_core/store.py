@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from .faults import crash_point
 from .types import ArborError
 
 T = TypeVar("T")
-VERSION = 1
 
-SCHEMA = """
+FIRST = """
 CREATE TABLE files(
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
   filename TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, created_at INTEGER NOT NULL,
@@ -49,6 +49,15 @@ CREATE TABLE models(
   created_at INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE leases(id TEXT PRIMARY KEY, owner TEXT NOT NULL, lease TEXT NOT NULL) STRICT;
 """
+REPEATS = """
+CREATE TABLE repeats(
+  caller TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL, response BLOB NOT NULL, expires_at INTEGER NOT NULL,
+  PRIMARY KEY(caller, key)) STRICT;
+CREATE INDEX repeats_by_end ON repeats(expires_at);
+"""
+SCHEMA = (FIRST, REPEATS)
+"""Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
+VERSION = len(SCHEMA)
 
 
 class Store:
@@ -88,8 +97,13 @@ class Store:
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise ArborError(f"{self.path} was written by a newer Arbor (schema {version}, this one knows {VERSION})")
-        if version == 0:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+        if version < VERSION:
+            try:
+                db.executescript(f"BEGIN IMMEDIATE; {''.join(SCHEMA[version:])} PRAGMA user_version={VERSION}; COMMIT;")
+            except sqlite3.Error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def read(self, sql: str, *values: object) -> list[sqlite3.Row]:
         """Rows of a query; sees everything that was committed before the call."""
@@ -117,7 +131,9 @@ class Store:
         db.execute("BEGIN IMMEDIATE")
         try:
             yield db
+            crash_point("store.changed")
             db.execute("COMMIT")
+            crash_point("store.committed")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
