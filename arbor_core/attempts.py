@@ -109,7 +109,7 @@ class Attempts:
             launcher=self.settings.launcher,
             bell=str(bell),
         )
-        if len(placement.devices) > 1:
+        if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
             order = msgspec.structs.replace(order, argv=argv)
         replace(folder / "placement.json", encode(placement))

@@ -367,6 +367,8 @@ class Trainer:
         prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
         min_rows: Fewer rows fail the job.
         python: Interpreter of another virtual environment; None: the server's.
+        ranks: A job with several devices is as many processes, started by torchrun or accelerate. False: one process
+            that uses all of them.
     """
 
     config: type[Struct]
@@ -377,6 +379,7 @@ class Trainer:
     prove: str | None = None
     min_rows: int = 10
     python: str | None = None
+    ranks: bool = True
 
 
 class EngineSpec(Struct, frozen=True):

@@ -237,6 +237,15 @@ def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
     assert "The server ended before attempt 1 began; another one starts" in messages(again, job.id)
 
 
+def test_a_job_on_several_simulated_devices(server, chat_rows):
+    job = create(server, chat_rows, extra_body={"num_gpus": 3})
+    job = server.wait(job.id)
+    assert job.status == "succeeded", job.error
+    devices = next(event.data["devices"] for event in events(server, job.id) if "started" in event.message)
+    assert len(devices) == 3
+    assert step_events(server, job.id) == [1, 2, 3, 4, 5]
+
+
 def test_a_job_that_a_server_cannot_run_waits_and_holds_nobody_back(start_server, chat_rows):
     server = start_server("gpu.train=[0]", "limits.queued_jobs=9")
     running = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05})
@@ -252,7 +261,7 @@ def test_a_job_that_a_server_cannot_run_waits_and_holds_nobody_back(start_server
     change(server, "UPDATE jobs SET status='queued', desired='run' WHERE id=?", running.id)
     again = start_server("gpu.train=[0]")
     assert again.wait(other.id).status == "succeeded"
-    for job, says in ((one, "needs 2 devices to train on, and this server has 1"), (running, "'gone' is not installed")):
+    for job, says in ((one, "it needs 2 devices to train on"), (running, "the trainer 'gone' is not installed")):
         assert any(says in text for text in messages(again, job.id))
         assert again.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 

@@ -97,6 +97,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             methods=methods,
             check_row="arbor_mock.rows:check_row",
             preload=("arbor_mock.train",),
+            ranks=False,  # torchrun comes with torch
         )
     }
 
