@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on this machine's CPU or GPU
 # make test   set up and run the tests
+# make crash  kill a server and its processes at every fault point, one after the other
 # make lint   set up and run ruff, mypy and the import walls
 # make bench  set up and measure; figures go to bench/results.json
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-minimal lint format bench docs clean
+.PHONY: setup demo test test-minimal crash lint format bench docs clean
 
 setup: $(STAMP)
 
@@ -30,13 +31,16 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash" --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
 
 # The core and the mock plugin alone, in an environment without any machine-learning library.
 test-minimal:
 	test -x $(VENV)-minimal/bin/python || $(PYTHON) -m venv $(VENV)-minimal
 	$(VENV)-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' -e plugins/arbor_mock
-	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile -m "not ml" tests plugins/arbor_mock/tests
+	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile -m "not ml and not crash" tests plugins/arbor_mock/tests
+
+crash: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m crash tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

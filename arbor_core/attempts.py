@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import signal
@@ -15,9 +16,11 @@ from typing import Any
 import msgspec
 
 from .config import ServeConfig
+from .faults import crash_point
 from .files import Files
 from .jobs import Job, JobError, Jobs, encoded
 from .keeper import claimed
+from .leftovers import end_strays, reconciled, sweep
 from .logs import decode, encode, replace, tail
 from .models import add_model, ft_name
 from .onlookers import Onlookers
@@ -97,6 +100,7 @@ class Attempts:
         folder = self.attempt_dir(job)
         folder.mkdir(parents=True, exist_ok=True)
         self.write_desired(job)
+        crash_point("attempt.desired")
         papers = decode((self.dir(job) / "job.json").read_bytes(), WorkOrder)
         placement = Placement(lease.of("train"), papers.threads)  # a server with other cores must not change the sums
         order = Order(
@@ -112,9 +116,12 @@ class Attempts:
         if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
             order = msgspec.structs.replace(order, argv=argv)
-        replace(folder / "placement.json", encode(placement))
-        replace(folder / "order.json", encode(order))
-        return await self.executor.start(order, placement)
+        replace(folder / "placement.json", encode(placement), durable=False)  # a machine that dies takes the attempt
+        replace(folder / "order.json", encode(order), durable=False)
+        crash_point("attempt.ordered")
+        ref = await self.executor.start(order, placement)
+        crash_point("attempt.started")
+        return ref
 
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
@@ -123,8 +130,10 @@ class Attempts:
     def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
         self.write_desired(job)
+        crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)
+            crash_point("attempt.signalled")
 
     async def collect(self, job: Job) -> Job:
         """Take what the attempt has written since the last time; returns the job as it is then."""
@@ -137,6 +146,7 @@ class Attempts:
                 break
         if not events or not await self.jobs.ingest(job, events, offset, name):
             return job
+        crash_point("events.taken")
         view = self.view(job)
         for event in events:
             self.onlookers.tell(view, event)
@@ -168,6 +178,7 @@ class Attempts:
 
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
+        job = await self.tidied(job, ended)
         last = self.outcome(job)
         if last and last.type == "result":
             await self._succeed(job, last)
@@ -184,6 +195,17 @@ class Attempts:
     def outcome(self, job: Job) -> Event | None:
         """The attempt's own last word: result, error or paused."""
         last = None
+    async def tidied(self, job: Job, ended: Exit | None) -> Job:
+        """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
+        if ended is None:  # its keeper was killed
+            await asyncio.to_thread(end_strays, self.attempt_dir(job))
+        await asyncio.to_thread(sweep, self.dir(job))
+        if missed := await asyncio.to_thread(reconciled, self.dir(job), job.attempt):
+            await self.jobs.reconcile(job, missed, self.model_name(job))
+            job = self.jobs.get(job.id) or job
+        crash_point("attempt.tidied")
+        return job
+
         for _, event in tail(self.attempt_dir(job) / "events.jsonl", 0, Event):
             if event.type in ("result", "error", "paused"):
                 last = event
@@ -208,12 +230,14 @@ class Attempts:
         name = self.model_name(job)
         folder = self.dir(job) / "checkpoints" / result.data["dir"]
         metrics = self.metrics_csv(job)
-        file = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
+        file_id, insert = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
+        crash_point("result.stored")
 
         def register(db: sqlite3.Connection) -> None:
             add_model(
                 db,
                 name=name,
+            insert(db)
                 owner=job.owner,
                 job_id=job.id,
                 base=job.spec.model,
@@ -229,7 +253,7 @@ class Attempts:
             Event("message", "The job has successfully completed"),
             fine_tuned_model=name,
             trained_tokens=result.data["trained_tokens"],
-            result_files=[file.id],
+            result_files=[file_id],
             also=register,
         )
 

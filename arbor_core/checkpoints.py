@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from .faults import crash_point
 from .logs import replace, sync_folder
 from .types import Checkpoint
 
@@ -41,10 +42,13 @@ def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) ->
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        crash_point("checkpoint.written")
         manifest = Manifest(step, attempt, metrics, dict(_entries(temporary)))
         replace(temporary / MANIFEST, msgspec.json.encode(manifest))
+        crash_point("checkpoint.vouched")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        crash_point("checkpoint.renamed")
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,9 @@ import msgspec
 
 from .attempts import Attempts, keep_lease, note_ref
 from .bell import Bell
-from .jobs import Job, JobError, Jobs
+from .faults import crash_point
+from .jobs import InLine, Job, JobError, Jobs
+from .leftovers import sweep
 from .types import (
     Allocator,
     ArborError,
@@ -159,10 +161,11 @@ class Dispatcher:
             await self.jobs.transition(job, "failed", Event("message", error.message, "error"), error=error)
             return
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        papers = self.attempts.write_papers(job, trainer)
-        async with self.validators:
-            check = asyncio.ensure_future(validate(papers, self.attempts.python(trainer)))
-            report = await self._unless_cancelled(job, check)
+        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
+        crash_point("job.papers")
+        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
+        check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
+        report = await self._unless_cancelled(job, check)
         if report is None:
             return
         warnings = [Event("message", text, "warn") for text in report.warnings]
@@ -170,6 +173,7 @@ class Dispatcher:
             error = JobError(**report.error)
             failed = Event("message", error.message, "error")
             await self.jobs.transition(job, "failed", *warnings, failed, error=error)
+        crash_point("job.validated")
         else:
             queued = Event("message", "Files validated, moving job to queued state")
             await self.jobs.transition(job, "queued", *warnings, queued)
@@ -178,6 +182,7 @@ class Dispatcher:
         """The result of `work`, or None when the job was cancelled meanwhile."""
         rung = self.rung[job.id]
         while not work.done():
+        crash_point("job.queued")
             waiter = asyncio.ensure_future(rung.wait())
             await asyncio.wait([work, waiter], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
@@ -258,6 +263,7 @@ class Dispatcher:
     async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
         try:
             ref = await self.attempts.start(job, trainer, lease, self.bell)
+        crash_point("lease.acquired")
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
             await self.attempts.not_started(job, error)
@@ -267,6 +273,7 @@ class Dispatcher:
         fresh = self.jobs.get(job.id)
         if fresh:
             await self._follow(fresh)
+        crash_point("job.running")
 
     async def _follow(self, job: Job) -> None:
         """Take an attempt's events as they come until it has ended, then settle the job."""
@@ -278,6 +285,7 @@ class Dispatcher:
             alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
             if ended is None and not alive:
                 ended = self.attempts.exit(job)
+        crash_point("attempt.noted")
                 alive = ended is None and await self.attempts.find(job)
             job = await self.attempts.collect(self.jobs.get(job.id) or job)
             if not alive:
@@ -295,8 +303,11 @@ class Dispatcher:
                 continue
 
 
+                crash_point("attempt.ended")
 def idle_target(job: Job) -> Status | None:
+                crash_point("job.settled")
     """Where a job that no process works on should be instead, if not where it is."""
+                crash_point("lease.released")
     if job.status not in ("validating_files", "queued", "paused"):
         return None
     if job.desired == "cancel":

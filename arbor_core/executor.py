@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .bell import short
 from .engine_process import end, threads_env
+from .faults import below
 from .keeper import ref_of
 from .types import ExecutorSettings, Order, Placement
 
@@ -200,7 +201,7 @@ class TemplateError(Exception):
 
 def clean_env() -> dict[str, str]:
     """The part of the server's environment that an attempt may see."""
-    return {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+    return below({name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)})
 
 
 def devices_env(placement: Placement) -> dict[str, str]:

@@ -11,7 +11,7 @@ import hashlib
 import sqlite3
 import time
 import unicodedata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ import msgspec
 from . import ids
 from .config import LimitsConfig
 from .errors import NO_RETRY, ApiError, not_found
+from .faults import crash_point
 from .incoming import BATCH_BYTES, Incoming
 from .store import Store
 
@@ -63,14 +64,24 @@ class Files:
             if path.is_file() and path.name not in kept and path.stat().st_mtime < time.time() - ORPHAN_SECONDS:
                 path.unlink()
 
-    def incoming(self) -> Incoming:
-        """A place for a file on its way in: `async with files.incoming() as part`."""
-        return Incoming(self.incoming_dir, self.limits)
+    def incoming(self, *, reserve: int | None = None) -> Incoming:
+        """A place for a file on its way in: `async with files.incoming() as part`. `reserve`: bytes that must stay free
+        on the disk; None: what `limits.free_bytes` says."""
+        return Incoming(self.incoming_dir, self.limits, self.limits.free_bytes if reserve is None else reserve)
 
     async def commit(
         self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None
     ) -> FileRow:
         """Give a file that has come in whole an id and a row; `lifetime` is in seconds."""
+        _, insert = await self.named(part, owner, filename, purpose, lifetime)
+        row = await self.store.write(insert)
+        crash_point("upload.stored")
+        return row
+
+    async def named(
+        self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None
+    ) -> tuple[str, Callable[[sqlite3.Connection], FileRow]]:
+        """Give a file that has come in whole an id; returns it, and what inserts its row in somebody's transaction."""
         file_id, now = ids.new("file-"), int(time.time())
         values = {
             "id": file_id,
@@ -89,13 +100,15 @@ class Files:
             db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
             return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
 
-        return await self.store.write(insert)
+        return file_id, insert
 
-    async def add_bytes(self, owner: str, filename: str, content: bytes, purpose: str) -> FileRow:
-        """Store a file that the server made."""
-        async with self.incoming() as part:
+    async def add_bytes(
+        self, owner: str, filename: str, content: bytes, purpose: str
+    ) -> tuple[str, Callable[[sqlite3.Connection], FileRow]]:
+        """Store a file that the server made, for which the reserve is there; see `named` for what is returned."""
+        async with self.incoming(reserve=0) as part:
             await part.write(content)
-            return await self.commit(part, owner, filename, purpose)
+            return await self.named(part, owner, filename, purpose)
 
     def get(self, id: str, owner: str) -> FileRow | None:
         """A file of this owner that is neither deleted nor expired."""

@@ -14,6 +14,7 @@ from typing import Self
 
 from .config import LimitsConfig
 from .errors import CLOSE, NO_RETRY, ApiError
+from .faults import crash_point
 from .logs import sync_folder
 
 BATCH_BYTES = 1 << 20
@@ -26,8 +27,8 @@ class Incoming:
     Leaving the `async with` block without `settle` removes every trace.
     """
 
-    def __init__(self, folder: Path, limits: LimitsConfig) -> None:
-        self.folder, self.limits = folder, limits
+    def __init__(self, folder: Path, limits: LimitsConfig, reserve: int) -> None:
+        self.folder, self.limits, self.reserve = folder, limits, reserve
         self.path = folder / f"{uuid.uuid4().hex}.part"
         self.bytes = 0
         self._hash = hashlib.sha256()
@@ -38,6 +39,7 @@ class Incoming:
     async def __aenter__(self) -> Self:
         self.require_room(0)
         self._file = self.path.open("xb", buffering=0)
+        crash_point("upload.opened")
         return self
 
     async def __aexit__(
@@ -61,8 +63,8 @@ class Incoming:
             message = f"The file has more than {limit} bytes, the most this server takes (limits.upload_bytes)."
             raise ApiError(413, message, "file_too_large", "file", CLOSE)
         free = shutil.disk_usage(self.folder).free - size
-        if free < self.limits.free_bytes:
-            raise no_room(f"{self.limits.free_bytes} bytes must stay free (limits.free_bytes)")
+        if free < self.reserve:
+            raise no_room(f"{self.reserve} bytes must stay free (limits.free_bytes)")
 
     async def write(self, chunk: bytes) -> None:
         """Take the next bytes.
@@ -100,7 +102,9 @@ class Incoming:
 
     def _settle(self, target: Path) -> None:
         os.fsync(self._file.fileno())
+        crash_point("upload.written")
         self.path.rename(target)
+        crash_point("upload.renamed")
         sync_folder(target.parent)
 
 

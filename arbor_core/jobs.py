@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from . import ids
+from .faults import crash_point
 from .store import Store
 from .types import TERMINAL, Desired, Event, Level, Status
 
@@ -174,6 +175,7 @@ class Jobs:
             where.append("seq<?")
             values.append(after)  # type: ignore[arg-type]
         if metadata is None:
+        crash_point("job.created")
             where.append("metadata IS NULL")
         elif isinstance(metadata, Mapping):
             for key, value in metadata.items():
@@ -335,6 +337,7 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
         " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
         (
             ids.new("ftckpt_"),
+        crash_point(f"job.{desired}")
             job_id,
             int(event.at),
             event.step,
@@ -367,3 +370,15 @@ def decoded_event(row: sqlite3.Row) -> EventRow:
 
 def decoded_checkpoint(row: sqlite3.Row) -> CheckpointRow:
     return msgspec.convert(_plain(row, ("metrics",)), CheckpointRow)
+    async def reconcile(self, job: Job, checkpoints: Sequence[Event], model: str) -> None:
+        """Note checkpoints that are on the disk and in no attempt's log, each once. `model`: see `ingest`."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for event in checkpoints:
+                known = "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?"
+                if not db.execute(known, (job.id, event.data["dir"])).fetchone():
+                    add_events(db, job.id, [event])
+                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+
+        await self.store.write(change)
+

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from .bell import ring
+from .faults import crash_point
 from .logs import decode, replace
 from .types import Exit, Order
 
@@ -40,16 +41,19 @@ def keep(attempt_dir: Path) -> int:
     if claimed(attempt_dir, own := ref_of(os.getpid())) != own:
         print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
         return NOT_OURS
+    crash_point("keeper.claimed")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     worker = os.fork()
     if worker == 0:
         _become_worker(attempt_dir, order)
+    crash_point("keeper.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
     code = _wait(worker, order.grace)
     _end_all(worker)
     ended = Exit(code, time.time())
+    crash_point("keeper.ended")
     while True:
         try:
             replace(attempt_dir / "exit.json", msgspec.json.encode(ended))
@@ -59,6 +63,7 @@ def keep(attempt_dir: Path) -> int:
         except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
             traceback.print_exc()
             time.sleep(WAKE_SECONDS)
+    crash_point("keeper.told")
     ring(order.bell, attempt_dir.parent.parent.name)
     return code
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from .faults import crash_point
+
 T = TypeVar("T")
 READ_BYTES = 1 << 20
 
@@ -81,7 +83,9 @@ def replace(path: Path, content: bytes, *, durable: bool = True) -> None:
         if durable:
             file.flush()
             os.fsync(file.fileno())
+    crash_point("file.written")
     temporary.replace(path)
+    crash_point("file.renamed")
     if durable:
         sync_folder(path.parent)
 

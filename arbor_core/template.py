@@ -24,6 +24,7 @@ from typing import NoReturn
 import msgspec
 
 from .bell import short
+from .faults import crash_point
 from .keeper import keep
 from .logs import decode
 from .worker import imported
@@ -82,8 +83,10 @@ def serve(listener: socket.socket) -> None:
 
 def fork(request: ForkRequest, *inherited: socket.socket) -> int:
     """Start a keeper; returns its pid."""
+    crash_point("template.asked")
     pid = os.fork()
     if pid:
+        crash_point("template.forked")
         return pid
     status = 1
     try:

@@ -25,6 +25,7 @@ import msgspec
 
 from . import checkpoints
 from .bell import ring
+from .faults import crash_point
 from .keeper import PR_SET_PDEATHSIG, prctl
 from .logs import Log, decode
 from .types import (
@@ -120,6 +121,7 @@ class WorkerRun(Generic[ConfigT]):
             return
         event.at = time.time()
         self.log.append(event, durable=event.type not in ("metrics", "message"))
+        crash_point(f"{event.type}.event")
         ring(self.bell, self.job_id)
 
     def message(self, text: str, level: Level = "info", **data: Any) -> None:

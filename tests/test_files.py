@@ -127,14 +127,15 @@ def files(tmp_path: Path) -> Iterator[Files]:
 
 
 async def test_row_23_bytes_without_a_row_are_swept_later(files: Files) -> None:
-    kept = await files.add_bytes("me", "kept", b"1", "fine-tune")
+    kept, insert = await files.add_bytes("me", "kept", b"1", "fine-tune")
+    await files.store.write(insert)
     young, old = files.path("file-young"), files.path("file-old")
     for path in (young, old):
         path.write_bytes(b"2")
-    for path in (old, files.path(kept.id)):
+    for path in (old, files.path(kept)):
         os.utime(path, (0, 0))
     files.sweep()
-    assert {path.name for path in files.root.iterdir()} == {".incoming", kept.id, "file-young"}
+    assert {path.name for path in files.root.iterdir()} == {".incoming", kept, "file-young"}
 
 
 async def test_row_29_a_file_expires_only_when_no_job_needs_it(files: Files) -> None:

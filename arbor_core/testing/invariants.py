@@ -1,0 +1,223 @@
+"""What must hold of a storage directory whatever died in it: for crash tests, chaos runs, and plugins that bring an
+executor or a trainer.
+
+    seen = Seen(storage)          # notes what is there, now and later
+    ...kill, restart, wait until every job has ended, stop the server...
+    seen.look()
+    check_invariants(storage)     # and that nothing of it lives any more
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core import checkpoints
+from arbor_core.logs import tail
+from arbor_core.types import TERMINAL, Event, Lease
+
+SHOWN = ("message", "metrics", "checkpoint")
+"""Events of a run that its followers see."""
+
+
+class Seen:
+    """Remembers what was acknowledged, and that it stays: ids, terminal states, the list of events."""
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage
+        self.ended: dict[str, str] = {}
+        self.events: dict[str, list[str]] = {}
+        self.files: set[str] = set()
+        self.look()
+
+    def look(self) -> None:
+        """Compare with what was there before, and remember what is there now.
+
+        Raises:
+            AssertionError: something acknowledged is gone or has changed.
+        """
+        if not (self.storage / "arbor.db").exists():
+            assert not self.ended, "the database is gone"
+            return
+        with closing(database(self.storage)) as db:
+            jobs = {row["id"]: row["status"] for row in db.execute("SELECT id, status FROM jobs")}
+            files = {row["id"] for row in db.execute("SELECT id FROM files")}
+            events: dict[str, list[str]] = {job_id: [] for job_id in jobs}
+            for row in db.execute("SELECT job_id, id FROM events ORDER BY job_id, seq"):
+                events[row["job_id"]].append(row["id"])
+        for job_id, status in self.ended.items():
+            assert jobs.get(job_id) == status, f"job {job_id} had {status}, and is now {jobs.get(job_id)}"
+        for job_id, before in self.events.items():
+            assert events.get(job_id, [])[: len(before)] == before, f"events of job {job_id} are lost or changed"
+        assert self.files <= files, f"files that were acknowledged are gone: {self.files - files}"
+        self.files, self.events = files, events
+        self.ended = {job_id: status for job_id, status in jobs.items() if status in TERMINAL}
+
+
+def check_invariants(storage: Path, *, ended: bool = True, every_step: bool = True) -> None:
+    """Check a storage directory, whose server may still run.
+
+    Args:
+        storage: The server's `storage`.
+        ended: All jobs have ended and the server was stopped: nothing may be left over.
+        every_step: The jobs report metrics once for every step.
+
+    Raises:
+        AssertionError: what is not as it should be.
+    """
+    with closing(database(storage)) as db:
+        found = [row[0] for row in db.execute("PRAGMA integrity_check")]
+        assert found == ["ok"], f"the database is damaged: {found}"
+        for row in db.execute("SELECT * FROM jobs").fetchall():
+            check_job(db, storage, row, every_step)
+        check_files(db, storage)
+        check_leases(db)
+        check_models(db)
+    check_processes(storage)
+    if ended:
+        with closing(database(storage)) as db:
+            open_jobs = [tuple(row) for row in db.execute("SELECT id, status FROM jobs") if row[1] not in TERMINAL]
+            assert not open_jobs, f"these jobs have not ended: {open_jobs}"
+        check_nothing_left(storage)
+
+
+def database(storage: Path) -> sqlite3.Connection:
+    """A connection that only reads."""
+    db = sqlite3.connect(f"file:{storage / 'arbor.db'}?mode=ro", uri=True, timeout=10)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_step: bool) -> None:
+    """A job's events have no gap, and tell what its attempts have written: once each, and in that order."""
+    name = job["id"]
+    rows = db.execute("SELECT seq, type, message, data FROM events WHERE job_id=? ORDER BY seq", (name,)).fetchall()
+    assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1)), f"{name}: events are missing or repeated"
+    if job["status"] in TERMINAL:
+        assert job["finished_at"] is not None, f"{name} has ended without a time"
+        assert job["ref"] is None, f"{name} has ended and still has a process"
+    for column in ("training_file", "validation_file"):
+        known = db.execute("SELECT 1 FROM files WHERE id=?", (job[column],)).fetchone()
+        assert job[column] is None or known, f"{name}: its {column} {job[column]} is unknown"
+    logs = [attempt_log(storage, name, attempt) for attempt in range(1, job["attempt"] + 1)]
+    for attempt, events in enumerate(logs, 1):
+        check_steps(f"{name}, attempt {attempt}", events, every_step)
+    told = [msgspec.json.decode(row["data"]) for row in rows if row["type"] == "metrics"]
+    written = [event.data for events in logs for event in events if event.type == "metrics"]
+    whole = job["status"] in TERMINAL or job["status"] == "paused"
+    assert told == (written if whole else written[: len(told)]), f"{name}: metrics were lost or told twice"
+    dirs = {row["dir"] for row in db.execute("SELECT dir FROM checkpoints WHERE job_id=?", (name,))}
+    for folder in dirs:
+        reason = checkpoints.fault(storage / "jobs" / name / "checkpoints" / folder)
+        assert reason is None, f"{name}: checkpoint {folder} is offered, but: {reason}"
+    if whole:
+        check_told_checkpoints(storage / "jobs" / name, dirs)
+
+
+def attempt_log(storage: Path, job_id: str, attempt: int) -> list[Event]:
+    path = storage / "jobs" / job_id / "attempts" / str(attempt) / "events.jsonl"
+    return [event for _, event in tail(path, 0, Event)]
+
+
+def check_steps(what: str, events: list[Event], every_step: bool) -> None:
+    """Steps of one attempt go up, without a gap if each is reported."""
+    steps = [event.data["step"] for event in events if event.type == "metrics"]
+    if not steps:
+        return
+    if every_step:
+        assert steps == list(range(steps[0], steps[0] + len(steps))), f"{what}: steps {steps}"
+    else:
+        assert steps == sorted(steps), f"{what}: steps {steps}"
+
+
+def check_told_checkpoints(job_dir: Path, offered: set[str]) -> None:
+    """What is whole on the disk is offered, unless a later attempt wrote the same step again."""
+    whole = {
+        folder.name for folder in checkpoints.newest_first(job_dir / "checkpoints") if not checkpoints.fault(folder)
+    }
+    steps = {name.partition("-")[0] for name in offered}
+    missing = {name for name in whole - offered if name.partition("-")[0] not in steps}
+    assert not missing, f"{job_dir.name}: checkpoints {missing} are whole and not offered"
+
+
+def check_files(db: sqlite3.Connection, storage: Path) -> None:
+    """Every file that has a row has its bytes."""
+    for row in db.execute("SELECT id, bytes, sha256 FROM files WHERE deleted=0"):
+        path = storage / "files" / row["id"]
+        assert path.is_file(), f"the bytes of {row['id']} are gone"
+        with path.open("rb") as file:
+            assert hashlib.file_digest(file, "sha256").hexdigest() == row["sha256"], f"{row['id']} has other bytes"
+    results = Counter(
+        file_id for row in db.execute("SELECT result_files FROM jobs") for file_id in msgspec.json.decode(row[0])
+    )
+    made = {row["id"] for row in db.execute("SELECT id FROM files WHERE purpose='fine-tune-results'")}
+    assert made == set(results), f"result files without a job, or missing: {made ^ set(results)}"
+
+
+def check_leases(db: sqlite3.Connection) -> None:
+    """Each lease has a running job, and no device is leased twice."""
+    running = {row["id"] for row in db.execute("SELECT id FROM jobs WHERE status='running'")}
+    leases = [msgspec.json.decode(row["lease"], type=Lease) for row in db.execute("SELECT lease FROM leases")]
+    stray = {lease.claim.owner for lease in leases} - running
+    assert not stray, f"leases without a running job: {stray}"
+    devices = Counter(device.id for lease in leases for bundle in lease.devices for device in bundle)
+    twice = {device for device, count in devices.items() if count > 1}
+    assert not twice, f"devices that are leased twice: {twice}"
+
+
+def check_models(db: sqlite3.Connection) -> None:
+    """A job that has succeeded has its model, whose files are there."""
+    sql = "SELECT jobs.id, path FROM jobs LEFT JOIN models ON name=fine_tuned_model WHERE status='succeeded'"
+    for row in db.execute(sql):
+        assert row["path"], f"the model of {row['id']} is unknown"
+        reason = checkpoints.fault(Path(row["path"]))
+        assert reason is None, f"the model of {row['id']}: {reason}"
+
+
+def processes(storage: Path) -> dict[int, str]:
+    """Command lines of processes that work on a storage directory: it is named there, or they are inside it."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            inside = (folder / "cwd").readlink().is_relative_to(storage)
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        if inside or f"{storage}/" in words or f"{storage} " in words:
+            found[int(folder.name)] = words.strip()
+    return found
+
+
+def check_processes(storage: Path) -> None:
+    """At most one keeper with its worker for every attempt, and one attempt for every job."""
+    keepers: dict[str, set[str]] = {}
+    for pid in processes(storage):
+        try:
+            parts = Path(f"/proc/{pid}/cwd").readlink().relative_to(storage).parts
+        except (OSError, ValueError):
+            continue
+        if len(parts) >= 4 and parts[0] == "jobs":
+            keepers.setdefault(parts[1], set()).add(parts[3])
+    double: dict[str, Any] = {job: attempts for job, attempts in keepers.items() if len(attempts) > 1}
+    assert not double, f"jobs with processes of several attempts: {double}"
+
+
+def check_nothing_left(storage: Path) -> None:
+    """No process, no lease, no half-written file."""
+    left = processes(storage)
+    assert not left, f"processes are left: {left}"
+    with closing(database(storage)) as db:
+        leases = db.execute("SELECT count(*) FROM leases").fetchone()[0]
+        assert leases == 0, f"{leases} leases are left"
+    partial = [str(path) for path in storage.rglob("*") if path.suffix in (".part", ".tmp") or path.name == "work"]
+    partial += [str(path) for path in storage.glob("jobs/*/attempts/*/.keeper.*")]
+    assert not partial, f"half-written files are left: {partial}"

@@ -1,0 +1,187 @@
+"""The crash matrix: every fault point is reached once by a real server or one of its processes, which dies there.
+
+Whoever dies, the next server brings every job to its end, and the invariants hold. The points that cover each kind of
+process run always; all of them with `make crash`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from live import ENDED, LiveServer
+
+from arbor_core.testing.invariants import Seen, check_invariants, processes
+
+STEPS = 8
+SOME = ["job.running", "attempt.started", "result.stored"]
+SERVER = [
+    "upload.renamed",
+    "job.validated",
+    "events.taken",
+    "job.settled",
+    "upload.opened",
+    "upload.written",
+    "upload.stored",
+    "job.created",
+    "job.papers",
+    "job.queued",
+    "job.pause",
+    "job.run",
+    "job.cancel",
+    "lease.acquired",
+    "lease.released",
+    "attempt.desired",
+    "attempt.ordered",
+    "attempt.noted",
+    "attempt.told",
+    "attempt.signalled",
+    "attempt.ended",
+    "attempt.tidied",
+    "file.written",
+    "file.renamed",
+    "file.written:3",
+    "file.renamed:3",
+    *(f"store.{when}:{count}" for count in (1, 2, 3, 4, 5, 7, 9) for when in ("changed", "committed")),
+]
+WORKERS_SOME = ["checkpoint.renamed"]
+WORKERS = [
+    "keeper.ended",
+    "checkpoint.written",
+    "checkpoint.vouched",
+    "checkpoint.event",
+    "checkpoint.event:2",
+    "checkpoint.renamed:2",
+    "result.event",
+    "paused.event",
+    "metrics.event:3",
+    "resolved.event",
+    "keeper.claimed",
+    "keeper.forked",
+    "keeper.told",
+    "template.asked",
+    "template.forked",
+]
+
+
+def marked(some: list[str], rest: list[str]) -> list[Any]:
+    return [*some, *(pytest.param(name, marks=pytest.mark.crash) for name in rest)]
+
+
+@dataclass
+class Client:
+    """Does what clients do, and remembers what it was promised. A server that dies under it is no surprise."""
+
+    server: LiveServer
+    files: dict[str, str] = field(default_factory=dict)
+    jobs: set[str] = field(default_factory=set)
+
+    def play(self, rows: list[dict[str, Any]]) -> None:
+        """One job that is paused, resumed and succeeds, and one that is cancelled while it runs."""
+        client = self.server.new_client(_strict_response_validation=False)
+        job = self.create(rows)
+        self.until(job, lambda found: self.steps(job) >= 3)
+        client.fine_tuning.jobs.pause(job)
+        self.until(job, lambda found: found.status == "paused")
+        client.fine_tuning.jobs.resume(job)
+        other = self.create(rows)
+        self.until(other, lambda found: found.status == "running")
+        client.fine_tuning.jobs.cancel(other)
+        for each in (job, other):
+            self.until(each, lambda found: found.status in ENDED)
+
+    def create(self, rows: list[dict[str, Any]]) -> str:
+        file_id = self.server.upload(rows)
+        content = self.server.client.files.content(file_id).read()
+        self.files[file_id] = hashlib.sha256(content).hexdigest()
+        hyper = {"steps": STEPS, "step_seconds": 0.04, "checkpoint_steps": 2}
+        job = self.server.client.fine_tuning.jobs.create(
+            model="mock/tiny",
+            training_file=file_id,
+            method={"type": "supervised", "supervised": {"hyperparameters": hyper}},  # type: ignore[typeddict-item]
+        )
+        self.jobs.add(job.id)
+        return job.id
+
+    def steps(self, job: str) -> int:
+        found = self.server.client.fine_tuning.jobs.list_events(job, limit=50)
+        return sum(event.type == "metrics" for event in found.data)
+
+    def until(self, job: str, condition: Callable[[Any], bool]) -> None:
+        """Wait for a condition; a job that has ended meanwhile meets every one."""
+        client = self.server.new_client(_strict_response_validation=False)
+        deadline = time.monotonic() + 60
+        while not condition(found := client.fine_tuning.jobs.retrieve(job)) and found.status not in ENDED:
+            assert time.monotonic() < deadline, f"{job} is still {found.status}\n{self.server.log}"
+            time.sleep(0.02)
+
+
+def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -> None:
+    """Resume what is paused, wait for all; what was promised is there."""
+    client = server.new_client(_strict_response_validation=False)
+    listed = {job.id for job in client.fine_tuning.jobs.list(limit=50)}
+    assert jobs <= listed
+    deadline = time.monotonic() + 60
+    while waiting := [job for job in client.fine_tuning.jobs.list(limit=50) if job.status not in ENDED]:
+        for job in waiting:
+            if job.status == "paused":
+                client.fine_tuning.jobs.resume(job.id)
+        assert time.monotonic() < deadline, f"{waiting}\n{server.log}"
+        time.sleep(0.03)
+    for job in client.fine_tuning.jobs.list(limit=50):
+        assert job.status in ("succeeded", "cancelled"), job.error
+    for file_id, digest in files.items():
+        assert hashlib.sha256(client.files.content(file_id).read()).hexdigest() == digest
+
+
+def check_the_rest(server: LiveServer, seen: Seen) -> None:
+    assert server.stop() == 0
+    gone(server.storage)
+    seen.look()
+    check_invariants(server.storage)
+
+
+def gone(storage: Path, seconds: float = 20) -> None:
+    """Wait until no process works on the directory any more."""
+    deadline = time.monotonic() + seconds
+    while left := processes(storage):
+        assert time.monotonic() < deadline, f"these processes are left: {left}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("point", marked(SOME, SERVER))
+def test_a_server_that_dies_at(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server = start_server("gpu.train=[0,1]", env={"ARBOR_CRASH_AT": point})
+    client = Client(server)
+    with suppress(openai.APIConnectionError):
+        client.play(chat_rows)
+    assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
+    seen = Seen(server.storage)
+    again = start_server("gpu.train=[0,1]")
+    bring_to_an_end(again, client.files, client.jobs)
+    check_the_rest(again, seen)
+
+
+@pytest.mark.parametrize("point", marked(WORKERS_SOME, WORKERS))
+def test_a_process_of_a_job_that_dies_at(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    once = tmp_path / "died"
+    where = {"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)}
+    server = start_server("gpu.train=[0,1]", env=where)
+    seen = Seen(server.storage)
+    client = Client(server)
+    client.play(chat_rows)
+    assert once.exists(), f"no process came to {point}"
+    bring_to_an_end(server, client.files, client.jobs)
+    check_the_rest(server, seen)
