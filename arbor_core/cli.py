@@ -39,7 +39,8 @@ def serve() -> None:
         sys.argv[ours:ours] = overrides(os.environ)
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
     except OverrideParseException as error:
-        give_up(f"cannot read '{error.override}': {error.message.partition(' See ')[0].splitlines()[0]}")
+        shown = "auth.keys=..." if "auth.keys" in error.override else error.override  # no key on a terminal or in a log
+        give_up(f"cannot read '{shown}': {error.message.partition(' See ')[0].splitlines()[0]}")
     except (CompactHydraException, OmegaConfBaseException) as error:
         give_up(plain_words(str(error) or str(error.__cause__)))
     except ArborError as error:
@@ -205,11 +206,16 @@ def main() -> None:
     commands.add_parser("plugins", help="list the installed plugins, what they bring, and what is broken")
     tiny = commands.add_parser("tiny-model", help="write a 1M-parameter base model for trying things out")
     tiny.add_argument("dir", type=Path, metavar="DIR")
+    commands.add_parser("key", help="make an API key, and its hash for auth.keys")
     commands.add_parser("doctor", help="try every trainer's warm start and say which one must start cold")
     arguments = parser.parse_args()
     try:
         if arguments.command == "plugins":
             list_plugins()
+        elif arguments.command == "key":
+            from . import keys
+
+            print(f"key {(made := keys.new())}\nsha256 {keys.digest(made)}")
         elif arguments.command == "tiny-model":
             from .system import tiny_model
 

@@ -21,6 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 
+from .keys import ApiKey, Key, Name, entries
 from .plugins import installed
 from .types import ArborError, ConfigError
 
@@ -31,9 +32,7 @@ Count = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
 Index = Annotated[int, Meta(ge=0)]
-Key = Annotated[str, Meta(pattern=r"^[!-~]+$")]
-"""What a header can carry; an empty key would let everybody in."""
-NamePart = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Rate = Annotated[float, Meta(gt=0, le=1e6)]
 
 
 class GpuConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,8 +51,11 @@ class ModelsConfig(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class AuthConfig(msgspec.Struct, forbid_unknown_fields=True):
-    keys: list[Key]
+    keys: list[Key | ApiKey]
     insecure: bool
+
+    def __post_init__(self) -> None:
+        self.keys = [*entries(self.keys)]  # hashed from here on
 
 
 class PluginsConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,6 +68,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     upload_idle_seconds: Seconds
     free_bytes: Bytes
     queued_jobs: Count
+    requests_per_second: Rate | None
+    inference_requests: Count | None
     engine_idle_seconds: Seconds
     engines: Count
     attempts: Count
@@ -84,7 +88,7 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     executor: str
     launcher: Literal["warm", "cold"]
     inference: str
-    organization: NamePart
+    organization: Name
     threads: Count | None
     auth: AuthConfig
     plugins: PluginsConfig

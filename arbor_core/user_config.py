@@ -75,6 +75,8 @@ def literal(value: Any) -> str:
     """A value in the grammar of Hydra's overrides."""
     if isinstance(value, list):
         return "[" + ",".join(literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{quoted}'"

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from arbor_core import hookspecs
 
@@ -91,16 +92,21 @@ def route_table() -> str:
     from arbor_core.server.app import ROOMS
 
     found = [
-        (path, min(handler.http_methods - {"OPTIONS"}), handler.opt["summary"])
+        (path, min(handler.http_methods - {"OPTIONS"}), needs(handler.opt), handler.opt["summary"])
         for room in ROOMS
         for handler in room.ROUTES
         for path in sorted(handler.paths)
         if "summary" in handler.opt
     ]
-    rows = ["| method | path | |", "|---|---|---|"]
-    for path, method, summary in sorted(found, key=lambda row: (not row[0].startswith("/v1"), row)):
-        rows.append(f"| {method} | `{re.sub(r':[a-z]+}', '}', path)}` | {summary} |")
+    rows = ["| method | path | key for | |", "|---|---|---|---|"]
+    for path, method, scopes, summary in sorted(found, key=lambda row: (not row[0].startswith("/v1"), row)):
+        rows.append(f"| {method} | `{re.sub(r':[a-z]+}', '}', path)}` | {scopes} | {summary} |")
     return "\n".join(rows) + "\n"
+
+
+def needs(opt: dict[str, Any]) -> str:
+    """What a route's key must be for."""
+    return "-" if opt["public"] else " or ".join(opt["scopes"])
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -12,6 +12,7 @@ from arbor_core.plugins import KINDS
 from arbor_core.system import Arbor
 
 from . import wire
+from .auth import ANY
 from .document import described
 from .errors import not_found
 
@@ -45,7 +46,7 @@ async def list_plugins(arbor: Arbor) -> wire.PluginList:
 @get(
     "/v1/arbor/trainers/{name:str}/schema",
     operation_id="getTrainerSchema",
-    opt=described("JSON Schema of a trainer's configuration, with this server's defaults."),
+    opt=described("JSON Schema of a trainer's configuration, with this server's defaults.", scopes=ANY),
 )
 async def trainer_schema(name: str, arbor: Arbor) -> Response[bytes]:
     found = arbor.trainers.get(name)

@@ -10,6 +10,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import Message, Scope
 
+from arbor_core.keys import entries
 from arbor_core.system import Arbor
 
 from . import about, chat, completions, document, files, fine_tuning, models
@@ -35,7 +36,7 @@ def create_app(arbor: Arbor) -> Litestar:
         route_handlers=[*(route for room in ROOMS for route in room.ROUTES), *plugin_routes(arbor)],
         dependencies={"arbor": Provide(the_arbor, sync_to_thread=False), "owner": Provide(owner)},
         exception_handlers=HANDLERS,
-        guards=[guard(arbor.settings.auth.keys)],
+        guards=[guard(entries(arbor.settings.auth.keys), arbor.settings.limits)],
         lifespan=[lifespan],
         before_send=[add_request_id],
         request_max_body_size=arbor.settings.limits.json_bytes,

@@ -1,50 +1,147 @@
-"""Who calls: every route but those marked `public` needs one of the operator's keys, when there are any."""
+"""Who calls: every route but those marked `public` needs one of the operator's keys, when there are any.
+
+What a key must be for is said beside each route (`scopes` in its `opt`); a route that says nothing needs an admin's.
+"""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
-from hashlib import sha256
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
+from arbor_core.config import LimitsConfig
+from arbor_core.keys import ApiKey, Scope, digest
+
 from .errors import CLOSE, ApiError
 
 DEFAULT_OWNER = "default"
 """Owns everything on a server without keys."""
-Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], Awaitable[None]]
+ADMIN: tuple[Scope, ...] = ("admin",)
+TRAIN: tuple[Scope, ...] = ("train",)
+INFER: tuple[Scope, ...] = ("infer",)
+ANY: tuple[Scope, ...] = ("train", "infer")
+Connection = ASGIConnection[Any, Any, Any, Any]
+Guard = Callable[[Connection, BaseRouteHandler], Awaitable[None]]
 
 
-def guard(keys: Sequence[str]) -> Guard:
+class Bucket:
+    """A token bucket: `rate` tokens come in a second, and those of one second (at least one) can be saved."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.size = rate, max(1.0, rate)
+        self.level, self.at = self.size, time.monotonic()
+
+    def take(self) -> float:
+        """Take a token; returns 0, or the seconds until there is one."""
+        now = time.monotonic()
+        self.level, self.at = min(self.size, self.level + (now - self.at) * self.rate), now
+        if self.level < 1:
+            return (1 - self.level) / self.rate
+        self.level -= 1
+        return 0.0
+
+
+class Caller:
+    """The holder of one key, and what they have used of their limits. Without keys everybody is one caller."""
+
+    def __init__(self, name: str, owner: str, scopes: Sequence[Scope], limits: LimitsConfig) -> None:
+        self.name, self.owner, self.scopes, self.limits = name, owner, frozenset(scopes), limits
+        self.bucket = Bucket(limits.requests_per_second) if limits.requests_per_second else None
+        self.answering = 0
+        """Completions that are being waited for."""
+
+    def spend(self) -> None:
+        """Count a request.
+
+        Raises:
+            ApiError: 429: there were too many.
+        """
+        if self.bucket and (seconds := self.bucket.take()):
+            limit = f"{self.bucket.rate:g} requests a second for each key (limits.requests_per_second)"
+            raise _too_many(f"This server takes {limit}.", math.ceil(seconds), CLOSE)
+
+    @contextmanager
+    def completion(self) -> Iterator[None]:
+        """Count a completion while it is being made.
+
+        Raises:
+            ApiError: 429: there are too many.
+        """
+        limit = self.limits.inference_requests
+        if limit is not None and self.answering >= limit:
+            message = f"This server answers {limit} completions at a time for each key (limits.inference_requests)."
+            raise _too_many(message, 1)
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
+
+    def require(self, scopes: Sequence[Scope]) -> None:
+        """Refuse what the key is not for.
+
+        Raises:
+            ApiError: 403.
+        """
+        if "admin" not in self.scopes and not self.scopes & set(scopes):
+            has, needs = ", ".join(sorted(self.scopes)), " or ".join(dict.fromkeys((*scopes, *ADMIN)))
+            message = (
+                f"You have insufficient permissions for this operation: it needs the scope {needs}, yours is {has}."
+            )
+            raise ApiError(403, message, "insufficient_permissions", headers=CLOSE)
+
+
+def _too_many(message: str, seconds: int, headers: dict[str, str] | None = None) -> ApiError:
+    wait = {"retry-after": str(seconds), **(headers or {})}
+    return ApiError(429, f"{message} Try again in {seconds} s.", "rate_limit_exceeded", headers=wait)
+
+
+def guard(keys: Sequence[ApiKey], limits: LimitsConfig) -> Guard:
     """A guard that notes the caller in the request's state; it runs before the body is read.
 
     It is async because Litestar runs any other on a thread, which costs every request more than the guard itself.
     """
-    owners = {digest(key): f"key-{digest(key).hex()[:16]}" for key in keys}
+    callers = [((key.sha256 or "").encode(), Caller(key.name, key.owner, key.scopes, limits)) for key in keys]
+    anybody = Caller("anybody", DEFAULT_OWNER, ADMIN, limits)
 
-    async def require_key(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    async def admit(connection: Connection, handler: BaseRouteHandler) -> None:
         if handler.opt.get("public"):
             return
-        if not owners:
-            connection.state.owner = DEFAULT_OWNER
-            return
-        scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-        given = digest(key.strip())
-        matches = [owner for known, owner in owners.items() if hmac.compare_digest(known, given)]
-        if scheme.lower() != "bearer" or not matches:
-            message = "Incorrect API key provided. Send one of this server's keys: 'Authorization: Bearer KEY'."
-            raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer", **CLOSE})
-        connection.state.owner = matches[0]
+        caller = identified(connection.headers.get("authorization", ""), callers) if callers else anybody
+        caller.spend()
+        caller.require(handler.opt.get("scopes", ADMIN))
+        connection.state.caller = caller
 
-    return require_key
+    return admit
 
 
-def digest(key: str) -> bytes:
-    return sha256(key.encode(errors="surrogateescape")).digest()
+def identified(header: str, callers: Sequence[tuple[bytes, Caller]]) -> Caller:
+    """The caller who presents a key. All hashes are compared, so that time tells nothing.
+
+    Raises:
+        ApiError: 401: nobody has such a key.
+    """
+    scheme, _, key = header.partition(" ")
+    given = digest(key.strip()).encode()
+    matches = [caller for known, caller in callers if hmac.compare_digest(known, given)]
+    if scheme.lower() != "bearer" or not matches:
+        message = "Incorrect API key provided. Send one of this server's keys: 'Authorization: Bearer KEY'."
+        raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer", **CLOSE})
+    return matches[0]
+
+
+def caller_of(connection: Connection) -> Caller:
+    """Who made a request that was admitted."""
+    caller: Caller = connection.state.caller
+    return caller
 
 
 async def owner(request: Any) -> str:
     """Dependency `owner`: whose objects a request may see."""
-    return str(request.state.owner)
+    return caller_of(request).owner

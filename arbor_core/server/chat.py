@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from arbor_core.system import Arbor
 from arbor_core.types import ConfigError
 
+from .auth import INFER
 from .document import described
 from .inference import Generation, check_generation, check_limit, read, refused, relayed
 from .request import AnyRequest
@@ -177,7 +178,10 @@ def says_something(message: AssistantMessage) -> bool:
     operation_id="createChatCompletion",
     status_code=200,
     opt=described(
-        "Answer a conversation; with stream, as server-sent events.", body=ChatRequest, response=ChatCompletion
+        "Answer a conversation; with stream, as server-sent events.",
+        body=ChatRequest,
+        response=ChatCompletion,
+        scopes=INFER,
     ),
 )
 async def create_chat_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from arbor_core.system import Arbor
 from arbor_core.types import ConfigError
 
+from .auth import INFER
 from .document import described
 from .inference import Generation, check_generation, read, refused, relayed
 from .request import AnyRequest
@@ -91,7 +92,10 @@ def check_tokens(tokens: list[int]) -> None:
     operation_id="createCompletion",
     status_code=200,
     opt=described(
-        "Continue a prompt; with stream, as server-sent events.", body=CompletionRequest, response=Completion
+        "Continue a prompt; with stream, as server-sent events.",
+        body=CompletionRequest,
+        response=Completion,
+        scopes=INFER,
     ),
 )
 async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:

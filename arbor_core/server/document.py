@@ -14,6 +14,9 @@ from litestar import Litestar, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
+from arbor_core.keys import Scope
+
+from .auth import ADMIN
 from .errors import Error
 from .request import AnyRequest
 
@@ -30,6 +33,7 @@ def described(
     form: dict[str, Any] | None = None,
     response: type | None = None,
     content: str = JSON,
+    scopes: tuple[Scope, ...] = ADMIN,
     public: bool = False,
 ) -> dict[str, Any]:
     """What a route's `opt` says about it.
@@ -40,6 +44,7 @@ def described(
         form: JSON Schema of its multipart body.
         response: Struct of its answer, where the handler's return annotation does not name it.
         content: Media type of its answer.
+        scopes: What a key must be for: any one of them will do, and an admin's always does.
         public: Whether it needs no key.
     """
     return {
@@ -49,6 +54,7 @@ def described(
         "form": form,
         "response": response,
         "content": content,
+        "scopes": scopes,
         "public": public,
     }
 
@@ -136,7 +142,7 @@ def _operation(
         "default": {"description": "What went wrong.", "content": {JSON: {"schema": schema_of[Error]}}},
     }
     if not said.get("public"):
-        operation["security"] = [{"key": []}]
+        operation["security"] = [{"key": list(said.get("scopes", ADMIN))}]
     return operation
 
 

@@ -11,6 +11,7 @@ from arbor_core.files import FileRow
 from arbor_core.system import Arbor
 
 from . import wire
+from .auth import TRAIN
 from .document import described
 from .errors import not_found
 from .request import AnyRequest, bad_cursor, plausible, query
@@ -22,7 +23,7 @@ from .upload import FORM, receive
     operation_id="createFile",
     status_code=200,
     request_max_body_size=None,
-    opt=described("Upload a file; it is written to disk as it comes.", form=FORM),
+    opt=described("Upload a file; it is written to disk as it comes.", form=FORM, scopes=TRAIN),
 )
 async def create_file(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FileObject:
     await arbor.files.expire()
@@ -32,7 +33,7 @@ async def create_file(request: AnyRequest, arbor: Arbor, owner: str) -> wire.Fil
 @get(
     "/v1/files",
     operation_id="listFiles",
-    opt=described("List files, newest first.", query=wire.FilePage),
+    opt=described("List files, newest first.", query=wire.FilePage, scopes=TRAIN),
 )
 async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FileList:
     page = query(request, wire.FilePage)
@@ -46,12 +47,18 @@ async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> wire.File
     return wire.FileList(data, first, last, has_more=len(rows) > page.limit)
 
 
-@get("/v1/files/{file_id:str}", operation_id="retrieveFile", opt=described("Retrieve a file's description."))
+@get(
+    "/v1/files/{file_id:str}",
+    operation_id="retrieveFile",
+    opt=described("Retrieve a file's description.", scopes=TRAIN),
+)
 async def retrieve_file(file_id: str, arbor: Arbor, owner: str) -> wire.FileObject:
     return wire.file_object(found(arbor, file_id, owner))
 
 
-@delete("/v1/files/{file_id:str}", operation_id="deleteFile", status_code=200, opt=described("Delete a file."))
+@delete(
+    "/v1/files/{file_id:str}", operation_id="deleteFile", status_code=200, opt=described("Delete a file.", scopes=TRAIN)
+)
 async def delete_file(file_id: str, arbor: Arbor, owner: str) -> wire.Deleted:
     file = found(arbor, file_id, owner)
     await arbor.files.delete(file.id, owner)
@@ -61,7 +68,7 @@ async def delete_file(file_id: str, arbor: Arbor, owner: str) -> wire.Deleted:
 @get(
     "/v1/files/{file_id:str}/content",
     operation_id="downloadFile",
-    opt=described("Download a file.", content="application/octet-stream"),
+    opt=described("Download a file.", content="application/octet-stream", scopes=TRAIN),
 )
 async def download_file(file_id: str, arbor: Arbor, owner: str) -> Stream:
     file = found(arbor, file_id, owner)

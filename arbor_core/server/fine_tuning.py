@@ -10,6 +10,7 @@ from arbor_core.system import Arbor
 from arbor_core.types import TERMINAL, Desired
 
 from . import wire
+from .auth import TRAIN
 from .document import described
 from .errors import ApiError, not_found
 from .request import AnyRequest, bad_cursor, body, plausible, query
@@ -68,7 +69,7 @@ async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
     JOBS,
     operation_id="createFineTuningJob",
     status_code=200,
-    opt=described("Create a fine-tuning job.", body=CreateFineTuningJobRequest),
+    opt=described("Create a fine-tuning job.", body=CreateFineTuningJobRequest, scopes=TRAIN),
 )
 async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineTuningJob:
     return await submit(arbor, await body(request, CreateFineTuningJobRequest), owner)
@@ -77,7 +78,7 @@ async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> wire.Fine
 @get(
     JOBS,
     operation_id="listPaginatedFineTuningJobs",
-    opt=described("List jobs, newest first; metadata[KEY]=VALUE selects.", query=wire.Page),
+    opt=described("List jobs, newest first; metadata[KEY]=VALUE selects.", query=wire.Page, scopes=TRAIN),
 )
 async def list_jobs(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineTuningJobList:
     page = query(request, wire.Page)
@@ -104,7 +105,7 @@ def metadata_filter(request: AnyRequest) -> dict[str, str] | str | None:
     return pairs or ""
 
 
-@get(JOB, operation_id="retrieveFineTuningJob", opt=described("Retrieve a job."))
+@get(JOB, operation_id="retrieveFineTuningJob", opt=described("Retrieve a job.", scopes=TRAIN))
 async def retrieve_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJob:
     return shown(arbor, found(arbor, job_id, owner))
 
@@ -113,7 +114,7 @@ async def retrieve_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuning
     JOB + "/cancel",
     operation_id="cancelFineTuningJob",
     status_code=200,
-    opt=described("Cancel a job; its checkpoints stay."),
+    opt=described("Cancel a job; its checkpoints stay.", scopes=TRAIN),
 )
 async def cancel_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJob:
     return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "cancel"))
@@ -123,7 +124,7 @@ async def cancel_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJo
     JOB + "/pause",
     operation_id="pauseFineTuningJob",
     status_code=200,
-    opt=described("Pause a job: it writes a checkpoint and gives its devices back."),
+    opt=described("Pause a job: it writes a checkpoint and gives its devices back.", scopes=TRAIN),
 )
 async def pause_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJob:
     return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "pause"))
@@ -133,7 +134,7 @@ async def pause_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJob
     JOB + "/resume",
     operation_id="resumeFineTuningJob",
     status_code=200,
-    opt=described("Resume a paused job from its last checkpoint."),
+    opt=described("Resume a paused job from its last checkpoint.", scopes=TRAIN),
 )
 async def resume_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJob:
     return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "run"))
@@ -142,7 +143,7 @@ async def resume_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJo
 @get(
     JOB + "/events",
     operation_id="listFineTuningEvents",
-    opt=described("List a job's events, newest first.", query=wire.Page),
+    opt=described("List a job's events, newest first.", query=wire.Page, scopes=TRAIN),
 )
 async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJobEventList:
     job, page = found(arbor, job_id, owner), query(request, wire.Page)
@@ -157,7 +158,7 @@ async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str
 @get(
     JOB + "/checkpoints",
     operation_id="listFineTuningJobCheckpoints",
-    opt=described("List a job's checkpoints, newest first.", query=wire.CheckpointPage),
+    opt=described("List a job's checkpoints, newest first.", query=wire.CheckpointPage, scopes=TRAIN),
 )
 async def list_checkpoints(
     request: AnyRequest, job_id: str, arbor: Arbor, owner: str

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from litestar.types import ASGIApp
+from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct
 
 from arbor_core.config import explained
@@ -18,6 +18,7 @@ from arbor_core.system import Arbor
 from arbor_core.types import ConfigError
 
 from .proxy import Relay
+from .auth import caller_of
 from .request import AnyRequest, decoded
 
 MOST_TOKENS = (1 << 31) - 1
@@ -141,4 +142,11 @@ def relayed(request: AnyRequest, arbor: Arbor, owner: str, asked: Generation, ra
     if name != asked.model or b"null" in raw:
         body = {**decoded(raw), "model": name}
         raw = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
-    return Relay(arbor.engines, arbor.models.resolve(name, owner), request.scope["path"], raw, bool(asked.stream))
+    relay = Relay(arbor.engines, arbor.models.resolve(name, owner), request.scope["path"], raw, bool(asked.stream))
+    caller = caller_of(request)
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        with caller.completion():
+            await relay(scope, receive, send)
+
+    return counted

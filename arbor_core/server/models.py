@@ -8,24 +8,25 @@ from arbor_core.models import unknown
 from arbor_core.system import Arbor
 
 from . import wire
+from .auth import ANY, TRAIN
 from .document import described
 
 MODEL = "/v1/models/{model:path}"
 
 
-@get("/v1/models", operation_id="listModels", opt=described("List the models that answer here."))
+@get("/v1/models", operation_id="listModels", opt=described("List the models that answer here.", scopes=ANY))
 async def list_models(arbor: Arbor, owner: str) -> wire.ModelList:
     organization = arbor.settings.organization
     return wire.ModelList([wire.model_object(model, organization) for model in arbor.models.list(owner)])
 
 
-@get(MODEL, operation_id="retrieveModel", opt=described("Retrieve a model's description."))
+@get(MODEL, operation_id="retrieveModel", opt=described("Retrieve a model's description.", scopes=ANY))
 async def retrieve_model(model: str, arbor: Arbor, owner: str) -> wire.Model:
     found = arbor.models.get(named(model), owner)
     return wire.model_object(found, arbor.settings.organization)
 
 
-@delete(MODEL, operation_id="deleteModel", status_code=200, opt=described("Delete a fine-tuned model."))
+@delete(MODEL, operation_id="deleteModel", status_code=200, opt=described("Delete a fine-tuned model.", scopes=TRAIN))
 async def delete_model(model: str, arbor: Arbor, owner: str) -> wire.Deleted:
     name = named(model)
     await arbor.models.delete(name, owner)
