@@ -192,9 +192,6 @@ class Attempts:
         else:
             await self._crashed(job, ended)
 
-    def outcome(self, job: Job) -> Event | None:
-        """The attempt's own last word: result, error or paused."""
-        last = None
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
         if ended is None:  # its keeper was killed
@@ -206,6 +203,9 @@ class Attempts:
         crash_point("attempt.tidied")
         return job
 
+    def outcome(self, job: Job) -> Event | None:
+        """The attempt's own last word: result, error or paused."""
+        last = None
         for _, event in tail(self.attempt_dir(job) / "events.jsonl", 0, Event):
             if event.type in ("result", "error", "paused"):
                 last = event
@@ -234,10 +234,10 @@ class Attempts:
         crash_point("result.stored")
 
         def register(db: sqlite3.Connection) -> None:
+            insert(db)
             add_model(
                 db,
                 name=name,
-            insert(db)
                 owner=job.owner,
                 job_id=job.id,
                 base=job.spec.model,

@@ -168,21 +168,21 @@ class Dispatcher:
         report = await self._unless_cancelled(job, check)
         if report is None:
             return
+        crash_point("job.validated")
         warnings = [Event("message", text, "warn") for text in report.warnings]
         if report.error:
             error = JobError(**report.error)
             failed = Event("message", error.message, "error")
             await self.jobs.transition(job, "failed", *warnings, failed, error=error)
-        crash_point("job.validated")
         else:
             queued = Event("message", "Files validated, moving job to queued state")
             await self.jobs.transition(job, "queued", *warnings, queued)
+        crash_point("job.queued")
 
     async def _unless_cancelled(self, job: Job, work: asyncio.Future[Any]) -> Any:
         """The result of `work`, or None when the job was cancelled meanwhile."""
         rung = self.rung[job.id]
         while not work.done():
-        crash_point("job.queued")
             waiter = asyncio.ensure_future(rung.wait())
             await asyncio.wait([work, waiter], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
@@ -249,6 +249,7 @@ class Dispatcher:
             await self.jobs.transition(job, "failed", Event("message", failed.message, "error"), error=failed)
             return
         self.leases[job.id] = lease
+        crash_point("lease.acquired")
         self.waiting_told.discard(job.id)
         started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
         moved = await self.jobs.transition(
@@ -258,22 +259,22 @@ class Dispatcher:
         if not moved or fresh is None:
             self.release(job.id)
             return
+        crash_point("job.running")
         self._spawn(fresh, self._launch(fresh, trainer, lease))
 
     async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
         try:
             ref = await self.attempts.start(job, trainer, lease, self.bell)
-        crash_point("lease.acquired")
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
             await self.attempts.not_started(job, error)
             self.release(job.id)
             return
         await note_ref(self.jobs, job, ref)
+        crash_point("attempt.noted")
         fresh = self.jobs.get(job.id)
         if fresh:
             await self._follow(fresh)
-        crash_point("job.running")
 
     async def _follow(self, job: Job) -> None:
         """Take an attempt's events as they come until it has ended, then settle the job."""
@@ -285,12 +286,14 @@ class Dispatcher:
             alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
             if ended is None and not alive:
                 ended = self.attempts.exit(job)
-        crash_point("attempt.noted")
                 alive = ended is None and await self.attempts.find(job)
             job = await self.attempts.collect(self.jobs.get(job.id) or job)
             if not alive:
+                crash_point("attempt.ended")
                 await self.attempts.settle(job, ended)
+                crash_point("job.settled")
                 self.release(job.id)
+                crash_point("lease.released")
                 return
             if job.desired != told:
                 self.attempts.pass_on(job)
@@ -303,11 +306,8 @@ class Dispatcher:
                 continue
 
 
-                crash_point("attempt.ended")
 def idle_target(job: Job) -> Status | None:
-                crash_point("job.settled")
     """Where a job that no process works on should be instead, if not where it is."""
-                crash_point("lease.released")
     if job.status not in ("validating_files", "queued", "paused"):
         return None
     if job.desired == "cancel":

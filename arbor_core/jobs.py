@@ -144,6 +144,7 @@ class Jobs:
             add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
 
         await self.store.write(insert)
+        crash_point("job.created")
         found = self.get(job_id)
         assert found is not None
         return found
@@ -175,7 +176,6 @@ class Jobs:
             where.append("seq<?")
             values.append(after)  # type: ignore[arg-type]
         if metadata is None:
-        crash_point("job.created")
             where.append("metadata IS NULL")
         elif isinstance(metadata, Mapping):
             for key, value in metadata.items():
@@ -258,6 +258,7 @@ class Jobs:
             )
 
         await self.store.write(change)
+        crash_point(f"job.{desired}")
         return self.get(job_id)
 
     async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> bool:
@@ -289,6 +290,18 @@ class Jobs:
             return True
 
         return await self.store.write(take)
+
+    async def reconcile(self, job: Job, checkpoints: Sequence[Event], model: str) -> None:
+        """Note checkpoints that are on the disk and in no attempt's log, each once. `model`: see `ingest`."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for event in checkpoints:
+                known = "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?"
+                if not db.execute(known, (job.id, event.data["dir"])).fetchone():
+                    add_events(db, job.id, [event])
+                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+
+        await self.store.write(change)
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
         """Events newest first, older than `before` (a `seq`)."""
@@ -337,7 +350,6 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
         " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
         (
             ids.new("ftckpt_"),
-        crash_point(f"job.{desired}")
             job_id,
             int(event.at),
             event.step,
@@ -370,15 +382,3 @@ def decoded_event(row: sqlite3.Row) -> EventRow:
 
 def decoded_checkpoint(row: sqlite3.Row) -> CheckpointRow:
     return msgspec.convert(_plain(row, ("metrics",)), CheckpointRow)
-    async def reconcile(self, job: Job, checkpoints: Sequence[Event], model: str) -> None:
-        """Note checkpoints that are on the disk and in no attempt's log, each once. `model`: see `ingest`."""
-
-        def change(db: sqlite3.Connection) -> None:
-            for event in checkpoints:
-                known = "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?"
-                if not db.execute(known, (job.id, event.data["dir"])).fetchone():
-                    add_events(db, job.id, [event])
-                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-
-        await self.store.write(change)
-
