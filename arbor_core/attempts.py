@@ -125,7 +125,7 @@ class Attempts:
 
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
-        replace(self.dir(job) / "desired", job.desired.encode())
+        replace(self.dir(job) / "desired", job.wanted.encode(), durable=False)
 
     def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
@@ -187,6 +187,9 @@ class Attempts:
             await self._end(job, "failed", Event("message", error.message, "error"), error=error)
         elif job.desired == "cancel":
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+        elif last and last.type == "paused" and job.preempted and job.desired == "run":
+            text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
+            await self._end(job, "queued", Event("message", text))
         elif last and last.type == "paused":
             await self._end(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
         else:

@@ -1,4 +1,4 @@
-"""The core's own plugin: the scheduler `fifo`, the allocator `local`, the executor `local`."""
+"""The core's own plugin: the schedulers `fifo` and `priority`, the allocator `local`, the executor `local`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from . import hookimpl
 from .allocator import LocalAllocator
 from .executor import LocalExecutor
-from .scheduler import FifoScheduler
+from .scheduler import FifoScheduler, PriorityScheduler
 from .types import AllocatorFactory, ExecutorFactory, SchedulerFactory
 
 
 @hookimpl
 def arbor_schedulers() -> Mapping[str, SchedulerFactory]:
-    return {"fifo": FifoScheduler}
+    return {"fifo": FifoScheduler, "priority": PriorityScheduler}
 
 
 @hookimpl

@@ -17,8 +17,7 @@ import msgspec
 from .attempts import Attempts, keep_lease, note_ref
 from .bell import Bell
 from .faults import crash_point
-from .jobs import InLine, Job, JobError, Jobs
-from .leftovers import sweep
+from .jobs import Job, JobError, Jobs
 from .types import (
     Allocator,
     ArborError,
@@ -161,11 +160,11 @@ class Dispatcher:
             await self.jobs.transition(job, "failed", Event("message", error.message, "error"), error=error)
             return
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
+        papers = self.attempts.write_papers(job, trainer)
         crash_point("job.papers")
-        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
-        check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
-        report = await self._unless_cancelled(job, check)
+        async with self.validators:
+            check = asyncio.ensure_future(validate(papers, self.attempts.python(trainer)))
+            report = await self._unless_cancelled(job, check)
         if report is None:
             return
         crash_point("job.validated")

@@ -72,8 +72,39 @@ class Job(msgspec.Struct):
     """Highest step that a checkpoint holds."""
     crashes: int
     """Attempts that died since the last progress."""
+    preempted: int
+    """1 while the scheduler wants the running job's devices for another."""
+    turn: int
+    """How many attempts the server had started when the job was queued, or with its own when that was started."""
+    waited: int
+    """How many attempts were started while the job was queued, before it was queued the last time."""
+
+    @property
+    def wanted(self) -> Desired:
+        """What the worker is to do: what was asked of the job, unless the scheduler has it make room."""
+        return "pause" if self.desired == "run" and self.preempted else self.desired
 
 
+class InLine(msgspec.Struct, frozen=True):
+    """What a scheduler needs to know of a job that is queued or running."""
+
+    id: str
+    seq: int
+    priority: int
+    waited: int
+    devices: int
+    stopping: bool
+
+
+IN_LINE = (
+    "SELECT id, seq, priority, waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) AS waited,"
+    " json_extract(spec,'$.devices') AS devices, desired<>'run' OR preempted AS stopping FROM jobs"
+)
+OUT_OF_PLACE = (
+    "(status='queued' AND desired<>'run') OR (status='paused' AND desired<>'pause')"
+    " OR (status='validating_files' AND desired='cancel')"
+)
+"""Word by word what the index `jobs_out_of_place` says."""
 JSON_COLUMNS = ("metadata", "spec", "hyperparameters", "error", "result_files")
 
 
@@ -155,13 +186,47 @@ class Jobs:
         job = decoded_job(row) if row else None
         return job if job and owner in (None, job.owner) else None
 
-    def with_status(self, *statuses: str) -> list[Job]:
-        """Jobs in any of these states, oldest first."""
-        marks = ",".join("?" * len(statuses))
-        return [
-            decoded_job(row)
-            for row in self.store.read(f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY seq", *statuses)  # noqa: S608
-        ]
+    def with_status(self, status: Status, limit: int = -1) -> list[Job]:
+        """Jobs in this state, oldest first."""
+        sql = "SELECT * FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
+        return [decoded_job(row) for row in self.store.read(sql, status, limit)]
+
+    def ids_with_status(self, status: Status) -> list[str]:
+        """The ids of the jobs in this state, oldest first."""
+        return [row[0] for row in self.store.read("SELECT id FROM jobs WHERE status=? ORDER BY seq", status)]
+
+    def out_of_place(self) -> list[Job]:
+        """Jobs that no process works on, and that are asked to be in another state."""
+        return [decoded_job(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
+
+    def line(self, limit: int, devices: int, trainers: Sequence[str]) -> list[InLine]:
+        """The next jobs to start: the `limit` that came first and the `limit` of the highest priority.
+
+        Args:
+            devices: Leaves out jobs that need more.
+            trainers: Leaves out jobs of others.
+        """
+        marks = ",".join("?" * len(trainers))
+        sql = (
+            f"{IN_LINE} WHERE status='queued' AND desired='run' AND json_extract(spec,'$.devices')<=?"
+            f" AND json_extract(spec,'$.trainer') IN ({marks}) ORDER BY %s LIMIT ?"
+        )
+        orders = ("seq", "priority DESC, seq")
+        rows = [row for order in orders for row in self.store.read(sql % order, devices, *trainers, limit)]
+        return list({row["id"]: _in_line(row) for row in rows}.values())
+
+    def left_out(self, devices: int, trainers: Sequence[str]) -> list[Job]:
+        """The queued jobs that `line` leaves out."""
+        marks = ",".join("?" * len(trainers))
+        sql = (
+            "SELECT * FROM jobs WHERE status='queued' AND desired='run' AND (json_extract(spec,'$.devices')>?"  # noqa: S608
+            f" OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
+        )
+        return [decoded_job(row) for row in self.store.read(sql, devices, *trainers)]
+
+    def running(self) -> list[InLine]:
+        """The running jobs, oldest first."""
+        return [_in_line(row) for row in self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")]
 
     def page(
         self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
@@ -216,12 +281,16 @@ class Jobs:
             return False
         if to in TERMINAL:
             changes |= {"finished_at": int(time.time())}
+        turns = ["preempted=0"]
+        if to == "queued":
+            turns.append("turn=(SELECT max(turn) FROM jobs)")
         if attempt is not None:
             changes |= {"attempt": attempt, "offset": 0}
+            turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
 
         def swap(db: sqlite3.Connection) -> bool:
             values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
-            sets = ",".join(["status=:_to", *(f"{name}=:{name}" for name in values)])
+            sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
                 f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
                 " AND desired=coalesce(:_only_if,desired)",
@@ -243,9 +312,19 @@ class Jobs:
 
         return await self.store.write(swap)
 
-    async def note(self, job_id: str, event: Event) -> None:
-        """Add an event that the server itself has to report."""
-        await self.store.write(lambda db: add_events(db, job_id, [event]))
+    async def note(self, event: Event, *job_ids: str) -> None:
+        """Add an event that the server itself has to report of these jobs."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                add_events(db, job_id, [event])
+
+        await self.store.write(change)
+
+    async def preempt(self, job_id: str) -> None:
+        """Have a running job make room: it writes a checkpoint, ends its attempt and is queued again."""
+        sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run'"
+        await self.store.write(lambda db: db.execute(sql, (job_id,)))
 
     async def ask(self, job_id: str, desired: Desired) -> Job | None:
         """Set what is wanted of a job that has not ended; returns the job as it is then."""
@@ -374,6 +453,10 @@ def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
 
 def decoded_job(row: sqlite3.Row) -> Job:
     return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
+
+
+def _in_line(row: sqlite3.Row) -> InLine:
+    return InLine(**{**dict(row), "stopping": bool(row["stopping"])})
 
 
 def decoded_event(row: sqlite3.Row) -> EventRow:

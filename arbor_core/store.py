@@ -1,6 +1,7 @@
 """The database: one SQLite file, one writer.
 
-Every change is one transaction on the writer's thread; reads go through a connection per thread and never wait for the
+Every change is made on the writer's thread, whole or not at all, and is on the disk when its caller hears of it;
+changes that wait at the same time share one commit. Reads go through a connection per thread and never wait for the
 writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `models`.
 """
 
@@ -9,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from .faults import crash_point
 from .types import ArborError
 
 T = TypeVar("T")
+Change = Callable[[sqlite3.Connection], Any]
+BATCH = 100
+"""Changes that share a commit, at most, so that none waits long for the others."""
 
 FIRST = """
 CREATE TABLE files(
@@ -55,7 +59,18 @@ CREATE TABLE repeats(
   PRIMARY KEY(caller, key)) STRICT;
 CREATE INDEX repeats_by_end ON repeats(expires_at);
 """
-SCHEMA = (FIRST, REPEATS)
+QUEUE = """
+ALTER TABLE jobs ADD COLUMN preempted INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN waited INTEGER NOT NULL DEFAULT 0;
+DROP INDEX jobs_by_status;
+CREATE INDEX jobs_by_age ON jobs(status, seq, desired);
+CREATE INDEX jobs_by_priority ON jobs(status, priority DESC, seq, desired);
+CREATE INDEX jobs_by_turn ON jobs(turn);
+CREATE INDEX jobs_out_of_place ON jobs(seq) WHERE (status='queued' AND desired<>'run')
+  OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
+"""
+SCHEMA = (FIRST, REPEATS, QUEUE)
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 VERSION = len(SCHEMA)
 
@@ -71,6 +86,7 @@ class Store:
         self.path = path
         self._local = threading.local()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._asked: SimpleQueue[tuple[Change, Future[Any]]] = SimpleQueue()
         self._open: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
@@ -115,29 +131,47 @@ class Store:
         return row
 
     async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `change` in one transaction on the writer's thread; an exception in it undoes everything.
+        """Run `change` on the writer's thread; an exception in it undoes all that it did.
 
-        The transaction ends even when the caller is cancelled: it is committed whole or not at all.
+        It goes on even when the caller is cancelled: committed whole or not at all.
         """
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._apply, change))
+        outcome: Future[T] = Future()
+        self._asked.put((change, outcome))
+        self._writer.submit(self._commit)
+        return await asyncio.shield(asyncio.wrap_future(outcome))
 
-    def _apply(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        with self._transaction() as db:
-            return change(db)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _commit(self) -> None:
+        """Make the changes that wait in one transaction, then tell each caller what became of it."""
+        asked = self._waiting()
+        if not asked:  # an earlier call took them along
+            return
         db = self._connection()
-        db.execute("BEGIN IMMEDIATE")
         try:
-            yield db
+            db.execute("BEGIN IMMEDIATE")
+            outcomes = [_outcome(db, change) for change, _ in asked]
             crash_point("store.changed")
             db.execute("COMMIT")
             crash_point("store.committed")
-        except BaseException:
+        except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            raise
+            outcomes = [(None, error)] * len(asked)
+        for (_, future), (value, error_in_it) in zip(asked, outcomes, strict=True):
+            if error_in_it is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error_in_it)
+
+    def _waiting(self) -> list[tuple[Change, Future[Any]]]:
+        found: list[tuple[Change, Future[Any]]] = []
+        while len(found) < BATCH:
+            try:
+                change, future = self._asked.get_nowait()
+            except Empty:
+                break
+            if future.set_running_or_notify_cancel():
+                found.append((change, future))
+        return found
 
     def close(self) -> None:
         """Finish what is being written and close."""
@@ -145,3 +179,22 @@ class Store:
         with self._lock:
             for connection in self._open:
                 connection.close()
+
+
+def _outcome(db: sqlite3.Connection, change: Change) -> tuple[Any, BaseException | None]:
+    """What a change returns, or raises; one that raises leaves nothing behind and does not touch the others.
+
+    Raises:
+        sqlite3.Error: SQLite itself gave the transaction up (a full disk): nobody's change was made.
+    """
+    db.execute("SAVEPOINT change")
+    try:
+        value = change(db)
+    except BaseException as error:
+        if not db.in_transaction:
+            raise
+        db.execute("ROLLBACK TO change")
+        db.execute("RELEASE change")
+        return None, error
+    db.execute("RELEASE change")
+    return value, None

@@ -60,7 +60,7 @@ Method = Annotated[
 
 
 class CreateFineTuningJobRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body. `num_gpus` is Arbor's own."""
+    """The body. `num_gpus` and `priority` (higher is more urgent, for the scheduler `priority`) are Arbor's own."""
 
     model: str
     training_file: str
@@ -72,6 +72,7 @@ class CreateFineTuningJobRequest(msgspec.Struct, forbid_unknown_fields=True):
     metadata: Metadata | None = None
     integrations: Annotated[list[Integration], Meta(max_length=5)] | None = None
     num_gpus: Annotated[int, Meta(ge=1)] = 1
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
 
 
 def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple[NewJob, list[str]]:
@@ -101,7 +102,7 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
         devices=body.num_gpus,
     )
     shown = {name: config[name] for name in SHOWN if name in config} | given
-    job = NewJob(owner, body.training_file, body.validation_file, body.metadata, shown, spec)
+    job = NewJob(owner, body.training_file, body.validation_file, body.metadata, shown, spec, body.priority)
     return job, list(warnings(body))
 
 

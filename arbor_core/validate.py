@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from .logs import decode
 from .types import JobFailed
 from .worker import WorkOrder, imported
 
+VALIDATORS = 2
+"""Files that are checked at the same time."""
+REMEMBERED = 1000
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
 
@@ -34,6 +37,26 @@ class Report(msgspec.Struct):
     rows: dict[str, int] = msgspec.field(default_factory=dict)
     warnings: list[str] = msgspec.field(default_factory=list)
     error: dict[str, Any] | None = None
+
+
+class Validators:
+    """Checks files, a few at a time. Stored files never change: those that were found good are not read again."""
+
+    def __init__(self) -> None:
+        self.turns = asyncio.Semaphore(VALIDATORS)
+        self.good: dict[Hashable, Report] = {}
+
+    async def report(self, job_json: Path, python: str, what: Hashable) -> Report:
+        """Check the files of a job; `what` names the files and how they are checked."""
+        if what in self.good:
+            return self.good[what]
+        async with self.turns:
+            report = self.good.get(what) or await validate(job_json, python)
+        if not report.error:
+            self.good[what] = report
+            if len(self.good) > REMEMBERED:
+                del self.good[next(iter(self.good))]
+        return report
 
 
 async def validate(job_json: Path, python: str) -> Report:

@@ -61,7 +61,7 @@ async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
     asked = await arbor.jobs.ask(job.id, desired) or job
     if asked.status in ("queued", "paused") or (asked.desired == "cancel" and asked.status == "validating_files"):
         await arbor.dispatcher.settle_idle(asked)
-    arbor.dispatcher.wake()
+    arbor.dispatcher.wake(job.id)
     return arbor.jobs.get(job.id) or asked
 
 

@@ -48,7 +48,7 @@ class JobErrorObject(Struct):
 
 
 class FineTuningJob(Struct):
-    """OpenAI's `FineTuningJob`. `status` may also be `paused`."""
+    """OpenAI's `FineTuningJob`. `status` may also be `paused`; `priority` is there if it is not 0."""
 
     id: str
     created_at: int
@@ -70,6 +70,7 @@ class FineTuningJob(Struct):
     user_provided_suffix: str | None
     estimated_finish: int | None = None
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    priority: int | UnsetType = UNSET
 
 
 class FineTuningJobList(Struct):
@@ -197,6 +198,7 @@ def job_object(job: Job, organization: str) -> FineTuningJob:
         metadata=job.metadata,
         integrations=spec.integrations,
         user_provided_suffix=spec.suffix,
+        priority=job.priority or UNSET,
     )
 
 
