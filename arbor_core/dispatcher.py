@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import msgspec
 from .attempts import Attempts, keep_lease, note_ref
 from .bell import Bell
 from .faults import crash_point
-from .jobs import Job, JobError, Jobs
+from .jobs import InLine, Job, JobError, Jobs
+from .leftovers import sweep
 from .types import (
     Allocator,
     ArborError,
@@ -33,14 +35,16 @@ from .types import (
     Status,
     Trainer,
 )
-from .validate import validate
+from .validate import Validators
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 GATHER_SECONDS = 0.03
 """Events that come within this time are taken in one transaction."""
-VALIDATORS = 2
-"""Files that are checked at the same time."""
+CHECKED = 16
+"""Jobs that are in validation at the same time."""
+LINE = 250
+"""How much of a long queue the scheduler sees: so many of the oldest, and so many of the highest priority."""
 
 
 class Dispatcher:
@@ -62,15 +66,13 @@ class Dispatcher:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.rung: dict[str, asyncio.Event] = {}
         self.awake = asyncio.Event()
-        self.validators = asyncio.Semaphore(VALIDATORS)
+        self.validators = Validators()
         self.waiting_told: set[str] = set()
+        self.pool = -1
 
     def wake(self, job_id: str | None = None) -> None:
-        """Something changed: look now instead of at the next poll."""
-        if job_id is None:
-            for event in self.rung.values():
-                event.set()
-        elif job_id in self.rung:
+        """Something changed, for this job or for what can start: look now instead of at the next poll."""
+        if job_id in self.rung:
             self.rung[job_id].set()
         self.awake.set()
 
@@ -87,10 +89,12 @@ class Dispatcher:
             self._restore()
             while True:
                 self.awake.clear()
+                began = time.monotonic()
                 try:
                     await self._look()
                 except Exception:  # a full disk, say: jobs wait, and the next look may succeed
                     log.exception("the jobs could not be looked after")
+                await asyncio.sleep(min(time.monotonic() - began, POLL_SECONDS))  # half of the time is for the others
                 try:
                     async with asyncio.timeout(POLL_SECONDS):
                         await self.awake.wait()
@@ -107,8 +111,10 @@ class Dispatcher:
             self.rung[job_id].set()
 
     def _restore(self) -> None:
-        """Take up the leases of jobs that were running when an earlier server ended."""
-        running = {job.id for job in self.jobs.with_status("running")}
+        """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
+        running = set(self.jobs.ids_with_status("running"))
+        for job in self.jobs.with_status("validating_files"):
+            sweep(self.attempts.dir(job))
         for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
             if row["owner"] in running:
                 lease = msgspec.json.decode(row["lease"], type=Lease)
@@ -117,16 +123,15 @@ class Dispatcher:
 
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
-        active = self.jobs.with_status("validating_files", "queued", "running", "paused")
-        for job in active:
-            if job.id in self.tasks:
-                continue
-            if job.status == "validating_files":
-                self._spawn(job, self._validate(job))
-            elif job.status == "running":
-                self._spawn(job, self._follow(job))
-            elif idle_target(job):
+        for job in self.jobs.out_of_place():
+            if job.id not in self.tasks:
                 await self.settle_idle(job)
+        for job in self.jobs.with_status("validating_files", CHECKED):
+            if job.id not in self.tasks:
+                self._spawn(job, self._validate(job))
+        for job_id in self.jobs.ids_with_status("running"):
+            if job_id not in self.tasks and (found := self.jobs.get(job_id)):
+                self._spawn(found, self._follow(found))
         await self._plan()
 
     def _spawn(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
@@ -148,6 +153,7 @@ class Dispatcher:
         while found is not None and (to := idle_target(found)):
             event = Event("message", f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
             if await self.jobs.transition(found, to, event):
+                self.waiting_told.discard(found.id)
                 break
             found = self.jobs.get(found.id)
         self.wake()
@@ -160,11 +166,11 @@ class Dispatcher:
             await self.jobs.transition(job, "failed", Event("message", error.message, "error"), error=error)
             return
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        papers = self.attempts.write_papers(job, trainer)
+        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
         crash_point("job.papers")
-        async with self.validators:
-            check = asyncio.ensure_future(validate(papers, self.attempts.python(trainer)))
-            report = await self._unless_cancelled(job, check)
+        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
+        check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
+        report = await self._unless_cancelled(job, check)
         if report is None:
             return
         crash_point("job.validated")
@@ -197,50 +203,59 @@ class Dispatcher:
 
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
-        queued = [job for job in self.jobs.with_status("queued") if job.desired == "run" and job.id not in self.tasks]
-        queued = [job for job in queued if not await self._set_aside(job)]
-        if not queued:
+        await self._set_aside()
+        line = [job for job in self.jobs.line(LINE, self.pool, list(self.trainers)) if job.id not in self.tasks]
+        if not line:
             return
-        running = self.jobs.with_status("running")
-        snapshot = Snapshot(
-            queued=tuple(QueuedJob(job.id, claim_of(job), job.seq, job.priority) for job in queued),
-            running=tuple(
-                RunningJob(job.id, claim_of(job), job.seq, job.priority, job.desired != "run") for job in running
+        plan = self.scheduler.plan(self._snapshot(line))
+        for job_id in plan.preempt:
+            await self.jobs.preempt(job_id)
+            self.wake(job_id)
+        await asyncio.gather(*(self._start(job_id) for job_id in plan.start))
+        waiting = [job.id for job in line if job.id not in self.waiting_told and job.id not in plan.start]
+        if waiting:
+            self.waiting_told.update(waiting)
+            await self.jobs.note(Event("message", "Waiting for a device"), *waiting)
+
+    def _snapshot(self, line: list[InLine]) -> Snapshot:
+        running = [
+            RunningJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited, job.stopping)
+            for job in self.jobs.running()
+        ]
+        ended = self.leases.keys() - {job.id for job in running}  # they give their devices back any moment
+        return Snapshot(
+            queued=tuple(
+                QueuedJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited) for job in line
+            ),
+            running=(
+                *running,
+                *(RunningJob(owner, self.leases[owner].claim, 0, stopping=True) for owner in sorted(ended)),
             ),
             free=dict(self.allocator.free()),
         )
-        plan = self.scheduler.plan(snapshot)
-        for job_id in plan.preempt:
-            await self.jobs.ask(job_id, "pause")
-            self.wake(job_id)
-        for job in queued:
-            if job.id in plan.start:
-                await self._start(job)
-            elif job.id not in self.waiting_told:
-                self.waiting_told.add(job.id)
-                await self.jobs.note(job.id, Event("message", "Waiting for a device"))
 
-    async def _set_aside(self, job: Job) -> bool:
-        """Whether this server, started otherwise than the one that took the job, cannot run it: it waits for one that
-        can, and holds nobody back."""
+    async def _set_aside(self) -> None:
+        """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
+        that can, and hold nobody back."""
         pool = len(self.allocator.inventory().get("train", ()))
-        if job.spec.trainer not in self.trainers:
-            reason = f"the trainer '{job.spec.trainer}' is not installed any more"
-        elif job.spec.devices > pool:
+        if pool == self.pool:
+            return
+        self.pool = pool
+        for job in self.jobs.left_out(pool, list(self.trainers)):
             reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
-        else:
-            return False
-        if job.id not in self.waiting_told:
-            self.waiting_told.add(job.id)
-            await self.jobs.note(job.id, Event("message", f"This job cannot start here: {reason}", "warn"))
-        return True
+            if job.spec.trainer not in self.trainers:
+                reason = f"the trainer '{job.spec.trainer}' is not installed any more"
+            await self.jobs.note(Event("message", f"This job cannot start here: {reason}", "warn"), job.id)
 
-    async def _start(self, job: Job) -> None:
+    async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
+        job = self.jobs.get(job_id)
+        if job is None or job.status != "queued":
+            return
         trainer = self.trainers[job.spec.trainer]
         try:
             async with asyncio.timeout(POLL_SECONDS):
-                lease = await self.allocator.acquire(claim_of(job))
+                lease = await self.allocator.acquire(claim_of(job.id, job.spec.devices))
         except TimeoutError:  # somebody else took the devices: plan again
             return
         except ArborError as error:
@@ -294,9 +309,9 @@ class Dispatcher:
                 self.release(job.id)
                 crash_point("lease.released")
                 return
-            if job.desired != told:
+            if job.wanted != told:
                 self.attempts.pass_on(job)
-                told = job.desired
+                told = job.wanted
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await rung.wait()
@@ -318,6 +333,6 @@ def idle_target(job: Job) -> Status | None:
     return None
 
 
-def claim_of(job: Job) -> Claim:
+def claim_of(job_id: str, devices: int) -> Claim:
     """What a job needs in order to train."""
-    return Claim(job.id, (Bundle("train", job.spec.devices),))
+    return Claim(job_id, (Bundle("train", devices),))
