@@ -151,11 +151,20 @@ class Jobs:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    async def create(self, new: NewJob, warnings: Sequence[str] = ()) -> Job:
-        """Insert a job in `validating_files`, with its first events."""
+    async def create(
+        self,
+        new: NewJob,
+        warnings: Sequence[str] = (),
+        also: Callable[[sqlite3.Connection, Job], object] | None = None,
+    ) -> Job:
+        """Insert a job in `validating_files`, with its first events.
+
+        Args:
+            also: More changes for the same transaction; if it raises, there is no job.
+        """
         job_id = ids.new("ftjob-")
 
-        def insert(db: sqlite3.Connection) -> None:
+        def insert(db: sqlite3.Connection) -> Job:
             values = {
                 "id": job_id,
                 "owner": new.owner,
@@ -173,12 +182,14 @@ class Jobs:
             add_events(db, job_id, [Event("message", f"Created fine-tuning job: {job_id}")])
             add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
             add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
+            made = decoded_job(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
+            if also:
+                also(db, made)
+            return made
 
-        await self.store.write(insert)
+        made = await self.store.write(insert)
         crash_point("job.created")
-        found = self.get(job_id)
-        assert found is not None
-        return found
+        return made
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """One job; with `owner`, only if it is theirs."""

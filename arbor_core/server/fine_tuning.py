@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
+
+import msgspec
 from litestar import get, post
 
 from arbor_core.jobs import Job
+from arbor_core.repeats import Repeatable, RepeatedError
 from arbor_core.submission import CreateFineTuningJobRequest, prepare
 from arbor_core.system import Arbor
 from arbor_core.types import TERMINAL, Desired
 
 from . import wire
-from .auth import TRAIN
+from .auth import TRAIN, caller_of
 from .document import described
 from .errors import ApiError, not_found
 from .request import AnyRequest, bad_cursor, body, plausible, query
@@ -38,12 +42,32 @@ def shown(arbor: Arbor, job: Job) -> wire.FineTuningJob:
     return wire.job_object(job, arbor.settings.organization)
 
 
-async def submit(arbor: Arbor, request: CreateFineTuningJobRequest, owner: str) -> wire.FineTuningJob:
-    """Create a job; it is in the database when this returns."""
+async def submit(
+    arbor: Arbor, request: CreateFineTuningJobRequest, owner: str, sent: Repeatable | None = None
+) -> wire.FineTuningJob:
+    """Create a job; it is in the database when this returns.
+
+    Args:
+        sent: How the request was sent, to answer one that came before as it was answered then.
+    """
+    if sent and (before := sent.answered(arbor.store.one)):
+        return as_answered(before)
     new, warnings = prepare(arbor, request, owner)
-    job = await arbor.jobs.create(new, warnings)
+
+    def note(db: sqlite3.Connection, job: Job) -> None:
+        if sent:
+            sent.remember(db, msgspec.json.encode(shown(arbor, job)))
+
+    try:
+        job = await arbor.jobs.create(new, warnings, note)
+    except RepeatedError as error:
+        return as_answered(error.response)
     arbor.dispatcher.wake()
     return shown(arbor, job)
+
+
+def as_answered(response: bytes) -> wire.FineTuningJob:
+    return msgspec.json.decode(response, type=wire.FineTuningJob)
 
 
 async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
@@ -72,7 +96,8 @@ async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
     opt=described("Create a fine-tuning job.", body=CreateFineTuningJobRequest, scopes=TRAIN),
 )
 async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineTuningJob:
-    return await submit(arbor, await body(request, CreateFineTuningJobRequest), owner)
+    asked = await body(request, CreateFineTuningJobRequest)
+    return await submit(arbor, asked, owner, Repeatable.of(caller_of(request).name, asked, request.headers))
 
 
 @get(
