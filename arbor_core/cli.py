@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import re
 import signal
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 EXIT_CONFIG = 78
 """sysexits.h: a configuration error."""
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than clients keep theirs (5 to 60), so that a request is never
+sent into a connection that is being closed."""
 
 
 def serve() -> None:
@@ -131,6 +135,7 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
+                gc.freeze()  # what is here now stays: looking through it again would hold up every request
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 print(f"arbor: listening on http://{shown}:{port}", flush=True)
@@ -143,6 +148,7 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
             lifespan="on",
             timeout_graceful_shutdown=30,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
             h11_max_incomplete_event_size=65536,
         )
     )

@@ -8,6 +8,7 @@ the next request when its process has died.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import shutil
@@ -84,6 +85,7 @@ class Engines:
                 auto_decompress=False,
                 read_bufsize=1 << 18,
             )
+            gc.freeze()  # what was imported stays: looking through it again would hold up every request
         return self._session
 
     @asynccontextmanager

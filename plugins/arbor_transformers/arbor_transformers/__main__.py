@@ -6,6 +6,7 @@ then; ends quickly on SIGTERM. A model that cannot be served is exit code 3 and 
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -85,6 +86,8 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
     await site.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    gc.collect()
+    gc.freeze()  # the libraries and the model stay: looking through them again would hold up every sequence
     announce(spec.dir / "ready.json", f"http://127.0.0.1:{runner.addresses[0][1]}")
     await ending.wait()
     await site.stop()
