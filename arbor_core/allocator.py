@@ -21,23 +21,26 @@ class PoolAllocator:
     def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
         self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
         self.leases: dict[str, Lease] = {}
+        self.held: dict[str, set[str]] = {pool: set() for pool in self.pools}
         self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
 
     def inventory(self) -> Mapping[str, Sequence[Device]]:
         return self.pools
 
     def free(self) -> Mapping[str, int]:
-        return {pool: len(devices) for pool, devices in self._free().items()}
+        return {pool: len(self._free(pool)) for pool in self.pools}
 
-    def _free(self) -> dict[str, list[Device]]:
-        held = {pool: set[str]() for pool in self.pools}
-        for lease in self.leases.values():
-            for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
-                held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
-        return {pool: [d for d in devices if d.id not in held[pool]] for pool, devices in self.pools.items()}
+    def _free(self, pool: str) -> list[Device]:
+        held = self.held.get(pool, set[str]())
+        return [device for device in self.pools.get(pool, ()) if device.id not in held]
 
     def restore(self, lease: Lease) -> None:
+        self._hold(lease)
+
+    def _hold(self, lease: Lease) -> None:
         self.leases[lease.id] = lease
+        for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
+            self.held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
 
     async def acquire(self, claim: Claim) -> Lease:
         for pool, count in needs(claim).items():
@@ -56,8 +59,10 @@ class PoolAllocator:
             raise
 
     def release(self, lease: Lease) -> None:
-        self.leases.pop(lease.id, None)
-        self._grant()
+        if self.leases.pop(lease.id, None):
+            for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
+                self.held[pool_of(bundle.role)].difference_update(device.id for device in devices)
+            self._grant()
 
     def _grant(self) -> None:
         left = []
@@ -68,15 +73,16 @@ class PoolAllocator:
             if lease is None:
                 left.append((claim, granted))
                 continue
-            self.leases[lease.id] = lease
+            self._hold(lease)
             granted.set_result(lease)
         self.waiting = left
 
     def _fit(self, claim: Claim) -> Lease | None:
-        free = self._free()
+        free: dict[str, list[Device]] = {}
         chosen: list[tuple[Device, ...]] = []
         for bundle in claim.bundles:
-            pool = free.get(pool_of(bundle.role), [])
+            name = pool_of(bundle.role)
+            pool = free.setdefault(name, self._free(name))
             fitting = [device for device in pool if bundle.kind in (None, device.kind)][: bundle.count]
             if len(fitting) < bundle.count:
                 return None

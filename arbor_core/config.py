@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -35,14 +35,42 @@ Index = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
 
 
+Span = Annotated[str, Meta(pattern=r"^\d{1,6}-\d{1,6}$")]
+"""`0-7`: the devices 0 to 7."""
+
+
 class GpuConfig(msgspec.Struct, forbid_unknown_fields=True):
-    train: list[Index] | None
-    inference: list[Index] | None
+    train: list[Index | Span] | None
+    inference: list[Index | Span] | None
 
     def __post_init__(self) -> None:
-        for key, ids in (("train", self.train), ("inference", self.inference)):
+        for key, ids in (("train", self.train_ids), ("inference", self.inference_ids)):
             if ids and len(set(ids)) < len(ids):
                 raise ValueError(f"a device is named twice in '{key}': {ids}")
+
+    @property
+    def train_ids(self) -> list[int] | None:
+        return None if self.train is None else spread(self.train)
+
+    @property
+    def inference_ids(self) -> list[int] | None:
+        return None if self.inference is None else spread(self.inference)
+
+
+def spread(devices: Sequence[int | str]) -> list[int]:
+    """The number of each device, those of spans too.
+
+    Raises:
+        ValueError: a span that ends before it begins.
+    """
+    ids: list[int] = []
+    for entry in devices:
+        first, _, last = str(entry).partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise ValueError(f"'{entry}' names no device: write it as FIRST-LAST")
+        ids += span
+    return ids
 
 
 class ModelsConfig(msgspec.Struct, forbid_unknown_fields=True):

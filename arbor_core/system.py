@@ -89,7 +89,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     trainers = trainer_defaults(settings, plugins, default_trainer)
     scheduler = plugins.get("schedulers", settings.scheduler)()
     allocator = plugins.get("allocators", settings.allocator)(
-        AllocatorSettings(settings.gpu.train, settings.gpu.inference, settings.limits.engines)
+        AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
     backend = plugins.get("inference_backends", settings.inference)()
     root = settings.storage.absolute()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -178,7 +178,10 @@ class WorkerRun(Generic[ConfigT]):
         self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
 
 
-def open_run(attempt_dir: Path) -> WorkerRun[Any]:
+RunT = TypeVar("RunT", bound=WorkerRun[Any])
+
+
+def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
     """Read an attempt's papers.
 
     Raises:
@@ -189,7 +192,7 @@ def open_run(attempt_dir: Path) -> WorkerRun[Any]:
         raise ArborError(f"{attempt_dir} has protocol {order.protocol}, this worker speaks {PROTOCOL}")
     placement = decode((attempt_dir / "placement.json").read_bytes(), Placement)
     papers = decode((attempt_dir / "order.json").read_bytes(), Order)
-    return WorkerRun(
+    return kind(
         config=msgspec.convert(order.config, imported(order.config_type)),
         order=order,
         attempt_dir=attempt_dir,
@@ -202,7 +205,7 @@ def open_run(attempt_dir: Path) -> WorkerRun[Any]:
 
 def main(attempt_dir: Path) -> int:
     """Run the trainer; returns the exit status. How the job ended is in its events."""
-    run = open_run(attempt_dir)
+    run: WorkerRun[Any] = open_run(attempt_dir, WorkerRun)
     if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if run.rank == 0:

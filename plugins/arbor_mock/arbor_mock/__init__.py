@@ -16,6 +16,8 @@ from arbor_core import (
     Engine,
     EngineProcess,
     EngineSpec,
+    Executor,
+    ExecutorSettings,
     InferenceBackend,
     PoolAllocator,
     Trainer,
@@ -105,6 +107,18 @@ def arbor_trainers() -> Mapping[str, Trainer]:
 @hookimpl
 def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocator]]:
     return {"mock": simulated_devices}
+
+
+def simulated_executor(settings: ExecutorSettings) -> Executor:
+    """An executor without processes; imported only where it is asked for."""
+    from .simulation import SimulatedExecutor
+
+    return SimulatedExecutor(settings)
+
+
+@hookimpl
+def arbor_executors() -> Mapping[str, Callable[[ExecutorSettings], Executor]]:
+    return {"mock": simulated_executor}
 
 
 @hookimpl

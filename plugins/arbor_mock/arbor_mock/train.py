@@ -7,6 +7,7 @@ import random
 import signal
 import struct
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -40,11 +41,21 @@ class Schedule(Struct, frozen=True):
 
 
 def train(run: Run[MockConfig]) -> None:
-    """Simulate a training job.
+    """Simulate a training job in a process of its own.
 
     Raises:
         JobFailed: the training file cannot be read, or `fault` says so.
         JobStopped: the job is to pause (a checkpoint was written) or was cancelled.
+    """
+    for seconds in steps(run, lambda number: os.kill(os.getpid(), number)):
+        time.sleep(seconds)
+
+
+def steps(run: Run[MockConfig], die: Callable[[int], None]) -> Iterator[float]:
+    """The job step by step. Yields how many seconds to let pass before the next one.
+
+    Args:
+        die: Sends a signal to whatever runs the job.
     """
     plan = schedule(run)
     rate = run.config.learning_rate_multiplier
@@ -57,12 +68,12 @@ def train(run: Run[MockConfig]) -> None:
     if last:
         run.message(f"Resumed from the checkpoint of step {last.step}")
     for step in range(last.step + 1 if last else 1, plan.steps + 1):
-        time.sleep(run.config.step_seconds)
+        yield run.config.step_seconds
         values = measures(run, plan, step)
         run.metrics(step, plan.steps, **values)
         if step == plan.steps or step % (run.config.checkpoint_steps or plan.steps_per_epoch) == 0:
             last = save(run, step, values)
-        strike(run, step)
+        strike(run, step, die)
         try:
             run.stop_if_asked()
         except JobStopped as stop:
@@ -142,7 +153,7 @@ class DeviceLostError(RuntimeError):
     """What CUDA's runtime says when a GPU has fallen off the bus."""
 
 
-def strike(run: Run[MockConfig], step: int) -> None:
+def strike(run: Run[MockConfig], step: int, die: Callable[[int], None]) -> None:
     """Let go wrong what the configuration asks for, as often as it asks."""
     config = run.config
     struck = run.dir / "mock_faults"
@@ -158,8 +169,8 @@ def strike(run: Run[MockConfig], step: int) -> None:
     if config.fault == "lose_gpu":
         raise DeviceLostError("CUDA error: GPU is lost (simulated)")
     if config.fault == "hang":
-        os.kill(os.getpid(), signal.SIGSTOP)  # the heartbeat stops too, and only SIGKILL is heard
+        die(signal.SIGSTOP)  # the heartbeat stops too, and only SIGKILL is heard
         return
     if config.fault == "bad_checkpoint" and (last := run.last_checkpoint()):
         (last.dir / ADAPTER).write_bytes(b"")
-    os.kill(os.getpid(), signal.SIGKILL)
+    die(signal.SIGKILL)
