@@ -1,0 +1,150 @@
+"""The executor `mock`: attempts without processes, so that one machine can simulate a thousand devices.
+
+Each attempt is a task in the server's event loop that does what `arbor_mock.train` does and writes the files that a
+keeper and a worker would write. Nothing is forced to the disk, and attempts end with the server: the next one starts
+them again from their last checkpoints. Only the trainer `mock` can be run like this.
+"""
+
+import asyncio
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from arbor_core import Checkpoint, Event, ExecutorSettings, JobFailed, JobStopped, Order, Placement
+from arbor_core.bell import ring
+from arbor_core.checkpoints import MANIFEST, Manifest, manifest, newest_first
+from arbor_core.keeper import claimed
+from arbor_core.logs import replace
+from arbor_core.types import Exit
+from arbor_core.worker import WorkerRun, fail, open_run
+
+from . import MockConfig
+from .train import steps
+
+ENTRY = "arbor_mock.train:train"
+
+
+class Killed(BaseException):
+    """The simulated process was sent this signal; not an Exception, so that no trainer can catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class SimulatedRun(WorkerRun[MockConfig]):
+    """A run whose files are written and never forced to the disk, and held open by nobody."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log is not None:
+            self.log.close()
+
+    def emit(self, event: Event) -> None:
+        event.at = time.time()
+        with (self.attempt_dir / "events.jsonl").open("ab", buffering=0) as file:
+            file.write(msgspec.json.encode(event) + b"\n")
+        ring(self.bell, self.job_id)
+
+    @contextmanager
+    def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
+        name = f"{step}-{self.attempt}"
+        folder = self.dir / "checkpoints" / name
+        temporary = folder.with_name(f"{name}.tmp")
+        temporary.mkdir(parents=True)
+        yield temporary
+        vouched = Manifest(step, self.attempt, metrics, {})
+        (temporary / MANIFEST).write_bytes(msgspec.json.encode(vouched))
+        temporary.rename(folder)
+        data = {"dir": name, "metrics": metrics}
+        self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        for folder in newest_first(self.dir / "checkpoints"):
+            if said := manifest(folder):
+                return Checkpoint(said.step, folder, said.metrics)
+        return None
+
+
+class SimulatedExecutor:
+    """See `arbor_core.Executor`. A ref is `mock:<job>:<attempt>`."""
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.signals: dict[str, int] = {}
+
+    def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
+        """There is nothing to warm up."""
+
+    async def start(self, order: Order, placement: Placement) -> str:
+        ref = f"mock:{order.dir.parent.parent.name}:{order.dir.name}"
+        if claimed(order.dir, ref) == ref:
+            task = self.tasks[ref] = asyncio.create_task(self._keep(ref, order))
+            task.add_done_callback(lambda _: self.tasks.pop(ref, None))
+        return ref
+
+    def poll(self, ref: str) -> bool:
+        return ref in self.tasks
+
+    def signal(self, ref: str, number: int) -> None:
+        if task := self.tasks.get(ref):
+            self.signals[ref] = number
+            task.cancel()
+
+    def adopt(self, ref: str) -> bool:
+        return self.poll(ref)
+
+    async def close(self) -> None:
+        """Attempts end without a word, as with a machine that loses its power."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, ref: str, order: Order) -> None:
+        """Be the attempt's worker, then its keeper."""
+        try:
+            code = await work(order.dir)
+        except asyncio.CancelledError:
+            if ref not in self.signals:
+                raise
+            code = -self.signals.pop(ref)
+        replace(order.dir / "exit.json", msgspec.json.encode(Exit(code, time.time())), durable=False)
+        ring(order.bell, order.dir.parent.parent.name)
+
+
+async def work(attempt_dir: Path) -> int:
+    """What the worker's process does; returns its exit status."""
+    run = open_run(attempt_dir, SimulatedRun)
+    try:
+        if run.order.entry != ENTRY:
+            raise JobFailed("executor=mock runs the trainer 'mock' and no other", code="worker_not_started")
+        for seconds in steps(run, die):
+            await asyncio.sleep(seconds)
+    except JobStopped as stop:
+        if stop.desired == "pause":
+            run.emit(Event("paused", "The job is paused"))
+        return 0
+    except Killed as killed:
+        if killed.number == signal.SIGSTOP:
+            await asyncio.get_running_loop().create_future()  # until somebody ends it
+        return -killed.number
+    except JobFailed as error:
+        fail(run, str(error), error.code, error.param)
+    except Exception as error:  # as in a real worker
+        fail(run, f"{type(error).__name__}: {error}", "worker_error", None)
+    else:
+        return 0
+    finally:
+        shutil.rmtree(run.work, ignore_errors=True)
+    return 1
+
+
+def die(number: int) -> None:
+    """What `os.kill` is to a process."""
+    raise Killed(number)
