@@ -69,11 +69,11 @@ def raw_socket(url: str) -> socket.socket:
 
 def form(*parts: tuple[str, bytes] | tuple[str, bytes, str]) -> bytes:
     """A multipart body (boundary XX): (name, content) for a text, (name, content, filename) for a file."""
-    found = b""
+    found = []
     for name, content, *filename in parts:
         file = f'; filename="{filename[0]}"' if filename else ""
-        found += f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
-    return found + b"--XX--\r\n"
+        found += [f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode(), content, b"\r\n"]
+    return b"".join(found) + b"--XX--\r\n"
 
 
 def post(server: LiveServer, *parts: Any, headers: dict[str, str] | None = None) -> Answer:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import openai
 import pytest
-from http_calls import FILE, MULTIPART, PURPOSE, call, form, post, raw_socket, settled, stored
+from http_calls import FILE, JOBS, MULTIPART, PURPOSE, call, form, post, raw_socket, settled, stored
 from live import LiveServer, launch
 
 
@@ -199,6 +199,15 @@ def test_row_20_a_client_that_goes_away(server: LiveServer) -> None:
             assert time.monotonic() < deadline, "the upload has not begun"
             time.sleep(0.01)
     assert settled(server) == before
+
+
+@pytest.mark.parametrize("path", [JOBS, "/v1/chat/completions", "/v1/completions"])
+def test_row_21_a_json_body_that_stops_coming(small: LiveServer, path: str) -> None:
+    with raw_socket(small.url) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"code":"request_timeout"' in answer and b"x-should-retry: false" in answer
 
 
 def test_row_21_a_client_that_stops_sending(small: LiveServer) -> None:

@@ -16,7 +16,7 @@ from arbor_core.types import ConfigError
 from .auth import INFER
 from .document import described
 from .inference import Generation, check_generation, check_limit, read, refused, relayed
-from .request import AnyRequest
+from .request import AnyRequest, raw_body
 
 
 class TextPart(Struct, tag_field="type", tag="text"):
@@ -129,7 +129,8 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     }
     HINTS: ClassVar[Mapping[str, str]] = {
         "].role": "Expected system, developer, user, assistant, tool or function.",
-        "].type": "Models on this server read and write text: expected text.",
+        ".content[].type": "Models on this server read and write text: expected text.",
+        "tools[].type": "Expected function.",
     }
 
 
@@ -185,7 +186,7 @@ def says_something(message: AssistantMessage) -> bool:
     ),
 )
 async def create_chat_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
-    raw = await request.body()
+    raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
     asked = read(raw, DECODER)
     check(asked)
     return relayed(request, arbor, owner, asked, raw)

@@ -16,7 +16,7 @@ from arbor_core.types import ConfigError
 from .auth import INFER
 from .document import described
 from .inference import Generation, check_generation, read, refused, relayed
-from .request import AnyRequest
+from .request import AnyRequest, raw_body
 
 MOST_PROMPTS = 2048
 MOST_TOKEN_ID = (1 << 31) - 1
@@ -99,7 +99,7 @@ def check_tokens(tokens: list[int]) -> None:
     ),
 )
 async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
-    raw = await request.body()
+    raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
     asked = read(raw, DECODER)
     check(asked)
     return relayed(request, arbor, owner, asked, raw)

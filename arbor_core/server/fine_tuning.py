@@ -96,7 +96,8 @@ async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
     opt=described("Create a fine-tuning job.", body=CreateFineTuningJobRequest, scopes=TRAIN),
 )
 async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineTuningJob:
-    asked = await body(request, CreateFineTuningJobRequest)
+    seconds = arbor.settings.limits.upload_idle_seconds
+    asked = await body(request, CreateFineTuningJobRequest, seconds)
     return await submit(arbor, asked, owner, Repeatable.of(caller_of(request).name, asked, request.headers))
 
 

@@ -6,6 +6,7 @@ or a parameter is null: an engine need not know every parameter that may be null
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -17,8 +18,8 @@ from arbor_core.config import explained
 from arbor_core.system import Arbor
 from arbor_core.types import ConfigError
 
-from .proxy import Relay
 from .auth import caller_of
+from .proxy import Relay
 from .request import AnyRequest, decoded
 
 MOST_TOKENS = (1 << 31) - 1
@@ -102,7 +103,8 @@ def read(raw: bytes, decoder: msgspec.json.Decoder[RequestT]) -> RequestT:
     root = path.partition(".")[0].partition("[")[0]
     if why := decoder.type.REFUSED.get(root):
         raise refused(path, why)
-    hint = next((f" {text}" for end, text in decoder.type.HINTS.items() if path.endswith(end)), "")
+    place = re.sub(r"\d+", "", path)
+    hint = next((f" {text}" for end, text in decoder.type.HINTS.items() if place.endswith(end)), "")
     raise ConfigError(said + hint, path=path or None, code=fault.code)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +13,7 @@ from arbor_core import ids
 from arbor_core.config import typed
 from arbor_core.types import ConfigError
 
-from .errors import ApiError, not_found
+from .errors import CLOSE, NO_RETRY, ApiError, not_found
 
 T = TypeVar("T")
 AnyRequest = Request[Any, Any, Any]
@@ -19,14 +21,28 @@ MAX_PAGE = 1000
 """Most objects on a page, where OpenAI does not say another number."""
 
 
-async def body(request: AnyRequest, type_: type[T]) -> T:
-    """A JSON body as a struct. Litestar has bounded its size (`limits.json_bytes`).
+async def raw_body(request: AnyRequest, seconds: float) -> bytes:
+    """A whole body. Litestar has bounded its size (`limits.json_bytes`).
 
     Raises:
-        ApiError: `invalid_json`: it is not a JSON object.
+        ApiError: 408: it did not come within `seconds`.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.body()
+    except TimeoutError:
+        message = f"The body did not come within {seconds:g} seconds (limits.upload_idle_seconds)."
+        raise ApiError(408, message, "request_timeout", headers=NO_RETRY | CLOSE) from None
+
+
+async def body(request: AnyRequest, type_: type[T], seconds: float) -> T:
+    """A JSON body as a struct.
+
+    Raises:
+        ApiError: `invalid_json`: it is not a JSON object. 408: it did not come within `seconds`.
         ConfigError: a field is unknown, missing or of the wrong type; becomes a 400 with the field's path.
     """
-    return typed(decoded(await request.body()), type_, "")
+    return typed(decoded(await raw_body(request, seconds)), type_, "")
 
 
 def decoded(raw: bytes) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class MockEngine:
         said = []
         for text, read in prompts:
             room = self.options.context - len(read)
-            most = body.most() or room
+            most = body.most() or max(room, 1)
             if most > self.options.context:
                 message = f"Invalid 'max_tokens': expected at most {self.options.context}, this model's context."
                 raise RefusedError(400, "invalid_value", message, "max_tokens")
