@@ -101,6 +101,8 @@ class ChatFormat:
 
     def turn(self, conversation: Conversation, index: int) -> Rendered:
         """The message at an index, an assistant's, as the engine would have generated it."""
+        if index == 0:
+            raise ValueError("messages[0] is an assistant's and answers nothing: put a message before it, or weight 0")
         before = self.text(conversation, index, prompt=True)
         after = self.text(conversation, index + 1, prompt=False)
         if not after.startswith(before):

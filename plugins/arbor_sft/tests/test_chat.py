@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sft_templates as t
 from arbor_sft.chat import IGNORED, ChatFormat, Sample
-from arbor_sft.tiny import tokenizer
+from arbor_sft.tiny import CHAT_TEMPLATE, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -133,6 +133,22 @@ def test_tools_and_calls() -> None:
     old = [msg("user", "Rain?"), {"role": "assistant", "function_call": call["function"]}]
     made, (sample,) = samples(t.TOOLS, old)
     assert learned(made, sample) == ["<call>weather(Rome)</call><|im_end|>"]
+
+
+def test_the_tiny_model_knows_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [msg("system", "Be brief."), msg("user", "Rain?"), msg("assistant", "No.")]
+    made, (sample,) = samples(CHAT_TEMPLATE, messages, tools=tools)
+    assert learned(made, sample) == ["No.<|im_end|>"]
+    assert text(made, sample).count("Be brief.") == 1 and "weather" in text(made, sample)
+
+
+def test_an_answer_to_nothing_says_what_to_do() -> None:
+    greeting = msg("assistant", "Welcome!")
+    with pytest.raises(ValueError, match="answers nothing: put a message before it, or weight 0"):
+        samples(CHAT_TEMPLATE, [greeting, msg("user", "Hi"), msg("assistant", "Hello.")])
+    made, (sample,) = samples(CHAT_TEMPLATE, [{**greeting, "weight": 0}, msg("user", "Hi"), msg("assistant", "Hello.")])
+    assert learned(made, sample) == ["Hello.<|im_end|>"]
 
 
 def test_text_parts_and_developer() -> None:
