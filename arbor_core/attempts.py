@@ -218,6 +218,7 @@ class Attempts:
         """Leave `running`, and forget the lease in the same transaction."""
         also = changes.pop("also", None)
 
+            job = await self.collect(job)  # its worker may have written until now
         def give_back(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
             if also:

@@ -44,7 +44,7 @@ def keep(attempt_dir: Path) -> int:
     crash_point("keeper.claimed")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
-    worker = os.fork()
+    me, worker = os.getpid(), os.fork()
     if worker == 0:
         _become_worker(attempt_dir, order)
     crash_point("keeper.forked")
@@ -91,12 +91,14 @@ def ref_of(pid: int) -> str:
     return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot}"
 
 
-def _become_worker(attempt_dir: Path, order: Order) -> None:
+def _become_worker(attempt_dir: Path, order: Order, keeper: int) -> None:
     """The child's side of the fork; never returns."""
     status = 1
     try:
         os.setpgid(0, 0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
+        if os.getppid() != keeper:  # it was killed before we said so
+            raise SystemExit(-signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
         if order.argv:
             os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
