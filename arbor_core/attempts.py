@@ -199,6 +199,7 @@ class Attempts:
         """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
         if ended is None:  # its keeper was killed
             await asyncio.to_thread(end_strays, self.attempt_dir(job))
+            job = await self.collect(job)  # its worker may have written until now
         await asyncio.to_thread(sweep, self.dir(job))
         if missed := await asyncio.to_thread(reconciled, self.dir(job), job.attempt):
             await self.jobs.reconcile(job, missed, self.model_name(job))
@@ -218,7 +219,6 @@ class Attempts:
         """Leave `running`, and forget the lease in the same transaction."""
         also = changes.pop("also", None)
 
-            job = await self.collect(job)  # its worker may have written until now
         def give_back(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
             if also:
