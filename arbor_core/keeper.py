@@ -46,7 +46,7 @@ def keep(attempt_dir: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
-        _become_worker(attempt_dir, order)
+        _become_worker(attempt_dir, order, me)
     crash_point("keeper.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
