@@ -11,8 +11,7 @@ import msgspec
 import pytest
 from arbor_mock.rows import check_row
 
-from arbor_core import AllocatorSettings, Bundle, Claim, ConfigError, Device, EngineSpec
-from arbor_core.config import load_yaml
+from arbor_core import AllocatorSettings, Bundle, Claim, ConfigError, config
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 
@@ -22,7 +21,7 @@ CONF = Path(arbor_mock.__file__).parent / "conf"
     [("trainer/mock.yaml", arbor_mock.MockConfig), ("backend/mock.yaml", arbor_mock.EngineOptions)],
 )
 def test_yaml_and_struct_have_the_same_keys(yaml, struct):
-    values = load_yaml(CONF / yaml)
+    values = config.load_yaml(CONF / yaml)
     assert list(values) == [field.name for field in msgspec.structs.fields(struct)]
     msgspec.convert(values, struct)
 
@@ -45,10 +44,10 @@ async def test_the_allocator_simulates_devices():
     assert chosen.free() == {"train": 0, "engine": 0}
 
 
-async def test_an_unknown_engine_option_is_named(tmp_path):
-    spec = EngineSpec("m", "m", tmp_path, (Device("mock:0", "mock"),), 1, options={"contxt": 5})
-    with pytest.raises(ConfigError, match="contxt"):
-        await arbor_mock.MockBackend().start(spec)
+def test_an_unknown_engine_option_is_named():
+    options = {**config.defaults("backend", "mock"), "contxt": 5}
+    with pytest.raises(ConfigError, match="'engine.contxt'. Did you mean 'context'?"):
+        config.typed(options, arbor_mock.MockBackend.options, where="engine")
 
 
 def test_the_plugin_is_light():
