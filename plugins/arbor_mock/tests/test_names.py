@@ -45,7 +45,7 @@ async def test_the_allocator_simulates_devices():
 
 
 def test_an_unknown_engine_option_is_named():
-    options = {**config.defaults("backend", "mock"), "contxt": 5}
+    options = {**config.load_yaml(CONF / "backend/mock.yaml"), "contxt": 5}
     with pytest.raises(ConfigError, match="'engine.contxt'. Did you mean 'context'?"):
         config.typed(options, arbor_mock.MockBackend.options, where="engine")
 
