@@ -141,7 +141,11 @@ class LocalExecutor:
         except TimeoutError:
             said = b""
         if said != b"ready\n":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 1.0)  # it closed its output: it ends by itself
             await end(process)
+            if process.returncode == -signal.SIGKILL:  # somebody's deed, and no fault of the libraries
+                raise ConnectionResetError(f"the template of {', '.join(key.preload)} was killed")
             lines = report.read_text(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"it was not ready after {TEMPLATE_SECONDS:.0f} s"
             raise TemplateError(f"the template of {', '.join(key.preload)} failed: {why}")

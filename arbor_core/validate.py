@@ -29,6 +29,7 @@ VALIDATORS = 2
 REMEMBERED = 1000
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
+TRIES = 3
 
 
 class Report(msgspec.Struct):
@@ -60,7 +61,20 @@ class Validators:
 
 
 async def validate(job_json: Path, python: str) -> Report:
-    """Run the validator on a job's papers."""
+    """Run the validator on a job's papers; one that is killed is no fault of the files and runs again."""
+    for _ in range(TRIES):
+        code, output, errors = await _validator(job_json, python)
+        if code == 0:
+            return msgspec.json.decode(output, type=Report)
+        if code != -signal.SIGKILL:
+            break
+    said = errors.decode(errors="replace").strip().splitlines()
+    reason = said[-1] if said else f"it ended with status {code}"
+    return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
+
+
+async def _validator(job_json: Path, python: str) -> tuple[int | None, bytes, bytes]:
+    """Exit status, output and errors of one run."""
     process = await asyncio.create_subprocess_exec(
         python,
         "-m",
@@ -78,11 +92,7 @@ async def validate(job_json: Path, python: str) -> Report:
             process.kill()
             await process.wait()
         raise
-    if process.returncode == 0:
-        return msgspec.json.decode(output, type=Report)
-    said = errors.decode(errors="replace").strip().splitlines()
-    reason = said[-1] if said else f"it ended with status {process.returncode}"
-    return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
+    return process.returncode, output, errors
 
 
 def check(order: WorkOrder) -> Report:
@@ -140,7 +150,7 @@ def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], Non
 def main(job_json: Path) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the server nobody wants to know
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))  # SIGXCPU, which is no SIGKILL
     report = check(decode(job_json.read_bytes(), WorkOrder))
     sys.stdout.write(msgspec.json.encode(report).decode())
 
