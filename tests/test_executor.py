@@ -1,6 +1,7 @@
 """Keepers, templates and the executor `local`, with real processes."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from arbor_core.executor import LocalExecutor, TemplateKey, clean_env, ref_of
 from arbor_core.keeper import claimed
 from arbor_core.logs import encode, replace, tail
 from arbor_core.types import PROTOCOL, Device, Exit
+from arbor_core.validate import validate
 from arbor_core.worker import WorkOrder
 
 PLACEMENT = Placement((Device("cpu:0"),), threads=1)
@@ -216,6 +218,37 @@ async def test_a_template_that_dies_is_replaced(executor, tmp_path, monkeypatch)
     await executor.start(order, PLACEMENT)
     assert await until(lambda: ended(order))
     assert (await executor.template(key)).process.pid != first.process.pid
+
+
+async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_libraries(executor, tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import os,pathlib,time\n"
+        "if not pathlib.Path('slow.pid').exists():\n"
+        "    open('slow.tmp','w').write(str(os.getpid())); os.rename('slow.tmp','slow.pid'); time.sleep(999)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    executor.prepare(None, ("slow",), None)
+    os.kill(int(await until(lambda: text_of(tmp_path / "slow.pid"))), signal.SIGKILL)
+    order = papers(tmp_path, "", argv=(), preload=("slow",))
+    await executor.start(order, PLACEMENT)  # cold
+    assert await until(lambda: ended(order))
+    assert not executor.faults
+    assert (await executor.template(TemplateKey(sys.executable, ("slow",), None))).process.returncode is None
+
+
+async def test_a_validator_that_is_killed_runs_again(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -e struck ] || {{ touch struck; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    order = papers(tmp_path, "")
+    job_json = job_papers(order, "x:y")
+    (order.dir / "data.jsonl").write_text('{"a": 1}\n' * 12)
+    with contextlib.chdir(tmp_path):
+        report = await validate(job_json, str(python))
+    assert (tmp_path / "struck").exists()
+    assert report.error is None
+    assert report.rows == {"training_file": 12}
 
 
 async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(executor, tmp_path, monkeypatch):
