@@ -95,7 +95,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     json_bytes: Count
     upload_idle_seconds: Seconds
     free_bytes: Bytes
-    queued_jobs: Count
+    queued_jobs: Annotated[int, Meta(ge=0)]
     requests_per_second: Rate | None
     inference_requests: Count | None
     engine_idle_seconds: Seconds
