@@ -2,6 +2,7 @@
 # make test   set up and run the tests
 # make crash  kill a server and its processes at every fault point, one after the other
 # make lint   set up and run ruff, mypy and the import walls
+# make chaos  set up, then kill and disturb a server for CHAOS_MINUTES (1), and see whether anything was lost
 # make bench  set up and measure; figures go to bench/results.json
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-minimal crash lint format bench docs clean
+.PHONY: setup demo test test-minimal crash lint format chaos bench docs clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(STAMP)
+	STATE_EXAMPLES=50 $(BIN)/python -m pytest -q tests/test_state_machine.py
+	$(BIN)/python tests/chaos.py
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py
