@@ -97,6 +97,13 @@ class Attempts:
 
     async def start(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> str:
         """Start the attempt that `job` is at; returns its ref."""
+        order, placement = await asyncio.to_thread(self.write_order, job, trainer, lease, bell)
+        ref = await self.executor.start(order, placement)
+        crash_point("attempt.started")
+        return ref
+
+    def write_order(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> tuple[Order, Placement]:
+        """Write what the attempt's keeper and worker read."""
         folder = self.attempt_dir(job)
         folder.mkdir(parents=True, exist_ok=True)
         self.write_desired(job)
@@ -119,9 +126,7 @@ class Attempts:
         replace(folder / "placement.json", encode(placement), durable=False)  # a machine that dies takes the attempt
         replace(folder / "order.json", encode(order), durable=False)
         crash_point("attempt.ordered")
-        ref = await self.executor.start(order, placement)
-        crash_point("attempt.started")
-        return ref
+        return order, placement
 
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
