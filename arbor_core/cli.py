@@ -43,8 +43,9 @@ def serve() -> None:
         sys.argv[ours:ours] = overrides(os.environ)
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
     except OverrideParseException as error:
-        shown = "auth.keys=..." if "auth.keys" in error.override else error.override  # no key on a terminal or in a log
-        give_up(f"cannot read '{shown}': {error.message.partition(' See ')[0].splitlines()[0]}")
+        if "auth." in error.override:  # no key on a terminal or in a log
+            give_up("cannot read 'auth.keys=...': check its brackets and quotes")
+        give_up(f"cannot read '{error.override}': {error.message.partition(' See ')[0].splitlines()[0]}")
     except (CompactHydraException, OmegaConfBaseException) as error:
         give_up(plain_words(str(error) or str(error.__cause__)))
     except ArborError as error:
@@ -125,6 +126,7 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
     """Serve until SIGTERM or SIGINT."""
     from .system import open_system
 
+    os.umask(0o077)  # what it writes, and what its processes write, is for its own user
     system = open_system(settings, loaded, chosen)
 
     import uvicorn

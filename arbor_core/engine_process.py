@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from .environment import clean_env, threads_env
 from .types import ArborError, EngineSpec, Weights
 
 POLL_SECONDS = 0.02
@@ -39,7 +40,7 @@ class EngineProcess:
 
         Args:
             argv: The command, without the specification's path.
-            env: Variables laid over the server's own.
+            env: Variables laid over those of the server that an engine may see.
             seconds: How long loading may take.
 
         Raises:
@@ -56,7 +57,8 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **threads_env(spec.threads), **env},
+                env={**clean_env(), **threads_env(spec.threads), **env},
+                cwd=spec.dir,  # `organization/name` must not be found as a folder beside whoever started the server
                 start_new_session=True,
             )
         try:
@@ -134,18 +136,6 @@ async def end(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
-
-
-def threads_env(threads: int) -> dict[str, str]:
-    """Variables that keep several OpenMP processes from spinning on the same cores (a 0.1 s step became 5 s)."""
-    count = str(threads)
-    return {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def last_line(folder: Path) -> str:

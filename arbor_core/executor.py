@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -18,20 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bell import short
-from .engine_process import end, threads_env
-from .faults import below
+from .engine_process import end
+from .environment import clean_env, threads_env
 from .keeper import ref_of
 from .types import ExecutorSettings, Order, Placement
 
 log = logging.getLogger(__name__)
 TEMPLATE_SECONDS = 300.0
 """How long importing and proving may take."""
-
-PASSED_ON = re.compile(
-    r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|XDG_.*|SSL_.*|.*_PROXY|.*_proxy"
-    r"|HF_.*|HUGGING_FACE_.*|TRANSFORMERS_.*|TORCH.*|PYTORCH_.*|CUDA_.*|NVIDIA_.*|NCCL_.*|WANDB_.*|ARBOR_.*|COVERAGE_.*"
-)
-"""Variables of the server that an attempt may see. API keys of other services are not among them."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +194,6 @@ def lost(task: asyncio.Task[Template]) -> bool:
 
 class TemplateError(Exception):
     """The libraries cannot be preloaded; the message says why."""
-
-
-def clean_env() -> dict[str, str]:
-    """The part of the server's environment that an attempt may see."""
-    return below({name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)})
 
 
 def devices_env(placement: Placement) -> dict[str, str]:

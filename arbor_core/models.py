@@ -23,6 +23,9 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _BASE = re.compile(rf"{_PART}(?:/{_PART})?")
 _HUB = re.compile(rf"{_PART}/{_PART}")
 
+CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+"""Files of a model that may name code (`auto_map`)."""
+
 Kind = Literal["adapter", "full"]
 
 
@@ -235,11 +238,11 @@ def refuse_code(name: str, folder: Path) -> None:
     """Weights that need code of their own are not served and not trained: that code would run here.
 
     Raises:
-        ApiError: `config.json` names such code, or cannot be read.
+        ApiError: one of its configurations names such code, or cannot be read.
     """
-    config = folder / "config.json"
-    if reason := _why_refused(config, config.stat().st_mtime_ns):
-        raise ApiError(400, f"Model '{name}' cannot be used: {reason}", "invalid_model", "model")
+    for path in (folder / config for config in CONFIGS):
+        if path.is_file() and (reason := _why_refused(path, path.stat().st_mtime_ns)):
+            raise ApiError(400, f"Model '{name}' cannot be used: its {path.name} {reason}", "invalid_model", "model")
 
 
 @lru_cache(256)
@@ -248,10 +251,10 @@ def _why_refused(config: Path, changed: int) -> str | None:
     try:
         values = msgspec.json.decode(config.read_bytes())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-        return f"its config.json cannot be read ({error})."
+        return f"cannot be read ({error})."
     if isinstance(values, dict) and "auto_map" in values:
         return (
-            "its config.json names code of its own (auto_map), which is never run. "
+            "names code of its own (auto_map), which is never run. "
             "If the installed transformers knows this architecture, remove that key."
         )
     return None

@@ -97,7 +97,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     engine_options = config.merged(config.defaults("backend", settings.inference), settings.engine)
     config.typed(engine_options, backend.options, where="engine")
     lock = locked(root)
-    (root / "run").mkdir(exist_ok=True)
+    make_private(root)
     store = Store(root / "arbor.db")
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
@@ -178,6 +178,22 @@ def locked(root: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def make_private(root: Path) -> None:
+    """Close what the server keeps to everybody else. The storage directory itself may hold more, and stays as it is.
+
+    Raises:
+        ArborError: it belongs to somebody else.
+    """
+    try:
+        for name in ("files", "jobs", "engines", "run"):
+            (root / name).mkdir(exist_ok=True)
+            (root / name).chmod(0o700)
+        for path in (root / "lock", *root.glob("arbor.db*")):
+            path.chmod(0o600)
+    except OSError as error:
+        raise ArborError(f"cannot make {error.filename} private: {error.strerror}") from None
 
 
 def tiny_model(folder: Path) -> None:

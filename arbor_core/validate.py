@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 
 from .data import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
-from .executor import clean_env
-from .keeper import PR_SET_PDEATHSIG, prctl
+from .environment import clean_env
 from .logs import decode
+from .prctl import PR_SET_PDEATHSIG, prctl
 from .types import JobFailed
 from .worker import WorkOrder, imported
 

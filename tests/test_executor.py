@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from arbor_core import Event, ExecutorSettings, Order, Placement
-from arbor_core.executor import LocalExecutor, TemplateKey, clean_env, ref_of
+from arbor_core.environment import clean_env
+from arbor_core.executor import LocalExecutor, TemplateKey, ref_of
 from arbor_core.keeper import claimed
 from arbor_core.logs import encode, replace, tail
 from arbor_core.types import PROTOCOL, Device, Exit

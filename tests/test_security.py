@@ -8,15 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+import yaml
 from http_calls import BASE, JOBS, call, raw_socket
 from litestar.handlers import HTTPRouteHandler
 from live import LiveServer, launch
 
 from arbor_core import ConfigError, config, keys
+from arbor_core.errors import ApiError
 from arbor_core.server import auth
 from arbor_core.server.app import ROOMS
 
@@ -98,6 +101,20 @@ def test_the_document_says_what_a_key_must_be_for(guarded: LiveServer) -> None:
     assert paths["/v1/files"]["post"]["security"] == [{"key": ["train"]}]
     assert paths["/v1/models"]["get"]["security"] == [{"key": ["train", "infer"]}]
     assert "security" not in paths["/health"]["get"]
+
+
+async def test_a_plugins_route_needs_an_admin_unless_it_says_otherwise() -> None:
+    limits = config.typed(
+        yaml.safe_load((config.core_config_dir() / "serve.yaml").read_text())["limits"], config.LimitsConfig, ""
+    )
+    admit = auth.guard(keys.entries([keys.ApiKey("t", ["train"], key="secret")]), limits)
+    caller: Any = SimpleNamespace(headers={"authorization": "Bearer secret"}, state=SimpleNamespace())
+    silent: Any = SimpleNamespace(opt={})
+    with pytest.raises(ApiError, match="needs the scope admin, yours is train"):
+        await admit(caller, silent)
+    said: Any = SimpleNamespace(opt={"scopes": ("train",)})
+    await admit(caller, said)
+    assert auth.caller_of(caller).name == "t"
 
 
 # --- tenants ----------------------------------------------------------------------------------------------------------

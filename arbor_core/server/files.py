@@ -14,7 +14,7 @@ from . import wire
 from .auth import TRAIN
 from .document import described
 from .errors import not_found
-from .request import AnyRequest, bad_cursor, plausible, query
+from .request import AnyRequest, place, plausible, query
 from .upload import FORM, receive
 
 
@@ -37,9 +37,7 @@ async def create_file(request: AnyRequest, arbor: Arbor, owner: str) -> wire.Fil
 )
 async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FileList:
     page = query(request, wire.FilePage)
-    after = arbor.files.seq(page.after, owner) if page.after is not None else None
-    if page.after is not None and after is None:
-        raise bad_cursor(page.after)
+    after = place(page.after, lambda found: arbor.files.seq(found, owner))
     await arbor.files.expire()
     rows = arbor.files.page(owner, page.limit + 1, after, purpose=page.purpose, ascending=page.order == "asc")
     data = [wire.file_object(row) for row in rows[: page.limit]]

@@ -17,7 +17,7 @@ from . import wire
 from .auth import TRAIN, caller_of
 from .document import described
 from .errors import ApiError, not_found
-from .request import AnyRequest, bad_cursor, body, plausible, query
+from .request import AnyRequest, body, place, plausible, query
 
 JOBS = "/v1/fine_tuning/jobs"
 JOB = JOBS + "/{job_id:str}"
@@ -108,12 +108,12 @@ async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> wire.Fine
 )
 async def list_jobs(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineTuningJobList:
     page = query(request, wire.Page)
-    after = None
-    if page.after is not None:
-        cursor = arbor.jobs.get(page.after, owner)
-        if cursor is None:
-            raise bad_cursor(page.after)
-        after = cursor.seq
+
+    def seq(id: str) -> int | None:
+        cursor = arbor.jobs.get(id, owner)
+        return cursor.seq if cursor else None
+
+    after = place(page.after, seq)
     jobs = arbor.jobs.page(owner, page.limit + 1, after, metadata_filter(request))
     data = [shown(arbor, job) for job in jobs[: page.limit]]
     return wire.FineTuningJobList(data, has_more=len(jobs) > page.limit)
@@ -173,9 +173,7 @@ async def resume_job(job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJo
 )
 async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str) -> wire.FineTuningJobEventList:
     job, page = found(arbor, job_id, owner), query(request, wire.Page)
-    before = arbor.jobs.event_seq(job.id, page.after) if page.after is not None else None
-    if page.after is not None and before is None:
-        raise bad_cursor(page.after)
+    before = place(page.after, lambda event: arbor.jobs.event_seq(job.id, event))
     rows = arbor.jobs.events(job.id, page.limit + 1, before)
     data = [wire.event_object(row) for row in rows[: page.limit]]
     return wire.FineTuningJobEventList(data, has_more=len(rows) > page.limit)
@@ -190,12 +188,12 @@ async def list_checkpoints(
     request: AnyRequest, job_id: str, arbor: Arbor, owner: str
 ) -> wire.FineTuningJobCheckpointList:
     job, page = found(arbor, job_id, owner), query(request, wire.CheckpointPage)
-    before = None
-    if page.after is not None:
-        cursor = arbor.jobs.checkpoint(id=page.after)
-        if cursor is None or cursor.job_id != job.id:
-            raise bad_cursor(page.after)
-        before = cursor.step
+
+    def step(id: str) -> int | None:
+        cursor = arbor.jobs.checkpoint(id=id)
+        return cursor.step if cursor and cursor.job_id == job.id else None
+
+    before = place(page.after, step)
     rows = arbor.jobs.checkpoints(job.id, page.limit + 1, before)
     data = [wire.checkpoint_object(row) for row in rows[: page.limit]]
     first, last = (data[0].id, data[-1].id) if data else (None, None)

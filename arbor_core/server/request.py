@@ -105,6 +105,23 @@ def plausible(id: str, what: str, code: str = "not_found", param: str | None = "
     return id
 
 
+def place(after: str | None, find: Callable[[str], int | None]) -> int | None:
+    """Where on a list a page begins; None for the list's start.
+
+    Args:
+        find: Gives the place of an object that may stand on the list, by its id.
+
+    Raises:
+        ApiError: there is no such object on it.
+    """
+    if after is None:
+        return None
+    found = find(after) if ids.plausible(after) else None
+    if found is None:
+        raise bad_cursor(after)
+    return found
+
+
 def bad_cursor(after: str) -> ApiError:
     """An `after` that is not on the list: answering the first page again would send a client round for ever."""
     message = f"Invalid 'after': there is no object '{after[:80]}' in this list."
