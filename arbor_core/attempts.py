@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
+import logging
 import signal
 import sqlite3
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +40,7 @@ from .types import (
 )
 from .worker import WorkOrder, instruction_set
 
+log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
 BATCH = 500
 """Events per transaction."""
@@ -119,6 +123,7 @@ class Attempts:
             prove=trainer.prove,
             launcher=self.settings.launcher,
             bell=str(bell),
+            room_seconds=self.settings.limits.room_seconds,
         )
         if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
@@ -139,6 +144,17 @@ class Attempts:
         if job.desired == "cancel" and job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)
             crash_point("attempt.signalled")
+
+    def end_hung(self, job: Job) -> None:
+        """End an attempt that makes no progress any more; the mark says why, to whichever server settles it."""
+        log.warning("job %s: attempt %d makes no progress and is ended", job.id, job.attempt)
+        with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
+            self.hung(job).touch()
+        if job.ref:
+            self.executor.signal(job.ref, signal.SIGTERM)
+
+    def hung(self, job: Job) -> Path:
+        return self.attempt_dir(job) / "hung"
 
     async def collect(self, job: Job) -> Job:
         """Take what the attempt has written since the last time; returns the job as it is then."""
@@ -192,6 +208,9 @@ class Attempts:
             await self._end(job, "failed", Event("message", error.message, "error"), error=error)
         elif job.desired == "cancel":
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+        elif last and last.type == "paused" and last.data.get("code"):
+            said = Event("message", last.message, "error", data=last.data)
+            await self._end(job, "paused", said, also=keep_paused(job))
         elif last and last.type == "paused" and job.preempted and job.desired == "run":
             text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
             await self._end(job, "queued", Event("message", text))
@@ -272,11 +291,14 @@ class Attempts:
             text = f"The server ended before attempt {job.attempt} began; another one starts"
             await self._end(job, "queued", Event("message", text, "warn"))
             return
+        hung = self.hung(job).exists()
         how = "its keeper was lost" if ended is None else exit_words(ended.code)
+        if hung:
+            how = f"it made no progress for {self.settings.limits.heartbeat_seconds:g} seconds and was ended"
         crashes = job.crashes + 1
         if crashes >= self.settings.limits.attempts:
             error = JobError(
-                "worker_crashed",
+                "worker_hung" if hung else "worker_crashed",
                 f"The training process died {crashes} times without progress; the last time {how}. "
                 f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
             )
@@ -314,6 +336,11 @@ async def note_ref(jobs: Jobs, job: Job, ref: str) -> None:
         db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
 
     await jobs.store.write(change)
+
+
+def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
+    """A job that had to be paused stays so until it is resumed; part of the caller's transaction."""
+    return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
 
 
 def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:

@@ -94,6 +94,12 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, faults
 
 
+def newest_bytes(folder: Path) -> int:
+    """Size of the newest checkpoint under `folder`; 0 if there is none."""
+    said = next(filter(None, map(manifest, newest_first(folder))), None)
+    return sum(entry.bytes for entry in said.files.values()) if said else 0
+
+
 def newest_first(folder: Path) -> list[Path]:
     """The committed checkpoints under `folder`, whole or not, by step and attempt."""
     found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix != ".tmp"] if folder.is_dir() else []

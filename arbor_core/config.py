@@ -101,6 +101,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     engine_idle_seconds: Seconds
     engines: Count
     attempts: Count
+    heartbeat_seconds: Seconds
+    room_seconds: Seconds
 
 
 class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):

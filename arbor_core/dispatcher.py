@@ -20,6 +20,7 @@ from .bell import Bell
 from .faults import crash_point
 from .jobs import InLine, Job, JobError, Jobs
 from .leftovers import sweep
+from .pulse import Watch
 from .types import (
     Allocator,
     ArborError,
@@ -293,7 +294,7 @@ class Dispatcher:
     async def _follow(self, job: Job) -> None:
         """Take an attempt's events as they come until it has ended, then settle the job."""
         rung = self.rung[job.id]
-        told = "run"
+        told, watch = "run", Watch(self.attempts.attempt_dir(job) / "heartbeat")
         while True:
             rung.clear()
             ended = self.attempts.exit(job)  # before the events: what is written before it is then all there
@@ -312,6 +313,9 @@ class Dispatcher:
             if job.wanted != told:
                 self.attempts.pass_on(job)
                 told = job.wanted
+            if watch.silent() > self.attempts.settings.limits.heartbeat_seconds:
+                self.attempts.end_hung(job)
+                watch = Watch(watch.path)
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await rung.wait()

@@ -11,7 +11,6 @@ attempt makes that file itself, so that no keeper that is late can begin it any 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -25,10 +24,10 @@ import msgspec
 from .bell import ring
 from .faults import crash_point
 from .logs import decode, replace
+from .prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+from .room import print_anyway
 from .types import Exit, Order
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
 WAKE_SECONDS = 1.0
 NOT_OURS = 5
 """Exit status of a keeper that came too late."""
@@ -37,6 +36,7 @@ WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
 
 def keep(attempt_dir: Path) -> int:
     """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
+    print_anyway()
     order = decode((attempt_dir / "order.json").read_bytes(), Order)
     if claimed(attempt_dir, own := ref_of(os.getpid())) != own:
         print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
@@ -122,6 +122,7 @@ def _wait(worker: int, grace: float) -> int:
         got = signal.sigtimedwait(WAITED_FOR, WAKE_SECONDS)
         if got and got.si_signo == signal.SIGTERM:
             _kill(worker, signal.SIGTERM)
+            _kill(worker, signal.SIGCONT)  # one that was stopped can hear it
             deadline = deadline or time.monotonic() + grace
         if deadline and time.monotonic() > deadline:
             _kill(worker, signal.SIGKILL)
@@ -163,12 +164,6 @@ def _children() -> list[int]:
         return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
     except OSError:  # not Linux: the group was all we could know
         return []
-
-
-def prctl(option: int, value: int) -> None:
-    """Linux's prctl; does nothing elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ off before the next append.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,19 +21,35 @@ READ_BYTES = 1 << 20
 
 
 class Log:
-    """One writer's end of a log."""
+    """One writer's end of a log. What cannot be written now (the disk is full) waits in memory and goes with the next
+    record; a part of it is never left in the file."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_tail(path)
         self.path = path
         self.file = path.open("ab", buffering=0)
+        self.end = path.stat().st_size
+        self.waiting = b""
 
-    def append(self, record: Any, *, durable: bool = False) -> None:
-        """Write one record; `durable` returns only when the disk has it."""
-        self.file.write(msgspec.json.encode(record) + b"\n")
-        if durable:
-            os.fsync(self.file.fileno())
+    def append(self, record: Any, *, durable: bool = False) -> bool:
+        """Write one record, and what waits; returns whether it is written, with `durable` also to the disk itself."""
+        self.waiting += msgspec.json.encode(record) + b"\n"
+        return self.flush(durable=durable)
+
+    def flush(self, *, durable: bool = False) -> bool:
+        """Write what waits."""
+        try:
+            written = self.file.write(self.waiting) if self.waiting else 0
+            if written == len(self.waiting):
+                if durable:
+                    os.fsync(self.file.fileno())
+                self.end, self.waiting = self.end + written, b""
+                return True
+        except OSError:
+            traceback.print_exc()
+        os.ftruncate(self.file.fileno(), self.end)
+        return False
 
     def close(self) -> None:
         self.file.close()

@@ -21,6 +21,10 @@ from .types import ArborError
 
 T = TypeVar("T")
 Change = Callable[[sqlite3.Connection], Any]
+REPAIR = (
+    " It is damaged: put a backup in its place, or save what can be read with"
+    " `sqlite3 {path} .recover | sqlite3 {path}.new` and put that in its place"
+)
 BATCH = 100
 """Changes that share a commit, at most, so that none waits long for the others."""
 
@@ -92,7 +96,10 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writer.submit(self._migrate).result()
-        except (OSError, sqlite3.Error) as error:
+        except sqlite3.DatabaseError as error:
+            repair = REPAIR.format(path=path) if type(error) is sqlite3.DatabaseError else ""
+            raise ArborError(f"cannot open the database {path}: {error}; nothing was changed.{repair}") from None
+        except OSError as error:
             raise ArborError(f"cannot open the database {path}: {error}; nothing was changed") from None
 
     def _connection(self) -> sqlite3.Connection:
@@ -109,6 +116,8 @@ class Store:
 
     def _migrate(self) -> None:
         db = self._connection()
+        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(found)
         db.execute("PRAGMA journal_mode=WAL")
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:

@@ -26,6 +26,7 @@ from .store import Store
 from .types import Allocator, AllocatorSettings, ArborError, Executor, ExecutorSettings, Trainer
 
 TICK_SECONDS = 5.0
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ def locked(root: Path) -> IO[str]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if kind := network_kind(root, Path("/proc/self/mounts")):
+            raise ArborError(
+                f"the storage directory {root} is on a network file system ({kind}), on which locks and the database "
+                "are not safe: set storage=DIR to a directory on a disk of this machine"
+            )
         lock = (root / "lock").open("a+")
     except OSError as error:
         raise ArborError(f"cannot write to the storage directory {root}: {error.strerror}") from None
@@ -194,6 +200,18 @@ def make_private(root: Path) -> None:
             path.chmod(0o600)
     except OSError as error:
         raise ArborError(f"cannot make {error.filename} private: {error.strerror}") from None
+
+
+def network_kind(folder: Path, mounts: Path) -> str | None:
+    """The type of the file system that holds a folder if it is another machine's, as the list of mounts says."""
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:  # not Linux: it is not known
+        return None
+    mounted = {Path(fields[1].replace("\\040", " ")): fields[2] for line in lines if len(fields := line.split()) > 2}
+    around = (folder.resolve(), *folder.resolve().parents)
+    kind = next((mounted[place] for place in around if place in mounted), "")
+    return kind if kind in NETWORK else None
 
 
 def tiny_model(folder: Path) -> None:

@@ -208,6 +208,8 @@ class Order(Struct, frozen=True):
     """Seconds between SIGTERM and SIGKILL."""
     bell: str | None = None
     """Datagram socket that is rung when the attempt has written something."""
+    room_seconds: float = 60.0
+    """How long a checkpoint waits for room on a full disk before the job is paused."""
 
 
 class Exit(Struct, frozen=True):

@@ -5,12 +5,10 @@ Heavy libraries are imported here and nowhere else, by importing the trainer's f
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,8 +24,10 @@ import msgspec
 from . import checkpoints
 from .bell import ring
 from .faults import crash_point
-from .keeper import PR_SET_PDEATHSIG, prctl
 from .logs import Log, decode
+from .prctl import PR_SET_PDEATHSIG, prctl
+from .pulse import Pulse
+from .room import is_full, print_anyway, wait_for_room
 from .types import (
     PROTOCOL,
     ArborError,
@@ -43,7 +43,8 @@ from .types import (
     Placement,
 )
 
-HEARTBEAT_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+"""How often a worker tries again to report what the disk had no room for."""
 
 
 class WorkOrder(msgspec.Struct, frozen=True):
@@ -96,6 +97,7 @@ class WorkerRun(Generic[ConfigT]):
     attempt_dir: Path
     placement: Placement
     bell: str | None = None
+    room_seconds: float = 60.0
     rank: int = 0
     world_size: int = 1
     log: Log | None = field(init=False, default=None)
@@ -107,6 +109,7 @@ class WorkerRun(Generic[ConfigT]):
         self.work.mkdir(exist_ok=True)
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
+        self.pulse = Pulse(self.attempt_dir / "heartbeat")
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
             self.log = Log(self.attempt_dir / "events.jsonl")
@@ -120,7 +123,15 @@ class WorkerRun(Generic[ConfigT]):
         if self.log is None:
             return
         event.at = time.time()
-        self.log.append(event, durable=event.type not in ("metrics", "message"))
+        durable = event.type not in ("metrics", "message")
+        written = self.log.append(event, durable=durable)
+        while durable and not written:  # nobody else can say it: wait for room on the disk
+            self.pulse.go_on()
+            time.sleep(RETRY_SECONDS)
+            written = self.log.flush(durable=True)
+        if event.type == "metrics":
+            self.pulse.beat()
+        self.pulse.go_on()
         crash_point(f"{event.type}.event")
         ring(self.bell, self.job_id)
 
@@ -142,6 +153,7 @@ class WorkerRun(Generic[ConfigT]):
     @contextmanager
     def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
+        wait_for_room(self.dir, checkpoints.newest_bytes(self.dir / "checkpoints"), self.room_seconds, self.pulse.go_on)
         with checkpoints.writing(self.dir / "checkpoints" / name, step, self.attempt, metrics) as folder:
             yield folder
         data = {"dir": name, "metrics": metrics}
@@ -151,6 +163,9 @@ class WorkerRun(Generic[ConfigT]):
         found, faults = checkpoints.newest_whole(self.dir / "checkpoints")
         for reason in faults:
             self.message(reason, "error")
+        if found is None and faults:
+            text = f"No checkpoint of the job is whole: {'; '.join(faults)}. Create the job again to start anew"
+            raise JobFailed(text, code="checkpoint_corrupted")
         return found
 
     def keep_checkpoints(self, count: int) -> None:
@@ -159,6 +174,8 @@ class WorkerRun(Generic[ConfigT]):
             shutil.rmtree(folder)  # after the event: what is offered is there
 
     def stop_if_asked(self) -> None:
+        if self.rank == 0:
+            self.pulse.beat()
         desired = self.desired()
         if desired in ("pause", "cancel"):
             raise JobStopped(desired)
@@ -198,6 +215,7 @@ def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
         attempt_dir=attempt_dir,
         placement=placement,
         bell=papers.bell,
+        room_seconds=papers.room_seconds,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
@@ -209,8 +227,6 @@ def main(attempt_dir: Path) -> int:
     if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if run.rank == 0:
-        beat = threading.Thread(target=_heartbeat, args=(attempt_dir / "heartbeat",), daemon=True)
-        beat.start()
         warn_of_another_machine(run)
     try:
         imported(run.order.entry)(run)
@@ -222,6 +238,8 @@ def main(attempt_dir: Path) -> int:
         fail(run, str(error), error.code, error.param)
     except Exception as error:  # whatever a trainer raises ends its job, with a reason
         traceback.print_exc()  # into worker.log
+        if run.rank == 0 and is_full(error, run.dir):
+            return pause_for_room(run, error)
         code = "out_of_memory" if "OutOfMemory" in type(error).__name__ else "worker_error"
         fail(run, f"{type(error).__name__}: {error}"[:2000], code, None)
     else:
@@ -239,16 +257,18 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=made, here=here)
 
 
+def pause_for_room(run: WorkerRun[Any], error: Exception) -> int:
+    """The disk is full: the job is paused at its last checkpoint instead of failing. Returns the exit status."""
+    shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
+    message = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
+    run.emit(Event("paused", message, "error", data={"code": "insufficient_storage", "message": message}))
+    return 0
+
+
 def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:
     run.emit(Event("error", message, "error", data={"code": code, "message": message, "param": param}))
 
 
-def _heartbeat(path: Path) -> None:
-    while True:
-        with contextlib.suppress(OSError):  # a full disk must not end training
-            path.write_text(str(time.time()))
-        time.sleep(HEARTBEAT_SECONDS)
-
-
 if __name__ == "__main__":
+    print_anyway()
     sys.exit(main(Path(sys.argv[1])))

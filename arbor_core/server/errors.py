@@ -107,7 +107,10 @@ def _refused(error: HTTPException) -> ApiError:
 
 
 def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> Response[bytes]:
-    """A database that somebody else holds: nothing was written, so the request may come again."""
+    """A database that somebody else holds: nothing was written, so the request may come again. Or a full disk."""
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        message = "The server's disk is full: nothing was changed. Make room on it, then try again."
+        return response(ApiError(507, message, "insufficient_storage", headers=NO_RETRY))
     if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
         return _unknown(request, error)
     message = "The database is busy. Try again in a moment."

@@ -1,0 +1,54 @@
+"""The heartbeat of an attempt: its worker touches a file when training makes progress, its server watches the file.
+
+The first beat comes with the first step, so importing and loading may take as long as they like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+BEAT_SECONDS = 1.0
+"""The file is touched at most so often."""
+
+
+class Pulse:
+    """The worker's end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = float("-inf")
+
+    def go_on(self) -> None:
+        """Beat, if the first step has been made."""
+        if self.last > 0:
+            self.beat()
+
+    def beat(self) -> None:
+        """Say that there is progress."""
+        now = time.monotonic()
+        if now - self.last >= BEAT_SECONDS:
+            self.last = now
+            with contextlib.suppress(OSError):  # a full disk must not end training
+                self.path.touch()
+
+
+class Watch:
+    """The server's end. It goes by its own monotonic clock: a clock that is set ends nobody."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.beat: int | None = None
+        self.since = time.monotonic()
+
+    def silent(self) -> float:
+        """Seconds since the heartbeat was last seen to move; 0 before the first beat."""
+        try:
+            beat = self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0.0
+        now = time.monotonic()
+        if beat != self.beat:
+            self.beat, self.since = beat, now
+        return now - self.since

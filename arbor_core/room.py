@@ -1,0 +1,67 @@
+"""Disks that are full: waiting for room, and knowing a full disk from other faults."""
+
+from __future__ import annotations
+
+import errno
+import io
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
+"""Seconds between two looks: twice as long each time."""
+LITTLE = 1 << 16
+"""A disk with fewer free bytes is full."""
+
+
+class RoomError(OSError):
+    """There is not enough room."""
+
+
+class _Lossy(io.FileIO):
+    """A file whose writes never fail."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def print_anyway() -> None:
+    """Let what this process prints be lost when it cannot be written, instead of ending what it does."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        getattr(sys, name).flush()
+        raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True))
+
+
+def wait_for_room(folder: Path, needed: int, seconds: float, meanwhile: Callable[[], None]) -> None:
+    """Wait until `needed` bytes are free; `meanwhile` is called before each wait.
+
+    Raises:
+        RoomError: they still are not after `seconds`.
+    """
+    pause, until = FIRST_WAIT, time.monotonic() + seconds
+    while (free := shutil.disk_usage(folder).free) < needed:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise RoomError(errno.ENOSPC, f"{free} bytes are free, about {needed} are needed", str(folder))
+        meanwhile()
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, LONGEST_WAIT)
+
+
+def is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a full disk is behind an error. Libraries in other languages say so in words only, or not at all."""
+    seen: BaseException | None = error
+    while seen is not None:
+        said = str(seen).lower()
+        if (isinstance(seen, OSError) and seen.errno in FULL) or "no space left" in said or "quota exceeded" in said:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(folder).free < LITTLE
