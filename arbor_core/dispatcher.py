@@ -7,6 +7,7 @@ directories, so a dispatcher that starts finds what an earlier one left.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Coroutine, Mapping
@@ -279,17 +280,32 @@ class Dispatcher:
 
     async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
         try:
-            ref = await self.attempts.start(job, trainer, lease, self.bell)
+            ref = await self._started(job, trainer, lease)
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
             await self.attempts.not_started(job, error)
             self.release(job.id)
             return
-        await note_ref(self.jobs, job, ref)
+        if ref:
+            await note_ref(self.jobs, job, ref)
         crash_point("attempt.noted")
         fresh = self.jobs.get(job.id)
         if fresh:
             await self._follow(fresh)
+
+    async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
+        """Start the attempt; its ref. A full disk is waited for; None: something else is wanted of the job by then."""
+        while True:
+            try:
+                return await self.attempts.start(job, trainer, lease, self.bell)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                log.warning("job %s: attempt %d waits for room on the disk: %s", job.id, job.attempt, error)
+            await asyncio.sleep(POLL_SECONDS)
+            fresh = self.jobs.get(job.id)
+            if fresh is None or fresh.wanted != "run":
+                return None
 
     async def _follow(self, job: Job) -> None:
         """Take an attempt's events as they come until it has ended, then settle the job."""
