@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +33,9 @@ from arbor_core.testing.invariants import Seen, check_invariants, processes
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2}
 SHARED = {"batch_size": 4, "micro_batch_size": 2, "n_epochs": 6, "checkpoint_steps": 5}
 REAL: list[Kind] = [
-    ("supervised", {**SHARED, **LORA, "batching": "sorted"}),
+    ("supervised", {**SHARED, **LORA, "batching": "sorted", "keep_checkpoints": 3}),
     ("supervised", {**SHARED, **LORA, "batching": "packed", "keep_checkpoints": 2}),
-    ("supervised", {**SHARED, "lora": None, "learning_rate": 3e-3, "batching": "packed"}),
+    ("supervised", {**SHARED, "lora": None, "learning_rate": 3e-3, "batching": "packed", "keep_checkpoints": 1}),
 ]
 MOCK: list[Kind] = [
     ("mock", {"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 7}),
@@ -56,6 +57,7 @@ class Chaos(Clients):
     ) -> None:
         super().__init__(seed)
         self.folder, self.real, self.mock, self.most = folder, real, mock, most
+        self.filling: threading.Thread | None = None
         tiny = folder / "models" / "tiny"
         subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
         self.server = self.start()
@@ -73,7 +75,15 @@ class Chaos(Clients):
         self.server.stop(number)
         self.counts[f"server: {signal.Signals(number).name}"] += 1
         time.sleep(self.draw.uniform(0, 1.5))
-        self.server = self.start()
+        while True:
+            full = self.disk_is_full()
+            try:
+                self.server = self.start()
+                break
+            except RuntimeError:
+                if not full:
+                    raise
+                self.counts["starts refused for lack of room"] += 1
         self.seen.look()
 
     def kill(self, what: str, found: list[int]) -> None:
@@ -95,14 +105,14 @@ class Chaos(Clients):
         self.kill(module.rpartition(".")[2], sorted(parents))
 
     def fill_disk(self) -> None:
-        filler = self.folder / "filler"
-        with contextlib.suppress(OSError), filler.open("wb") as file:
-            while True:
-                file.write(bytes(1 << 20))
-                file.flush()
-        time.sleep(self.draw.uniform(0.2, 2.0))
-        filler.unlink()
-        self.counts["disk full"] += 1
+        if not self.disk_is_full():
+            seconds = self.draw.uniform(0.2, 4.0)
+            self.filling = threading.Thread(target=keep_full, args=(self.folder / "filler", seconds))
+            self.filling.start()
+            self.counts["disk full"] += 1
+
+    def disk_is_full(self) -> bool:
+        return self.filling is not None and self.filling.is_alive()
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -146,6 +156,8 @@ class Chaos(Clients):
         while time.monotonic() < end:
             self.draw.choices(deeds, weights)[0]()
             time.sleep(self.draw.expovariate(1 / PAUSE_SECONDS))
+        if self.filling:
+            self.filling.join()
         self.wait_for(self.all_ended, "the jobs")
         found = violations(self.server, self.ledger, self.counts)
         for thread in self.slow:
@@ -179,6 +191,18 @@ class Chaos(Clients):
                 os.kill(pid, signal.SIGKILL)
 
 
+def keep_full(filler: Path, seconds: float) -> None:
+    """Leave no room on a file's disk, for so long."""
+    end = time.monotonic() + seconds
+    with filler.open("wb", buffering=0) as file:
+        while time.monotonic() < end:
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:  # full; what the others free is taken as well
+                time.sleep(0.01)
+    filler.unlink()
+
+
 def parent_of(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -195,11 +219,11 @@ def polls(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
-    """Half a gigabyte that can be filled without harm to anybody else."""
+    """A gigabyte of memory that can be filled without harm to anybody else."""
     if not wanted:
         yield
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "none", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", str(folder)], check=True)
     try:
         yield
     finally:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from test_lifecycle import create, events, until
+
+from arbor_core import dispatcher
 
 SLOW = {"steps": 400, "step_seconds": 0.05, "checkpoint_steps": 2}
 
@@ -35,3 +41,21 @@ def test_row_102_a_job_keeps_its_threads_and_says_when_the_processor_is_another(
     other = create(server, chat_rows)
     server.wait(other.id)
     assert placed(server, other.id, 1)["threads"] == 1
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("run", "ref"), ("pause", None)])
+async def test_an_attempt_waits_for_room_to_start_unless_something_else_is_wanted(monkeypatch, wanted, found):
+    monkeypatch.setattr(dispatcher, "POLL_SECONDS", 0.01)
+    tries = []
+
+    async def start(*_: Any) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "ref"
+
+    job = SimpleNamespace(id="ftjob-x", attempt=1, wanted=wanted)
+    jobs, attempts = SimpleNamespace(get=lambda _: job), SimpleNamespace(start=start)
+    made = dispatcher.Dispatcher(jobs, attempts, {}, None, None, None, Path("unused"))
+    assert await made._started(job, None, None) == found
+    assert len(tries) == (3 if found else 1)
