@@ -115,7 +115,7 @@ class Clients:
 
 def head(path: str, kind: str, raw: bytes) -> bytes:
     """What comes before the body of a request."""
-    lines = (f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Type: {kind}")
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Type: {kind}")
     return "\r\n".join((*lines, f"Content-Length: {len(raw)}", "", "")).encode()
 
 

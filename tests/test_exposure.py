@@ -100,17 +100,17 @@ def test_ids_are_random(server: LiveServer) -> None:
         pytest.param(b"GET /" + b"y" * 200_000 + b" HTTP/1.1\r\n\r\n", (400, 414, 431), id="row-51-url"),
         pytest.param(b"GET /health HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", (200, 400), id="row-51-hosts"),
         pytest.param(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nabcde",
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nabcde",
             (400,),
             id="row-51-lengths",
         ),
         pytest.param(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
             (400, 501),
             id="row-51-encoding",
         ),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", (400,), id="row-51-tls"),
-        pytest.param(b"GET /hea lth HTTP/1.1\r\nhost: x\r\n\r\n", (400,), id="row-51-space"),
+        pytest.param(b"GET /hea lth HTTP/1.1\r\nhost: localhost\r\n\r\n", (400,), id="row-51-space"),
     ],
 )
 def test_row_51_requests_that_are_none(server: LiveServer, raw: bytes, status: tuple[int, ...]) -> None:
@@ -136,8 +136,8 @@ def spoken(server: LiveServer, raw: bytes) -> bytes:
 
 def test_row_51_no_request_hides_in_another(server: LiveServer) -> None:
     """Both a length and chunks: either it is refused, or the chunks count and the rest is not a second request."""
-    hidden = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length: "
+    hidden = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: "
     chunk = f"{len(hidden):x}\r\n".encode() + hidden + b"\r\n0\r\n\r\n"
     answer = spoken(server, head + b"6\r\n\r\n" + chunk)
     assert answer.startswith(b"HTTP/1.1 400"), answer[:200]

@@ -413,7 +413,7 @@ def test_a_client_that_goes_away_frees_its_place(server: LiveServer, path: str, 
     raw = json.dumps({"model": MODEL, **prompt, "stream": stream, "max_tokens": 400}).encode()
     post(server, CHAT, asked("start the engine"))
     with raw_socket(server.url) as connection:
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(raw)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n"
         connection.sendall(head.encode() + raw)
         until(lambda: engine_health(server)["running"] == 1)
         if stream:

@@ -120,7 +120,7 @@ def test_row_9_content_length_above_the_limit(small: LiveServer) -> None:
     headers = {**MULTIPART, "content-length": str(10 << 30)}
     with raw_socket(small.url) as connection:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        connection.sendall(f"POST /v1/files HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode())
+        connection.sendall(f"POST /v1/files HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode())
         answer = connection.makefile("rb").read()  # nothing of the body is sent: the answer does not wait for it
     assert answer.startswith(b"HTTP/1.1 413")
     assert b'"code":"file_too_large"' in answer
@@ -160,7 +160,7 @@ def test_a_body_without_end(small: LiveServer, name: str, filename: str, code: b
     sent = 0
     with raw_socket(small.url) as connection:
         connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
             b"content-type: multipart/form-data; boundary=XX\r\n\r\n"
         )
         try:
@@ -191,7 +191,7 @@ def test_row_20_a_client_that_goes_away(server: LiveServer) -> None:
     before = stored(server)
     with raw_socket(server.url) as connection:
         connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n"
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n"
             b"content-type: multipart/form-data; boundary=XX\r\n\r\n" + form(PURPOSE, FILE)[:-12]
         )
         incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 10
@@ -204,7 +204,7 @@ def test_row_20_a_client_that_goes_away(server: LiveServer) -> None:
 @pytest.mark.parametrize("path", [JOBS, "/v1/chat/completions", "/v1/completions"])
 def test_row_21_a_json_body_that_stops_coming(small: LiveServer, path: str) -> None:
     with raw_socket(small.url) as connection:
-        connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        connection.sendall(f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{{".encode())
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"code":"request_timeout"' in answer and b"x-should-retry: false" in answer
@@ -213,7 +213,7 @@ def test_row_21_a_json_body_that_stops_coming(small: LiveServer, path: str) -> N
 def test_row_21_a_client_that_stops_sending(small: LiveServer) -> None:
     with raw_socket(small.url) as connection:
         connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n"
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n"
             b"content-type: multipart/form-data; boundary=XX\r\n\r\n" + form(PURPOSE, FILE)[:-12]
         )
         assert small.client.files.list().data == [], "another client is served meanwhile"

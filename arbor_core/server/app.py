@@ -24,6 +24,8 @@ ROOMS = (about, chat, completions, files, fine_tuning, models, document)
 def create_app(arbor: Arbor) -> Litestar:
     """The ASGI application that serves one Arbor."""
 
+    auth = arbor.settings.auth
+
     def the_arbor() -> Arbor:
         return arbor
 
@@ -36,7 +38,7 @@ def create_app(arbor: Arbor) -> Litestar:
         route_handlers=[*(route for room in ROOMS for route in room.ROUTES), *plugin_routes(arbor)],
         dependencies={"arbor": Provide(the_arbor, sync_to_thread=False), "owner": Provide(owner)},
         exception_handlers=HANDLERS,
-        guards=[guard(entries(arbor.settings.auth.keys), arbor.settings.limits)],
+        guards=[guard(entries(auth.keys), arbor.settings.limits, insecure=auth.insecure)],
         lifespan=[lifespan],
         before_send=[add_request_id],
         request_max_body_size=arbor.settings.limits.json_bytes,

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hmac
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
@@ -102,10 +105,11 @@ def _too_many(message: str, seconds: int, headers: dict[str, str] | None = None)
     return ApiError(429, f"{message} Try again in {seconds} s.", "rate_limit_exceeded", headers=wait)
 
 
-def guard(keys: Sequence[ApiKey], limits: LimitsConfig) -> Guard:
+def guard(keys: Sequence[ApiKey], limits: LimitsConfig, *, insecure: bool = False) -> Guard:
     """A guard that notes the caller in the request's state; it runs before the body is read.
 
-    It is async because Litestar runs any other on a thread, which costs every request more than the guard itself.
+    Without keys it refuses what a web page has a browser send, unless everybody may come (`insecure`). It is async
+    because Litestar runs any other on a thread, which costs every request more than the guard itself.
     """
     callers = [((key.sha256 or "").encode(), Caller(key.name, key.owner, key.scopes, limits)) for key in keys]
     anybody = Caller("anybody", DEFAULT_OWNER, ADMIN, limits)
@@ -113,6 +117,8 @@ def guard(keys: Sequence[ApiKey], limits: LimitsConfig) -> Guard:
     async def admit(connection: Connection, handler: BaseRouteHandler) -> None:
         if handler.opt.get("public"):
             return
+        if not callers and not insecure:
+            refuse_web_pages(connection.headers)
         caller = identified(connection.headers.get("authorization", ""), callers) if callers else anybody
         caller.spend()
         caller.require(handler.opt.get("scopes", ADMIN))
@@ -134,6 +140,34 @@ def identified(header: str, callers: Sequence[tuple[bytes, Caller]]) -> Caller:
         message = "Incorrect API key provided. Send one of this server's keys: 'Authorization: Bearer KEY'."
         raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer", **CLOSE})
     return matches[0]
+
+
+def refuse_web_pages(headers: Mapping[str, str]) -> None:
+    """Without keys whoever is on this machine may use the server; pages that their browser shows may not.
+
+    A page of another site names itself in `Origin`. One whose name was made to lead to this machine (DNS rebinding)
+    counts as the same site for the browser, and is known by `Host`.
+
+    Raises:
+        ApiError: 403.
+    """
+    for name, value in (("Host", headers.get("host")), ("Origin", headers.get("origin"))):
+        if value and not is_loopback(value.rpartition("//")[2]):
+            message = (
+                f"This server has no keys and is for this machine alone, but the request's {name} is '{value[:80]}'. "
+                "Set auth.keys, or auth.insecure=true if you mean it."
+            )
+            raise ApiError(403, message, "forbidden_origin", headers=CLOSE)
+
+
+@lru_cache(256)
+def is_loopback(authority: str) -> bool:
+    """Whether `host:port` names this machine and cannot name another."""
+    try:
+        host = urlsplit(f"//{authority}").hostname or ""
+        return host == "localhost" or host.endswith(".localhost") or ip_address(host).is_loopback
+    except ValueError:  # neither a name that we know nor an address
+        return False
 
 
 def caller_of(connection: Connection) -> Caller:
