@@ -27,6 +27,7 @@ from .leftovers import end_strays, reconciled, sweep
 from .logs import decode, encode, replace, tail
 from .models import add_model, ft_name
 from .onlookers import Onlookers
+from .room import is_full
 from .types import (
     PROTOCOL,
     Event,
@@ -310,6 +311,11 @@ class Attempts:
 
     async def not_started(self, job: Job, error: OSError) -> None:
         """The attempt's process could not be made: that is the machine's fault, and will not mend itself."""
+        if is_full(error, self.root):
+            message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
+            data = {"code": "insufficient_storage", "message": message}
+            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job))
+            return
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
         await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
 

@@ -73,8 +73,12 @@ class Files:
         self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None
     ) -> FileRow:
         """Give a file that has come in whole an id and a row; `lifetime` is in seconds."""
-        _, insert = await self.named(part, owner, filename, purpose, lifetime)
-        row = await self.store.write(insert)
+        file_id, insert = await self.named(part, owner, filename, purpose, lifetime)
+        try:
+            row = await self.store.write(insert)
+        except sqlite3.Error:  # there will be no row
+            self.path(file_id).unlink(missing_ok=True)
+            raise
         crash_point("upload.stored")
         return row
 

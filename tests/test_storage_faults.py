@@ -3,9 +3,11 @@ faults. A full disk is a small file system in memory; where it cannot be mounted
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_calls import PURPOSE, post
+from http_calls import FILE, PURPOSE, post
 from live import ENDED, LiveServer
 
 from arbor_core import Event, ExecutorSettings, checkpoints
+from arbor_core.attempts import Attempts
 from arbor_core.executor import LocalExecutor
 from arbor_core.jobs import Jobs, JobSpec, NewJob
 from arbor_core.keeper import ref_of
 from arbor_core.leftovers import end_strays, reconciled, sweep
 from arbor_core.logs import Log, tail
+from arbor_core.onlookers import Onlookers
+from arbor_core.plugins import Plugins
 from arbor_core.pulse import Pulse, Watch
 from arbor_core.room import RoomError, is_full, wait_for_room
 from arbor_core.store import Store
@@ -330,6 +335,47 @@ def test_row_110_network_file_systems_are_known(tmp_path: Path, kind: str, refus
     mounts.write_text(f"/dev/root / ext4 rw 0 0\nserver:/export {escaped} {kind} rw 0 0\n")
     assert network_kind(share / "storage", mounts) == (kind if refused else None)
     assert network_kind(tmp_path, mounts) is None
+
+
+def test_row_111_a_database_that_somebody_holds_is_busy_and_nothing_is_lost(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server = start_server()
+    job = create(server, chat_rows, steps=20, step_seconds=0.02)
+    until(lambda: steps(server, job))
+    with sqlite3.connect(server.storage / "arbor.db", isolation_level=None) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        answer = post(server, PURPOSE, FILE)
+        holder.execute("ROLLBACK")
+    answer.error(503, "database_busy")
+    assert int(answer.headers["retry-after"]) > 0
+    assert server.wait(job).status == "succeeded"
+    assert steps(server, job) == list(range(1, 21))
+    assert len([path for path in (server.storage / "files").iterdir() if path.is_file()]) == 2, "rows and result"
+    check_and_stop(server)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT])
+async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, plugins: Plugins, code: int) -> None:
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    unused: Any = None
+    attempts = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, unused, 1)
+    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
+    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    await jobs.transition(job, "queued")
+    await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
+    await attempts.not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
+    found = jobs.get(job.id)
+    assert found is not None
+    if code == errno.ENOSPC:
+        assert (found.status, found.desired, found.error) == ("paused", "pause", None)
+        assert (jobs.events(job.id, 1)[0].data or {})["code"] == "insufficient_storage"
+    else:
+        assert found.status == "failed"
+        assert found.error is not None
+        assert found.error.code == "worker_not_started"
+    store.close()
 
 
 async def test_row_112_a_clock_that_jumps_back_reorders_nothing(tmp_path: Path) -> None:
