@@ -179,6 +179,8 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("engine.token_secondss=1", "Did you mean 'token_seconds'?"),
         ("port=99999", "Invalid 'port': Expected `int` <= 65535"),
         ("gpu.train=[0,0]", "a device is named twice in 'train'"),
+        ("gpu.train=[0-3,2]", "a device is named twice in 'train'"),
+        ("gpu.train=[3-0]", "'3-0' names no device"),
         ("gpu.inference=[-1]", "Invalid 'gpu.inference[0]'"),
         ("auth.keys=['']", "Invalid 'auth.keys[0]'"),
         ("auth.keys=['two words']", "Invalid 'auth.keys[0]'"),
