@@ -222,8 +222,8 @@ class Attempts:
 
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
-        if ended is None:  # its keeper was killed
-            await asyncio.to_thread(end_strays, self.attempt_dir(job))
+        if ended is None and (keeper := claimed(self.attempt_dir(job), "")):  # it was killed
+            await asyncio.to_thread(end_strays, keeper)
             job = await self.collect(job)  # its worker may have written until now
         await asyncio.to_thread(sweep, self.dir(job))
         if missed := await asyncio.to_thread(reconciled, self.dir(job), job.attempt):

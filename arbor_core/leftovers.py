@@ -49,10 +49,14 @@ def reconciled(job_dir: Path, attempt: int) -> list[Event]:
     ]
 
 
-def end_strays(folder: Path) -> None:
-    """Kill the processes that work in a folder and wait until they are gone: a keeper that is killed cannot do it."""
-    deadline = time.monotonic() + END_SECONDS
-    while (found := list(processes_in(folder))) and time.monotonic() < deadline:
+def end_strays(keeper: str) -> None:
+    """Kill what is left of a killed keeper's session and wait until it is gone: the keeper cannot do it any more.
+
+    Args:
+        keeper: Its ref. While one process of its session lives, its pid is given to nobody else.
+    """
+    leader, deadline = keeper.partition(":")[0], time.monotonic() + END_SECONDS
+    while (found := list(session(leader))) and time.monotonic() < deadline:
         for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -61,15 +65,12 @@ def end_strays(folder: Path) -> None:
         time.sleep(0.01)
 
 
-def processes_in(folder: Path) -> Iterator[int]:
-    """Processes whose working directory is `folder` or below; none where there is no /proc."""
-    inside = str(folder.resolve())
-    for entry in os.scandir("/proc") if Path("/proc").is_dir() else ():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+def session(leader: str) -> Iterator[int]:
+    """The live processes of a session; none where there is no /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            at = os.readlink(f"{entry.path}/cwd")  # noqa: PTH115 - a folder may be deleted: it is text
-        except OSError:  # it has ended, or is somebody else's
+            state, _, _, number, *_ = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
             continue
-        if at == inside or at.startswith(f"{inside}/"):
-            yield int(entry.name)
+        if number == leader and state not in "ZX":
+            yield int(stat.parent.name)

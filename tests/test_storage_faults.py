@@ -268,13 +268,16 @@ def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
 
 
 def test_what_outlives_its_keeper_is_ended(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "attempts" / "1" / "work", tmp_path / "attempts" / "10"
-    for folder in (inside, outside):
-        folder.mkdir(parents=True)
     sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
-    with subprocess.Popen(sleep, cwd=inside) as stray, subprocess.Popen(sleep, cwd=outside) as other:
-        end_strays(tmp_path / "attempts" / "1")
-        assert stray.wait(10) == -signal.SIGKILL
+    start = f"import os, subprocess; print(subprocess.Popen({sleep}, stdout=2).pid, flush=True); os.abort()"
+    keeper = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert keeper.stdout is not None
+    stray = int(keeper.stdout.readline())
+    assert keeper.wait(10) == -signal.SIGABRT
+    with subprocess.Popen(sleep, cwd=tmp_path) as other:
+        assert ref_of(stray)
+        end_strays(f"{keeper.pid}:1:boot")
+        assert not ref_of(stray)
         assert other.poll() is None
         other.kill()
 
