@@ -7,7 +7,6 @@ directories, so a dispatcher that starts finds what an earlier one left.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from collections.abc import Coroutine, Mapping
@@ -22,6 +21,7 @@ from .faults import crash_point
 from .jobs import InLine, Job, JobError, Jobs
 from .leftovers import sweep
 from .pulse import Watch
+from .room import is_full
 from .types import (
     Allocator,
     ArborError,
@@ -294,12 +294,17 @@ class Dispatcher:
             await self._follow(fresh)
 
     async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
-        """Start the attempt; its ref. A full disk is waited for; None: something else is wanted of the job by then."""
+        """Start the attempt, and wait for room on a full disk; its ref, or None: something else is wanted meanwhile.
+
+        Raises:
+            OSError: it cannot be started, or there was no room for `limits.room_seconds`.
+        """
+        until = time.monotonic() + self.attempts.settings.limits.room_seconds
         while True:
             try:
                 return await self.attempts.start(job, trainer, lease, self.bell)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not is_full(error, self.attempts.root) or time.monotonic() > until:
                     raise
                 log.warning("job %s: attempt %d waits for room on the disk: %s", job.id, job.attempt, error)
             await asyncio.sleep(POLL_SECONDS)
