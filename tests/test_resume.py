@@ -43,8 +43,15 @@ def test_row_102_a_job_keeps_its_threads_and_says_when_the_processor_is_another(
     assert placed(server, other.id, 1)["threads"] == 1
 
 
-@pytest.mark.parametrize(("wanted", "found"), [("run", "ref"), ("pause", None)])
-async def test_an_attempt_waits_for_room_to_start_unless_something_else_is_wanted(monkeypatch, wanted, found):
+@pytest.mark.parametrize(
+    ("wanted", "patience", "found"),
+    [
+        pytest.param("run", 60, "ref", id="room"),
+        pytest.param("pause", 60, None, id="pause"),
+        pytest.param("run", 0, OSError, id="no-room"),
+    ],
+)
+async def test_row_95_an_attempt_waits_for_room_to_start_for_some_time(monkeypatch, tmp_path, wanted, patience, found):
     monkeypatch.setattr(dispatcher, "POLL_SECONDS", 0.01)
     tries = []
 
@@ -55,7 +62,12 @@ async def test_an_attempt_waits_for_room_to_start_unless_something_else_is_wante
         return "ref"
 
     job = SimpleNamespace(id="ftjob-x", attempt=1, wanted=wanted)
-    jobs, attempts = SimpleNamespace(get=lambda _: job), SimpleNamespace(start=start)
-    made = dispatcher.Dispatcher(jobs, attempts, {}, None, None, None, Path("unused"))
-    assert await made._started(job, None, None) == found
-    assert len(tries) == (3 if found else 1)
+    settings = SimpleNamespace(limits=SimpleNamespace(room_seconds=patience))
+    attempts = SimpleNamespace(start=start, settings=settings, root=tmp_path)
+    made = dispatcher.Dispatcher(SimpleNamespace(get=lambda _: job), attempts, {}, None, None, None, Path("unused"))
+    if found is OSError:
+        with pytest.raises(OSError, match="No space"):
+            await made._started(job, None, None)
+    else:
+        assert await made._started(job, None, None) == found
+    assert len(tries) == (3 if found == "ref" else 1)
