@@ -34,8 +34,8 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
         ("upload_speed_ratio", "at least", 0.5),
     ],
     "simulation": [
-        ("busy.retrieve.p99_ms", "at most", 20),
-        ("busy.create.p99_ms", "at most", 50),
+        ("quiet.retrieve.p99_ms", "at most", 20),
+        ("quiet.create.p99_ms", "at most", 50),
         ("rate.starts_per_second", "at least", 50),
         ("database_growth", "at most", 1.1),
     ],

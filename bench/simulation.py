@@ -3,11 +3,12 @@
     python bench/simulation.py [--full] [--dir DIR]
 
 2,000 jobs and 100 simulated devices; with --full 20,000 and 1,000. The executor `mock` runs attempts without processes,
-everything else is the real server with its files and its database on the disk. Two runs:
+everything else is the real server with its files and its database on the disk. Three runs:
 
-- `busy`: most of the jobs have ended; the rest keeps all devices busy. They take as long as it needs for 60 of them to
-  start in a second, while a hundred clients make a request a second each: retrieve (70 %), list (15 %), create (15 %).
-  Times are those that the clients see.
+- `quiet`: all other jobs have ended, and a hundred clients make a request a second each: retrieve (60 %), list (15 %),
+  create (15 %) and health (10 %), which asks for nothing: what it takes is the machine. Times are what clients see.
+- `busy`: the same clients, while the other jobs keep all devices busy. They take as long as it needs for 60 of them to
+  start in a second.
 - `rate`: jobs that take no time, without clients: how many attempts start in a second.
 
 Prints JSON on its last line. `database_growth`: what the second half of the ended jobs adds to the database against the
@@ -175,10 +176,12 @@ async def client(
     """One request a second, at random moments, until it is time."""
     await asyncio.sleep(random.random())
     while time.monotonic() < end:
-        what = random.choices(("retrieve", "list", "create"), (70, 15, 15))[0]
+        what = random.choices(("retrieve", "list", "create", "health"), (60, 15, 15, 10))[0]
         began = time.perf_counter()
         if what == "retrieve":
             request = session.get(f"{JOBS}/{random.choice(ids)}")
+        elif what == "health":
+            request = session.get("/health")
         elif what == "list":
             request = session.get(JOBS, params={"limit": "20"})
         else:
@@ -191,6 +194,30 @@ async def client(
         await asyncio.sleep(random.expovariate(1.0))
 
 
+async def clients(url: str, file: str, seconds: float, ids: list[str], duration: float) -> dict[str, Any]:
+    """What a hundred clients see."""
+    times: dict[str, list[float]] = defaultdict(list)
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        end = time.monotonic() + duration
+        await asyncio.gather(*(client(session, file, seconds, ids, end, times) for _ in range(CLIENTS)))
+    return {
+        what: {
+            "requests": len(taken),
+            "p50_ms": 1e3 * statistics.median(taken),
+            "p99_ms": 1e3 * statistics.quantiles(taken, n=100)[98],
+        }
+        for what, taken in times.items()
+    }
+
+
+async def quiet(root: Path, scale: Scale, file: str) -> dict[str, Any]:
+    """A hundred clients, and no jobs but theirs."""
+    ids = [row[0] for row in read(root, "SELECT id FROM jobs")]
+    with serving(root, scale) as (url, pid):
+        memory = memory_mb(pid, "VmRSS")
+        return {"rss_mb_at_start": memory, **await clients(url, file, 0.1, ids, scale.seconds / 3)}
+
+
 async def busy(root: Path, scale: Scale, file: str, seconds: float) -> dict[str, Any]:
     """A hundred clients while all devices are busy."""
     figures: dict[str, Any] = {}
@@ -198,23 +225,13 @@ async def busy(root: Path, scale: Scale, file: str, seconds: float) -> dict[str,
         figures["rss_mb_at_start"] = memory_mb(pid, "VmRSS")
         await until(lambda: all_checked(root))
         ids = [row[0] for row in read(root, "SELECT id FROM jobs")]
-        times: dict[str, list[float]] = defaultdict(list)
         before, began, cpu = started(root), time.monotonic(), cpu_seconds(pid)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(url, connector=connector) as session:
-            end = began + scale.seconds
-            await asyncio.gather(*(client(session, file, seconds, ids, end, times) for _ in range(CLIENTS)))
+        figures |= await clients(url, file, seconds, ids, scale.seconds)
         took = time.monotonic() - began
         figures["starts_per_second"] = (started(root) - before) / took
         figures["cores"] = (cpu_seconds(pid) - cpu) / took
         figures["running"] = read(root, "SELECT count(*) FROM jobs WHERE status='running'")[0][0]
         figures["rss_mb_at_end"] = memory_mb(pid, "VmRSS")
-    for what, taken in times.items():
-        figures[what] = {
-            "requests": len(taken),
-            "p50_ms": 1e3 * statistics.median(taken),
-            "p99_ms": 1e3 * statistics.quantiles(taken, n=100)[98],
-        }
     return figures
 
 
@@ -251,8 +268,14 @@ async def measured(scale: Scale, root: Path) -> dict[str, Any]:
     for _ in range(2):
         store(root / "busy", half, 0)
         sizes.append(database_mb(root / "busy"))
+    figures: dict[str, Any] = {
+        "jobs": scale.jobs,
+        "devices": scale.devices,
+        "rss_mb_empty": empty,
+        "database_mb": sizes,
+    }
+    figures["quiet"] = await quiet(root / "busy", scale, file)
     store(root / "busy", 0, scale.ending)
-    figures = {"jobs": scale.jobs, "devices": scale.devices, "rss_mb_empty": empty, "database_mb": sizes}
     return {
         **figures,
         "database_growth": (sizes[2] - sizes[1]) / (sizes[1] - sizes[0]),
