@@ -1,33 +1,27 @@
-"""One attempt of a job: its papers, its start, its events, and what its end means for the job."""
+"""One attempt of a job: its papers, its start, its events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
-import io
 import logging
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from .config import ServeConfig
 from .faults import crash_point
 from .files import Files
-from .jobs import Job, JobError, Jobs, encoded
+from .jobs import Job, Jobs, encoded
 from .keeper import claimed
-from .leftovers import end_strays, reconciled, sweep
 from .logs import decode, encode, replace, tail
-from .models import add_model, ft_name
+from .models import ft_name
 from .onlookers import Onlookers
-from .room import is_full
 from .types import (
     PROTOCOL,
     Event,
@@ -48,7 +42,7 @@ BATCH = 500
 
 
 class Attempts:
-    """Starts attempts, takes their events into the database, and settles jobs when they end."""
+    """Starts attempts and takes their events into the database."""
 
     def __init__(
         self,
@@ -198,142 +192,6 @@ class Attempts:
         await note_ref(self.jobs, job, ref)
         return True
 
-    async def settle(self, job: Job, ended: Exit | None) -> None:
-        """Move a job whose attempt is over to where it belongs. All its events have been collected."""
-        job = await self.tidied(job, ended)
-        last = self.outcome(job)
-        if last and last.type == "result":
-            await self._succeed(job, last)
-        elif last and last.type == "error":
-            error = JobError(**last.data)
-            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
-        elif job.desired == "cancel":
-            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
-        elif last and last.type == "paused" and last.data.get("code"):
-            said = Event("message", last.message, "error", data=last.data)
-            await self._end(job, "paused", said, also=keep_paused(job))
-        elif last and last.type == "paused" and job.preempted and job.desired == "run":
-            text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
-            await self._end(job, "queued", Event("message", text))
-        elif last and last.type == "paused":
-            await self._end(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
-        else:
-            await self._crashed(job, ended)
-
-    async def tidied(self, job: Job, ended: Exit | None) -> Job:
-        """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
-        if ended is None and (keeper := claimed(self.attempt_dir(job), "")):  # it was killed
-            await asyncio.to_thread(end_strays, keeper)
-            job = await self.collect(job)  # its worker may have written until now
-        await asyncio.to_thread(sweep, self.dir(job))
-        if missed := await asyncio.to_thread(reconciled, self.dir(job), job.attempt):
-            await self.jobs.reconcile(job, missed, self.model_name(job))
-            job = self.jobs.get(job.id) or job
-        crash_point("attempt.tidied")
-        return job
-
-    def outcome(self, job: Job) -> Event | None:
-        """The attempt's own last word: result, error or paused."""
-        last = None
-        for _, event in tail(self.attempt_dir(job) / "events.jsonl", 0, Event):
-            if event.type in ("result", "error", "paused"):
-                last = event
-        return last
-
-    async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
-        """Leave `running`, and forget the lease in the same transaction."""
-        also = changes.pop("also", None)
-
-        def give_back(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
-            if also:
-                also(db)
-
-        if await self.jobs.transition(job, status, *events, also=give_back, ref=None, **changes):
-            view = self.view(job)
-            view.status = status
-            for event in events:
-                self.onlookers.tell(view, event)
-
-    async def _succeed(self, job: Job, result: Event) -> None:
-        name = self.model_name(job)
-        folder = self.dir(job) / "checkpoints" / result.data["dir"]
-        metrics = self.metrics_csv(job)
-        file_id, insert = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
-        crash_point("result.stored")
-
-        def register(db: sqlite3.Connection) -> None:
-            insert(db)
-            add_model(
-                db,
-                name=name,
-                owner=job.owner,
-                job_id=job.id,
-                base=job.spec.model,
-                base_path=job.spec.model_path,
-                path=str(folder),
-                kind="adapter" if result.data.get("adapter") else "full",
-            )
-
-        await self._end(
-            job,
-            "succeeded",
-            Event("message", f"New fine-tuned model created: {name}"),
-            Event("message", "The job has successfully completed"),
-            fine_tuned_model=name,
-            trained_tokens=result.data["trained_tokens"],
-            result_files=[file_id],
-            also=register,
-        )
-
-    async def _crashed(self, job: Job, ended: Exit | None) -> None:
-        """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
-        if ended is None and job.ref is None and not claimed(self.attempt_dir(job), ""):
-            text = f"The server ended before attempt {job.attempt} began; another one starts"
-            await self._end(job, "queued", Event("message", text, "warn"))
-            return
-        hung = self.hung(job).exists()
-        how = "its keeper was lost" if ended is None else exit_words(ended.code)
-        if hung:
-            how = f"it made no progress for {self.settings.limits.heartbeat_seconds:g} seconds and was ended"
-        crashes = job.crashes + 1
-        if crashes >= self.settings.limits.attempts:
-            error = JobError(
-                "worker_hung" if hung else "worker_crashed",
-                f"The training process died {crashes} times without progress; the last time {how}. "
-                f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
-            )
-            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
-            return
-        from_where = f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
-        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where}"
-        await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
-
-    async def not_started(self, job: Job, error: OSError) -> None:
-        """The attempt's process could not be made: that is the machine's fault, and will not mend itself."""
-        if is_full(error, self.root):
-            message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
-            data = {"code": "insufficient_storage", "message": message}
-            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job))
-            return
-        failed = JobError("worker_not_started", f"The training process could not be started: {error}")
-        await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
-
-    def metrics_csv(self, job: Job) -> bytes:
-        """OpenAI's result file: one row a step, of the newest attempt that trained it."""
-        rows: dict[int, dict[str, Any]] = {}
-        sql = "SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq"
-        for (data,) in self.jobs.store.read(sql, job.id):
-            values = msgspec.json.decode(data)
-            rows[values["step"]] = {**rows.get(values["step"], {}), **values}
-        text = io.StringIO()
-        writer = csv.writer(text)
-        columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
-        writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
-        for step in sorted(rows):
-            writer.writerow([step, *(rows[step].get(column, "") for column in columns)])
-        return text.getvalue().encode()
-
 
 async def note_ref(jobs: Jobs, job: Job, ref: str) -> None:
     """Remember where an attempt runs, if the job is still at it."""
@@ -342,11 +200,6 @@ async def note_ref(jobs: Jobs, job: Job, ref: str) -> None:
         db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
 
     await jobs.store.write(change)
-
-
-def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
-    """A job that had to be paused stays so until it is resumed; part of the caller's transaction."""
-    return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
 
 
 def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:
@@ -370,16 +223,6 @@ def ranks_command(order: Order, ranks: int, accelerate_config: Path | None) -> t
     else:
         launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     return (order.python, "-m", *launch, "-m", "arbor_core.worker", str(order.dir))
-
-
-def exit_words(code: int) -> str:
-    """An exit status for people."""
-    if code >= 0:
-        return f"it ended with status {code}"
-    try:
-        return f"it was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"it was ended by signal {-code}"
 
 
 @cache

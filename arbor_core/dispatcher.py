@@ -22,6 +22,7 @@ from .jobs import InLine, Job, JobError, Jobs
 from .leftovers import sweep
 from .pulse import Watch
 from .room import is_full
+from .settlement import Settlement
 from .types import (
     Allocator,
     ArborError,
@@ -64,6 +65,7 @@ class Dispatcher:
     ) -> None:
         self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
         self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
+        self.settlement = Settlement(attempts)
         self.leases: dict[str, Lease] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.rung: dict[str, asyncio.Event] = {}
@@ -283,7 +285,7 @@ class Dispatcher:
             ref = await self._started(job, trainer, lease)
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
-            await self.attempts.not_started(job, error)
+            await self.settlement.not_started(job, error)
             self.release(job.id)
             return
         if ref:
@@ -326,7 +328,7 @@ class Dispatcher:
             job = await self.attempts.collect(self.jobs.get(job.id) or job)
             if not alive:
                 crash_point("attempt.ended")
-                await self.attempts.settle(job, ended)
+                await self.settlement.settle(job, ended)
                 crash_point("job.settled")
                 self.release(job.id)
                 crash_point("lease.released")

@@ -30,6 +30,7 @@ from arbor_core.onlookers import Onlookers
 from arbor_core.plugins import Plugins
 from arbor_core.pulse import Pulse, Watch
 from arbor_core.room import RoomError, is_full, wait_for_room
+from arbor_core.settlement import Settlement
 from arbor_core.store import Store
 from arbor_core.system import locked, network_kind
 from arbor_core.testing import JobDirectory
@@ -368,7 +369,7 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     await jobs.transition(job, "queued")
     await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
-    await attempts.not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
+    await Settlement(attempts).not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
     found = jobs.get(job.id)
     assert found is not None
     if code == errno.ENOSPC:
