@@ -27,6 +27,7 @@ from .bell import short
 from .faults import crash_point
 from .keeper import keep
 from .logs import decode
+from .prctl import PR_SET_PDEATHSIG, prctl
 from .worker import imported
 
 PROOF_FAILED = 4
@@ -40,6 +41,7 @@ class ForkRequest(msgspec.Struct, frozen=True):
 
 def main(path: Path, prove: str, modules: list[str]) -> int:
     """Import, prove, serve."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # standard input is looked at only between requests
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while they are imported is no answer
     for module in modules:

@@ -4,52 +4,9 @@ Says in `<dir>/ready.json` where it listens. Ends at once when its standard inpu
 then; ends quickly on SIGTERM. A model that cannot be served is exit code 3 and one line.
 """
 
-import asyncio
-import contextlib
-import gc
-import json
-import logging
 import os
-import signal
 import sys
 import threading
-from pathlib import Path
-
-import msgspec
-import torch
-from aiohttp import web
-from transformers.utils import logging as transformers_logging
-
-from arbor_core import ArborError, EngineSpec
-
-from . import Options
-from .engine import Engine
-from .generation import Delta, Sink
-from .http import Face
-from .lora import AdapterRows
-from .model import Loaded, load, make_batch
-from .service import Service
-
-UNUSABLE_MODEL = 3
-LOST_DEVICE = 4
-GOODBYE_SECONDS = 3.0
-
-
-def main() -> int:
-    """Serve until told to end; the exit status."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineSpec, dec_hook=lambda kind, raw: kind(raw))
-    options = msgspec.convert(spec.options, Options)
-    torch.set_num_threads(max(1, spec.threads))
-    try:
-        loaded = load(spec.path, spec.devices[0], options)
-        return asyncio.run(serve(spec, options, loaded))
-    except ArborError as error:
-        print(error, file=sys.stderr)
-        return UNUSABLE_MODEL
 
 
 def end_with_parent() -> None:
@@ -59,58 +16,10 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
-async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
-    """Listen until SIGTERM or until the device is lost; the exit status."""
-    loop, ending, status = asyncio.get_running_loop(), asyncio.Event(), 0
-
-    def broken() -> None:
-        nonlocal status
-        status = LOST_DEVICE
-        loop.call_soon_threadsafe(ending.set)
-
-    def deliver(deltas: list[tuple[Sink, Delta]]) -> None:
-        # The loop is closed only after the last generation has been failed; nobody is left to read then.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(put_all, deltas)
-
-    lora = AdapterRows(loaded.model)
-    batch, context = make_batch(loaded, lora, options)
-    engine = Engine(batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken)
-    service = Service(spec.model, loaded, engine, lora, context, options.max_unread)
-    engine.start()
-    runner = web.AppRunner(
-        Face(service, spec.token).app(), access_log=None, handler_cancellation=True, shutdown_timeout=GOODBYE_SECONDS
-    )
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
-    gc.collect()
-    gc.freeze()  # the libraries and the model stay: looking through them again would hold up every sequence
-    announce(spec.dir / "ready.json", f"http://127.0.0.1:{runner.addresses[0][1]}")
-    await ending.wait()
-    await site.stop()
-    engine.stop()
-    await runner.cleanup()
-    await asyncio.to_thread(engine.thread.join, GOODBYE_SECONDS)
-    return status
-
-
-def put_all(deltas: list[tuple[Sink, Delta]]) -> None:
-    for sink, delta in deltas:
-        sink.put(delta)
-
-
-def announce(file: Path, url: str) -> None:
-    """Write where the engine listens, whole or not at all."""
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps({"url": url}))
-    draft.replace(file)
-
-
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()  # before the imports, which take seconds
+    from .process import main
+
     status = main()
-    # Threads of the libraries must not keep a process that has nothing left to do.
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(status)  # threads of the libraries must not keep a process that has nothing left to do
