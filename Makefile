@@ -2,7 +2,8 @@
 # make test   set up and run the tests
 # make crash  kill a server and its processes at every fault point, one after the other
 # make lint   set up and run ruff, mypy and the import walls
-# make chaos  set up, then kill and disturb a server for CHAOS_MINUTES (1), and see whether anything was lost
+# make chaos  set up, then kill and disturb a server for CHAOS_MINUTES (1), and see whether anything was lost;
+#             CHAOS_FLAGS=--disk also fills its disk now and then (needs root)
 # make bench  set up and measure; figures go to bench/results.json
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,7 +56,7 @@ format: $(STAMP)
 
 chaos: $(STAMP)
 	STATE_EXAMPLES=50 $(BIN)/python -m pytest -q tests/test_state_machine.py
-	$(BIN)/python tests/chaos.py
+	$(BIN)/python tests/chaos.py $(CHAOS_FLAGS)
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py

@@ -144,7 +144,7 @@ class Chaos(Clients):
             (4, self.upload_cut_short),
             (4, lambda: self.upload(self.draw.randbytes(self.draw.randrange(1, 300_000)))),
             (6, self.slow_client),
-            *([(1.0, self.fill_disk)] if disk else []),
+            *([(2, self.fill_disk)] if disk else []),
         ]
 
     def run(self, seconds: float, disk: bool = False) -> list[str]:
