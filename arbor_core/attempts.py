@@ -17,11 +17,12 @@ import msgspec
 from .config import ServeConfig
 from .faults import crash_point
 from .files import Files
-from .jobs import Job, Jobs, encoded
+from .jobs import Jobs
 from .keeper import claimed
 from .logs import decode, encode, replace, tail
 from .models import ft_name
 from .onlookers import Onlookers
+from .records import Job, encoded
 from .types import (
     PROTOCOL,
     Event,

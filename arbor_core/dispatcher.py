@@ -18,9 +18,10 @@ import msgspec
 from .attempts import Attempts, keep_lease, note_ref
 from .bell import Bell
 from .faults import crash_point
-from .jobs import InLine, Job, JobError, Jobs
+from .jobs import Jobs
 from .leftovers import sweep
 from .pulse import Watch
+from .records import InLine, Job, JobError
 from .room import is_full
 from .settlement import Settlement
 from .types import (

@@ -14,11 +14,11 @@ import msgspec
 
 from .attempts import Attempts
 from .faults import crash_point
-from .jobs import Job, JobError
 from .keeper import claimed
 from .leftovers import end_strays, reconciled, sweep
 from .logs import tail
 from .models import add_model
+from .records import Job, JobError
 from .room import is_full
 from .types import Event, Exit
 

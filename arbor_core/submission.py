@@ -14,7 +14,7 @@ from msgspec import Meta
 from . import ids
 from .config import merged, typed
 from .errors import ApiError
-from .jobs import JobSpec, NewJob
+from .records import JobSpec, NewJob
 from .types import ArborError, ConfigError
 
 if TYPE_CHECKING:

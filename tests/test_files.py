@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from arbor_core.config import LimitsConfig, core_config_dir, typed
 from arbor_core.errors import ApiError
 from arbor_core.files import Files
-from arbor_core.jobs import Jobs, JobSpec, NewJob
+from arbor_core.jobs import Jobs
+from arbor_core.records import JobSpec, NewJob
 from arbor_core.store import Store
 
 

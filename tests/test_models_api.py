@@ -14,8 +14,9 @@ from live import LiveServer, launch
 
 from arbor_core.config import ModelsConfig
 from arbor_core.errors import ApiError
-from arbor_core.jobs import Job, Jobs, JobSpec, NewJob, add_checkpoint
+from arbor_core.jobs import Jobs, add_checkpoint
 from arbor_core.models import Models, add_model, ft_name
+from arbor_core.records import Job, JobSpec, NewJob
 from arbor_core.store import Store
 from arbor_core.types import Event, Weights
 

@@ -22,13 +22,14 @@ from live import ENDED, LiveServer
 from arbor_core import Event, ExecutorSettings, checkpoints
 from arbor_core.attempts import Attempts
 from arbor_core.executor import LocalExecutor
-from arbor_core.jobs import Jobs, JobSpec, NewJob
+from arbor_core.jobs import Jobs
 from arbor_core.keeper import ref_of
 from arbor_core.leftovers import end_strays, reconciled, sweep
 from arbor_core.logs import Log, tail
 from arbor_core.onlookers import Onlookers
 from arbor_core.plugins import Plugins
 from arbor_core.pulse import Pulse, Watch
+from arbor_core.records import JobSpec, NewJob
 from arbor_core.room import RoomError, is_full, wait_for_room
 from arbor_core.settlement import Settlement
 from arbor_core.store import Store

@@ -7,7 +7,7 @@ import sqlite3
 import msgspec
 from litestar import get, post
 
-from arbor_core.jobs import Job
+from arbor_core.records import Job
 from arbor_core.repeats import Repeatable, RepeatedError
 from arbor_core.submission import CreateFineTuningJobRequest, prepare
 from arbor_core.system import Arbor

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from arbor_core.files import FileRow
-from arbor_core.jobs import CheckpointRow, EventRow, Job
 from arbor_core.models import Listed
+from arbor_core.records import CheckpointRow, EventRow, Job
 
 from .request import MAX_PAGE
 
