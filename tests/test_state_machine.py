@@ -242,7 +242,7 @@ def world() -> Iterator[None]:
 
 TestJobs = JobsMachine.TestCase
 TestJobs.settings = settings(
-    max_examples=EXAMPLES or 10,
+    max_examples=EXAMPLES or 8,
     stateful_step_count=10,
     derandomize=not EXAMPLES,
     deadline=None,
