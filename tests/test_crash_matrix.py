@@ -21,7 +21,7 @@ from live import ENDED, LiveServer
 
 from arbor_core.testing.invariants import Seen, check_invariants, processes
 
-STEPS = 8
+STEPS = 30
 SOME = ["job.running", "attempt.started", "result.stored"]
 SERVER = [
     "upload.renamed",
@@ -89,12 +89,15 @@ class Client:
         client = self.server.new_client(_strict_response_validation=False)
         job = self.create(rows)
         self.until(job, lambda found: self.steps(job) >= 3)
-        client.fine_tuning.jobs.pause(job)
+        with suppress(openai.BadRequestError):  # it has succeeded: this machine has much else to do
+            client.fine_tuning.jobs.pause(job)
         self.until(job, lambda found: found.status == "paused")
-        client.fine_tuning.jobs.resume(job)
+        with suppress(openai.BadRequestError):
+            client.fine_tuning.jobs.resume(job)
         other = self.create(rows)
         self.until(other, lambda found: found.status == "running")
-        client.fine_tuning.jobs.cancel(other)
+        with suppress(openai.BadRequestError):
+            client.fine_tuning.jobs.cancel(other)
         for each in (job, other):
             self.until(each, lambda found: found.status in ENDED)
 
@@ -102,7 +105,7 @@ class Client:
         file_id = self.server.upload(rows)
         content = self.server.client.files.content(file_id).read()
         self.files[file_id] = hashlib.sha256(content).hexdigest()
-        hyper = {"steps": STEPS, "step_seconds": 0.04, "checkpoint_steps": 2}
+        hyper = {"steps": STEPS, "step_seconds": 0.05, "checkpoint_steps": 2}
         job = self.server.client.fine_tuning.jobs.create(
             model="mock/tiny",
             training_file=file_id,
