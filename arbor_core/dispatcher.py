@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -216,7 +217,9 @@ class Dispatcher:
         for job_id in plan.preempt:
             await self.jobs.preempt(job_id)
             self.wake(job_id)
-        await asyncio.gather(*(self._start(job_id) for job_id in plan.start))
+        ended = await asyncio.gather(*(self._start(job_id) for job_id in plan.start), return_exceptions=True)
+        for error in filter(None, ended):  # all have ended: the next look finds none half started
+            raise error
         waiting = [job.id for job in line if job.id not in self.waiting_told and job.id not in plan.start]
         if waiting:
             self.waiting_told.update(waiting)
@@ -271,9 +274,13 @@ class Dispatcher:
         crash_point("lease.acquired")
         self.waiting_told.discard(job.id)
         started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
-        moved = await self.jobs.transition(
-            job, "running", started, attempt=job.attempt + 1, only_if="run", also=lambda db: keep_lease(db, lease)
-        )
+        try:
+            moved = await self.jobs.transition(
+                job, "running", started, attempt=job.attempt + 1, only_if="run", also=lambda db: keep_lease(db, lease)
+            )
+        except sqlite3.Error:  # a full disk, say: it waits for the next look, and so do the devices
+            self.release(job.id)
+            raise
         fresh = self.jobs.get(job.id)
         if not moved or fresh is None:
             self.release(job.id)

@@ -1,6 +1,8 @@
 """The scheduler `fifo` and the allocator `local`, with properties over random job streams."""
 
 import asyncio
+import sqlite3
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from arbor_core import AllocatorSettings, ArborError, Bundle, Claim, Device, QueuedJob, Snapshot
 from arbor_core.allocator import LocalAllocator, PoolAllocator
+from arbor_core.dispatcher import Dispatcher
 from arbor_core.scheduler import FifoScheduler
 
 SIZES = st.lists(st.integers(1, 4), max_size=12)
@@ -108,6 +111,20 @@ async def test_a_lease_from_before_a_restart_is_held_again():
     lease = await before.acquire(claim("a", 1))
     after.restore(lease)
     assert after.free()["train"] == 1
+
+
+async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_path):
+    allocator, spec = pools(1), SimpleNamespace(trainer="t", devices=1)
+    job = SimpleNamespace(id="j", status="queued", attempt=0, spec=spec)
+
+    async def full(*_: object, **__: object) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    jobs = SimpleNamespace(get=lambda _: job, transition=full)
+    dispatcher = Dispatcher(jobs, None, {"t": None}, FifoScheduler(), allocator, None, tmp_path)
+    with pytest.raises(sqlite3.OperationalError):
+        await dispatcher._start("j")
+    assert allocator.free()["train"] == 1 and not dispatcher.leases
 
 
 def test_without_gpus_ids_are_cpu_slots(monkeypatch):
