@@ -163,7 +163,7 @@ def main() -> None:
                 best[name] = max(best[name], made / (time.perf_counter() - begun))
         others = max(speed for name, speed in best.items() if name != "engine")
         table[str(count)] = {**{name: round(speed) for name, speed in best.items()}, "ratio": best["engine"] / others}
-    print(json.dumps({"prompt": ask.prompt, "tokens": ask.tokens, "tokens_per_second": table}, indent=1))
+    print(json.dumps({"prompt": ask.prompt, "tokens": ask.tokens, "tokens_per_second": table}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ RESULTS = HERE / "results.json"
 # What is measured -> [(path in its JSON, "at least" or "at most", aim)]
 AIMS: dict[str, list[tuple[str, str, float]]] = {
     "first_step": [("warm_ratio", "at most", 0.2), ("cold_ratio", "at most", 1.1)],
-    "sft_throughput": [("equal.ratio", "at least", 0.97), ("varied.ratio", "at least", 1.5)],
+    "sft_throughput": [("sft_equal.ratio", "at least", 0.97), ("sft_lognormal.ratio", "at least", 1.5)],
     "serving": [("plain_32.ratio", "at least", 0.9), ("plain_64.ratio", "at least", 0.9)],
     "proxy": [("proxy.plain.added_ms", "at most", 3.0)],
     "server": [

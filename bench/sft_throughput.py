@@ -44,7 +44,7 @@ from trl import SFTConfig, SFTTrainer
 from arbor_core.config import load_yaml, merged, typed
 from arbor_core.logs import encode
 from arbor_core.types import PROTOCOL, Device, Order, Placement
-from arbor_core.worker import WorkOrder, open_run
+from arbor_core.worker import WorkerRun, WorkOrder, open_run
 
 BATCH = 16
 RATE = 1e-3
@@ -168,7 +168,7 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
     (folder / "job.json").write_bytes(encode(order))
     (attempt / "placement.json").write_bytes(encode(Placement((Device("cpu:0"),), threads)))
     (attempt / "order.json").write_bytes(encode(Order(attempt, (), {}, sys.executable)))
-    job, run = open_run(attempt), Run()
+    job, run = open_run(attempt, WorkerRun), Run()
     report = job.metrics
 
     def metrics(step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
