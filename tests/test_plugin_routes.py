@@ -68,7 +68,9 @@ def acme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     live.stop()
 
 
-def test_a_plugin_creates_and_follows_jobs(acme: LiveServer, chat_rows: list[dict[str, Any]]) -> None:
+def test_hook_arbor_routes_lets_a_plugin_create_and_follow_jobs(
+    acme: LiveServer, chat_rows: list[dict[str, Any]]
+) -> None:
     answer = call(acme.url, "POST", "/v1/acme/train", {"training_file": acme.upload(chat_rows), "n_epochs": 2})
     assert answer.status == 200, answer.body
     job = answer.json

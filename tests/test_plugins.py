@@ -1,8 +1,10 @@
 """Finding, loading and looking up plugins."""
 
 import importlib
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -42,8 +44,9 @@ def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
     for step in range(3):
         onlookers.tell(view, Event("metrics", step=step))
     onlookers.close()
-    while not onlookers.queue.empty():
-        pass
+    deadline = time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert seen == [0, 1, 2]
 
 
@@ -130,8 +133,11 @@ def test_a_hook_that_raises_when_asked_is_a_broken_plugin(site):
 
 def test_a_disabled_plugin_is_not_imported(site):
     write_plugin(site, "acme_off", "raise SystemError('imported')")
-    assert loading.load(["acme_off"]).broken.keys() == loading.load(["acme-off"]).broken.keys()
-    assert "acme-off" not in loading.load(["acme-off"]).broken
+    assert "imported" in loading.load().broken["acme-off"]
+    for name in ("acme_off", "acme-off"):  # the plugin's name, or its distribution's
+        loaded = loading.load([name])
+        assert "acme-off" in loaded.disabled
+        assert "acme-off" not in loaded.broken
     with pytest.raises(ArborError, match="no plugin called nothing"):
         loading.load(["nothing"])
 
@@ -143,10 +149,10 @@ def test_every_hook_says_what_it_is_for():
 
 
 def test_every_hook_has_a_test():
-    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    sources = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tested = " ".join(re.findall(r"def test_hook_(\w+)", sources))
     for name in HOOKS:
-        kind = name.removeprefix("arbor_")
-        assert f"test_hook_{name}" in tests or (f"_{kind}" in tests and "test_hook_" in tests), name
+        assert name.removeprefix("arbor_") in tested, f"no test called test_hook_{name}"
 
 
 def test_loading_every_plugin_imports_no_deep_learning_library():
