@@ -6,10 +6,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec import field as struct_field
+
+if TYPE_CHECKING:
+    from .inbox import Record
 
 ConfigT = TypeVar("ConfigT", bound=Struct)
 ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)
@@ -248,7 +251,9 @@ class Executor(Protocol):
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
 
-EventType = Literal["message", "metrics", "checkpoint", "discarded", "resolved", "result", "paused", "error"]
+EventType = Literal[
+    "message", "metrics", "checkpoint", "discarded", "weights", "resolved", "result", "paused", "error"
+]
 Level = Literal["info", "warn", "error"]
 
 
@@ -270,6 +275,24 @@ class Checkpoint(Struct, frozen=True):
     step: int
     dir: Path
     metrics: dict[str, float] = struct_field(default_factory=dict)
+
+
+class CheckpointRequest(Struct, frozen=True):
+    """A checkpoint that a client asked for by name."""
+
+    name: str
+    metadata: dict[str, Any] = struct_field(default_factory=dict)
+
+
+class Fed(Struct, frozen=True):
+    """What one step took from the inbox: enough to see later whether it is still the same."""
+
+    end: int
+    """Position up to which the inbox was used."""
+    groups: tuple[tuple[int, int], ...]
+    """Position and CRC-32 of each group that was trained on."""
+    skipped: tuple[int, ...] = ()
+    """Positions of groups that were too old or could not be used."""
 
 
 class Weights(Struct, frozen=True):
@@ -323,11 +346,13 @@ class Run(Protocol[ConfigT_co]):
         """A line for whoever follows the job."""
         ...
 
-    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
+    def metrics(
+        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+    ) -> None:
         """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1.
 
         `digest` stands for the trained parameters after the step, where it is cheap to tell: a run that was interrupted
-        can be compared with one that was not.
+        can be compared with one that was not. `fed` says which groups of the inbox formed the step.
         """
         ...
 
@@ -344,7 +369,40 @@ class Run(Protocol[ConfigT_co]):
         ...
 
     def keep_checkpoints(self, count: int) -> None:
-        """Delete all checkpoints but the newest `count`, and stop offering them as models."""
+        """Delete all checkpoints but the newest `count` and those with names, and stop offering them as models."""
+        ...
+
+    @property
+    def adapter(self) -> Path | None:
+        """Directory of the PEFT adapter to start from; None: a new one, or all weights. For trainers that declare
+        `adapters`."""
+        ...
+
+    def groups(self, position: int, wait: float) -> list[Record]:
+        """The groups in the inbox from `position` on, in order of arrival; waits up to `wait` seconds for the first.
+        Only rank 0 may call it.
+
+        Raises:
+            InboxDamagedError: a record is not what was written.
+        """
+        ...
+
+    def publish(self, version: int, handled: int) -> AbstractContextManager[Path]:
+        """`with run.publish(step, handled) as folder:` write the policy into `folder`, as a PEFT adapter or as a model;
+        from then on new completions are sampled from it.
+
+        Args:
+            version: Optimizer steps that it has seen.
+            handled: How many groups of the inbox were trained on or skipped so far: so many more may be sent.
+        """
+        ...
+
+    def asked_checkpoints(self) -> list[CheckpointRequest]:
+        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`."""
+        ...
+
+    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
+        """Give the checkpoint of this step, which was written just now, a name."""
         ...
 
     def stop_if_asked(self) -> None:
@@ -379,6 +437,9 @@ class Trainer:
         python: Interpreter of another virtual environment; None: the server's.
         ranks: A job with several devices is as many processes, started by torchrun or accelerate. False: one process
             that uses all of them.
+        rollouts: It learns from groups that clients send while it runs: `config` is a `RolloutConfig`, and there is no
+            training file.
+        adapters: It can start from an adapter that another job has trained (`run.adapter`).
     """
 
     config: type[Struct]
@@ -390,6 +451,23 @@ class Trainer:
     min_rows: int = 10
     python: str | None = None
     ranks: bool = True
+    rollouts: bool = False
+    adapters: bool = False
+
+
+class RolloutConfig(Struct, frozen=True, kw_only=True):
+    """What the server must know of a trainer that learns from rollouts. Part of its configuration."""
+
+    num_generations: Annotated[int, Meta(ge=2, le=1024)]
+    """Rollouts of a group that a client sends whole."""
+    groups_per_step: Annotated[int, Meta(ge=1, le=4096)]
+    """Groups of an optimizer step."""
+    max_staleness: Annotated[int, Meta(ge=0, le=64)]
+    """Optimizer steps that a group may be older than the policy it trains."""
+    temperature: Annotated[float, Meta(gt=0, le=2)]
+    """What rollouts are sampled at."""
+    offer_seconds: Annotated[float, Meta(gt=0)]
+    """A batch id that no group came for in so long is withdrawn, and a new one offered."""
 
 
 class EngineSpec(Struct, frozen=True):

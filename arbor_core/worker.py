@@ -24,6 +24,8 @@ import msgspec
 from . import checkpoints
 from .bell import ring
 from .faults import crash_point
+from .feed import Feed, answered, asked, publishing
+from .inbox import Record
 from .logs import Log, decode
 from .prctl import PR_SET_PDEATHSIG, prctl
 from .pulse import Pulse
@@ -32,10 +34,12 @@ from .types import (
     PROTOCOL,
     ArborError,
     Checkpoint,
+    CheckpointRequest,
     ConfigT,
     Desired,
     Device,
     Event,
+    Fed,
     JobFailed,
     JobStopped,
     Level,
@@ -43,6 +47,8 @@ from .types import (
     Placement,
 )
 
+PASSING = ("metrics", "message", "weights")
+"""Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
 RETRY_SECONDS = 1.0
 """How often a worker tries again to report what the disk had no room for."""
 
@@ -62,6 +68,7 @@ class WorkOrder(msgspec.Struct, frozen=True):
     model_name: str
     """Its public name."""
     training_file: Path
+    """An empty file where the job has none."""
     validation_file: Path | None
     seed: int
     created_at: float
@@ -70,6 +77,8 @@ class WorkOrder(msgspec.Struct, frozen=True):
     threads: int
     cpu: str
     """Instruction set: AVX2 and AVX-512 give different last bits. Empty: not known."""
+    adapter: Path | None = None
+    """Adapter to start from."""
 
 
 @cache
@@ -101,6 +110,7 @@ class WorkerRun(Generic[ConfigT]):
     rank: int = 0
     world_size: int = 1
     log: Log | None = field(init=False, default=None)
+    feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.dir = self.attempt_dir.parent.parent
@@ -109,6 +119,7 @@ class WorkerRun(Generic[ConfigT]):
         self.work.mkdir(exist_ok=True)
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
+        self.adapter = self.order.adapter
         self.pulse = Pulse(self.attempt_dir / "heartbeat")
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
@@ -123,7 +134,7 @@ class WorkerRun(Generic[ConfigT]):
         if self.log is None:
             return
         event.at = time.time()
-        durable = event.type not in ("metrics", "message")
+        durable = event.type not in PASSING
         written = self.log.append(event, durable=durable)
         while durable and not written:  # nobody else can say it: wait for room on the disk
             self.pulse.go_on()
@@ -138,13 +149,17 @@ class WorkerRun(Generic[ConfigT]):
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(Event("message", text, level, data=data))
 
-    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
+    def metrics(
+        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+    ) -> None:
         shown = ", ".join(
             f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
             for name, value in values.items()
             if name.endswith("loss")
         )
         data = {"step": step, "total_steps": total_steps, **({"digest": digest} if digest else {}), **values}
+        if fed:
+            data["fed"] = msgspec.to_builtins(fed)
         self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
 
     def resolved(self, **hyperparameters: Any) -> None:
@@ -169,9 +184,36 @@ class WorkerRun(Generic[ConfigT]):
         return found
 
     def keep_checkpoints(self, count: int) -> None:
-        for folder in checkpoints.newest_first(self.dir / "checkpoints")[count:]:
+        named = {path.resolve().name for path in (self.dir / "checkpoints" / "named").glob("*")}
+        unnamed = [path for path in checkpoints.newest_first(self.dir / "checkpoints") if path.name not in named]
+        for folder in unnamed[count:]:
             self.emit(Event("discarded", f"Checkpoint {folder.name} removed", data={"dir": folder.name}))
             shutil.rmtree(folder)  # after the event: what is offered is there
+
+    def groups(self, position: int, wait: float) -> list[Record]:
+        self.feed = self.feed or Feed(self.dir / "inbox")
+        self.pulse.go_on()  # nobody may send anything for days
+        return self.feed.take(position, wait)
+
+    @contextmanager
+    def publish(self, version: int, handled: int) -> Iterator[Path]:
+        name = f"{version}-{self.attempt}"
+        with publishing(self.dir / "weights", name) as folder:
+            yield folder
+        data = {"dir": name, "version": version, "handled": handled}
+        self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
+
+    def asked_checkpoints(self) -> list[CheckpointRequest]:
+        return asked(self.dir)
+
+    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
+        folder = next(path for path in checkpoints.newest_first(self.dir / "checkpoints") if is_of(path, step))
+        link(self.dir / "checkpoints" / "named" / request.name, Path("..") / folder.name)
+        said = checkpoints.manifest(folder)
+        data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
+        text = f"Checkpoint '{request.name}' is that of step {step}"
+        self.emit(Event("checkpoint", text, step=step, data=data))
+        answered(self.dir, request.name)
 
     def stop_if_asked(self) -> None:
         if self.rank == 0:
@@ -193,6 +235,20 @@ class WorkerRun(Generic[ConfigT]):
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
         data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
         self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
+
+
+def is_of(folder: Path, step: int) -> bool:
+    """Whether a checkpoint's directory is that of a step."""
+    return folder.name.partition("-")[0] == str(step)
+
+
+def link(name: Path, target: Path) -> None:
+    """Make a symbolic link, in place of one that was there."""
+    name.parent.mkdir(exist_ok=True)
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(name)
 
 
 RunT = TypeVar("RunT", bound=WorkerRun[Any])

@@ -1,0 +1,210 @@
+"""Groups of rollouts on their way to a trainer: the inbox of a job's directory.
+
+`<job>/inbox/<start>.log` are segments of one append-only log; a segment's name is the position of its first byte. A
+record is a header (length, CRC-32, batch id, digest of what the client sent; little-endian) and a msgpack `Group`. A
+group counts once its record is whole: what a crash left of one is cut off before the next append. Records are never
+changed and never removed: the trainer is a pure function of them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .faults import crash_point
+from .logs import sync_folder
+from .types import ArborError
+
+HEADER = struct.Struct("<IIqQ")
+SEGMENT_BYTES = 64 << 20
+"""A segment that has grown beyond it is followed by another."""
+UNNUMBERED = -1
+"""Batch id of a group that its sender gave none."""
+
+
+class Rollout(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One sequence to learn from: as the tokens that were sampled, or as text that the trainer tokenises.
+
+    Tokens are little-endian int32, log-probabilities little-endian float32. A trajectory of several turns is one
+    rollout where each prompt extends what came before, else several that share `trajectory`.
+    """
+
+    trajectory: int = 0
+    """Which of the group's trajectories it belongs to. All rollouts of one carry the same reward and advantage."""
+    reward: float | None = None
+    advantage: float | None = None
+    """Set by the client; None: computed from the rewards of the group."""
+    prompt: bytes = b""
+    completion: bytes = b""
+    logprobs: bytes = b""
+    """The sampler's, after temperature and before truncation; one per completion token, 0 where the mask is. Empty: not
+    known."""
+    mask: bytes = b""
+    """One byte per completion token: 1 where the policy sampled it, 0 where the environment wrote it. Empty: all 1."""
+    messages: list[dict[str, Any]] | None = None
+    """The prompt as messages, where the tokens are not known."""
+    answer: dict[str, Any] | None = None
+    """The completion as a message, where the tokens are not known."""
+    tools: list[dict[str, Any]] | None = None
+    truncated: bool = False
+    """It ended because it was long enough."""
+    completions: tuple[str, ...] = ()
+    """Ids of the chat completions it was made of."""
+
+
+class Group(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """Rollouts whose rewards are compared with each other."""
+
+    id: int = UNNUMBERED
+    """Batch id: the credit it used up."""
+    rollouts: tuple[Rollout, ...]
+    version: int
+    """Oldest policy version that sampled any of it."""
+    label: str | None = None
+    """The client's name for it."""
+    metrics: dict[str, float] = {}
+    """What the client measured meanwhile; shown among the step's metrics."""
+    at: float = 0.0
+    """When it arrived, in seconds since the epoch."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A group where it stands in the inbox."""
+
+    start: int
+    """Position of its first byte."""
+    end: int
+    """Position that follows it."""
+    crc: int
+    digest: int
+    """Of what the client sent (see `Inbox.append`)."""
+    group: Group
+
+
+class InboxDamagedError(ArborError):
+    """A whole record is not what was written. `position` is where it begins."""
+
+    def __init__(self, folder: Path, position: int, why: str) -> None:
+        super().__init__(
+            f"the inbox {folder} is damaged at position {position}: {why}. What was trained cannot be repeated from "
+            "it: restore the file from a backup, or start a new job"
+        )
+        self.position = position
+
+
+class Inbox:
+    """The writer's end. One process writes; it makes groups durable before it says so."""
+
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Open for appending; a torn tail is cut off.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.segment_bytes = folder, segment_bytes
+        last = max(segments(folder), default=(0, folder / segment_name(0)))
+        self.start, path = last
+        self.file = path.open("ab", buffering=0)
+        whole = self.start + sum(HEADER.size + length for _, length, *_ in headers(path))
+        os.ftruncate(self.file.fileno(), whole - self.start)
+        self.end = whole
+        sync_folder(folder)
+
+    def append(self, groups: Sequence[tuple[Group, int]]) -> list[int]:
+        """Write groups, each with a digest of the request that brought it, and wait until they are on the disk.
+
+        Returns:
+            The position that follows each.
+
+        Raises:
+            OSError: the disk is full, say; nothing was written.
+        """
+        if self.end - self.start >= self.segment_bytes:
+            self._rotate()
+        ends, content = [], bytearray()
+        for group, digest in groups:
+            payload = msgspec.msgpack.encode(group)
+            content += HEADER.pack(len(payload), zlib.crc32(payload), group.id, digest) + payload
+            ends.append(self.end + len(content))
+        try:
+            written = self.file.write(content)
+            crash_point("inbox.written")
+            if written != len(content):
+                raise OSError(28, "the disk took only a part of the record", str(self.folder))
+            os.fsync(self.file.fileno())
+        except OSError:
+            os.ftruncate(self.file.fileno(), self.end - self.start)
+            raise
+        self.end += len(content)
+        crash_point("inbox.synced")
+        return ends
+
+    def _rotate(self) -> None:
+        self.file.close()
+        self.start = self.end
+        self.file = (self.folder / segment_name(self.start)).open("ab", buffering=0)
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(folder: Path, position: int) -> Iterator[Record]:
+    """The whole records from `position` on; ends where the log ends now.
+
+    Raises:
+        InboxDamagedError: a record is not what was written.
+    """
+    for start, path in segments(folder):
+        if position >= start + path.stat().st_size:
+            continue
+        with path.open("rb") as file:
+            file.seek(position - start)
+            while record := _next(file.read(HEADER.size), file, folder, position):
+                yield record
+                position = record.end
+
+
+def _next(head: bytes, file: Any, folder: Path, position: int) -> Record | None:
+    if len(head) < HEADER.size:
+        return None
+    length, crc, _, digest = HEADER.unpack(head)
+    payload = file.read(length)
+    if len(payload) < length:
+        return None
+    if zlib.crc32(payload) != crc:
+        raise InboxDamagedError(folder, position, "its checksum is another")
+    try:
+        group = msgspec.msgpack.decode(payload, type=Group)
+    except msgspec.DecodeError as error:
+        raise InboxDamagedError(folder, position, str(error)) from None
+    return Record(position, position + HEADER.size + length, crc, digest, group)
+
+
+def headers(path: Path) -> Iterator[tuple[int, int, int, int]]:
+    """Offset, payload length, batch id and digest of a segment's whole records, without reading their payloads."""
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while offset + HEADER.size <= size:
+            file.seek(offset)
+            length, _, number, digest = HEADER.unpack(file.read(HEADER.size))
+            if offset + HEADER.size + length > size:
+                return
+            yield offset, length, number, digest
+            offset += HEADER.size + length
+
+
+def segments(folder: Path) -> list[tuple[int, Path]]:
+    """The segments with their starts, oldest first."""
+    return sorted((int(path.stem), path) for path in folder.glob("*.log") if path.stem.isdigit())
+
+
+def segment_name(start: int) -> str:
+    return f"{start:016d}.log"
