@@ -397,6 +397,10 @@ class Run(Protocol[ConfigT_co]):
         """
         ...
 
+    def passed_over(self, handled: int) -> None:
+        """Say that groups were skipped and no step follows yet: so many were handled in all, and more may be sent."""
+        ...
+
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`."""
         ...
@@ -463,7 +467,11 @@ class RolloutConfig(Struct, frozen=True, kw_only=True):
     groups_per_step: Annotated[int, Meta(ge=1, le=4096)]
     """Groups of an optimizer step."""
     max_staleness: Annotated[int, Meta(ge=0, le=64)]
-    """Optimizer steps that a group may be older than the policy it trains."""
+    """Optimizer steps that a group may be older than the policy it trains: 0 is strictly on policy, 1 lets clients
+    sample while a step is made. Clients are offered credits for so many."""
+    too_stale: Annotated[int, Meta(ge=0)] | None
+    """Groups that are older are skipped; None: as `max_staleness` says. More lets clients that sample ahead of their
+    credits train on older groups."""
     temperature: Annotated[float, Meta(gt=0, le=2)]
     """What rollouts are sampled at."""
     offer_seconds: Annotated[float, Meta(gt=0)]

@@ -203,6 +203,9 @@ class WorkerRun(Generic[ConfigT]):
         data = {"dir": name, "version": version, "handled": handled}
         self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
 
+    def passed_over(self, handled: int) -> None:
+        self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
+
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         return asked(self.dir)
 

@@ -1,0 +1,192 @@
+"""Learning from rollouts, as the server sees it: which batches a client may send, and what it has sent.
+
+A batch id is a credit for one group. A trainer that makes steps of `groups_per_step` groups and may be `max_staleness`
+steps ahead of them has credits for `groups_per_step * (1 + max_staleness)` groups that are not handled yet. All of it
+follows from the inbox and from what the trainer has handled, so a server that starts knows what an earlier one did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from . import inbox
+from .bell import ring
+from .errors import ApiError
+from .inbox import UNNUMBERED, Group, Inbox
+from .types import RolloutConfig
+
+AHEAD = 1024
+"""Batch ids may run ahead of what was offered by so many: of a server that ended before it could say which it had."""
+REMEMBERED = 4096
+"""Batch ids whose digests are kept, to tell a repeated request from another one of the same id."""
+WAITING = 256
+"""Groups that may wait beside those that there are credits for."""
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the trainer of a job has published and handled, as its events say."""
+
+    version: int = 0
+    """Optimizer steps behind the weights that new completions are sampled from."""
+    handled: int = 0
+    """Groups that were trained on or skipped."""
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """What became of a group that was sent."""
+
+    id: int
+    position: int
+    """Where it ends in the inbox."""
+    repeated: bool = False
+    """It had come before."""
+
+
+@dataclass
+class Offer:
+    """A credit that no group has come for."""
+
+    at: float
+    version: int
+
+
+@dataclass
+class Sending:
+    """A group that waits to be written."""
+
+    group: Group
+    digest: int
+    done: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Session:
+    """The rollouts of one job.
+
+    Args:
+        folder: The job's inbox.
+        config: The job's, as far as the server must know it.
+    """
+
+    def __init__(self, folder: Path, config: RolloutConfig) -> None:
+        self.folder, self.config = folder, config
+        self.inbox = Inbox(folder)
+        self.filled: dict[int, tuple[int, int]] = {}
+        """Digest and position of the groups of the latest batch ids."""
+        self.offered: dict[int, Offer] = {}
+        self.count = self.next_id = self.lowest = 0
+        self.taking: dict[int, Sending] = {}
+        self.queue: list[Sending] = []
+        self.writing: asyncio.Task[None] | None = None
+        for start, path in inbox.segments(folder):
+            for offset, length, id, digest in inbox.headers(path):  # noqa: A001
+                self._filled(id, digest, start + offset + inbox.HEADER.size + length)
+
+    def _filled(self, id: int, digest: int, end: int) -> None:
+        self.count += 1
+        if id == UNNUMBERED:
+            return
+        self.offered.pop(id, None)
+        self.filled[id] = (digest, end)
+        self.next_id = max(self.next_id, id + 1)
+        if len(self.filled) > REMEMBERED:
+            oldest = next(iter(self.filled))
+            del self.filled[oldest]
+            self.lowest = max(self.lowest, oldest + 1)
+
+    def pending(self, policy: Policy) -> list[int]:
+        """The batch ids that a group may be sent for now. One that nobody came for in `offer_seconds` is replaced."""
+        now = time.monotonic()
+        before = now - self.config.offer_seconds
+        self.offered = {batch: offer for batch, offer in self.offered.items() if offer.at > before}
+        window = self.config.groups_per_step * (1 + self.config.max_staleness)
+        free = policy.handled + window - self.count - len(self.queue) - len(self.offered)
+        for _ in range(free):
+            self.offered[self.next_id] = Offer(now, policy.version)
+            self.next_id += 1
+        return sorted(self.offered)
+
+    def sampled_at(self, id: int, policy: Policy) -> int:
+        """The oldest policy version that can have sampled a group which does not say: that of its credit."""
+        offer = self.offered.get(id)
+        return min(offer.version, policy.version) if offer else policy.version
+
+    async def send(self, group: Group, digest: int, policy: Policy) -> Accepted:
+        """Put a group into the inbox; it is on the disk when this returns. The same group again changes nothing.
+
+        Args:
+            group: Its batch id is a credit, or UNNUMBERED: it takes the lowest that is offered, if one is.
+            digest: 64 bits that stand for what the client sent.
+
+        Raises:
+            ApiError: the batch id was used for another group or is none of this job's; too many groups wait.
+            OSError: it could not be written.
+        """
+        pending = self.pending(policy)
+        if group.id == UNNUMBERED and pending:
+            group = msgspec.structs.replace(group, id=pending[0])
+        elif group.id != UNNUMBERED and (known := await self._known(group.id, digest)):
+            return known
+        window = self.config.groups_per_step * (1 + self.config.max_staleness)
+        if self.count + len(self.queue) - policy.handled >= window + WAITING:
+            message = f"{self.count - policy.handled} groups wait to be trained on: wait for pending_batch_ids."
+            raise ApiError(429, message, "rollouts_queue_full", headers={"retry-after": "1"})
+        sending = Sending(group, digest)
+        if group.id != UNNUMBERED:
+            self.taking[group.id] = sending
+            self.offered.pop(group.id, None)
+        self.queue.append(sending)
+        if self.writing is None:
+            self.writing = asyncio.create_task(self._write())
+        return Accepted(group.id, await asyncio.shield(sending.done))
+
+    async def _known(self, id: int, digest: int) -> Accepted | None:
+        """What became of a batch that was sent before.
+
+        Raises:
+            ApiError: it was another one, or the id is none of ours.
+        """
+        if not 0 <= id < self.next_id + AHEAD:
+            message = f"Batch id {id} was never offered: pending_batch_ids says which are."
+            raise ApiError(400, message, "step_out_of_order", "batch_id")
+        before = None
+        if other := self.taking.get(id):
+            before = (other.digest, await asyncio.shield(other.done))
+        before = before or self.filled.get(id)
+        if before is None and id >= self.lowest:
+            return None
+        if before and before[0] != digest:
+            message = f"Batch id {id} was used for another group: take one of pending_batch_ids."
+            raise ApiError(400, message, "batch_id_reuse", "batch_id")
+        return Accepted(id, before[1] if before else 0, repeated=True)
+
+    async def _write(self) -> None:
+        """Write what waits, several groups with one sync, until nothing waits."""
+        while self.queue:
+            batch = self.queue[:]
+            try:
+                ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
+            except Exception as error:  # each sender hears it
+                ends = [error] * len(batch)  # type: ignore[list-item]
+            del self.queue[: len(batch)]
+            self._settle(batch, ends)
+            ring(self.folder / "bell", "")
+        self.writing = None
+
+    def _settle(self, batch: Sequence[Sending], ends: Sequence[int | Exception]) -> None:
+        for one, end in zip(batch, ends, strict=True):
+            self.taking.pop(one.group.id, None)
+            if isinstance(end, Exception):
+                one.done.set_exception(end)
+                one.done.exception()  # whoever waited may be gone
+            else:
+                self._filled(one.group.id, one.digest, end)
+                one.done.set_result(end)
+
+    def close(self) -> None:
+        self.inbox.close()
