@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sqlite3
 import sys
@@ -84,13 +85,14 @@ class Attempts:
             min_rows=trainer.min_rows,
             model=job.spec.model_path,
             model_name=job.spec.model,
-            training_file=self.files.path(job.training_file),
+            training_file=self.files.path(job.training_file) if job.training_file else Path(os.devnull),
             validation_file=self.files.path(job.validation_file) if job.validation_file else None,
             seed=job.spec.seed,
             created_at=job.created_at,
             versions=versions(),
             threads=self.threads,
             cpu=instruction_set(),
+            adapter=Path(job.spec.adapter_path) if job.spec.adapter_path else None,
         )
         replace(path, encode(order))
         return path

@@ -13,6 +13,9 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+URGENT = "!"
+"""After a job's id: clients wait for what was written."""
+
 
 class Bell:
     """The listener's end, in an event loop."""

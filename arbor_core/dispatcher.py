@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from .attempts import Attempts, keep_lease, note_ref
-from .bell import Bell
+from .bell import URGENT, Bell
 from .faults import crash_point
 from .jobs import Jobs
 from .leftovers import sweep
@@ -71,6 +71,7 @@ class Dispatcher:
         self.leases: dict[str, Lease] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.rung: dict[str, asyncio.Event] = {}
+        self.urgent: set[str] = set()
         self.awake = asyncio.Event()
         self.validators = Validators()
         self.waiting_told: set[str] = set()
@@ -112,7 +113,10 @@ class Dispatcher:
                 task.cancel()
             await asyncio.gather(*self.tasks.values(), return_exceptions=True)
 
-    def _rang(self, job_id: str) -> None:
+    def _rang(self, said: str) -> None:
+        job_id = said.removesuffix(URGENT)
+        if said != job_id:
+            self.urgent.add(job_id)
         if job_id in self.rung:
             self.rung[job_id].set()
 
@@ -174,6 +178,9 @@ class Dispatcher:
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
         papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
         crash_point("job.papers")
+        if job.spec.rollouts:
+            await self.jobs.transition(job, "queued", Event("message", "Moving job to queued state"))
+            return
         what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
         check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
         report = await self._unless_cancelled(job, check)
@@ -258,7 +265,7 @@ class Dispatcher:
     async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
         job = self.jobs.get(job_id)
-        if job is None or job.status != "queued":
+        if job is None or job.status != "queued" or job.desired not in ("run", "finish"):
             return
         trainer = self.trainers[job.spec.trainer]
         try:
@@ -276,7 +283,12 @@ class Dispatcher:
         started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
         try:
             moved = await self.jobs.transition(
-                job, "running", started, attempt=job.attempt + 1, only_if="run", also=lambda db: keep_lease(db, lease)
+                job,
+                "running",
+                started,
+                attempt=job.attempt + 1,
+                only_if=job.desired,
+                also=lambda db: keep_lease(db, lease),
             )
         except sqlite3.Error:  # a full disk, say: it waits for the next look, and so do the devices
             self.release(job.id)
@@ -328,6 +340,7 @@ class Dispatcher:
         told, watch = "run", Watch(self.attempts.attempt_dir(job) / "heartbeat")
         while True:
             rung.clear()
+            self.urgent.discard(job.id)
             ended = self.attempts.exit(job)  # before the events: what is written before it is then all there
             alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
             if ended is None and not alive:
@@ -350,7 +363,7 @@ class Dispatcher:
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await rung.wait()
-                    await asyncio.sleep(GATHER_SECONDS)
+                    await asyncio.sleep(0 if job.id in self.urgent else GATHER_SECONDS)
             except TimeoutError:
                 continue
 
@@ -359,8 +372,10 @@ def idle_target(job: Job) -> Status | None:
     """Where a job that no process works on should be instead, if not where it is."""
     if job.status not in ("validating_files", "queued", "paused"):
         return None
-    if job.desired == "cancel":
+    if job.desired == "cancel" or (job.desired == "finish" and job.attempt == 0):  # nothing was trained
         return "cancelled"
+    if job.desired == "finish" and job.status == "paused":
+        return "queued"
     if job.desired == "pause" and job.status == "queued":
         return "paused"
     if job.desired == "run" and job.status == "paused":

@@ -82,16 +82,21 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def ask(job_dir: Path, request: CheckpointRequest) -> None:
+def ask(job_dir: Path, request: CheckpointRequest) -> Path:
     """Ask the job's worker for a checkpoint, now or when there is one again. The same name again replaces the request.
+
+    Returns:
+        A file that is there until the checkpoint is.
 
     Raises:
         ValueError: the name cannot be one.
     """
     if not NAME.fullmatch(request.name) or request.name.startswith("."):
         raise ValueError("expected 1 to 64 letters, digits, '_', '.' or '-', not beginning with '.'")
-    (job_dir / "asked").mkdir(exist_ok=True)
-    replace(job_dir / "asked" / f"{request.name}.json", msgspec.json.encode(request))
+    path = job_dir / "asked" / f"{request.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, msgspec.json.encode(request))
+    return path
 
 
 def asked(job_dir: Path) -> list[CheckpointRequest]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import ids
 from .faults import crash_point
+from .policies import note_policy
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
@@ -34,8 +35,8 @@ IN_LINE = (
     " json_extract(spec,'$.devices') AS devices, desired<>'run' OR preempted AS stopping FROM jobs"
 )
 OUT_OF_PLACE = (
-    "(status='queued' AND desired<>'run') OR (status='paused' AND desired<>'pause')"
-    " OR (status='validating_files' AND desired='cancel')"
+    "(status='queued' AND (desired IN('pause','cancel') OR (desired='finish' AND attempt=0)))"
+    " OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel')"
 )
 """Word by word what the index `jobs_out_of_place` says."""
 
@@ -76,7 +77,8 @@ class Jobs:
             db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
             add_events(db, job_id, [Event("message", f"Created fine-tuning job: {job_id}")])
             add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
-            add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
+            if new.training_file:
+                add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
             made = decoded_job(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
             if also:
                 also(db, made)
@@ -114,7 +116,7 @@ class Jobs:
         """
         marks = ",".join("?" * len(trainers))
         sql = (
-            f"{IN_LINE} WHERE status='queued' AND desired='run' AND json_extract(spec,'$.devices')<=?"
+            f"{IN_LINE} WHERE status='queued' AND desired IN('run','finish') AND json_extract(spec,'$.devices')<=?"
             f" AND json_extract(spec,'$.trainer') IN ({marks}) ORDER BY %s LIMIT ?"
         )
         orders = ("seq", "priority DESC, seq")
@@ -125,8 +127,8 @@ class Jobs:
         """The queued jobs that `line` leaves out."""
         marks = ",".join("?" * len(trainers))
         sql = (
-            "SELECT * FROM jobs WHERE status='queued' AND desired='run' AND (json_extract(spec,'$.devices')>?"  # noqa: S608
-            f" OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
+            "SELECT * FROM jobs WHERE status='queued' AND desired IN('run','finish')"  # noqa: S608
+            f" AND (json_extract(spec,'$.devices')>? OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
         )
         return [decoded_job(row) for row in self.store.read(sql, devices, *trainers)]
 
@@ -270,6 +272,8 @@ class Jobs:
                     db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
                 elif event.type == "checkpoint":
                     add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+                elif event.type == "weights":
+                    note_policy(db, job.id, event)
                 elif event.type == "discarded":
                     db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"]))
             return True
@@ -343,4 +347,9 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
             encoded(event.data.get("metrics", {})),
         ),
     )
+    if name := event.data.get("name"):
+        db.execute(
+            "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
+            (job_id, name, event.step, event.data["dir"], encoded(event.data["metadata"]), int(event.at)),
+        )
     db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))

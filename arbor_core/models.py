@@ -41,6 +41,17 @@ class Resolved(msgspec.Struct, frozen=True):
     adapter: Weights | None = None
 
 
+class Start(msgspec.Struct, frozen=True):
+    """Where a job starts from."""
+
+    name: str
+    """Public name of the model whose weights they are."""
+    path: str
+    """Directory or hub id of those weights."""
+    adapter: str | None = None
+    """Directory of the adapter on it that is trained further."""
+
+
 class ModelRow(msgspec.Struct, frozen=True):
     """One row of `models`: what a job has made."""
 
@@ -113,20 +124,25 @@ class Models:
             return Resolved(name, name, made.path)
         return Resolved(name, made.base, made.base_path, Weights(name, made.path))
 
-    def trainable(self, name: str, owner: str) -> str:
-        """Directory or hub id of weights that a job may start from.
+    def trainable(self, name: str, owner: str, *, adapters: bool = False) -> Start:
+        """Weights that a job may start from.
+
+        Args:
+            adapters: Whether the trainer can go on with an adapter.
 
         Raises:
-            ApiError: there is no such model, or it is an adapter.
+            ApiError: there is no such model, or it is an adapter and the trainer cannot go on with one.
         """
         if (made := self.made(name, owner)) is None:
-            return self.base(name)
-        if made.kind == "adapter":
+            return Start(name, self.base(name))
+        if made.kind == "full":
+            return Start(name, made.path)
+        if not adapters:
             message = (
-                f"Model '{name}' is an adapter, and adapters cannot be trained further: use its base, '{made.base}'."
+                f"Model '{name}' is an adapter, and this method cannot train one further: use its base, '{made.base}'."
             )
             raise ApiError(400, message, "unsupported_model", "model")
-        return made.path
+        return Start(made.base, made.base_path, made.path)
 
     def made(self, name: str, owner: str) -> ModelRow | None:
         """A model that a job of this owner has made: its result, or one of its checkpoints."""

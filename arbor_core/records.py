@@ -34,6 +34,10 @@ class JobSpec(msgspec.Struct, frozen=True):
     integrations: list[dict[str, Any]] | None = None
     devices: int = 1
     rows: dict[str, int] = {}
+    rollouts: bool = False
+    """It learns from groups that clients send, and has no training file."""
+    adapter_path: str | None = None
+    """The adapter that it starts from."""
 
 
 class Job(msgspec.Struct):
@@ -49,6 +53,7 @@ class Job(msgspec.Struct):
     created_at: int
     finished_at: int | None
     training_file: str
+    """Empty: it has none."""
     validation_file: str | None
     fine_tuned_model: str | None
     metadata: dict[str, str] | None

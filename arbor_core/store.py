@@ -74,7 +74,18 @@ CREATE INDEX jobs_by_turn ON jobs(turn);
 CREATE INDEX jobs_out_of_place ON jobs(seq) WHERE (status='queued' AND desired<>'run')
   OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
 """
-SCHEMA = (FIRST, REPEATS, QUEUE)
+ROLLOUTS = """
+CREATE TABLE policies(
+  job_id TEXT PRIMARY KEY, version INTEGER NOT NULL, handled INTEGER NOT NULL, dir TEXT NOT NULL) STRICT;
+CREATE TABLE named_checkpoints(
+  job_id TEXT NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL, dir TEXT NOT NULL, metadata TEXT NOT NULL,
+  created_at INTEGER NOT NULL, PRIMARY KEY(job_id, name)) STRICT;
+DROP INDEX jobs_out_of_place;
+CREATE INDEX jobs_out_of_place ON jobs(seq)
+  WHERE (status='queued' AND (desired IN('pause','cancel') OR (desired='finish' AND attempt=0)))
+  OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
+"""
+SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS)
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 VERSION = len(SCHEMA)
 

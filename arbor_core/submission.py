@@ -60,10 +60,11 @@ Method = Annotated[
 
 
 class CreateFineTuningJobRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body. `num_gpus` and `priority` (higher is more urgent, for the scheduler `priority`) are Arbor's own."""
+    """The body. A method that learns from rollouts has no training file. `num_gpus` and `priority` (higher is more
+    urgent, for the scheduler `priority`) are Arbor's own."""
 
     model: str
-    training_file: str
+    training_file: str | None = None
     validation_file: str | None = None
     method: Method | None = None
     hyperparameters: dict[str, Any] | None = None
@@ -85,24 +86,25 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     given, where = hyperparameters_of(body, method)
     config = configured(arbor, trainer, given, where)
     check_suffix(body.suffix)
-    model_path = arbor.models.trainable(body.model, owner)
-    check_file(arbor, body.training_file, owner, "training_file")
-    if body.validation_file is not None:
-        check_file(arbor, body.validation_file, owner, "validation_file")
+    learner = arbor.trainers[trainer].trainer
+    start = arbor.models.trainable(body.model, owner, adapters=learner.adapters)
+    check_files(arbor, body, owner, rollouts=learner.rollouts)
     check_room(arbor, body.num_gpus)
     spec = JobSpec(
         trainer=trainer,
         method=method,
         config=config,
-        model=body.model,
-        model_path=model_path,
+        model=start.name,
+        model_path=start.path,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         suffix=body.suffix,
         integrations=None if body.integrations is None else msgspec.to_builtins(body.integrations),
         devices=body.num_gpus,
+        rollouts=learner.rollouts,
+        adapter_path=start.adapter,
     )
     shown = {name: config[name] for name in SHOWN if name in config} | given
-    job = NewJob(owner, body.training_file, body.validation_file, body.metadata, shown, spec, body.priority)
+    job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
     return job, list(warnings(body))
 
 
@@ -188,6 +190,20 @@ def check_suffix(suffix: str | None) -> None:
         raise ApiError(400, message, "invalid_suffix", "suffix")
 
 
+def check_files(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
+    """A job learns from a file, or from rollouts."""
+    files = {"training_file": body.training_file, "validation_file": body.validation_file}
+    for param, id in files.items():  # noqa: A001
+        if id is not None and rollouts:
+            message = f"'{param}' is not used by this method: it learns from the groups that are sent while it runs."
+            raise ApiError(400, message, "invalid_value", param)
+        if id is not None:
+            check_file(arbor, id, owner, param)
+    if body.training_file is None and not rollouts:
+        message = "Missing required parameter: 'training_file'."
+        raise ApiError(400, message, "missing_required_parameter", "training_file")
+
+
 def check_file(arbor: Arbor, id: str, owner: str, param: str) -> None:
     """A file that a job names must be its owner's and meant for training."""
     file = arbor.files.get(id, owner) if ids.plausible(id) else None
@@ -213,7 +229,7 @@ def check_room(arbor: Arbor, devices: int) -> None:
 def warnings(body: CreateFineTuningJobRequest) -> list[str]:
     """What is allowed and probably not meant."""
     found = []
-    if body.validation_file == body.training_file:
+    if body.validation_file and body.validation_file == body.training_file:
         found.append("The validation file is the training file: its loss says nothing about new data.")
     if body.integrations:
         found.append("No tracker is configured on this server: the integrations of this job are not used.")

@@ -19,6 +19,7 @@ from .dispatcher import Dispatcher
 from .engines import Engines
 from .files import Files
 from .jobs import Jobs
+from .live import LiveJobs
 from .models import Models
 from .onlookers import Onlookers
 from .plugins import Plugins
@@ -54,6 +55,7 @@ class Arbor:
     executor: Executor
     onlookers: Onlookers
     dispatcher: Dispatcher
+    live: LiveJobs
     lock: IO[str]
 
     @asynccontextmanager
@@ -72,6 +74,7 @@ class Arbor:
             await self.engines.close()
             await self.executor.close()
             self.onlookers.close()
+            self.live.close()
             self.store.close()
             self.lock.close()
 
@@ -130,6 +133,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         executor,
         onlookers,
         dispatcher,
+        LiveJobs(store, root),
         lock,
     )
 

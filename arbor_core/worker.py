@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from . import checkpoints
-from .bell import ring
+from .bell import URGENT, ring
 from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
 from .inbox import Record
@@ -144,7 +144,7 @@ class WorkerRun(Generic[ConfigT]):
             self.pulse.beat()
         self.pulse.go_on()
         crash_point(f"{event.type}.event")
-        ring(self.bell, self.job_id)
+        ring(self.bell, self.job_id + (URGENT if event.type == "weights" else ""))
 
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(Event("message", text, level, data=data))

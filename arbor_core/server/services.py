@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from arbor_core import feed
+from arbor_core.bell import ring
 from arbor_core.config import typed
+from arbor_core.errors import NO_RETRY, ApiError
+from arbor_core.live import Live
+from arbor_core.policies import named_checkpoints, policy_of
+from arbor_core.records import Job
+from arbor_core.rollouts import Policy
 from arbor_core.submission import CreateFineTuningJobRequest
 from arbor_core.system import Arbor
-from arbor_core.types import TERMINAL
+from arbor_core.types import TERMINAL, CheckpointRequest, Desired, NamedCheckpoint
 
 from . import wire
-from .fine_tuning import found, shown, submit
+from .fine_tuning import ask, found, shown, submit
 
 POLL_SECONDS = 0.2
 
@@ -43,6 +52,62 @@ class ServerServices:
                 return
             await asyncio.sleep(POLL_SECONDS)
             job = found(self.arbor, job_id, owner)
+
+    async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
+        return plain(shown(self.arbor, await ask(self.arbor, found(self.arbor, job_id, owner), desired)))
+
+    def asked(self, job_id: str, owner: str) -> Desired:
+        return found(self.arbor, job_id, owner).desired
+
+    def rollouts(self, job_id: str, owner: str) -> Live:
+        job = found(self.arbor, job_id, owner)
+        if live := self.arbor.live.of(job):
+            return live
+        why = f"it has {job.status}" if job.status in TERMINAL else "it learns from a file"
+        raise ApiError(400, f"Job {job_id} takes no rollouts: {why}.", "invalid_job_state", "job_id")
+
+    def policy(self, job_id: str, owner: str) -> Policy:
+        return policy_of(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
+
+    async def checkpoint(
+        self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
+    ) -> NamedCheckpoint:
+        job = found(self.arbor, job_id, owner)
+        since = self._asked_for(job, name, metadata)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    job = found(self.arbor, job_id, owner)  # before its checkpoints: after its end there are no more
+                    there = {one.name: one for one in self.checkpoints(job_id, owner)}
+                    if name in there and not since.exists():
+                        return there[name]
+                    if job.status in TERMINAL:
+                        message = f"Job {job_id} has {job.status}: there is no checkpoint '{name}'."
+                        raise ApiError(400, message, "invalid_job_state", "job_id")
+                    await asyncio.sleep(POLL_SECONDS)
+        message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
+        raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
+
+    def _asked_for(self, job: Job, name: str, metadata: Mapping[str, Any]) -> Path:
+        """Write a request down; returns the file that is there until it is answered."""
+        if job.status in TERMINAL:
+            message = f"Job {job.id} has {job.status}: it writes no more checkpoints."
+            raise ApiError(400, message, "invalid_job_state", "job_id")
+        folder = self.arbor.dispatcher.attempts.dir(job)
+        try:
+            path = feed.ask(folder, CheckpointRequest(name, dict(metadata)))
+        except ValueError as error:
+            raise ApiError(400, f"Invalid 'checkpoint_name': {error}.", "invalid_value", "checkpoint_name") from None
+        ring(folder / "inbox" / "bell", "")
+        return path
+
+    def checkpoints(self, job_id: str, owner: str) -> list[NamedCheckpoint]:
+        return named_checkpoints(self.arbor.store, found(self.arbor, job_id, owner).id)
+
+    async def warm(self, model: str, owner: str) -> None:
+        name = self.arbor.models.strip(model)
+        async with self.arbor.engines.using(self.arbor.models.resolve(name, owner)):
+            pass
 
 
 def plain(value: msgspec.Struct) -> dict[str, Any]:

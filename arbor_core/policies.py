@@ -1,0 +1,44 @@
+"""What trainers that learn from rollouts have published: the newest policy of each job, in the database."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from .rollouts import Policy
+from .store import Store
+from .types import Event, NamedCheckpoint
+
+
+def note_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
+    """Take a `weights` event; part of the caller's transaction.
+
+    A later attempt, which makes steps again that an earlier one had made, takes nothing back: completions come from the
+    newest version that was ever published, and credits wait until the trainer has caught up.
+    """
+    db.execute(
+        "INSERT INTO policies(job_id,version,handled,dir) VALUES(?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
+        " handled=max(handled,excluded.handled), dir=iif(excluded.version>version,excluded.dir,dir),"
+        " version=max(version,excluded.version)",
+        (job_id, event.data.get("version", 0), event.data["handled"], event.data.get("dir", "")),
+    )
+
+
+def policy_of(store: Store, job_id: str) -> tuple[Policy, str]:
+    """The newest policy of a job, and the name of its directory under `weights`; empty before the first."""
+    row = store.one("SELECT version, handled, dir FROM policies WHERE job_id=?", job_id)
+    return (Policy(row["version"], row["handled"]), row["dir"]) if row else (Policy(), "")
+
+
+def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:
+    """The checkpoints of a job that clients gave names, oldest first."""
+    rows = store.read(
+        "SELECT n.name, n.step, c.model, n.metadata, n.created_at FROM named_checkpoints n"
+        " JOIN checkpoints c ON c.job_id=n.job_id AND c.step=n.step WHERE n.job_id=? ORDER BY n.created_at, n.step",
+        job_id,
+    )
+    return [
+        NamedCheckpoint(row["name"], row["step"], row["model"], msgspec.json.decode(row["metadata"]), row["created_at"])
+        for row in rows
+    ]
