@@ -38,6 +38,7 @@ from .types import (
     Services,
     Snapshot,
     Trainer,
+    UnknownModelError,
     Weights,
 )
 
@@ -77,6 +78,7 @@ __all__ = [
     "Services",
     "Snapshot",
     "Trainer",
+    "UnknownModelError",
     "Weights",
     "hookimpl",
 ]

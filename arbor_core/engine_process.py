@@ -2,7 +2,8 @@
 
 The process is given `<dir>/spec.json`, binds a loopback port of its own choice, loads its model, and says where it
 listens by writing `<dir>/ready.json` (`{"url": ...}`). It ends when its standard input reaches the end, which is what
-happens when the server dies in whatever way, and on SIGTERM.
+happens when the server dies in whatever way, and on SIGTERM. `GET /health` says in `quiet_seconds` for how long it has
+had work and has not got on with it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from .types import ArborError, EngineSpec, Weights
 POLL_SECONDS = 0.02
 STOP_SECONDS = 10.0
 HEALTH_SECONDS = 5.0
+
+
+class Health(msgspec.Struct):
+    """What is read of an engine's answer to `GET /health`. One that says nothing of itself is only known to answer."""
+
+    quiet_seconds: float = 0.0
 
 
 class EngineProcess:
@@ -84,16 +91,20 @@ class EngineProcess:
 
     async def health(self) -> bool:
         """Whether the process lives and answers."""
+        return await self.quiet(HEALTH_SECONDS) is not None
+
+    async def quiet(self, patience: float) -> float | None:
+        """Seconds without progress; None: no answer within `patience` seconds."""
         import aiohttp
 
         if self.process.returncode is not None:
-            return False
+            return None
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            timeout = aiohttp.ClientTimeout(total=patience)
             async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{self.url}/health") as answer:
-                return answer.status == 200
+                return quiet_seconds(await answer.read()) if answer.status == 200 else None
         except (aiohttp.ClientError, TimeoutError):
-            return False
+            return None
 
     async def wait(self) -> str:
         """Return when the process has ended, with the last thing it wrote."""
@@ -103,6 +114,10 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the process and everything it started."""
         await end(self.process)
+
+    async def kill(self) -> None:
+        """End the process and everything it started, at once: one that hangs is deaf to SIGTERM."""
+        await end(self.process, 0)
 
     async def _post(self, path: str, body: Mapping[str, str]) -> None:
         import aiohttp
@@ -124,12 +139,20 @@ def read_spec(path: Path) -> EngineSpec:
     return msgspec.json.decode(path.read_bytes(), type=EngineSpec, dec_hook=lambda type_, value: type_(value))
 
 
-async def end(process: asyncio.subprocess.Process) -> None:
-    """SIGTERM to the process group, SIGKILL after `STOP_SECONDS`; returns when it is gone."""
+def quiet_seconds(raw: bytes) -> float:
+    """What an engine says of its progress, if it does."""
+    try:
+        return msgspec.json.decode(raw, type=Health).quiet_seconds
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return 0.0
+
+
+async def end(process: asyncio.subprocess.Process, grace: float | None = None) -> None:
+    """SIGTERM to the process group, SIGKILL after `grace` seconds (`STOP_SECONDS`); returns when it is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        await asyncio.wait_for(process.wait(), STOP_SECONDS if grace is None else grace)
     except TimeoutError:
         pass
     finally:

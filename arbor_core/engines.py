@@ -18,10 +18,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import NO_RETRY, ApiError
+from .errors import NO_RETRY, ApiError, without_paths
 from .models import Resolved
-from .served import Key, Served, heard
-from .types import Allocator, ArborError, Bundle, Claim, Engine, EngineSpec, InferenceBackend, Lease
+from .served import Key, Served, hanging, heard
+from .types import (
+    Allocator,
+    ArborError,
+    Bundle,
+    Claim,
+    Engine,
+    EngineSpec,
+    InferenceBackend,
+    Lease,
+    UnknownModelError,
+)
 
 if TYPE_CHECKING:
     import aiohttp
@@ -30,8 +40,9 @@ log = logging.getLogger(__name__)
 
 LOAD_WAIT = 300.0
 """Seconds that a request waits for an engine to start."""
-FAILURE_SECONDS = 10.0
-"""An engine that could not start is not tried again for so long."""
+FAILURE_SECONDS = 30.0
+"""A model that could not be served is not tried again for so long: a client that insists would start a process with
+each request."""
 LOOK_SECONDS = 0.5
 """How often a start that waits for a device looks for an idle engine."""
 T = TypeVar("T")
@@ -47,6 +58,7 @@ class Engines:
         options: The backend's options.
         threads: CPU threads of an engine.
         idle_seconds: An engine that nobody has used for so long is stopped by `tick`.
+        hang_seconds: An engine that shows no sign of life for so long is killed.
         load_wait: Seconds that a request waits for an engine to start.
     """
 
@@ -59,13 +71,14 @@ class Engines:
         options: Mapping[str, Any],
         threads: int,
         idle_seconds: float,
+        hang_seconds: float,
         load_wait: float = LOAD_WAIT,
     ) -> None:
         self.backend, self.allocator, self.root = backend, allocator, root
         self.options, self.threads = dict(options), threads
-        self.idle_seconds, self.load_wait = idle_seconds, load_wait
+        self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
         self.served: dict[Key, Served] = {}
-        self.failed: dict[Key, tuple[float, str]] = {}
+        self.failed: dict[Key, tuple[float, Exception]] = {}
         """Until when a start is not tried again, and why."""
         self.started = 0
         self.freed = asyncio.Event()
@@ -93,7 +106,8 @@ class Engines:
         """The running engine that serves a model, its adapter loaded; it is not stopped inside the block.
 
         Raises:
-            ApiError: 503 `engine_unavailable`: it cannot start, or the adapter cannot be loaded;
+            ApiError: 404 `model_not_found`: there are no such weights;
+                503 `engine_unavailable`: it cannot start, or the adapter cannot be loaded;
                 503 `model_loading`: it takes longer than `load_wait`.
         """
         served = self._find(resolved)
@@ -121,7 +135,7 @@ class Engines:
             return served
         self.failed = {key: entry for key, entry in self.failed.items() if time.monotonic() < entry[0]}
         if key in self.failed:
-            raise cannot_serve(key, self.failed[key][1])
+            raise self._refusal(key, self.failed[key][1])
         served = Served(key, asyncio.create_task(self._start(key)))
         served.start.add_done_callback(heard)
         self.served[key] = served
@@ -131,6 +145,7 @@ class Engines:
         """Lease a device and start an engine on it; whoever waits for it hears why it failed."""
         served = self.served[key]
         try:
+            await self.backend.find(key[1])
             served.lease = await self._lease(key)
             self.started += 1
             served.dir = self.root / str(self.started)
@@ -148,11 +163,18 @@ class Engines:
             self._drop(served)
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
-                self.failed[key] = (time.monotonic() + FAILURE_SECONDS, str(error))
-                raise cannot_serve(key, str(error)) from None
+                self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
+                raise self._refusal(key, error) from None
             raise
         served.watch = asyncio.create_task(self._watch(served, engine))
         return engine
+
+    def _refusal(self, key: Key, error: Exception) -> ApiError:
+        """What a client hears of a start that failed. The log has it with all paths."""
+        name, reason = key[0], without_paths(str(error), key[1], str(self.root))
+        if isinstance(error, UnknownModelError):
+            return ApiError(404, f"The model '{name}' does not exist: {reason}", "model_not_found", "model")
+        return ApiError(503, f"The model '{name}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)
 
     async def _lease(self, key: Key) -> Lease:
         """A device for an engine; idle engines make room, the one not used for longest first.
@@ -185,10 +207,19 @@ class Engines:
         return task
 
     async def _watch(self, served: Served, engine: Engine) -> None:
-        """Notice that the process has ended: the next request starts another."""
-        how = await engine.wait()
+        """Notice that the process has ended, and end it when it hangs: the next request starts another."""
+        pulse = asyncio.create_task(self._kill_when_it_hangs(served.key[0], engine))
+        try:
+            how = await engine.wait()
+        finally:
+            pulse.cancel()
         log.warning("engine of %s ended: %s", served.key[0], how)
         self._drop(served)
+
+    async def _kill_when_it_hangs(self, model: str, engine: Engine) -> None:
+        how = await hanging(engine, self.hang_seconds)
+        log.warning("engine of %s %s for %g s and is killed", model, how, self.hang_seconds)
+        await engine.kill()
 
     def _drop(self, served: Served) -> None:
         """Forget what served, and give its devices back."""
@@ -225,7 +256,8 @@ class Engines:
             return True
         if await engine.health():
             return False
-        log.warning("engine of %s does not answer and is ended", served.key[0])
+        log.warning("engine of %s does not answer and is killed", served.key[0])
+        await engine.kill()
         await self._stop(served)
         return True
 
@@ -252,7 +284,3 @@ class Engines:
         await asyncio.gather(*(self._stop(served) for served in list(self.served.values())), return_exceptions=True)
         if self._session is not None:
             await self._session.close()
-
-
-def cannot_serve(key: Key, reason: str) -> ApiError:
-    return ApiError(503, f"The model '{key[0]}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from .types import ArborError
 
@@ -33,6 +35,8 @@ class ApiError(ArborError):
 
 NO_RETRY = {"x-should-retry": "false"}
 """Tells OpenAI's client that the same request would fail in the same way."""
+RETRY_SOON = {"retry-after": "1"}
+"""Tells clients that the same request may well succeed in a moment."""
 CLOSE = {"connection": "close"}
 """For an answer given before the body was read: what is still being sent is not wanted."""
 
@@ -41,3 +45,19 @@ def not_found(what: str, id: str, code: str = "not_found", param: str | None = "
     """404 for an id that names nothing of the caller's."""
     shown = id if len(id) <= 80 else id[:80] + "…"
     return ApiError(404, f"Could not find {what}: {shown}", code, param)
+
+
+_PATH = re.compile(r"""(?<![\w.:/\\])/(?:[^\s/'"`:;,()\[\]<>]+/)+([^\s/'"`:;,()\[\]<>]*)""")
+"""An absolute path of two parts or more; not a URL, which has something before its first slash."""
+
+
+def without_paths(text: str, *known: str) -> str:
+    """A message of an engine as a client may read it: of every path on this machine, only the last name is left.
+
+    Args:
+        known: Paths that may be in it and may hold spaces, which no pattern would find the end of.
+    """
+    for path in filter(None, known):
+        if len(Path(path).parts) > 2:
+            text = text.replace(path, Path(path).name).replace(str(Path(path).parent), "...")
+    return _PATH.sub(r"\1", text)

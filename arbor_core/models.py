@@ -266,7 +266,9 @@ def _why_refused(config: Path, changed: int) -> str | None:
     """`changed` is the file's time of change: another one is another question."""
     try:
         values = msgspec.json.decode(config.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except OSError as error:
+        return f"cannot be read ({error.strerror})."
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"cannot be read ({error})."
     if isinstance(values, dict) and "auto_map" in values:
         return (

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import NO_RETRY, ApiError
+from .errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
 from .types import ArborError, Engine, Lease, Weights
 
 log = logging.getLogger(__name__)
 
 ADAPTERS = 64
 """Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
+
+LOOKS = 4
+"""An engine hangs when it shows no sign of life in so many looks at it in a row."""
 
 Key = tuple[str, str]
 """Public name and path of a base model."""
@@ -66,12 +69,14 @@ class Served:
     async def _load(self, weights: Weights) -> None:
         if leaving := self.leaving.get(weights.name):
             await asyncio.wait({leaving})
+        engine = await self.start
         try:
-            await (await self.start).load_weights(weights)
+            await engine.load_weights(weights)
         except ArborError as error:
             log.warning("adapter %s: %s", weights.name, error)
-            message = f"The model '{weights.name}' cannot be loaded: {error}"
-            raise ApiError(503, message, "engine_unavailable", "model", NO_RETRY) from None
+            message = f"The model '{weights.name}' cannot be loaded: {without_paths(str(error), weights.path)}"
+            again = NO_RETRY if await engine.health() else RETRY_SOON  # the next request starts another engine
+            raise ApiError(503, message, "engine_unavailable", "model", again) from None
 
     def forget(self, name: str) -> None:
         """Unload an adapter. Requests that run on it finish first; new ones load it again."""
@@ -85,6 +90,19 @@ class Served:
             log.warning("unloading %s: %s", name, error)
         finally:
             del self.leaving[name]
+
+
+async def hanging(engine: Engine, seconds: float) -> str:
+    """Return when an engine has shown no sign of life for so long; the text says which one was missed.
+
+    Looks are counted and no clocks compared: after this server or the machine stood still, no engine is to blame.
+    """
+    pause, missed = seconds / LOOKS, 0
+    while True:
+        quiet, _ = await asyncio.gather(engine.quiet(pause), asyncio.sleep(pause))
+        missed = missed + 1 if quiet is None or quiet >= pause else 0
+        if missed == LOOKS:
+            return "does not answer" if quiet is None else "does not get on with its work"
 
 
 def heard(task: asyncio.Task[Any]) -> None:

@@ -118,6 +118,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         options=engine_options,
         threads=settings.threads or os.cpu_count() or 1,
         idle_seconds=settings.limits.engine_idle_seconds,
+        hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
     return Arbor(
         settings,

@@ -39,6 +39,10 @@ class ConfigError(ArborError, ValueError):
         self.path, self.code = path, code
 
 
+class UnknownModelError(ArborError):
+    """There is no model where one was said to be. The message says where it was looked for."""
+
+
 class JobFailed(ArborError):
     """Raised by a trainer to end its job as `failed`; becomes the job's `error` object.
 
@@ -507,12 +511,25 @@ class Engine(Protocol):
 
     async def load_weights(self, weights: Weights) -> None: ...
     async def unload(self, name: str) -> None: ...
-    async def health(self) -> bool: ...
+    async def health(self) -> bool:
+        """Whether it lives and answers."""
+        ...
+
+    async def quiet(self, patience: float) -> float | None:
+        """Seconds for which it has had work and has not got on with it; 0 without work.
+
+        None: it did not answer within `patience` seconds.
+        """
+        ...
+
     async def wait(self) -> str:
         """Return when the engine has ended, in whatever way; the text says how."""
         ...
 
     async def stop(self) -> None: ...
+    async def kill(self) -> None:
+        """End it at once, though it may be deaf; `wait` returns then."""
+        ...
 
 
 class InferenceBackend(Protocol):
@@ -521,6 +538,14 @@ class InferenceBackend(Protocol):
     @property
     def options(self) -> type[Struct]:
         """Struct of its options, whose defaults are in `conf/backend/<name>.yaml`; checked when the server starts."""
+        ...
+
+    async def find(self, path: str) -> None:
+        """Make sure, within seconds, that there is a model; no device is taken for one that does not exist.
+
+        Raises:
+            UnknownModelError: neither the directory exists nor a model of that id.
+        """
         ...
 
     async def start(self, spec: EngineSpec) -> Engine:

@@ -40,7 +40,9 @@ async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callabl
     """`make(devices=2, load_seconds=1.0)`: the engines of a server with so many devices to serve from."""
     made: list[Engines] = []
 
-    def engines(devices: int = 1, idle_seconds: float = 60.0, load_wait: float = 60.0, **values: Any) -> Engines:
+    def engines(
+        devices: int = 1, idle_seconds: float = 60.0, hang_seconds: float = 60.0, load_wait: float = 60.0, **values: Any
+    ) -> Engines:
         allocator = arbor_mock.simulated_devices(AllocatorSettings([], list(range(devices))))
         made.append(
             Engines(
@@ -50,6 +52,7 @@ async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callabl
                 options=merged(options, values),
                 threads=1,
                 idle_seconds=idle_seconds,
+                hang_seconds=hang_seconds,
                 load_wait=load_wait,
             )
         )

@@ -182,6 +182,7 @@ def says_something(message: AssistantMessage) -> bool:
         "Answer a conversation; with stream, as server-sent events.",
         body=ChatRequest,
         response=ChatCompletion,
+        streams=True,
         scopes=INFER,
     ),
 )

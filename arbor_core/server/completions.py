@@ -95,6 +95,7 @@ def check_tokens(tokens: list[int]) -> None:
         "Continue a prompt; with stream, as server-sent events.",
         body=CompletionRequest,
         response=Completion,
+        streams=True,
         scopes=INFER,
     ),
 )

@@ -23,6 +23,7 @@ from .request import AnyRequest
 VERSION = "3.1.0"
 REF = "#/components/schemas/{name}"
 JSON = "application/json"
+EVENTS = "text/event-stream"
 
 
 def described(
@@ -33,6 +34,7 @@ def described(
     form: dict[str, Any] | None = None,
     response: type | None = None,
     content: str = JSON,
+    streams: bool = False,
     scopes: tuple[Scope, ...] = ADMIN,
     public: bool = False,
 ) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def described(
         form: JSON Schema of its multipart body.
         response: Struct of its answer, where the handler's return annotation does not name it.
         content: Media type of its answer.
+        streams: Whether its answer may be a stream of server-sent events instead.
         scopes: What a key must be for: any one of them will do, and an admin's always does.
         public: Whether it needs no key.
     """
@@ -54,6 +57,7 @@ def described(
         "form": form,
         "response": response,
         "content": content,
+        "streams": streams,
         "scopes": scopes,
         "public": public,
     }
@@ -136,7 +140,9 @@ def _operation(
     elif (body := _body(handler)) is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of[body]}}}
     answer = _answer(handler)
-    good = {said.get("content") or JSON: {"schema": schema_of[answer] if answer else {}}}
+    good: dict[str, Any] = {said.get("content") or JSON: {"schema": schema_of[answer] if answer else {}}}
+    if said.get("streams"):
+        good[EVENTS] = {"schema": {}}
     operation["responses"] = {
         "200": {"description": "The answer.", "content": good},
         "default": {"description": "What went wrong.", "content": {JSON: {"schema": schema_of[Error]}}},

@@ -13,7 +13,7 @@ import msgspec
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from arbor_core.engines import Engines
-from arbor_core.errors import NO_RETRY, ApiError
+from arbor_core.errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
 from arbor_core.models import Resolved
 from arbor_core.types import Engine
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 PING_SECONDS = 15.0
 """A stream that is silent for so long gets a comment, so that nothing between us and the client gives it up."""
-RETRY_SOON = {"retry-after": "1"}
 PASSED_ON = ("retry-after", "x-should-retry")
 """Headers of an engine's error that the client hears."""
 DONE = b"data: [DONE]\n\n"
@@ -183,8 +182,8 @@ async def disconnected(receive: Receive) -> None:
 
 def unavailable(model: str, error: Exception) -> ApiError:
     """Row 130: another engine is started by the next request, so trying again helps."""
-    reason = str(error) or type(error).__name__
-    message = f"The engine of '{model}' did not answer ({reason}). It is started again: repeat the request."
+    log.warning("the engine of %s broke a request off: %s", model, str(error) or type(error).__name__)
+    message = f"The engine of '{model}' did not answer. It is started again: repeat the request."
     return ApiError(503, message, "engine_unavailable", headers=RETRY_SOON)
 
 
@@ -209,7 +208,7 @@ class EngineError(msgspec.Struct):
 
 
 def failure(status: int, raw: bytes, headers: Any) -> ApiError:
-    """An engine's refusal as ours. A page, or anything that is no envelope, is not passed on."""
+    """An engine's refusal as ours. A page, or anything that is no envelope, is not passed on, and no path either."""
     kept = {name: headers[name] for name in PASSED_ON if name in headers}
     if status in (401, 403):
         return ApiError(500, "The engine did not accept this server's token.", "engine_error", headers=NO_RETRY)
@@ -217,5 +216,7 @@ def failure(status: int, raw: bytes, headers: Any) -> ApiError:
         said = msgspec.json.decode(raw, type=EngineError).error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ApiError(status, f"The engine answered {status} without a reason.", "engine_error", headers=kept)
+    if (message := without_paths(said.message)) != said.message:
+        log.warning("an engine answered %d: %s", status, said.message)
     code = "engine_error" if said.code is None else str(said.code)
-    return ApiError(status, said.message, code, said.param, kept)
+    return ApiError(status, message, code, said.param, kept)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbor_core.types import ArborError, Device, Engine, EngineSpec, InferenceBackend
+from arbor_core.types import ArborError, Device, Engine, EngineSpec, InferenceBackend, UnknownModelError
 
 if TYPE_CHECKING:
     import aiohttp
 
 TOKEN = "a-token-of-the-check"  # noqa: S105 - not a secret
 WAIT_SECONDS = 60.0
+HEALTH_SECONDS = 10.0
 
 
 def check_backend(
@@ -42,6 +43,7 @@ async def _check_backend(
         root = Path(folder)
         if refuses:
             await _check_refusal(factory, _spec(root / "refused", str(root / "no-model"), options))
+        await factory().find(model)
         engine = await factory().start(_spec(root / "engine", model, options))
         try:
             await _check_face(engine)
@@ -51,6 +53,8 @@ async def _check_backend(
             said = await engine.wait()
         assert said, "wait() does not say how the engine ended"
         assert not await engine.health(), "a stopped engine is said to be healthy"
+        assert await engine.quiet(HEALTH_SECONDS) is None, "a stopped engine is said to answer"
+        await _check_killed(await factory().start(_spec(root / "killed", model, options)))
 
 
 def _spec(folder: Path, model: str, options: Mapping[str, Any]) -> EngineSpec:
@@ -58,6 +62,12 @@ def _spec(folder: Path, model: str, options: Mapping[str, Any]) -> EngineSpec:
 
 
 async def _check_refusal(factory: Callable[[], InferenceBackend], spec: EngineSpec) -> None:
+    try:
+        await factory().find(spec.path)
+    except UnknownModelError:
+        pass
+    else:
+        raise AssertionError(f"a model was found in {spec.path}, where there is nothing")
     said = None
     try:
         engine = await factory().start(spec)
@@ -72,11 +82,25 @@ async def _check_face(engine: Engine) -> None:
     import aiohttp
 
     assert await engine.health(), "an engine that has started is not healthy"
+    quiet = await engine.quiet(HEALTH_SECONDS)
+    assert quiet is not None, "an engine that has started does not answer"
+    assert quiet < 1, f"an engine without work is said to have been stuck for {quiet} s"
     async with aiohttp.ClientSession() as anybody, anybody.get(f"{engine.url}/v1/models") as answer:
         assert answer.status == 401, f"without the token /v1/models answered {answer.status}, expected 401"
     async with aiohttp.ClientSession(headers=engine.headers) as session:
         await _check_chat(session, engine.url)
         await _check_unknown(session, engine.url)
+
+
+async def _check_killed(engine: Engine) -> None:
+    """One that is deaf to all else ends at once."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await engine.kill()
+            assert await engine.wait(), "wait() does not say how a killed engine ended"
+    finally:
+        await engine.stop()
+    assert not await engine.health(), "a killed engine is said to be healthy"
 
 
 async def _check_chat(session: aiohttp.ClientSession, url: str) -> None:

@@ -65,6 +65,9 @@ class MockBackend:
 
     options = EngineOptions
 
+    async def find(self, path: str) -> None:
+        """Every name is a model."""
+
     async def start(self, spec: EngineSpec) -> Engine:
         """See `arbor_core.InferenceBackend.start`."""
         return await EngineProcess.start([sys.executable, "-m", "arbor_mock.engine"], {}, spec)

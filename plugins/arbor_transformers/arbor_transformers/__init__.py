@@ -1,12 +1,20 @@
 """Arbor's embedded inference engine, as the server sees it. Light: only the engine's own process imports torch."""
 
+import asyncio
+import contextlib
 import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from arbor_core import Engine, EngineProcess, EngineSpec, InferenceBackend, hookimpl
+from arbor_core import Engine, EngineProcess, EngineSpec, InferenceBackend, UnknownModelError, hookimpl
+from arbor_core.environment import clean_env
+
+NOT_THERE = 4
+"""Exit status of `arbor_transformers.hub`."""
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,10 +35,36 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{key} must be at least 1, not {value}")
 
 
+def is_directory(path: str) -> bool:
+    """Whether a path is a directory; False for a hub id.
+
+    Raises:
+        UnknownModelError: it is the path of a directory that does not exist.
+    """
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise UnknownModelError(f"its directory {path} is not there")
+    return Path(path).is_absolute()
+
+
 class TransformersBackend:
     """Starts engine processes of this package."""
 
     options = Options
+
+    async def find(self, path: str) -> None:
+        """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that asks for it."""
+        if is_directory(path):
+            return
+        asking = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "arbor_transformers.hub", path), stdin=DEVNULL, stdout=PIPE, env=clean_env()
+        )
+        try:
+            said, _ = await asking.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nobody waits for the answer any more
+                asking.kill()
+        if asking.returncode == NOT_THERE:
+            raise UnknownModelError(said.decode(errors="replace").strip())
 
     async def start(self, spec: EngineSpec) -> Engine:
         """See `arbor_core.InferenceBackend.start`."""

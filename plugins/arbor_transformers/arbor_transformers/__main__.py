@@ -5,8 +5,11 @@ then; ends quickly on SIGTERM. A model that cannot be served is exit code 3 and 
 """
 
 import os
+import signal
 import sys
 import threading
+
+from arbor_core.prctl import PR_SET_PDEATHSIG, prctl
 
 
 def end_with_parent() -> None:
@@ -17,6 +20,7 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # one that was stopped reads nothing
     threading.Thread(target=end_with_parent, daemon=True).start()  # before the imports, which take seconds
     from .process import main
 

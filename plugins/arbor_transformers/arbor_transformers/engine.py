@@ -18,6 +18,7 @@ from .batch import Batch, Prefill
 from .errors import ApiError, queue_full, stopping
 from .generation import Delta, Generation, Sink
 from .lora import Adapter
+from .pulse import Pulse
 from .sampler import Sampled, sample
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Engine:
             prefill_tokens,
         )
         self.deliver, self.broken = deliver, broken
+        self.pulse = Pulse()
         self.rows: list[Generation] = []
         self.entry: Entry | None = None
         self.queue: deque[Generation] = deque()
@@ -146,7 +148,9 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is to end."""
         with self.changed:
+            self.pulse.rest()
             self.changed.wait_for(lambda: self.ending or self.queue or self.rows or self.entry or self.calls)
+            self.pulse.beat()
             return not self.ending
 
     def _sweep(self) -> None:

@@ -61,6 +61,7 @@ class Face:
                 "adapters": sorted(service.adapters),
                 "running": service.engine.running,
                 "waiting": service.engine.waiting,
+                "quiet_seconds": service.engine.pulse.quiet_seconds,
             }
         )
 

@@ -22,6 +22,7 @@ from .generation import Delta, Sink
 from .http import Face
 from .lora import AdapterRows
 from .model import Loaded, load, make_batch
+from .pulse import beat_with
 from .service import Service
 
 UNUSABLE_MODEL = 3
@@ -62,6 +63,7 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
     lora = AdapterRows(loaded.model)
     batch, context = make_batch(loaded, lora, options)
     engine = Engine(batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken)
+    beat_with(loaded.model, engine.pulse)
     service = Service(spec.model, loaded, engine, lora, context, options.max_unread)
     engine.start()
     runner = web.AppRunner(
