@@ -32,10 +32,10 @@ for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZ
 import torch
 from arbor_sft import SftConfig as ArborConfig
 from arbor_sft import plan
-from arbor_sft.chat import ChatFormat
 from arbor_sft.rows import load
 from arbor_sft.tiny import make
 from arbor_sft.train import train
+from arbor_trl.chat import ChatFormat
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils import logging

@@ -136,7 +136,7 @@ def test_an_adapter_brings_the_end_of_turn_that_it_learned(real):
 
 
 def test_the_engine_is_asked_as_the_trainer_taught(real):
-    from arbor_sft.chat import IGNORED, ChatFormat
+    from arbor_trl.chat import IGNORED, ChatFormat
 
     tool = {"type": "function", "function": {"name": "f<|im_end|>", "parameters": {"type": "object"}}}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "<|im_start|>"}'}}

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.ml
 pytest.importorskip("transformers", reason="needs the machine-learning libraries")
 
 # ruff: noqa: E402
-from arbor_sft.chat import IGNORED, ChatFormat, Sample
 from arbor_sft.tiny import CHAT_TEMPLATE, tokenizer
 from arbor_transformers.prompts import Prompts
+from arbor_trl.chat import IGNORED, ChatFormat, Sample
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

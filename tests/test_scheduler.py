@@ -115,7 +115,7 @@ async def test_a_lease_from_before_a_restart_is_held_again():
 
 async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_path):
     allocator, spec = pools(1), SimpleNamespace(trainer="t", devices=1)
-    job = SimpleNamespace(id="j", status="queued", attempt=0, spec=spec)
+    job = SimpleNamespace(desired="run", id="j", status="queued", attempt=0, spec=spec)
 
     async def full(*_: object, **__: object) -> bool:
         raise sqlite3.OperationalError("database or disk is full")

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+from arbor_trl import PRELOAD, Attention, Auto, Count, Dtype, LoraSettings, Positive, Share
 from msgspec import Meta, Struct
 
 from arbor_core import Trainer, hookimpl
-
-Auto = Literal["auto"]
-Positive = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
-Count = Annotated[int, Meta(ge=1)]
-
-
-class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Train a low-rank adapter instead of all weights (LoRA, Hu et al. 2021, through PEFT)."""
-
-    r: Annotated[int, Meta(ge=1, le=1024)]
-    alpha: Positive
-    dropout: Share
-    target_modules: str | list[str]
 
 
 class SftConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,8 +29,8 @@ class SftConfig(Struct, frozen=True, forbid_unknown_fields=True):
     batching: Literal["auto", "padded", "sorted", "packed"]
     micro_batch_size: Count | Auto
     gradient_checkpointing: bool
-    dtype: Literal["auto", "float32", "bfloat16"]
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    dtype: Dtype
+    attention: Attention
     eval_steps: Count | None
     checkpoint_steps: Count | None
     keep_checkpoints: Count | None
@@ -57,11 +44,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             config=SftConfig,
             entry="arbor_sft.train:train",
             methods=("supervised",),
-            preload=(
-                "arbor_sft.train",
-                "transformers.models.llama.modeling_llama",
-                "transformers.models.qwen2.modeling_qwen2",
-            ),
-            prove="arbor_sft.warm:prove",
+            preload=("arbor_sft.train", *PRELOAD),
+            prove="arbor_trl.warm:prove",
         )
     }

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from arbor_trl.chat import IGNORED, Sample
 from torch import Tensor
-
-from .chat import IGNORED, Sample
 
 
 @dataclass(frozen=True)

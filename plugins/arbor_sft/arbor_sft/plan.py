@@ -13,22 +13,13 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from arbor_trl.budget import Budget
 
 Rows = list[int]
 Layout = Literal["padded", "sorted", "packed"]
 
 MOST_PARTS = 16
 SAMPLED_STEPS = 32
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a device can do with a micro-batch."""
-
-    tokens: int
-    """Most tokens, padding included, that a micro-batch should hold."""
-    overhead: int
-    """How many tokens could be trained in the time that one more micro-batch costs."""
 
 
 @dataclass(frozen=True)

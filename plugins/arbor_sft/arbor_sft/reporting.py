@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arbor_trl.chat import Sample
+from arbor_trl.digest import digest
+from arbor_trl.ranks import asked_to_stop
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
-from xxhash import xxh3_128
 
 from arbor_core import JobFailed, JobStopped, Run
-from arbor_core.types import Desired
 
 from . import SftConfig
-from .chat import Sample
 from .plan import Plan, Rows
 
 Collated = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
-DIGEST_PARAMETERS = 50_000_000
-"""Most trained parameters that are hashed after each step: 0.2 GB, some 20 ms."""
 
 
 class Evaluation:
@@ -83,18 +81,8 @@ class Reporting(TrainerCallback):
         return control
 
     def asked_to_stop(self) -> JobStopped | None:
-        """What this run is asked, agreed on by all ranks: one that stopped alone would leave the others waiting."""
-        try:
-            self.run.stop_if_asked()
-            stop = None
-        except JobStopped as asked:
-            stop = asked
-        if self.trainer is None or self.run.world_size == 1:
-            return stop
-        words: list[Desired] = ["run", "pause", "cancel"]
-        mine = torch.tensor([words.index(stop.desired if stop else "run")], device=self.trainer.accelerator.device)
-        word = words[int(self.trainer.accelerator.gather(mine).max())]
-        return None if word == "run" else JobStopped(word)
+        """What this run is asked, agreed on by all ranks."""
+        return asked_to_stop(self.run, self.trainer.accelerator if self.trainer else None)
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.run.config.checkpoint_steps
@@ -140,17 +128,8 @@ class Reporting(TrainerCallback):
         self.run.metrics(state.global_step, self.total, self.digest(), **self.metrics)
 
     def digest(self) -> str | None:
-        """XXH3-128 of the trained parameters on a CPU, in hexadecimal; None where computing it would be felt."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model) if self.trainer else None
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if model else []
-        if sum(parameter.numel() for parameter in trained) > DIGEST_PARAMETERS:
-            return None
-        if not trained or any(parameter.device.type != "cpu" for parameter in trained):
-            return None
-        found = xxh3_128()
-        for parameter in trained:
-            found.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
+        """What stands for the trained parameters; None where computing it would be felt."""
+        return digest(self.trainer.accelerator.unwrap_model(self.trainer.model).parameters()) if self.trainer else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move what the trainer wrote under the run's checkpoints; same file system, so nothing is copied."""

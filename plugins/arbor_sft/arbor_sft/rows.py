@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from arbor_trl.chat import ChatFormat, Rendered, Sample
+
 from arbor_core import JobFailed
 from arbor_core.data import RowError, check_chat_row, excerpt, read_rows
-
-from .chat import ChatFormat, Rendered, Sample
 
 BATCH = 1000
 """Texts that are tokenised at once."""

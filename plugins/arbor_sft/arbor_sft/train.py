@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import is_deepspeed_available
+from arbor_trl.budget import Budget, budget
+from arbor_trl.chat import ChatFormat
+from arbor_trl.model import adapter, autocast, context, load_model, load_tokenizer, unavailable, uses_cuda
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
@@ -18,19 +21,8 @@ from arbor_core import JobFailed, Run
 
 from . import SftConfig, auto, plan, rows
 from .batches import Collate
-from .chat import ChatFormat
-from .model import (
-    adapter,
-    autocast,
-    budget,
-    context,
-    load_model,
-    load_tokenizer,
-    tells_rows_apart,
-    unavailable,
-    uses_cuda,
-)
-from .plan import Budget, Layout, Plan
+from .model import tells_rows_apart
+from .plan import Layout, Plan
 from .reporting import Evaluation, Reporting
 from .rows import Samples
 

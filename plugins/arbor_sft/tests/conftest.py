@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from arbor_sft.tiny import make
 
-sys.path.insert(0, str(Path(__file__).parent))  # sft_jobs.py and sft_templates.py, whatever the import mode
+sys.path.insert(0, str(Path(__file__).parent))  # sft_jobs.py, whatever the import mode
 
 
 @pytest.fixture(scope="session")

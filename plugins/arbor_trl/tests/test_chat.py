@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-import sft_templates as t
-from arbor_sft.chat import IGNORED, ChatFormat, Sample
+import trl_templates as t
 from arbor_sft.tiny import CHAT_TEMPLATE, tokenizer
+from arbor_trl.chat import IGNORED, ChatFormat, Sample
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
