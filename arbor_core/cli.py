@@ -215,6 +215,9 @@ def main() -> None:
     tiny = commands.add_parser("tiny-model", help="write a 1M-parameter base model for trying things out")
     tiny.add_argument("dir", type=Path, metavar="DIR")
     commands.add_parser("key", help="make an API key, and its hash for auth.keys")
+    again = commands.add_parser("replay", help="run a job's trainer again and compare every step")
+    again.add_argument("job", metavar="JOB", help="its id, or its directory")
+    again.add_argument("--storage", type=Path, help="the server's storage directory (default: ~/.arbor/storage)")
     commands.add_parser("doctor", help="try every trainer's warm start and say which one must start cold")
     arguments = parser.parse_args()
     try:
@@ -224,6 +227,11 @@ def main() -> None:
             from . import keys
 
             print(f"key {(made := keys.new())}\nsha256 {keys.digest(made)}")
+        elif arguments.command == "replay":
+            from .config import arbor_home
+            from .replay import find_job, replay
+
+            replay(find_job(arguments.job, arguments.storage or arbor_home() / "storage"), print)
         elif arguments.command == "tiny-model":
             from .system import tiny_model
 
