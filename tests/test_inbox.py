@@ -1,0 +1,144 @@
+"""The inbox of a job that learns from rollouts: nothing acknowledged is lost, nothing half written is read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from arbor_core import feed, inbox
+from arbor_core.bell import ring
+from arbor_core.inbox import Group, Inbox, InboxDamagedError, Rollout
+from arbor_core.types import CheckpointRequest
+
+
+def group(number: int, words: int = 50) -> Group:
+    rollout = Rollout(reward=number / 2, prompt=b"\1\0\0\0", completion=b"abcd" * words, logprobs=b"\0\0\0\0" * words)
+    return Group(id=number, rollouts=(rollout, rollout), version=number, metrics={"score": 1.5})
+
+
+def ids(folder: Path, position: int = 0) -> list[int]:
+    return [record.group.id for record in inbox.read(folder, position)]
+
+
+def test_what_was_appended_is_read_from_any_position(tmp_path: Path) -> None:
+    box = Inbox(tmp_path, segment_bytes=1500)
+    ends = [end for n in range(20) for end in box.append([(group(n), n)])]
+    assert len(inbox.segments(tmp_path)) > 3
+    for n, end in enumerate(ends):
+        assert ids(tmp_path, end) == list(range(n + 1, 20))
+    records = list(inbox.read(tmp_path, 0))
+    assert [record.group for record in records] == [group(n) for n in range(20)]
+    assert [record.end for record in records] == ends
+    assert [record.digest for record in records] == list(range(20))
+
+
+def test_several_groups_in_one_append(tmp_path: Path) -> None:
+    box = Inbox(tmp_path)
+    ends = box.append([(group(n), n) for n in range(5)])
+    assert [record.end for record in inbox.read(tmp_path, 0)] == ends
+
+
+@pytest.mark.parametrize("kept", range(1, 40, 7))
+def test_a_torn_tail_is_not_read_and_cut_off(tmp_path: Path, kept: int) -> None:
+    box = Inbox(tmp_path)
+    (end,) = box.append([(group(0), 0)])
+    box.append([(group(1), 1)])
+    box.close()
+    os.truncate(inbox.segments(tmp_path)[-1][1], end + kept)
+    assert ids(tmp_path) == [0]
+    again = Inbox(tmp_path)
+    assert again.end == end
+    again.append([(group(2), 2)])
+    assert ids(tmp_path) == [0, 2]
+
+
+def test_a_changed_record_is_found_and_named(tmp_path: Path) -> None:
+    box = Inbox(tmp_path)
+    first, _ = box.append([(group(n), n) for n in range(2)])
+    path = inbox.segments(tmp_path)[0][1]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InboxDamagedError) as caught:
+        ids(tmp_path)
+    assert caught.value.position == first
+    assert str(first) in str(caught.value)
+
+
+def test_a_full_disk_leaves_nothing_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Inbox(tmp_path)
+    box.append([(group(0), 0)])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            box.append([(group(1), 1)])
+    assert ids(tmp_path) == [0]
+    box.append([(group(2), 2)])
+    assert ids(tmp_path) == [0, 2]
+
+
+def test_headers_tell_ids_and_digests_without_the_payloads(tmp_path: Path) -> None:
+    Inbox(tmp_path).append([(group(n), 100 + n) for n in range(3)])
+    found = [(number, digest) for _, _, number, digest in inbox.headers(inbox.segments(tmp_path)[0][1])]
+    assert found == [(0, 100), (1, 101), (2, 102)]
+
+
+def test_a_record_of_a_newer_writer_is_read(tmp_path: Path) -> None:
+    """A field that this version does not know is passed over."""
+    box = Inbox(tmp_path)
+    plain = {**msgspec.to_builtins(group(4), builtin_types=(bytes,)), "colour": "green"}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plain), type=Group) == group(4)
+    box.close()
+
+
+def test_the_bell_wakes_a_reader_that_waits(tmp_path: Path) -> None:
+    box, reader = Inbox(tmp_path), feed.Feed(tmp_path)
+    got: list[int] = []
+    waiting = threading.Thread(target=lambda: got.extend(r.group.id for r in reader.take(0, 60.0)))
+    waiting.start()
+    box.append([(group(9), 9)])
+    while waiting.is_alive():
+        ring(tmp_path / "bell", "")
+        waiting.join(0.05)
+    assert got == [9]
+
+
+def test_a_reader_does_not_wait_for_what_is_there(tmp_path: Path) -> None:
+    Inbox(tmp_path).append([(group(1), 1)])
+    reader = feed.Feed(tmp_path)
+    assert [record.group.id for record in reader.take(0, 600.0)] == [1]
+    assert reader.take(1 << 40, 0) == []
+
+
+def test_published_versions_are_whole_and_few(tmp_path: Path) -> None:
+    for version in range(feed.KEPT + 3):
+        with feed.publishing(tmp_path / "weights", f"{version}-1") as folder:
+            (folder / "weights.safetensors").write_bytes(b"w")
+    with pytest.raises(RuntimeError), feed.publishing(tmp_path / "weights", "99-1"):
+        raise RuntimeError
+    names = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert names == {f"{version}-1" for version in range(3, feed.KEPT + 3)}
+
+
+def test_asked_checkpoints_are_answered_in_order(tmp_path: Path) -> None:
+    for name in ("best", "a.b-c_1"):
+        feed.ask(tmp_path, CheckpointRequest(name, {"score": 1}))
+    assert [request.name for request in feed.asked(tmp_path)] == ["best", "a.b-c_1"]
+    feed.answered(tmp_path, "best")
+    assert [request.metadata for request in feed.asked(tmp_path)] == [{"score": 1}]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", ".hidden", "x" * 65, "a\0b", "ü", "a\n"])
+def test_a_checkpoints_name_becomes_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 64"):
+        feed.ask(tmp_path, CheckpointRequest(name))
+    assert not (tmp_path / "asked").exists()

@@ -1,0 +1,107 @@
+"""The completion ledger: what was sampled is found by its id or by its words, until it is too old."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from arbor_core.ledger import Completion, Ledger, key_of, packed_floats, packed_ids
+
+ASKED = [{"role": "user", "content": "say a"}]
+
+
+def completion(number: int, said: str = "a", index: int = 0) -> Completion:
+    return Completion(
+        id=f"chatcmpl-{number}",
+        index=index,
+        version=number,
+        prompt=packed_ids([1, 2, 3]),
+        tokens=packed_ids([number, 9]),
+        logprobs=packed_floats([-0.5, -1.25]),
+        temperature=1.0,
+        key=key_of(ASKED, said),
+    )
+
+
+def test_by_id_and_choice(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for index in (0, 1):
+        ledger.add(completion(7, index=index))
+    assert ledger.get("chatcmpl-7") == completion(7)
+    assert ledger.get("chatcmpl-7", 1) == completion(7, index=1)
+    assert ledger.get("chatcmpl-7", 2) is None
+    assert ledger.get("chatcmpl-8") is None
+
+
+def test_by_words_the_newest_that_is_not_spent(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for n in range(3):
+        ledger.add(completion(n))
+    ledger.add(completion(9, said="b"))
+    key, taken = key_of(ASKED, "a"), set()
+    for expected in (2, 1, 0):
+        found = ledger.match(key, frozenset(taken))
+        assert found
+        assert found.version == expected
+        taken.add((found.id, found.index))
+    assert ledger.match(key, frozenset(taken)) is None
+    ledger.spend(("chatcmpl-2", 0))
+    assert ledger.match(key) == completion(1)
+    assert ledger.match(key_of(ASKED, "c")) is None
+
+
+def test_the_key_takes_parts_of_text_as_the_text_they_make() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "say "}, {"type": "text", "text": "a"}]}]
+    assert key_of(parts, "a") == key_of(ASKED, "a")
+    assert key_of(ASKED, "a") != key_of([{"role": "system", "content": "say a"}], "a")
+    assert key_of([], None) == key_of([], "")
+
+
+def test_another_server_finds_what_was_written(tmp_path: Path) -> None:
+    before = Ledger(tmp_path)
+    for n in range(5):
+        before.add(completion(n))
+    before.close()
+    with (tmp_path / "0.log").open("ab") as file:
+        file.write(b"\x30\0\0\0torn")  # what a killed server leaves
+    after = Ledger(tmp_path)
+    assert [after.get(f"chatcmpl-{n}") for n in range(5)] == [completion(n) for n in range(5)]
+    after.add(completion(5))
+    again = Ledger(tmp_path)
+    assert again.get("chatcmpl-5") == completion(5)
+
+
+def test_old_completions_go(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, segment_bytes=400, segments=3)
+    for n in range(40):
+        ledger.add(completion(n))
+    ledger.spend(("chatcmpl-39", 0))
+    assert len(list(tmp_path.glob("*.log"))) == 3
+    assert ledger.get("chatcmpl-0") is None
+    assert ledger.get("chatcmpl-39") == completion(39)
+    known = len(ledger.places)
+    assert 3 <= known < 40
+    assert len(ledger.by_key[key_of(ASKED, "a")]) == known
+    assert len(Ledger(tmp_path, segment_bytes=400, segments=3).places) == known
+
+
+def test_a_full_disk_forgets_a_completion_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add(completion(0))
+
+    class Full:
+        def write(self, _: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def truncate(self, size: int) -> None:
+            file.truncate(size)
+
+    file = ledger.file
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "file", Full())
+        ledger.add(completion(1))
+    assert ledger.get("chatcmpl-1") is None
+    ledger.add(completion(2))
+    assert (ledger.get("chatcmpl-0"), ledger.get("chatcmpl-2")) == (completion(0), completion(2))
