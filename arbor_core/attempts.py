@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from .bell import ring
 from .config import ServeConfig
 from .faults import crash_point
 from .files import Files
@@ -138,6 +139,7 @@ class Attempts:
     def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
         self.write_desired(job)
+        ring(self.dir(job) / "inbox" / "bell", job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)

@@ -141,6 +141,8 @@ class Plugins:
     def trainer_for(self, method: str, preferred: str | None = None) -> str:
         """The name of the trainer that answers to an OpenAI `method.type` (or to its own name).
 
+        The preferred one comes first, then another of the plugin that brings it, then the one of that name.
+
         Raises:
             ArborError: none is installed; the message names the package.
         """
@@ -148,8 +150,11 @@ class Plugins:
         names = [name for name, trainer in trainers.items() if method == name or method in trainer.methods]
         if preferred in names:
             return str(preferred)
-        if names:  # its own name first, then the first plugin by name
-            return method if method in names else names[0]
+        brothers = [
+            name for name in names if preferred and self.owner("trainers", name) == self.owner("trainers", preferred)
+        ]
+        if names:
+            return method if method in (brothers or names) else (brothers or names)[0]
         if package := METHOD_PACKAGES.get(method):
             reason = self.broken.get(package)
             raise ArborError(

@@ -157,7 +157,7 @@ class WorkerRun(Generic[ConfigT]):
             for name, value in values.items()
             if name.endswith("loss")
         )
-        data = {"step": step, "total_steps": total_steps, **({"digest": digest} if digest else {}), **values}
+        data = {**values, "step": step, "total_steps": total_steps, **({"digest": digest} if digest else {})}
         if fed:
             data["fed"] = msgspec.to_builtins(fed)
         self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
@@ -224,6 +224,9 @@ class WorkerRun(Generic[ConfigT]):
         desired = self.desired()
         if desired in ("pause", "cancel"):
             raise JobStopped(desired)
+
+    def asked_to_finish(self) -> bool:
+        return self.desired() == "finish"
 
     def desired(self) -> Desired:
         """What the job is asked to do now: a level, not a queue."""

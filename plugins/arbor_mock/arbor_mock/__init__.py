@@ -23,6 +23,7 @@ from arbor_core import (
     Trainer,
     hookimpl,
 )
+from arbor_core.types import RolloutConfig
 
 GPUS, SERVING = 4, 1
 """Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
@@ -30,6 +31,9 @@ GPU_BYTES = 80 << 30
 
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+
+
+Fault = Literal["none", "fail", "crash", "hang", "lose_gpu", "bad_checkpoint"]
 
 
 class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,8 +46,20 @@ class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
     steps: Count | None
     step_seconds: Seconds
     checkpoint_steps: Count | None
-    fault: Literal["none", "fail", "crash", "hang", "lose_gpu", "bad_checkpoint"]
+    fault: Fault
     fault_step: Count
+    fault_times: Count
+
+
+class MockGrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`conf/trainer/mock_grpo.yaml`, typed; each key is explained there."""
+
+    max_steps: Count | None
+    learning_rate: Annotated[float, Meta(gt=0)]
+    step_seconds: Seconds
+    checkpoint_steps: Count | None
+    fault: Fault
+    fault_step: Annotated[int, Meta(ge=0)]
     fault_times: Count
 
 
@@ -103,7 +119,17 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             check_row="arbor_mock.rows:check_row",
             preload=("arbor_mock.train",),
             ranks=False,  # torchrun comes with torch
-        )
+        ),
+        "mock_grpo": Trainer(
+            config=MockGrpoConfig,
+            entry="arbor_mock.grpo:train",
+            methods=("grpo",) if simulating() else (),
+            preload=("arbor_mock.grpo",),
+            min_rows=0,
+            ranks=False,
+            rollouts=True,
+            adapters=True,
+        ),
     }
 
 

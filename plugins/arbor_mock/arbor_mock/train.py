@@ -15,7 +15,7 @@ from msgspec import Struct
 from arbor_core import Checkpoint, JobFailed, JobStopped, Run
 from arbor_core.data import RowError, read_rows
 
-from . import MockConfig
+from . import MockConfig, MockGrpoConfig
 from .rows import words
 
 ADAPTER = "adapter_model.safetensors"
@@ -153,7 +153,7 @@ class DeviceLostError(RuntimeError):
     """What CUDA's runtime says when a GPU has fallen off the bus."""
 
 
-def strike(run: Run[MockConfig], step: int, die: Callable[[int], None]) -> None:
+def strike(run: Run[MockConfig] | Run[MockGrpoConfig], step: int, die: Callable[[int], None]) -> None:
     """Let go wrong what the configuration asks for, as often as it asks."""
     config = run.config
     struck = run.dir / "mock_faults"

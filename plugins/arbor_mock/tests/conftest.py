@@ -15,6 +15,7 @@ from typing import Any
 import arbor_mock
 import msgspec
 import pytest
+from arbor_mock import arbor_trainers
 
 from arbor_core import Device, EngineProcess, EngineSpec, Event, Order, Placement
 from arbor_core.config import load_yaml
@@ -62,7 +63,9 @@ class JobFolder:
 def job(tmp_path: Path) -> Callable[..., JobFolder]:
     """`job(steps=5, fault="crash")`: a job directory with twelve rows and these values over the defaults."""
 
-    def make(rows: int = 12, seed: int = 7, validation: bool = False, **values: Any) -> JobFolder:
+    def make(
+        rows: int = 12, seed: int = 7, validation: bool = False, trainer: str = "mock", **values: Any
+    ) -> JobFolder:
         folder = tmp_path / f"ftjob-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         data = folder / "train.jsonl"
@@ -73,9 +76,9 @@ def job(tmp_path: Path) -> Callable[..., JobFolder]:
         order = WorkOrder(
             protocol=PROTOCOL,
             job_id=folder.name,
-            entry="arbor_mock.train:train",
-            config_type="arbor_mock:MockConfig",
-            config={**load_yaml(CONF / "trainer" / "mock.yaml"), **values},
+            entry=arbor_trainers()[trainer].entry,
+            config_type=f"arbor_mock:{arbor_trainers()[trainer].config.__name__}",
+            config={**load_yaml(CONF / "trainer" / f"{trainer}.yaml"), **values},
             check_row="arbor_mock.rows:check_row",
             min_rows=10,
             model=MODEL,

@@ -18,7 +18,11 @@ CONF = Path(arbor_mock.__file__).parent / "conf"
 
 @pytest.mark.parametrize(
     ("yaml", "struct"),
-    [("trainer/mock.yaml", arbor_mock.MockConfig), ("backend/mock.yaml", arbor_mock.EngineOptions)],
+    [
+        ("trainer/mock.yaml", arbor_mock.MockConfig),
+        ("trainer/mock_grpo.yaml", arbor_mock.MockGrpoConfig),
+        ("backend/mock.yaml", arbor_mock.EngineOptions),
+    ],
 )
 def test_yaml_and_struct_have_the_same_keys(yaml, struct):
     values = config.load_yaml(CONF / yaml)

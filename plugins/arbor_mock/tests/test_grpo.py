@@ -1,0 +1,132 @@
+"""The trainer that learns from rollouts, in its worker process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from arbor_mock.grpo import Learned
+from arbor_mock.train import STATE
+
+from arbor_core.feed import ask
+from arbor_core.inbox import Group, Inbox, Rollout
+from arbor_core.types import CheckpointRequest
+
+
+@pytest.fixture
+def grpo(job):
+    """A job directory of the trainer mock_grpo, and a function that sends it groups of so many policy versions."""
+
+    def make(**values):
+        return job(trainer="mock_grpo", **{"num_generations": 2, **values})
+
+    return make
+
+
+def send(folder, *versions, first=0, **metrics):
+    inbox = Inbox(folder.dir / "inbox")
+    for id, version in enumerate(versions, first):  # noqa: A001
+        rollouts = tuple(
+            Rollout(
+                trajectory=number,
+                reward=float(number),
+                messages=[{"role": "user", "content": "say"}],
+                answer={"role": "assistant", "content": f"{id} it is"},
+            )
+            for number in range(2)
+        )
+        inbox.append([(Group(id=id, rollouts=rollouts, version=version, metrics=metrics), id)])
+    inbox.close()
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_steps_are_made_of_groups_in_order(grpo):
+    done = grpo(max_steps=3, groups_per_step=2, too_stale=9)
+    send(done, 0, 0, 0, 0, 0, 0, 0, validation_score=0.5)
+    assert done.run() == 0, (done.dir / "attempts/1/worker.log").read_text()
+    metrics = [event.data for event in done.events("metrics")]
+    assert [values["step"] for values in metrics] == [1, 2, 3]
+    assert [len(values["fed"]["groups"]) for values in metrics] == [2, 2, 2]
+    assert [values["staleness"] for values in metrics] == [0, 1, 2]
+    assert metrics[0]["reward"] == metrics[0]["reward_std"] == metrics[0]["validation_score"] == 0.5
+    assert len({values["digest"] for values in metrics}) == 3
+    assert [event.data["handled"] for event in done.events("weights")] == [2, 4, 6]
+    result = done.events("result")[0].data
+    assert (result["step"], result["adapter"], result["trained_tokens"]) == (3, True, 36)
+    assert json.loads((done.dir / "checkpoints" / "3-1" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_what_is_too_old_is_skipped_and_counted(grpo):
+    done = grpo(max_steps=2, max_staleness=0)
+    send(done, 0, 0, 0, 1)
+    assert done.run() == 0
+    fed = [event.data["fed"] for event in done.events("metrics")]
+    assert [len(one["skipped"]) for one in fed] == [0, 2]
+    assert done.events("weights")[-1].data["handled"] == 4
+
+
+def test_skipping_gives_credits_back_without_a_step(grpo):
+    waiting = grpo(max_steps=2, max_staleness=0)
+    send(waiting, 0, 0)
+    process = waiting.start()
+    wait_for(lambda: len(waiting.events("weights")) == 2)
+    assert [event.data for event in waiting.events("weights")][-1] == {"handled": 2}
+    waiting.desire("finish")
+    assert process.wait(30) == 0
+    assert waiting.events("result")[0].data["step"] == 1
+
+
+def test_a_checkpoint_is_named_while_no_group_comes(grpo):
+    waiting = grpo()
+    process = waiting.start()
+    ask(waiting.dir, CheckpointRequest("best", {"score": 1}))
+    wait_for(lambda: any("name" in event.data for event in waiting.events("checkpoint")))
+    assert (waiting.dir / "checkpoints" / "named" / "best").resolve().name == "0-1"
+    waiting.desire("finish")
+    assert process.wait(30) == 0
+
+
+def test_a_killed_job_learns_the_same_as_one_that_was_not(grpo):
+    versions = (0, 0, 0, 1, 1, 2, 2, 3)
+    killed, whole = (grpo(max_steps=4, fault=fault, fault_step=3, checkpoint_steps=2) for fault in ("crash", "none"))
+    for folder in (killed, whole):
+        send(folder, *versions)
+    assert killed.run() == -signal.SIGKILL
+    assert killed.run() == 0
+    assert whole.run() == 0
+    digests = {event.step: event.data["digest"] for event in whole.events("metrics")}
+    assert {event.step: event.data["digest"] for event in killed.events("metrics", 1)}.items() <= digests.items()
+    assert {event.step: event.data["digest"] for event in killed.events("metrics", 2)}.items() <= digests.items()
+    states = [
+        (folder.dir / "checkpoints" / name / STATE).read_bytes() for folder, name in ((killed, "4-2"), (whole, "4-1"))
+    ]
+    assert states[0] == states[1]
+    assert Learned().digest not in digests.values()
+
+
+def test_a_paused_job_keeps_its_place(grpo):
+    paused = grpo(step_seconds=0.05, too_stale=64)
+    send(paused, *[0] * 100)
+    process = paused.start()
+    wait_for(lambda: len(paused.events("metrics")) > 2)
+    paused.desire("pause")
+    assert process.wait(30) == 0
+    step = paused.events("metrics")[-1].step
+    assert paused.events("checkpoint")[-1].step == step
+    paused.desire("finish")
+    assert paused.run() == 0
+    assert paused.events("result")[0].data["step"] == step
+
+
+def test_it_can_die_before_the_first_step(grpo):
+    dead = grpo(fault="fail", fault_step=0)
+    assert dead.run() == 1
+    assert dead.events("error")[0].data["code"] == "mock_failure"
