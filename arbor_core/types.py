@@ -426,11 +426,6 @@ class Run(Protocol[ConfigT_co]):
         checkpoint if the last step has none, and call `Run.finish`."""
         ...
 
-    def asked_to_finish(self) -> bool:
-        """Whether the client has said that it is enough: write the last checkpoint and `finish`. For trainers of
-        rollouts."""
-        ...
-
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
         """Name the checkpoint that is the job's model. `adapter` in it means: a PEFT adapter, else full weights."""
         ...

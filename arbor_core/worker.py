@@ -225,9 +225,6 @@ class WorkerRun(Generic[ConfigT]):
         if desired in ("pause", "cancel"):
             raise JobStopped(desired)
 
-    def asked_to_finish(self) -> bool:
-        return self.desired() == "finish"
-
     def desired(self) -> Desired:
         """What the job is asked to do now: a level, not a queue."""
         try:

@@ -15,8 +15,11 @@ from typing import Any
 import msgspec
 
 from arbor_core import config, plugins
+from arbor_core.bell import ring
+from arbor_core.feed import ask
+from arbor_core.inbox import Group, Inbox
 from arbor_core.logs import encode, replace, tail
-from arbor_core.types import PROTOCOL, Desired, Device, Event, EventType, Order, Placement
+from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Order, Placement
 from arbor_core.worker import WorkOrder
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,6 +39,7 @@ class JobDirectory:
         hyperparameters: Laid over the trainer's YAML, as a request's are.
         validation_rows: The validation file's rows; None: there is no validation file.
         devices: The devices of all ranks.
+        adapter: Adapter to start from.
 
     Raises:
         ArborError: there is no such trainer, or its configuration does not take the hyperparameters.
@@ -49,6 +53,7 @@ class JobDirectory:
     validation_rows: Sequence[Mapping[str, Any]] | None = None
     seed: int = 1
     devices: tuple[Device, ...] = (Device("cpu:0"),)
+    adapter: Path | None = None
     attempts: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +78,7 @@ class JobDirectory:
             versions={},
             threads=1,
             cpu="",
+            adapter=self.adapter,
         )
         (self.dir / "job.json").write_bytes(encode(order))
 
@@ -84,6 +90,20 @@ class JobDirectory:
     def ask(self, desired: Desired) -> None:
         """Say what is wanted of the job: a level that the worker reads between steps."""
         replace(self.dir / "desired", desired.encode())
+
+    def send(self, *groups: Group) -> list[int]:
+        """Put groups into the inbox, as the server does for a trainer of rollouts; the positions that follow them."""
+        box = Inbox(self.dir / "inbox")
+        try:
+            ends = box.append([(group, 0) for group in groups])
+        finally:
+            box.close()
+        ring(str(self.dir / "inbox" / "bell"), "inbox")
+        return ends
+
+    def request_checkpoint(self, name: str, **metadata: Any) -> None:
+        """Ask for a checkpoint by name."""
+        ask(self.dir, CheckpointRequest(name, metadata))
 
     def start(self) -> subprocess.Popen[bytes]:
         """Begin a new attempt, in a new Python."""

@@ -1,0 +1,63 @@
+"""From the inbox to the groups of a step: which are used, which are skipped. A pure function of the inbox's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from arbor_core.inbox import Record
+from arbor_core.types import Fed
+
+from .rows import Reader, Reading, RejectedError
+
+
+@dataclass
+class Gathering:
+    """The groups of the next step, so far.
+
+    Args:
+        position: Where in the inbox to go on.
+        step: Optimizer steps done: how old a group is depends on it.
+    """
+
+    position: int
+    step: int
+    used: list[tuple[Record, Reading]] = field(default_factory=list)
+    stale: list[Record] = field(default_factory=list)
+    rejected: list[tuple[Record, str]] = field(default_factory=list)
+
+    @property
+    def handled(self) -> int:
+        """Groups that were looked at."""
+        return len(self.used) + len(self.stale) + len(self.rejected)
+
+    @property
+    def passed(self) -> int:
+        """Groups that were skipped."""
+        return len(self.stale) + len(self.rejected)
+
+    @property
+    def ages(self) -> list[int]:
+        return [max(0, self.step - record.group.version) for record, _ in self.used]
+
+    @property
+    def fed(self) -> Fed:
+        skipped = sorted([r.start for r in self.stale] + [r.start for r, _ in self.rejected])
+        return Fed(self.position, tuple((r.start, r.crc) for r, _ in self.used), tuple(skipped))
+
+    def take(self, records: Iterable[Record], reader: Reader) -> bool:
+        """Use records until there are enough for a step; whether there are."""
+        config = reader.config
+        limit = config.max_staleness if config.too_stale is None else config.too_stale
+        for record in records:
+            if len(self.used) == config.groups_per_step:
+                break
+            self.position = record.end
+            if self.step - record.group.version > limit:
+                self.stale.append(record)
+                continue
+            try:
+                self.used.append((record, reader.read(record.group)))
+            except RejectedError as error:
+                self.rejected.append((record, str(error)))
+        return len(self.used) == config.groups_per_step

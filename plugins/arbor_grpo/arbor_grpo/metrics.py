@@ -1,0 +1,85 @@
+"""What TRL measures of micro-batches as numbers of the whole step, and what is measured beside it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .rows import Row
+
+OF_SEQUENCES = ("clip_ratio", "cispo_clip_ratio", "vespo")
+"""TRL's metrics that are means over sequences where the ratio is one of sequences."""
+
+
+class Parts:
+    """Collects over a step's micro-batches, and leaves one number of each metric.
+
+    Args:
+        found: TRL's own lists, to which each micro-batch appends one number.
+        level: `importance_sampling_level`.
+    """
+
+    def __init__(self, found: dict[str, list[float]], level: str) -> None:
+        self.found, self.by_rows = found, level == "sequence"
+        self.before = {name: len(values) for name, values in found.items()}
+        self.tokens: list[float] = []
+        self.rows: list[float] = []
+        self.apart: list[Tensor] = []
+
+    def add(self, micro: Batch, logps: Tensor | None) -> None:
+        """A micro-batch has run; `logps` are the policy's, B x C."""
+        mask = micro["completion_mask"] * micro["tool_mask"]
+        self.tokens.append(float(mask.sum()))
+        self.rows.append(float(len(mask)))
+        sampling = micro.get("sampling_per_token_logps")
+        if sampling is not None and logps is not None:
+            known = mask.bool() & ~sampling.isnan()
+            self.apart.append((logps - sampling)[known].abs())
+
+    def combine(self) -> None:
+        for name, values in self.found.items():
+            start = self.before.get(name, 0)
+            if len(values) - start == len(self.tokens):
+                values[start:] = [self.combined(name, values[start:])]
+        apart = torch.cat(self.apart) if self.apart else torch.empty(0)
+        if apart.numel():
+            self.found["sampling_logp_difference/mean"].append(float(apart.mean()))
+            self.found["sampling_logp_difference/max"].append(float(apart.max()))
+
+    def combined(self, name: str, values: Sequence[float]) -> float:
+        real = [(v, t, r) for v, t, r in zip(values, self.tokens, self.rows, strict=True) if not math.isnan(v)]
+        if not real:
+            return math.nan
+        if name.endswith("_min"):
+            return min(value for value, _, _ in real)
+        if name.endswith("_max"):
+            return max(value for value, _, _ in real)
+        weights = [rows if self.by_rows and name.startswith(OF_SEQUENCES) else tokens for _, tokens, rows in real]
+        return sum(v * w for (v, _, _), w in zip(real, weights, strict=True)) / max(1.0, sum(weights))
+
+
+def of_rows(rows: Sequence[Row]) -> dict[str, float]:
+    """Lengths are those of completions, in tokens that the policy sampled."""
+    lengths = [row.sampled for row in rows]
+    return {
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": fmean(row.truncated for row in rows),
+        "rows_cut": sum(row.cut for row in rows),
+    }
+
+
+def of_clients(groups: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means of what clients measured, by name."""
+    found = defaultdict(list)
+    for group in groups:
+        for name, value in group.items():
+            found[name].append(value)
+    return {name: fmean(values) for name, values in found.items() if all(map(math.isfinite, values))}

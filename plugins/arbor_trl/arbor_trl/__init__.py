@@ -1,0 +1,30 @@
+"""What Arbor's trainers on TRL share. This module imports no torch: plugins take the types of their configuration here.
+
+The functions beside it take a `Run` whose configuration has the keys `lora`, `dtype`, `attention` and
+`gradient_checkpointing`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Auto = Literal["auto"]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Count = Annotated[int, Meta(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+
+PRELOAD = ("transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2")
+"""Modules of common architectures, for warm workers."""
+
+
+class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Train a low-rank adapter instead of all weights (LoRA, Hu et al. 2021, through PEFT)."""
+
+    r: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Positive
+    dropout: Share
+    target_modules: str | list[str]

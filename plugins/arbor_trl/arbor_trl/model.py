@@ -1,0 +1,87 @@
+"""The base model and its tokenizer, on the run's device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from arbor_core import JobFailed, Run
+
+from . import LoraSettings
+
+DEFAULT_CONTEXT = 2048
+
+
+def uses_cuda(run: Run[Any]) -> bool:
+    """Whether the run trains on a GPU.
+
+    Raises:
+        JobFailed: it holds one that this process cannot reach.
+    """
+    leased = any(device.kind == "cuda" for device in run.devices)
+    if leased and not torch.cuda.is_available():
+        raise JobFailed(
+            "the job was given a GPU, but torch finds none in the worker: run `arbor doctor`", code="device_unavailable"
+        )
+    return leased
+
+
+def autocast(run: Run[Any]) -> bool:
+    """Whether to compute in bfloat16."""
+    if run.config.dtype == "auto":
+        return uses_cuda(run) and bool(torch.cuda.is_bf16_supported())
+    return run.config.dtype == "bfloat16"
+
+
+def load_tokenizer(run: Run[Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and the hub raise many kinds
+        raise unavailable(run, "tokenizer", error) from error
+
+
+def load_model(run: Run[Any]) -> PreTrainedModel:
+    """The base model. An adapter's base is kept in the computing type, full weights in float32 (AdamW's small updates
+    would be lost in bfloat16).
+
+    Raises:
+        JobFailed: `model_unavailable`.
+    """
+    half = autocast(run) and run.config.lora is not None
+    options: dict[str, Any] = {} if run.config.attention == "auto" else {"attn_implementation": run.config.attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            run.model,
+            dtype=torch.bfloat16 if half else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except Exception as error:
+        raise unavailable(run, "model", error) from error
+    model.config.use_cache = False
+    return model
+
+
+def unavailable(run: Run[Any], what: str, error: Exception) -> JobFailed:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return JobFailed(f"cannot load the {what} of {run.model}: {reason}", code="model_unavailable", param="model")
+
+
+def context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest sequence the model takes, in tokens."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found or min(tokenizer.model_max_length, DEFAULT_CONTEXT))
+
+
+def adapter(settings: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )

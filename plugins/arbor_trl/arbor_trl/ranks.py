@@ -1,0 +1,27 @@
+"""What several ranks must agree on: one that stopped alone would leave the others waiting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from arbor_core import JobStopped, Run
+from arbor_core.types import Desired
+
+WORDS: tuple[Desired, ...] = ("run", "pause", "cancel")
+
+
+def asked_to_stop(run: Run[Any], accelerator: Accelerator | None) -> JobStopped | None:
+    """What the run is asked; of what the ranks have read, the strongest word. None: to go on."""
+    try:
+        run.stop_if_asked()
+        stop = None
+    except JobStopped as asked:
+        stop = asked
+    if accelerator is None or run.world_size == 1:
+        return stop
+    mine = torch.tensor([WORDS.index(stop.desired if stop else "run")], device=accelerator.device)
+    word = WORDS[int(accelerator.gather(mine).max())]
+    return None if word == "run" else JobStopped(word)
