@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import NO_RETRY, ApiError, without_paths
-from .models import Resolved
+from .made import Resolved
 from .served import Key, Served, hanging, heard
 from .types import (
     Allocator,

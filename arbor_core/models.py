@@ -1,4 +1,5 @@
-"""Which models there are: base models in the operator's folders or on the hub, and what jobs have made of them."""
+"""Which models there are: base models in the operator's folders or on the hub, and what jobs have made of them (see
+`made`)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import time
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from .config import ModelsConfig
 from .errors import ApiError
+from .made import JOB, Kind, Made, Resolved
 from .store import Store
 from .types import Weights
 
@@ -26,20 +27,6 @@ _HUB = re.compile(rf"{_PART}/{_PART}")
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 """Files of a model that may name code (`auto_map`)."""
 
-Kind = Literal["adapter", "full"]
-
-
-class Resolved(msgspec.Struct, frozen=True):
-    """How a model is served: an engine for `base`, and on it an adapter or nothing."""
-
-    name: str
-    """The public name that was asked for."""
-    base: str
-    """Public name of the engine's model."""
-    base_path: str
-    """Directory or hub id of the engine's weights."""
-    adapter: Weights | None = None
-
 
 class Start(msgspec.Struct, frozen=True):
     """Where a job starts from."""
@@ -50,19 +37,6 @@ class Start(msgspec.Struct, frozen=True):
     """Directory or hub id of those weights."""
     adapter: str | None = None
     """Directory of the adapter on it that is trained further."""
-
-
-class ModelRow(msgspec.Struct, frozen=True):
-    """One row of `models`: what a job has made."""
-
-    name: str
-    owner: str
-    job_id: str
-    base: str
-    base_path: str
-    path: str
-    kind: Kind
-    created_at: int
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -77,11 +51,11 @@ class Models:
     """The models that one server knows.
 
     Args:
-        root: The storage directory; checkpoints are under `jobs/<id>/checkpoints` in it.
+        root: The storage directory.
     """
 
     def __init__(self, store: Store, config: ModelsConfig, root: Path) -> None:
-        self.store, self.config, self.root = store, config, root
+        self.store, self.config, self.jobs = store, config, Made(store, root)
 
     @staticmethod
     def strip(name: str) -> str:
@@ -96,7 +70,7 @@ class Models:
         Raises:
             ApiError: 400 if `name` cannot be one or its weights bring code, 404 if there is none.
         """
-        if name.startswith("ft:"):
+        if name.startswith(("ft:", JOB)):
             raise unknown(name)
         if not _BASE.fullmatch(name) or ".." in name:
             message = (
@@ -113,16 +87,18 @@ class Models:
         raise unknown(name)
 
     def resolve(self, name: str, owner: str) -> Resolved:
-        """How to serve a model, fine-tuned or not.
+        """How to serve a model, fine-tuned or not, or the policy of a job that learns from rollouts.
 
         Raises:
             ApiError: there is no such model.
         """
-        if (made := self.made(name, owner)) is None:
+        if policy := self.jobs.policy(name, owner):
+            return policy
+        if (made := self.jobs.find(name, owner)) is None:
             return Resolved(name, name, self.base(name))
         if made.kind == "full":
-            return Resolved(name, name, made.path)
-        return Resolved(name, made.base, made.base_path, Weights(name, made.path))
+            return Resolved(made.name, made.name, made.path)
+        return Resolved(made.name, made.base, made.base_path, Weights(made.name, made.path))
 
     def trainable(self, name: str, owner: str, *, adapters: bool = False) -> Start:
         """Weights that a job may start from.
@@ -133,10 +109,10 @@ class Models:
         Raises:
             ApiError: there is no such model, or it is an adapter and the trainer cannot go on with one.
         """
-        if (made := self.made(name, owner)) is None:
+        if (made := self.jobs.find(name, owner)) is None:
             return Start(name, self.base(name))
         if made.kind == "full":
-            return Start(name, made.path)
+            return Start(made.name, made.path)
         if not adapters:
             message = (
                 f"Model '{name}' is an adapter, and this method cannot train one further: use its base, '{made.base}'."
@@ -144,35 +120,8 @@ class Models:
             raise ApiError(400, message, "unsupported_model", "model")
         return Start(made.base, made.base_path, made.path)
 
-    def made(self, name: str, owner: str) -> ModelRow | None:
-        """A model that a job of this owner has made: its result, or one of its checkpoints."""
-        if not name.startswith("ft:"):
-            return None
-        row = self.store.one("SELECT * FROM models WHERE name=? AND owner=?", name, owner)
-        if row is not None:
-            return None if row["deleted"] else msgspec.convert(dict(row), ModelRow)
-        return self._checkpoint(name, owner)
-
-    def _checkpoint(self, name: str, owner: str) -> ModelRow | None:
-        row = self.store.one(
-            "SELECT c.job_id, c.dir, c.created_at, j.spec FROM checkpoints c JOIN jobs j ON j.id=c.job_id"
-            " WHERE c.model=? AND j.owner=?",
-            name,
-            owner,
-        )
-        if row is None:
-            return None
-        path = self.root / "jobs" / row["job_id"] / "checkpoints" / row["dir"]
-        if not path.is_dir():
-            return None
-        spec = msgspec.json.decode(row["spec"])
-        kind: Kind = "adapter" if (path / "adapter_config.json").is_file() else "full"
-        return ModelRow(
-            name, owner, row["job_id"], spec["model"], spec["model_path"], str(path), kind, row["created_at"]
-        )
-
     def list(self, owner: str) -> list[Listed]:
-        """Base models by name, then this owner's fine-tuned models, newest first."""
+        """Base models by name, then this owner's policies in training and fine-tuned models, newest first."""
         bases = {hub: 0 for hub in self.config.allow if _HUB.fullmatch(hub)}
         for folder in reversed(self.config.dirs):
             found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if is_model(path)]
@@ -180,6 +129,7 @@ class Models:
         rows = self.store.read("SELECT * FROM models WHERE owner=? AND deleted=0 ORDER BY seq DESC", owner)
         return [
             *(Listed(name, created, False) for name, created in sorted(bases.items()) if _BASE.fullmatch(name)),
+            *(Listed(job_id, created, True) for job_id, created in self.jobs.policies(owner)),
             *(Listed(row["name"], row["created_at"], True) for row in rows),
         ]
 
@@ -189,7 +139,9 @@ class Models:
         Raises:
             ApiError: there is no such model.
         """
-        if made := self.made(name, owner):
+        if created := dict(self.jobs.policies(owner)).get(name):
+            return Listed(name, created, True)
+        if made := self.jobs.find(name, owner):
             return Listed(name, made.created_at, True)
         path = Path(self.base(name))
         return Listed(name, int(path.stat().st_mtime) if path.is_absolute() else 0, False)

@@ -18,7 +18,7 @@ from arbor_core import engines as engines_module
 from arbor_core.config import defaults, merged
 from arbor_core.engines import Engines
 from arbor_core.errors import ApiError
-from arbor_core.models import Resolved
+from arbor_core.made import Resolved
 
 arbor_mock = pytest.importorskip("arbor_mock")
 

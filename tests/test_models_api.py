@@ -159,11 +159,11 @@ async def test_results_of_jobs(known: Models, tmp_path: Path) -> None:
     assert adapter.adapter == Weights("ft:base:arbor::adapter0", "/jobs/a")
     full = known.resolve("ft:base:arbor::full0000", "me")
     assert (full.base, full.base_path, full.adapter) == (full.name, "/jobs/f", None)
-    assert known.trainable("ft:base:arbor::full0000", "me") == "/jobs/f"
+    assert known.trainable("ft:base:arbor::full0000", "me").path == "/jobs/f"
     with pytest.raises(ApiError, match="use its base, 'base'"):
         known.trainable("ft:base:arbor::adapter0", "me")
     await made(known, "ft:base:arbor::full0000", "/elsewhere", "full")
-    assert known.trainable("ft:base:arbor::full0000", "me") == "/jobs/f", "noted once, whoever says it again"
+    assert known.trainable("ft:base:arbor::full0000", "me").path == "/jobs/f", "noted once, whoever says it again"
     with pytest.raises(ApiError, match="does not exist"):
         known.resolve("ft:base:arbor::full0000", "somebody else")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from arbor_core.errors import ApiError
-from arbor_core.models import Resolved
+from arbor_core.made import Resolved
 from arbor_core.server import proxy
 from arbor_core.server.proxy import Events, Relay, failure
 

@@ -15,11 +15,14 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct
 
 from arbor_core.config import explained
+from arbor_core.live import Live
+from arbor_core.made import Resolved
 from arbor_core.system import Arbor
 from arbor_core.types import ConfigError
 
 from .auth import caller_of
 from .proxy import Relay
+from .recording import RecordingRelay
 from .request import AnyRequest, decoded
 
 MOST_TOKENS = (1 << 31) - 1
@@ -140,11 +143,14 @@ def relayed(request: AnyRequest, arbor: Arbor, owner: str, asked: Generation, ra
     Raises:
         ApiError: there is no such model.
     """
-    name = arbor.models.strip(asked.model)
-    if name != asked.model or b"null" in raw:
-        body = {**decoded(raw), "model": name}
-        raw = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
-    relay = Relay(arbor.engines, arbor.models.resolve(name, owner), request.scope["path"], raw, bool(asked.stream))
+    resolved = arbor.models.resolve(arbor.models.strip(asked.model), owner)
+    path = request.scope["path"]
+    if live := live_of(arbor, resolved):
+        relay: Relay = RecordingRelay(arbor.engines, resolved, path, without_nulls(decoded(raw)), live.ledger)
+    else:
+        if resolved.name != asked.model or b"null" in raw:
+            raw = msgspec.json.encode(without_nulls(decoded(raw)) | {"model": resolved.name})
+        relay = Relay(arbor.engines, resolved, path, raw, bool(asked.stream))
     caller = caller_of(request)
 
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,3 +158,13 @@ def relayed(request: AnyRequest, arbor: Arbor, owner: str, asked: Generation, ra
             await relay(scope, receive, send)
 
     return counted
+
+
+def live_of(arbor: Arbor, resolved: Resolved) -> Live | None:
+    """The rollouts of the job whose policy a model is; None: it is not one."""
+    job = arbor.jobs.get(resolved.live) if resolved.live else None
+    return arbor.live.of(job) if job else None
+
+
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if value is not None}

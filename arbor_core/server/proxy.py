@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,7 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 
 from arbor_core.engines import Engines
 from arbor_core.errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
-from arbor_core.models import Resolved
+from arbor_core.made import Resolved
 from arbor_core.types import Engine
 
 from .errors import envelope, request_id
@@ -29,6 +29,7 @@ PING_SECONDS = 15.0
 PASSED_ON = ("retry-after", "x-should-retry")
 """Headers of an engine's error that the client hears."""
 DONE = b"data: [DONE]\n\n"
+Header = tuple[bytes, bytes]
 
 
 class Relay:
@@ -42,6 +43,8 @@ class Relay:
 
     def __init__(self, engines: Engines, resolved: Resolved, path: str, body: bytes, stream: bool) -> None:
         self.engines, self.resolved, self.path, self.body, self.stream = engines, resolved, path, body, stream
+        self.headers: list[Header] = []
+        """Of the answer, beside those that say what it is."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes away first: then the engine hears it too.
@@ -65,16 +68,17 @@ class Relay:
         raw = b""
         async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
             raw = await upstream.read()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+        raw = self.finished(raw)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), *self.headers]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": raw, "more_body": False})
 
     async def _streamed(self, id: str, send: Send) -> None:
-        events = Events(send)
+        events = Events(send, self.headers)
         pings = asyncio.create_task(events.keep_alive())
         try:
             async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
-                async for chunk in upstream.content.iter_any():
+                async for chunk in self.chunks(upstream.content.iter_any()):
                     await events.write(chunk)
         except Exception as error:  # once the stream is open, whatever it is must be said in it
             pings.cancel()
@@ -84,6 +88,14 @@ class Relay:
         finally:
             pings.cancel()
         await events.close()
+
+    def finished(self, raw: bytes) -> bytes:
+        """What the client hears of a whole answer: all of it."""
+        return raw
+
+    def chunks(self, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """What the client hears of a stream: all of it."""
+        return answer
 
     @asynccontextmanager
     async def _asked(self, engine: Engine, id: str) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -119,8 +131,8 @@ class Relay:
 class Events:
     """The client's end of a stream of server-sent events. An event is sent as a whole or not at all."""
 
-    def __init__(self, send: Send) -> None:
-        self.send = send
+    def __init__(self, send: Send, headers: Sequence[Header] = ()) -> None:
+        self.send, self.headers = send, headers
         self.opened = False
         self.begun = False
         """Whether an event, not only a comment, was sent."""
@@ -133,6 +145,7 @@ class Events:
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
+            *self.headers,
         ]
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
 
