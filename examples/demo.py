@@ -49,9 +49,9 @@ def main() -> int:
     began = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "models").mkdir(parents=True)
-    with serving() as process:
+    with serving(OUT, "sft") as process:
         files = prepare()
-        client = openai.OpenAI(base_url=f"{address(process)}/v1", api_key="unused", timeout=120)
+        client = openai.OpenAI(base_url=f"{address(process, OUT)}/v1", api_key="unused", timeout=120)
         print("Models:", ", ".join(model.id for model in client.models.list()))
 
         tests = rows("test", COUNTS["test"], SEED)
@@ -73,22 +73,24 @@ def main() -> int:
 
 
 @contextmanager
-def serving() -> Iterator[subprocess.Popen[str]]:
-    """`arbor-serve` with storage of its own on a free port; ended at the end of the block, whatever happens.
+def serving(out: Path, trainer: str) -> Iterator[subprocess.Popen[str]]:
+    """`arbor-serve` with storage of its own on a free port, and the base model `tiny`; ended at the end of the block,
+    whatever happens.
 
     `+trainer=sft` warms its libraries up at once, while the model and the data are being made.
     """
-    command = [BIN / "arbor-serve", "port=0", f"storage={OUT / 'storage'}", f"models.dirs=[{OUT / 'models'}]"]
-    environment = {**os.environ, "ARBOR_HOME": str(OUT / "home")}  # whatever ~/.arbor/config.yaml says
-    with (OUT / "server.log").open("w") as log:
+    command = [BIN / "arbor-serve", "port=0", f"storage={out / 'storage'}", f"models.dirs=[{out / 'models'}]"]
+    environment = {**os.environ, "ARBOR_HOME": str(out / "home")}  # whatever ~/.arbor/config.yaml says
+    with (out / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, "models.allow=[]", "+trainer=sft"],
+            [*command, "models.allow=[]", f"+trainer={trainer}"],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             env=environment,
         )
     try:
+        subprocess.run([BIN / "arbor", "tiny-model", out / "models" / "tiny"], check=True, stdout=subprocess.DEVNULL)
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -99,19 +101,18 @@ def serving() -> Iterator[subprocess.Popen[str]]:
             process.wait()
 
 
-def address(process: subprocess.Popen[str]) -> str:
+def address(process: subprocess.Popen[str], out: Path) -> str:
     """Where the server listens: it says so when it is ready."""
     assert process.stdout
     line = process.stdout.readline()
     if not line.startswith("arbor: listening on "):
-        raise SystemExit(f"The server did not start: {(OUT / 'server.log').read_text()}")
+        raise SystemExit(f"The server did not start: {(out / 'server.log').read_text()}")
     print(line.strip())
     return line.split()[-1]
 
 
 def prepare() -> dict[Split, Path]:
-    """Make the base model and the three splits."""
-    subprocess.run([BIN / "arbor", "tiny-model", OUT / "models" / "tiny"], check=True, stdout=subprocess.DEVNULL)
+    """Write the three splits."""
     files: dict[Split, Path] = {}
     for split, count in COUNTS.items():
         files[split] = OUT / f"{split}.jsonl"
@@ -132,16 +133,16 @@ def train(client: openai.OpenAI, files: dict[Split, Path]) -> FineTuningJob:
         seed=SEED,
         method={"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}},  # type: ignore[typeddict-item]
     )
-    job = follow(client, job)
+    job = follow(client, job, STEPS)
     if job.status != "succeeded":
         raise SystemExit(f"The job {job.status}: {job.error}")
     return job
 
 
-def follow(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
+def follow(client: openai.OpenAI, job: FineTuningJob, steps: int) -> FineTuningJob:
     """Show the job's events as they come: messages as lines, metrics as a bar."""
     seen: set[str] = set()
-    with tqdm(total=STEPS, unit="step", mininterval=1) as bar:
+    with tqdm(total=steps, unit="step", mininterval=1) as bar:
         while True:
             ended = job.finished_at is not None  # asked before the events: none of them is missed
             for event in new_events(client, job.id, seen):

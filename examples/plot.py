@@ -1,10 +1,11 @@
-"""A learning curve from a job's result file: what demo.py writes to demo-out/learning.png."""
+"""Learning curves: what demo.py and demo_grpo.py write to demo-out/."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -35,6 +36,38 @@ def draw(table: Path, scores: Mapping[int, float], out: Path) -> None:
     accuracies.set(xlabel="step", ylabel="accuracy", ylim=(-0.05, 1.05))
     for axes in (losses, accuracies):
         axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def draw_rewards(steps: Sequence[Mapping[str, Any]], scores: Mapping[int, float], out: Path) -> None:
+    """Draw reward and accuracy, staleness, and where a step's time goes, one above the other.
+
+    Args:
+        steps: Metrics of each step, as the job's events report them.
+        scores: Exact match on held-out examples, by the step after which it was measured.
+        out: PNG to write.
+    """
+    figure, (learning, staleness, times) = plt.subplots(3, 1, sharex=True, figsize=(8, 9), layout="constrained")
+    at = [step["step"] for step in steps]
+
+    def values(name: str) -> list[float]:
+        return [step.get(name, 0.0) for step in steps]
+
+    learning.plot(at, values("reward"), color="0.6", linewidth=1, label="reward, mean of the step")
+    learning.plot(
+        *zip(*sorted(scores.items()), strict=True), "s-", color="tab:red", label="held-out words, exact match"
+    )
+    learning.set(ylabel="reward, accuracy", ylim=(-0.05, 1.05), title="Reversing words, learned from rewards")
+    staleness.plot(at, values("staleness_mean"), color="tab:blue", label="mean")
+    staleness.plot(at, values("staleness_max"), color="0.6", linewidth=1, label="greatest")
+    staleness.set(ylabel="staleness (steps)", ylim=(-0.1, None))
+    parts = [values(name) for name in ("wait_time", "train_time", "publish_time")]
+    times.stackplot(at, *parts, labels=["waiting for groups", "training", "publishing"], alpha=0.7)
+    times.set(xlabel="step", ylabel="time (s)", ylim=(0, None))
+    for axes in (learning, staleness, times):
+        axes.legend(loc="lower right" if axes is learning else "upper right")
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -116,8 +116,8 @@ class InterruptedDemo(Exception):
 
 
 def interrupted(demo: Any) -> None:
-    with demo.serving() as process:
-        assert demo.address(process).startswith("http://127.0.0.1:")
+    with demo.serving(demo.OUT, "sft") as process:
+        assert demo.address(process, demo.OUT).startswith("http://127.0.0.1:")
         raise InterruptedDemo(process)
 
 
