@@ -105,13 +105,18 @@ class JobDirectory:
         """Ask for a checkpoint by name."""
         ask(self.dir, CheckpointRequest(name, metadata))
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Begin a new attempt, in a new Python."""
+    def prepare(self) -> Path:
+        """The papers of a new attempt; its directory."""
         self.attempts += 1
         folder = self.attempt_dir
         folder.mkdir(parents=True)
         (folder / "placement.json").write_bytes(encode(Placement(self.devices, 1)))
         (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
+        return folder
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begin a new attempt, in a new Python."""
+        folder = self.prepare()
         with (folder / "worker.log").open("wb") as log:
             command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from arbor_trl import PRELOAD, Attention, Auto, Count, Dtype, LoraSettings, Positive
 from msgspec import Meta
 
 from arbor_core import Trainer, hookimpl
 from arbor_core.types import RolloutConfig
+
+if TYPE_CHECKING:
+    from arbor_core import Services
 
 NotNegative = Annotated[float, Meta(ge=0)]
 UpToOne = Annotated[float, Meta(gt=0, le=1)]
@@ -113,3 +116,11 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             adapters=True,
         )
     }
+
+
+@hookimpl
+def arbor_routes(services: Services) -> Sequence[Any]:
+    """GRPO's own routes, under `/v1/fine_tuning/grpo`."""
+    from .routes import routes  # the server's libraries: a worker has no use for them
+
+    return routes(services)

@@ -28,6 +28,7 @@ COMPLETION_KEYS = (
     "ref_per_token_logps",
     "sampling_per_token_logps",
     "importance_sampling_ratio",
+    "entropy_mask",
 )
 """B x C, padded on the right; a ratio of sequences is B x 1."""
 BY_TOKENS, GLOBAL = ("bnpo",), ("dapo", "cispo", "vespo")

@@ -41,7 +41,8 @@ def scored(
         use_cache=True,
     )
     repeated = DynamicCache()
-    for number, layer in enumerate(cache.layers):
+    layers: list[Any] = list(cache.layers)
+    for number, layer in enumerate(layers):
         repeated.update(layer.keys.index_select(0, of), layer.values.index_select(0, of), number)
     rest, rest_mask = input_ids[:, -completion - 1 :], attention_mask[:, -completion - 1 :]
     labels = rest.masked_fill(rest_mask == 0, -100)

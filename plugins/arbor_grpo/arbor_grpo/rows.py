@@ -137,9 +137,9 @@ class Reader:
             raise ValueError("it is text, but the model has no chat template: send tokens")
         if not rollout.messages or rollout.answer is None:
             raise ValueError("it is text, so it needs messages and an answer")
-        row = {"messages": [*rollout.messages, {**rollout.answer, "role": "assistant"}], "tools": rollout.tools}
+        messages = [*rollout.messages, {**rollout.answer, "role": "assistant"}]
         try:
-            conversation = self.chat.chats.conversation(row["messages"], row["tools"])
+            conversation = self.chat.chats.conversation(messages, rollout.tools)
             (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages))])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its messages are no messages of a chat: {error!r}") from None

@@ -49,12 +49,13 @@ def train(run: Run[GrpoConfig]) -> None:
     if last and last.step >= (run.config.max_steps or NO_END):  # the attempt before got so far
         finish(run, last.step, Session.place_of(last).tokens)
         return
-    session = compose(run)
+    trainer = compose(run)
+    session = trainer.session
     if last:
         session.resume(last)
         run.message(f"Resuming after step {last.step}", step=last.step)
     try:
-        session.trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
+        trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
     except Finished:
         run.message(f"Training ends after step {session.step}, as asked")
     session.conclude()
@@ -62,7 +63,7 @@ def train(run: Run[GrpoConfig]) -> None:
         finish(run, session.step, session.place.tokens)
 
 
-def compose(run: Run[GrpoConfig]) -> Session:
+def compose(run: Run[GrpoConfig]) -> GroupTrainer:
     """TRL's trainer and what it is fed with."""
     if run.adapter and run.config.lora is None:
         raise JobFailed(
@@ -74,7 +75,7 @@ def compose(run: Run[GrpoConfig]) -> Session:
     limits = budget(run, model)
     chat = chat_format(run, tokenizer)
     longest = min(run.config.max_length or context(model, tokenizer), context(model, tokenizer))
-    reader = Reader(run.config, chat, model.get_input_embeddings().num_embeddings, longest)
+    reader = Reader(run.config, chat, int(model.config.get_text_config().vocab_size), longest)
     name_ends(run, model, chat)
     session = Session(run, reader)
     peft_config = adapter(run.config.lora) if run.config.lora and not run.adapter else None
@@ -99,7 +100,7 @@ def compose(run: Run[GrpoConfig]) -> Session:
     trainer.remove_callback(PrinterCallback)
     session.trainer, session.publisher = trainer, Publisher(run, trainer, tokenizer)
     describe(run, trainer)
-    return session
+    return trainer
 
 
 def sent_rewards(**_: Any) -> list[float]:
@@ -207,7 +208,7 @@ def learning_rate(config: GrpoConfig) -> float:
 
 
 def describe(run: Run[GrpoConfig], trainer: GroupTrainer) -> None:
-    parameters = list(trainer.model.parameters())
+    parameters = list(trainer.policy.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     run.resolved(learning_rate=learning_rate(run.config))
     run.message(

@@ -47,11 +47,13 @@ class GroupTrainer(GRPOTrainer):
         self.run, self.session, self.limits = run, session, limits
         if run.config.importance_sampling_mode:
             self.use_vllm = True  # TRL applies the ratio of `importance_sampling_mode` only then
+        self.current_gradient_accumulation_steps = 1  # TRL divides its losses by it
         self.shares: bool | None = None
         if not run.config.share_prompts or run.world_size > 1 or self.args.gradient_checkpointing:
             self.shares = False
         if self.aux_loss_enabled:
             self.shares = False
+        self.policy: Any = self.model  # typed too loosely by transformers to be used
         self.batch: Batch = {}
         self.parts: list[list[int | None]] = []
         self.count = self.tokens = 0
@@ -75,7 +77,8 @@ class GroupTrainer(GRPOTrainer):
         if learned and self.shares is None:
             self.shares = self.can_share(batch, learned)
         self.parts = self.cut(found, learned)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.policy, checkpointing):
             self.add_old(batch, rows)
             if self.beta != 0.0:
                 batch["ref_per_token_logps"] = self.reference(batch)
@@ -207,10 +210,12 @@ class GroupTrainer(GRPOTrainer):
         mask = self.batch["completion_mask"] * self.batch["tool_mask"] * mine
         with torch.no_grad():
             _, entropies = self.over_parts(self.batch, self.model, entropy=True)
-        return super().get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+        mask_of_all: Tensor = super().get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+        return mask_of_all
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """The micro-batch's part of `highest_entropies`."""
+        del entropies, mask, threshold  # they were looked at for the whole batch
         return self.micro["entropy_mask"]
 
     # --- log-probabilities --------------------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ class GroupTrainer(GRPOTrainer):
         mask = torch.cat([micro["prompt_mask"], micro["completion_mask"]], dim=1)
         length = micro["completion_ids"].size(1)
         found: list[Tensor] = []
-        self.model.eval()
+        self.policy.eval()
         try:
             for shares in (False, True):
                 self.shares = shares
@@ -266,7 +271,7 @@ class GroupTrainer(GRPOTrainer):
             self.run.message(f"Prompts are not shared: {type(error).__name__}: {error}", "warn")
             return False
         finally:
-            self.model.train()
+            self.policy.train()
         allowed = TOLERANCE if found[0].dtype == torch.float32 and not self.args.bf16 else HALF_TOLERANCE
         if not apart <= allowed:
             self.run.message(f"Prompts are not shared: log-probabilities would differ by {apart:.2g} nats", "warn")

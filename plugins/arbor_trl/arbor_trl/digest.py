@@ -20,5 +20,5 @@ def digest(parameters: Iterable[torch.nn.Parameter]) -> str | None:
         return None
     found = xxh3_128()
     for parameter in trained:
-        found.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

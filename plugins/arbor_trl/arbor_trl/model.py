@@ -33,7 +33,7 @@ def autocast(run: Run[Any]) -> bool:
     """Whether to compute in bfloat16."""
     if run.config.dtype == "auto":
         return uses_cuda(run) and bool(torch.cuda.is_bf16_supported())
-    return run.config.dtype == "bfloat16"
+    return bool(run.config.dtype == "bfloat16")
 
 
 def load_tokenizer(run: Run[Any]) -> PreTrainedTokenizerBase:

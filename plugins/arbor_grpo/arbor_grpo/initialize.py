@@ -1,0 +1,144 @@
+"""From the configuration that GRPO's clients send to a job of ours: keys renamed, units and words translated.
+
+What has no meaning here becomes a warning of the job: a client that sends twenty keys shall not fail for one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import msgspec
+
+from arbor_core.config import typed
+from arbor_core.errors import ApiError
+from arbor_core.models import Models
+from arbor_core.types import ConfigError
+
+from .requests import InitializeRequest
+
+METHOD = "grpo"
+WHERE = f"method.{METHOD}.hyperparameters"
+TOO_STALE = 64
+"""Groups of these clients may be so many steps old: they sample ahead of their batch ids, and throw nothing away."""
+
+RENAMED = {
+    "gradient_accumulation_steps": "groups_per_step",
+    "max_seq_len": "max_length",
+    "max_context_length": "max_length",
+    "lora_config": "lora",
+}
+LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
+MEANINGLESS = frozenset(
+    (
+        "per_device_train_batch_size gradient_checkpointing_kwargs max_prompt_length bf16 fp16 report_to log_completions"
+        " logging_steps generation_batch_size async_generation_timeout num_batches_ahead wandb_kwargs update_interval"
+        " grpo_flavor top_p top_k repetition_penalty vllm_server_timeout optim"
+    ).split()  # noqa: SIM905 - twenty words
+)
+"""Keys of the original that nothing corresponds to."""
+OUTER = {*InitializeRequest.__struct_fields__, "job_id"}
+
+
+class Asked(msgspec.Struct):
+    """A request for a job of ours."""
+
+    request: dict[str, Any]
+    warnings: list[str]
+    paths: dict[str, str]
+    """Where the client wrote what became this hyperparameter."""
+
+
+def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
+    """The body of `initialize` as the body of `POST /v1/fine_tuning/jobs`.
+
+    Args:
+        defaults: What the trainer's hyperparameters are without it.
+
+    Raises:
+        ConfigError: a key that is used has a wrong type.
+    """
+    body = typed(dict(raw), InitializeRequest, "")
+    told = dict(flat(raw))
+    hyperparameters: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    unused: list[str] = []
+    for path, value in told.items():
+        key = path.rpartition(".")[2]
+        found = one(key, value)
+        if found and found[0] in defaults:
+            hyperparameters.setdefault(*found)
+            paths.setdefault(found[0], path)
+        elif key not in ("seed", "num_training_gpus", "lora"):
+            unused.append(key)
+    if "too_stale" not in hyperparameters:
+        hyperparameters["too_stale"] = max(TOO_STALE, hyperparameters.get("max_staleness") or 0)
+    request = {
+        "model": Models.strip(body.model),
+        "method": {"type": METHOD, METHOD: {"hyperparameters": hyperparameters}},
+        "suffix": body.suffix,
+        "metadata": {"run_name": body.run_name[:512]} if body.run_name else None,
+        "num_gpus": gpus(body, told),
+        "seed": next((value for path, value in told.items() if path.rpartition(".")[2] == "seed"), None),
+    }
+    request = {key: value for key, value in request.items() if value is not None}
+    return Asked(request, list(warnings(unused, defaults)), paths)
+
+
+def flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of a trainer's configuration by the path at which the client wrote them; nulls say nothing."""
+    trainer, inference = raw.get("trainer_config") or {}, raw.get("inference_config") or {}
+    lengths = ("max_seq_len", "max_context_length")
+    found = {f"trainer_config.{key}": value for key, value in trainer.items()}
+    found |= {key: value for key, value in raw.items() if key not in OUTER}
+    found |= {f"inference_config.{key}": inference[key] for key in lengths if key in inference}
+    return {path: value for path, value in found.items() if value is not None}
+
+
+def one(key: str, value: Any) -> tuple[str, Any] | None:
+    """A key and its value in our words; None where it says nothing to us."""
+    if key == "lora":
+        return None if value is True else ("lora", None if value is False else value)
+    if key in MEANINGLESS or key in ("seed", "num_training_gpus"):
+        return None
+    if key == "scale_rewards" and isinstance(value, bool):
+        value = "group" if value else "none"
+    if key == "lora_config" and isinstance(value, Mapping):
+        value = {LORA.get(name, name): said for name, said in value.items() if said is not None and name != "task_type"}
+    return RENAMED.get(key, key), value
+
+
+def gpus(body: InitializeRequest, told: Mapping[str, Any]) -> Any:
+    """How many devices to train on."""
+    asked = next((value for path, value in told.items() if path.rpartition(".")[2] == "num_training_gpus"), None)
+    if asked is None and body.gpu_config and body.gpu_config.multi:
+        asked = body.gpu_config.multi.num_training_gpus
+    return asked
+
+
+def warnings(unused: list[str], defaults: Mapping[str, Any]) -> list[str]:
+    """What to tell the job's author of keys that were not used."""
+    known = [*defaults, *RENAMED]
+    found = []
+    for key in unused:
+        near = get_close_matches(key, known, n=1)
+        if key not in MEANINGLESS:
+            hint = f" Did you mean '{near[0]}'?" if near and near[0] != key else ""
+            found.append(f"The key '{key[:80]}' is not known here and was not used.{hint}")
+    if names := sorted({key for key in unused if key in MEANINGLESS}):
+        found.append(f"These keys have no meaning on this server and were not used: {', '.join(names)}.")
+    return found
+
+
+def blamed(error: ConfigError | ApiError, paths: Mapping[str, str]) -> ConfigError | ApiError:
+    """An error about a job's request as one about the body that the client sent."""
+    path = error.path if isinstance(error, ConfigError) else error.param
+    if not path or not path.startswith(WHERE):
+        return error
+    ours, _, rest = path.removeprefix(f"{WHERE}.").partition(".")
+    theirs = ".".join(filter(None, (paths.get(ours, ours), rest)))
+    message = str(error).replace(path, theirs)
+    if isinstance(error, ConfigError):
+        return ConfigError(message, path=theirs, code=error.code)
+    return ApiError(error.status, message, error.code, theirs, error.headers)

@@ -1,0 +1,182 @@
+"""Rewards for completions by their ids: exactly what was sampled is trained on.
+
+Completions of several turns become one sequence where each prompt repeats, token by token, what came before; what the
+environment wrote between them is masked. Where a prompt does not (a template that drops earlier thoughts, a history
+that was cut), the turns stay apart, as branches of one trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from arbor_core.errors import ApiError
+from arbor_core.inbox import Group, Rollout
+from arbor_core.ledger import Completion
+from arbor_core.live import Live, name_of
+
+from .groups import SAME_TEMPERATURE, check_alike, invalid, number, numbers
+from .requests import Reward, RewardsRequest
+
+TOKEN = 4
+"""Bytes of a token's id, and of a log-probability."""
+Entry = tuple[int, Reward, Completion]
+"""Place in the request, what was said of it, and what was sampled."""
+
+
+class Sequence_(Struct):  # noqa: N801 - the word is taken
+    """Turns that are one sequence: prompt, answer, what the environment said, answer, and so on."""
+
+    entries: list[Entry]
+    prompt: bytes
+    completion: bytes = b""
+    logprobs: bytes = b""
+    mask: bytes = b""
+
+    @property
+    def tokens(self) -> bytes:
+        return self.prompt + self.completion
+
+    def extend(self, entry: Entry) -> None:
+        """Go on with a turn whose prompt begins with all of this."""
+        _, _, turn = entry
+        between = turn.prompt[len(self.tokens) :]
+        count, sampled = len(between) // TOKEN, len(turn.tokens) // TOKEN
+        self.completion += between + turn.tokens
+        self.logprobs += bytes(len(between)) + turn.logprobs
+        self.mask += bytes(count) + b"\x01" * sampled
+        self.entries.append(entry)
+
+    def rollout(self, trajectory: int, reward: float | None, advantage: float | None) -> Rollout:
+        completions = [completion for _, _, completion in self.entries]
+        return Rollout(
+            trajectory=trajectory,
+            reward=reward,
+            advantage=advantage,
+            prompt=self.prompt,
+            completion=self.completion,
+            logprobs=self.logprobs,
+            mask=self.mask if 0 in self.mask else b"",
+            truncated=completions[-1].finish == "length",
+            completions=tuple(name_of(one.id, one.index) for one in completions),
+        )
+
+
+def group_by_ids(asked: RewardsRequest, live: Live, batch_id: int, at: float) -> Group:
+    """A group for the inbox.
+
+    Raises:
+        ApiError: it cannot be one; nothing was changed.
+    """
+    entries = looked_up(asked.rewards, live)
+    rollouts: list[Rollout] = []
+    all_of = list(gathered(entries))
+    if len(all_of) < 2:
+        message = f"Invalid 'rewards': expected at least two trajectories to compare, received {len(all_of)}."
+        raise invalid(message, "rewards", "group_size_mismatch")
+    for index, sequences in enumerate(all_of):
+        reward, advantage = worth([entry for sequence in sequences for entry in sequence.entries])
+        rollouts += [sequence.rollout(index, reward, advantage) for sequence in sequences]
+    check_alike(rollouts, "rewards")
+    version = min(completion.version for _, _, completion in entries)
+    return Group(
+        id=batch_id,
+        rollouts=tuple(rollouts),
+        version=version,
+        label=asked.group,
+        metrics=numbers(asked.metrics),
+        at=at,
+    )
+
+
+def looked_up(rewards: Sequence[Reward], live: Live) -> list[Entry]:
+    """What was sampled under each id.
+
+    Raises:
+        ApiError: an id is unknown, was rewarded before or twice here, or cannot be trained on.
+    """
+    found: list[Entry] = []
+    seen: set[tuple[str, int]] = set()
+    for place, said in enumerate(rewards):
+        path = f"rewards[{place}].completion_id"
+        name = name_of(said.completion_id, said.index)
+        if (said.completion_id, said.index) in seen:
+            raise invalid(f"Invalid '{path}': {name[:80]} is in this request twice.", path)
+        seen.add((said.completion_id, said.index))
+        if live.is_spent(said.completion_id, said.index):
+            raise invalid(f"Invalid '{path}': the reward of {name[:80]} was given before.", path, "reward_given")
+        completion = live.completion(said.completion_id, said.index)
+        if completion is None:
+            message = f"Invalid '{path}': this job's model has not sampled {name[:80]}, or it is too long ago."
+            raise invalid(message, path, "unknown_completion")
+        check_usable(completion, live.config.temperature, path)
+        found.append((place, said, completion))
+    return found
+
+
+def check_usable(completion: Completion, temperature: float, path: str) -> None:
+    """Whether a completion was sampled as the trainer computes.
+
+    Raises:
+        ApiError: at another temperature, or its log-probabilities are not known.
+    """
+    if abs(completion.temperature - temperature) > SAME_TEMPERATURE:
+        message = (
+            f"Invalid '{path}': it was sampled at temperature {completion.temperature:g}, this job learns from "
+            f"{temperature:g}."
+        )
+        raise invalid(message, path, "temperature_mismatch")
+    if len(completion.logprobs) != len(completion.tokens):
+        message = f"Invalid '{path}': its engine could not tell the log-probabilities of this completion."
+        raise invalid(message, path, "logprobs_unavailable")
+
+
+def gathered(entries: Sequence[Entry]) -> list[list[Sequence_]]:
+    """The trajectories, each with its sequences, in the order in which their first completions were listed."""
+    made: list[tuple[str | int | None, list[Sequence_]]] = []
+    named: dict[str | int, list[Sequence_]] = {}
+    for entry in sorted(entries, key=lambda entry: len(entry[2].prompt)):
+        label = entry[1].trajectory
+        if label is None:
+            mine = [sequences for other, sequences in made if other is None]
+        else:
+            mine = [named[label]] if label in named else []
+        before = longest([one for sequences in mine for one in sequences], entry[2].prompt)
+        if before is not None:
+            before.extend(entry)
+            continue
+        fresh = Sequence_([], entry[2].prompt)
+        fresh.extend(entry)
+        if label is not None and label in named:
+            named[label].append(fresh)
+            continue
+        made.append((label, [fresh]))
+        if label is not None:
+            named[label] = made[-1][1]
+    trajectories = [sequences for _, sequences in made]
+    return sorted(trajectories, key=lambda sequences: min(entry[0] for one in sequences for entry in one.entries))
+
+
+def longest(sequences: Sequence[Sequence_], prompt: bytes) -> Sequence_ | None:
+    """The longest sequence that a prompt begins with."""
+    begun = [one for one in sequences if len(one.entries[-1][2].prompt) < len(prompt) and prompt.startswith(one.tokens)]
+    return max(begun, key=lambda one: len(one.tokens), default=None)
+
+
+def worth(entries: Sequence[Entry]) -> tuple[float | None, float | None]:
+    """Reward of a trajectory, the sum of its completions'; and its advantage, which they share.
+
+    Raises:
+        ApiError: it has neither, or two advantages.
+    """
+    rewards = [number(said.reward, f"rewards[{place}].reward") for place, said, _ in entries]
+    advantages = {number(said.advantage, f"rewards[{place}].advantage") for place, said, _ in entries} - {None}
+    path = f"rewards[{min(place for place, _, _ in entries)}]"
+    if len(advantages) > 1:
+        raise invalid(f"Invalid '{path}.advantage': the completions of a trajectory share it.", f"{path}.advantage")
+    known = [reward for reward in rewards if reward is not None]
+    if not known and not advantages:
+        message = f"Missing required parameter: '{path}.reward'. Every trajectory has a reward or an advantage."
+        raise ApiError(400, message, "invalid_rollout", f"{path}.reward")
+    return (sum(known) if known else None), next(iter(advantages), None)

@@ -1,0 +1,96 @@
+"""Groups with ragged rollouts, and jobs that are run in this process."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from arbor_grpo.train import compose
+from arbor_grpo.trainer import GroupTrainer
+
+from arbor_core.inbox import Group, Rollout
+from arbor_core.testing import JobDirectory
+from arbor_core.worker import WorkerRun, main, open_run
+
+LETTERS = range(97, 123)
+FULL: dict[str, Any] = {"lora": None}
+WAIT_SECONDS = 60
+
+
+def ids(tokens: Sequence[int]) -> bytes:
+    return np.array(tokens, dtype="<i4").tobytes()
+
+
+def floats(numbers: Sequence[float]) -> bytes:
+    return np.array(numbers, dtype="<f4").tobytes()
+
+
+def rollout(trajectory: int, prompt: Sequence[int], completion: Sequence[int], reward: float, **more: Any) -> Rollout:
+    """Tokens; the sampler's log-probabilities are about those of a uniform policy over the letters."""
+    dice = random.Random(f"{completion} {trajectory}")
+    more.setdefault("logprobs", floats([-3.2 - dice.random() for _ in completion]))
+    return Rollout(trajectory=trajectory, prompt=ids(prompt), completion=ids(completion), reward=reward, **more)
+
+
+def group(seed: int, *, size: int = 4, version: int = 0, **more: Any) -> Group:
+    """Rollouts of 0 to 12 tokens on one prompt; every third has tokens of the environment in it."""
+    dice = random.Random(seed)
+    prompt = [dice.choice(LETTERS) for _ in range(dice.randrange(2, 20))]
+    rollouts = []
+    for number in range(size):
+        completion = [dice.choice(LETTERS) for _ in range(dice.randrange(1, 13) if number else 0)]
+        mask = bytes(at % 3 != 1 for at in range(len(completion))) if number % 3 == 2 else b""
+        rollouts.append(rollout(number, prompt, completion, dice.random(), mask=mask, truncated=number == 1))
+    return Group(id=seed, rollouts=tuple(rollouts), version=version, **more)
+
+
+class Job(JobDirectory):
+    """A job whose attempts run in this process: importing the libraries takes longer than training."""
+
+    def open(self) -> WorkerRun[Any]:
+        return open_run(self.prepare(), WorkerRun)
+
+    def composed(self) -> GroupTrainer:
+        """The trainer of a new attempt, before its first step."""
+        return compose(self.open())
+
+    def run(self) -> int:
+        return main(self.prepare())
+
+    def must(self) -> Job:
+        assert self.run() == 0, [event.message for event in self.events("error")]
+        return self
+
+    def digests(self) -> dict[int, str]:
+        """Of all attempts, each step's newest."""
+        found = {}
+        for attempt in range(1, self.attempts + 1):
+            found |= {event.step: event.data["digest"] for event in self.events("metrics", attempt=attempt)}
+        return found
+
+
+class Background:
+    """An attempt in a thread, for a test that has to say something to it meanwhile."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.code = job, -1
+        folder = job.prepare()
+        self.thread = threading.Thread(target=lambda: setattr(self, "code", main(folder)), daemon=True)
+        self.thread.start()
+
+    def until(self, type_: Any, count: int = 1) -> None:
+        """Wait until it has reported so many events of a type."""
+        end = time.monotonic() + WAIT_SECONDS
+        while len(self.job.events(type_)) < count:
+            assert self.thread.is_alive(), [event.message for event in self.job.events()]
+            assert time.monotonic() < end, f"no {type_}: {[event.message for event in self.job.events()]}"
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        self.thread.join(WAIT_SECONDS)
+        assert not self.thread.is_alive()
+        return self.code

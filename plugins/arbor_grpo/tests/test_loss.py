@@ -1,0 +1,273 @@
+"""Loss and gradient against a plain reference: each row alone, nothing padded, cut or shared."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from arbor_grpo.trainer import GroupTrainer
+from grpo_jobs import FULL, group, ids, rollout
+from transformers import AutoModelForCausalLM
+
+from arbor_core.inbox import Group
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+GROUPS = (group(1), group(2, size=3), group(3, size=2), group(4, size=5))
+LENGTH = 16
+TOLERANCE = 2e-5
+
+
+def perturbed(trainer: GroupTrainer) -> None:
+    """Move the policy away from the reference, and an adapter away from its zeros."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def step(trainer: GroupTrainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the next batch."""
+    trainer.policy.zero_grad()
+    loss = float(trainer.training_step(trainer.model, []))
+    return loss, {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
+
+
+def token_logps(model: Any, prompt: torch.Tensor, completion: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0].float() / temperature
+    found = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return found.gather(1, completion[:, None])[:, 0]
+
+
+def reference(model: Any, base: Any, groups: tuple[Group, ...], config: Any) -> torch.Tensor:
+    """The loss of a step, row by row."""
+    rows = []
+    for each in groups:
+        rewards = torch.tensor([r.reward for r in each.rollouts], dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for said, advantage in zip(each.rollouts, advantages.float(), strict=True):
+            prompt, completion = (
+                torch.frombuffer(bytearray(x), dtype=torch.int32).long() if x else torch.zeros(0).long()
+                for x in (said.prompt, said.completion)
+            )
+            old = torch.frombuffer(bytearray(said.logprobs), dtype=torch.float32) if said.logprobs else torch.zeros(0)
+            mask = torch.tensor(list(said.mask) or [1.0] * len(completion))
+            if not len(completion):
+                rows.append((torch.zeros(0), mask))
+                continue
+            logps = token_logps(model, prompt, completion, config.temperature)
+            loss = token_losses(logps, old, mask, advantage, config)
+            if config.beta:
+                with torch.no_grad():
+                    apart = token_logps(base, prompt, completion, config.temperature)
+                loss = loss + config.beta * (torch.exp(apart - logps) - (apart - logps) - 1)
+            rows.append((loss, mask))
+    sums = torch.stack([(loss * mask).sum() for loss, mask in rows])
+    tokens = torch.stack([mask.sum() for _, mask in rows])
+    if config.loss_type in ("grpo", "sapo"):
+        return (sums / tokens.clamp(min=1)).mean()
+    if config.loss_type == "luspo":
+        return sums.mean()
+    return sums.sum() / (len(rows) * LENGTH if config.loss_type == "dr_grpo" else tokens.sum())
+
+
+def token_losses(logps: Any, old: Any, mask: Any, advantage: Any, config: Any) -> torch.Tensor:
+    """Of one row, before it is averaged."""
+    ratio = logps - old
+    weight = (ratio * mask).sum() / mask.sum() if config.importance_sampling_level == "sequence" else ratio
+    weight = torch.exp(weight).expand_as(ratio)
+    if config.loss_type == "cispo":
+        return -weight.clamp(max=5.0).detach() * advantage * logps
+    if config.loss_type == "sapo":
+        t = config.sapo_temperature_pos if advantage > 0 else config.sapo_temperature_neg
+        return -torch.sigmoid(t * (weight - 1)) * 4 / t * advantage
+    if config.loss_type == "vespo":
+        k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        whole = (ratio.clamp(-20, 20) * mask).sum().clamp(math.log(1e-8), 20)
+        return -torch.exp(decay + k * whole - decay * whole.exp()).detach() * advantage * logps
+    return -torch.min(weight * advantage, weight.clamp(0.8, 1.2) * advantage)
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, ("token", "sequence"))))
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_loss_of_ragged_micro_batches_is_the_references(job, tiny, loss_type, level, beta, weights):
+    made = job(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=beta,
+        groups_per_step=len(GROUPS),
+        micro_batch_size=3,
+        max_completion_length=LENGTH,
+        temperature=0.8,
+        **(FULL if weights == "full" else {}),
+    )
+    made.send(*GROUPS)
+    trainer = made.composed()
+    perturbed(trainer)
+    loss, gradients = step(trainer)
+    assert len(trainer.parts) > 3
+    assert trainer.shares
+    trainer.policy.zero_grad()
+    expected = reference(trainer.policy, AutoModelForCausalLM.from_pretrained(tiny), GROUPS, trainer.run.config)
+    expected.backward()
+    assert loss == pytest.approx(float(expected), abs=TOLERANCE, rel=TOLERANCE)
+    largest = max(float(p.grad.abs().max()) for p in trainer.policy.parameters() if p.grad is not None)
+    assert largest > 1e-3
+    for name, parameter in trainer.policy.named_parameters():
+        if parameter.grad is not None:
+            assert float((gradients[name] - parameter.grad).abs().max()) < TOLERANCE * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("way", [{"share_prompts": False}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}])
+def test_the_gradient_is_the_same_however_it_is_computed(job, way):
+    found = []
+    for name, more in (("plain", {}), ("other", way)):
+        made = job(name, groups_per_step=len(GROUPS), loss_type="grpo", **more)
+        made.send(*GROUPS)
+        trainer = made.composed()
+        perturbed(trainer)
+        found.append(step(trainer))
+    assert found[0][0] == pytest.approx(found[1][0], abs=TOLERANCE)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], atol=TOLERANCE), name
+
+
+def gradient(job: Any, name: str, *groups: Group, **hyperparameters: Any) -> torch.Tensor:
+    """All of a step's gradient as one vector."""
+    made = job(name, groups_per_step=len(groups), **hyperparameters)
+    made.send(*groups)
+    trainer = made.composed()
+    perturbed(trainer)
+    return torch.cat([g.flatten() for g in step(trainer)[1].values()])
+
+
+def two(**more: Any) -> Group:
+    """Two rollouts of three tokens each; the second has the environment's in its middle."""
+    prompt = [97, 98, 99]
+    return Group(
+        rollouts=(
+            rollout(0, prompt, [100, 101, 102], 1.0),
+            rollout(1, prompt, [103, 104, 105], 0.0, mask=b"\1\0\1", **more),
+        ),
+        version=0,
+    )
+
+
+def test_the_samplers_log_probabilities_are_in_the_ratio(job):
+    from grpo_jobs import floats
+
+    unclipped = {"epsilon": 100.0, "loss_type": "dapo"}
+    before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])), **unclipped)
+    after = gradient(job, "after", two(logprobs=floats([-3.5, 0.0, -3.5])), **unclipped)
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def test_recomputed_ratios_do_without_the_samplers(job):
+    from grpo_jobs import floats
+
+    before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])), ratio="recomputed")
+    after = gradient(job, "after", two(logprobs=floats([-3.5, 0.0, -3.5])), ratio="recomputed")
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_sampling_corrects_recomputed_ratios(job, mode):
+    from grpo_jobs import floats
+
+    base = {"ratio": "recomputed", "importance_sampling_clip_max": 1e6}
+    plain = gradient(job, "plain", two(), **base)
+    corrected = gradient(job, "corrected", two(), importance_sampling_mode=mode, **base)
+    other = gradient(job, "other", two(logprobs=floats([-9, 0, -9])), importance_sampling_mode=mode, **base)
+    assert float((plain - corrected).abs().max()) > 1e-4
+    assert float((other - corrected).abs().max()) > 1e-4
+
+
+def test_tokens_of_the_environment_are_not_in_the_loss(job):
+    from grpo_jobs import floats
+
+    before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])))
+    after = gradient(job, "after", two(logprobs=floats([-3.0, -5.0, -3.0])))
+    assert torch.equal(before, after)
+
+
+def test_advantages_of_the_client_are_taken_as_they_are(job):
+    said = Group(
+        rollouts=tuple(
+            rollout(n, [97, 98], [99, 100 + n], 0.5, advantage=advantage) for n, advantage in enumerate((2.0, -1.0))
+        ),
+        version=0,
+    )
+    made = job()
+    made.send(said)
+    trainer = made.composed()
+    trainer.training_step(trainer.model, [])
+    assert trainer.batch["advantages"].tolist() == [2.0, -1.0]
+
+
+def test_truncated_completions_are_left_out_only_when_asked(job):
+    def made(truncated: bool) -> Group:
+        return Group(
+            rollouts=(
+                rollout(0, [97, 98], [99, 100], 1.0),
+                rollout(1, [97, 98], [101, 102], 0.0, truncated=truncated),
+            ),
+            version=0,
+        )
+
+    whole = gradient(job, "whole", made(False), mask_truncated_completions=True)
+    kept = gradient(job, "kept", made(True))
+    masked = gradient(job, "masked", made(True), mask_truncated_completions=True)
+    assert torch.equal(whole, kept)
+    assert float((whole - masked).abs().max()) > 1e-4
+
+
+def test_a_step_without_anything_to_learn_is_a_step(job):
+    """Equal rewards, and completions without a token."""
+    made = job()
+    made.send(Group(rollouts=tuple(rollout(n, [97, 98], [99] * n, 0.5) for n in range(2)), version=0))
+    trainer = made.composed()
+    loss, gradients = step(trainer)
+    assert loss == 0
+    assert gradients
+    assert all(float(g.abs().max()) == 0 for g in gradients.values())
+    assert trainer.session.measured["frac_reward_zero_std"] == 1
+
+
+def test_text_is_tokenised_as_an_engine_would(job):
+    said = [{"role": "user", "content": "hi"}]
+    from arbor_core.inbox import Rollout
+
+    made = job()
+    made.send(
+        Group(
+            rollouts=tuple(
+                Rollout(trajectory=n, reward=float(n), messages=said, answer={"role": "assistant", "content": text})
+                for n, text in enumerate(("yes", "no"))
+            ),
+            version=0,
+        )
+    )
+    trainer = made.composed()
+    trainer.training_step(trainer.model, [])
+    words = trainer.processing_class
+    prompt = words.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    batch = trainer.batch
+    assert words.decode(batch["prompt_ids"][0]) == prompt
+    assert words.decode(batch["completion_ids"][0]) == "yes<|im_end|>"
+    assert words.decode(batch["completion_ids"][1][:3]) == "no<|im_end|>"
+    assert "old_per_token_logps" not in batch
+
+
+def test_only_the_tokens_with_the_highest_entropies_of_the_whole_step_are_learned(job):
+    made = job(groups_per_step=len(GROUPS), top_entropy_quantile=0.3, micro_batch_size=2)
+    made.send(*GROUPS)
+    trainer = made.composed()
+    perturbed(trainer)
+    step(trainer)
+    learned = int(trainer.batch["entropy_mask"].sum())
+    assert learned == pytest.approx(0.3 * trainer.tokens, abs=2)
+    assert ids([1]) == b"\1\0\0\0"

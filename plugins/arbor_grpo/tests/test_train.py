@@ -1,0 +1,230 @@
+"""Jobs: steps, metrics, checkpoints, stopping, going on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from grpo_jobs import FULL, Background, group, rollout
+from safetensors.torch import load_file
+
+from arbor_core.inbox import Group
+from arbor_core.testing import check_trainer
+
+QUICK: dict[str, Any] = {"learning_rate": 3e-3, "max_staleness": 64, "groups_per_step": 2, "lora": {"dropout": 0.1}}
+"""A high rate, so that steps differ; dropout, so that random states matter."""
+
+
+def groups(count: int, start: int = 0) -> list[Group]:
+    return [group(n) for n in range(start, start + count)]
+
+
+def weights(job: Any) -> dict[str, torch.Tensor]:
+    """Of the job's result."""
+    (result,) = job.events("result")
+    folder = job.dir / "checkpoints" / result.data["dir"]
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_the_configuration_is_sound():
+    check_trainer("grpo")
+
+
+@pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
+def test_a_job_trains_publishes_and_ends(job, more):
+    made = job(max_steps=3, **QUICK | more)
+    made.send(*(Group(**{**vars_of(each), "metrics": {"validation_score": 2.0}}) for each in groups(6)))
+    made.must()
+    metrics = made.events("metrics")
+    assert [event.data["step"] for event in metrics] == [1, 2, 3]
+    assert [event.data["staleness_max"] for event in metrics] == [0, 1, 2]
+    assert len(set(made.digests().values())) == 3
+    first = metrics[0].data
+    for name in (
+        "train_loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "clip_ratio/region_mean",
+        "grad_norm",
+        "learning_rate",
+        "sampling_logp_difference/mean",
+        "wait_time",
+        "train_time",
+        "step_time",
+        "publish_time",
+        "publish_bytes",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+    ):
+        assert isinstance(first[name], float | int), name
+    assert first["validation_score"] == 2.0
+    published = made.events("weights")
+    assert [(event.data["version"], event.data["handled"]) for event in published] == [(1, 2), (2, 4), (3, 6)]
+    newest = made.dir / "weights" / published[-1].data["dir"]
+    kept = weights(made)
+    out = load_file(next(newest.glob("*.safetensors")))
+    assert out.keys() == kept.keys()
+    assert all(torch.equal(out[name], kept[name]) for name in out)
+    wanted = {"generation_config.json", "config.json", "tokenizer.json"} if more else {"adapter_config.json"}
+    assert wanted <= {path.name for path in newest.iterdir()}
+    assert json.loads((newest / "generation_config.json").read_text())["eos_token_id"]
+    (result,) = made.events("result")
+    assert result.data["adapter"] is not bool(more)
+    assert result.data["trained_tokens"] > 0
+
+
+def vars_of(each: Group) -> dict[str, Any]:
+    return {name: getattr(each, name) for name in each.__struct_fields__}
+
+
+@pytest.mark.parametrize("more", [{}, {"num_iterations": 2}, FULL], ids=["lora", "iterations", "full"])
+def test_a_paused_job_goes_on_as_if_it_had_not_been(job, more):
+    keys = {"max_steps": 6, **QUICK, "beta": 0.05, **more}
+    half = 3 if "num_iterations" not in more else 2
+    whole = job("whole", **keys)
+    whole.send(*groups(12))
+    whole.must()
+    paused = job("paused", **keys)
+    paused.send(*groups(2 * half))
+    attempt = Background(paused)
+    attempt.until("metrics", half * more.get("num_iterations", 1))
+    paused.ask("pause")
+    assert attempt.end() == 0
+    assert paused.events()[-1].type == "paused"
+    paused.ask("run")
+    paused.send(*groups(12 - 2 * half, 2 * half))
+    paused.must()
+    assert paused.digests() == whole.digests()
+    assert len(whole.digests()) == 6
+    fed = [event.data["fed"] for event in (*paused.events("metrics", attempt=1), *paused.events("metrics"))]
+    assert fed == [event.data["fed"] for event in whole.events("metrics")]
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_from_its_last_checkpoint(job):
+    keys = {"max_steps": 4, "checkpoint_steps": 2, **QUICK}
+    whole = job("whole", **keys)
+    whole.send(*groups(8))
+    whole.must()
+    killed = job("killed", **keys)
+    killed.send(*groups(7))  # step 4 lacks a group
+    process = killed.start()
+    try:
+        import time
+
+        end = time.monotonic() + 120
+        while len(killed.events("metrics")) < 3:
+            assert process.poll() is None, killed.log
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    killed.send(*groups(1, 7))
+    killed.must()
+    assert killed.events("metrics")[0].data["step"] == 3
+    assert killed.digests() == whole.digests()
+
+
+@pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
+def test_shared_prompts_train_the_same_weights(job, more):
+    found = []
+    for name, share in (("shared", True), ("plain", False)):
+        made = job(
+            name, max_steps=8, **QUICK | {"lora": {"dropout": 0.0}, "learning_rate": 1e-3} | more, share_prompts=share
+        )
+        made.send(*groups(16))
+        found.append(weights(made.must()))
+    assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) < 1e-4
+
+
+def test_checkpoints_are_named_while_the_inbox_is_empty(job):
+    made = job(**QUICK, keep_checkpoints=1)
+    made.request_checkpoint("zero", note="before")
+    attempt = Background(made)
+    attempt.until("checkpoint", 2)
+    made.send(*groups(2))
+    attempt.until("metrics")
+    made.request_checkpoint("one")
+    attempt.until("checkpoint", 4)
+    made.ask("finish")
+    assert attempt.end() == 0
+    named = {event.data["name"]: event.step for event in made.events("checkpoint") if "name" in event.data}
+    assert named == {"zero": 0, "one": 1}
+    assert (made.dir / "checkpoints" / "named" / "zero" / "adapter_model.safetensors").is_file()
+    (result,) = made.events("result")
+    assert result.step == 1
+
+
+def test_a_job_that_is_told_to_finish_before_its_first_group_has_the_model_as_it_was(job):
+    made = job(**QUICK)
+    made.ask("finish")
+    made.must()
+    (result,) = made.events("result")
+    assert (result.step, result.data["trained_tokens"]) == (0, 0)
+
+
+def test_a_cancelled_job_stops_without_a_checkpoint(job):
+    made = job(**QUICK)
+    attempt = Background(made)
+    attempt.until("message")
+    made.ask("cancel")
+    assert attempt.end() == 0
+    assert not made.events("checkpoint", "result", "error", "paused")
+
+
+def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job):
+    made = job(max_steps=1, **QUICK | {"groups_per_step": 1})
+    bad = Group(id=7, rollouts=(rollout(0, [97], [9999], 1.0),), version=0)
+    made.send(bad)
+    attempt = Background(made)
+    attempt.until("weights")
+    (said,) = [event for event in made.events("message") if event.level == "warn"]
+    assert said.data["batch_id"] == 7
+    assert made.events("weights")[0].data == {"handled": 1}
+    made.send(*groups(1))
+    assert attempt.end() == 0
+    (metrics,) = made.events("metrics")
+    assert metrics.data["groups_rejected"] == 1
+    assert metrics.data["fed"]["skipped"] == [0]
+    assert made.events("weights")[-1].data["handled"] == 2
+
+
+def test_stale_groups_are_skipped_and_counted(job):
+    made = job(max_steps=2, **QUICK | {"groups_per_step": 1, "max_staleness": 0})
+    made.send(group(1), group(2), group(3, version=1))
+    made.must()
+    assert [event.data["groups_skipped"] for event in made.events("metrics")] == [0, 1]
+
+
+def test_training_goes_on_from_another_jobs_adapter(job):
+    first = job("first", max_steps=1, **QUICK | {"lora": {"dropout": 0.0}})
+    first.send(*groups(2))
+    first.must()
+    (result,) = first.events("result")
+    adapter = first.dir / "checkpoints" / result.data["dir"]
+    second = job("second", adapter=adapter, max_steps=2, **QUICK, beta=0.1)
+    second.send(*groups(4))
+    second.must()
+    published = second.events("weights")
+    assert [event.data["version"] for event in published] == [0, 1, 2]
+    before = load_file(adapter / "adapter_model.safetensors")
+    at_first = load_file(second.dir / "weights" / published[0].data["dir"] / "adapter_model.safetensors")
+    assert before.keys() == at_first.keys()
+    assert all(torch.equal(before[name], at_first[name]) for name in before)
+    after = weights(second)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert second.events("metrics")[0].data["kl"] == pytest.approx(0, abs=1e-6)
+    assert second.events("metrics")[1].data["kl"] > 0
+
+
+def test_an_adapter_cannot_be_trained_as_full_weights(job, tmp_path):
+    made = job(adapter=tmp_path, **FULL)
+    assert made.run() == 1
+    (error,) = made.events("error")
+    assert "lora is null" in error.message
