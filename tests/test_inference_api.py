@@ -15,7 +15,7 @@ import jsonschema
 import openai
 import pytest
 from http_calls import Answer, call, raw_socket
-from live import LiveServer, launch
+from live import LiveServer, engine_dir, launch, process_of
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 MODEL = "mock/tiny"
@@ -43,11 +43,6 @@ def frames(raw: bytes) -> list[Any]:
 def conforms(value: Any, name: str) -> None:
     """Whether an object is what OpenAI's document says."""
     jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": SCHEMAS}).validate(value)
-
-
-def engine_dir(server: LiveServer) -> Path:
-    """Directory of the engine that runs."""
-    return max((server.storage / "engines").iterdir(), key=lambda folder: int(folder.name))
 
 
 def engine_health(server: LiveServer) -> dict[str, Any]:
@@ -483,18 +478,6 @@ def test_an_engine_that_cannot_start_is_answered_at_once(start_server: Callable[
         answer = post(live, CHAT, asked("x", stream=stream))
         assert "not these weights" in answer.error(503, "engine_unavailable")["message"]
         assert answer.headers["x-should-retry"] == "false"
-
-
-def process_of(folder: Path) -> int:
-    """Process id of the engine that works in a directory."""
-    wanted = str(folder / "spec.json").encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (entry / "cmdline").read_bytes():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no engine works in {folder}")
 
 
 def zombie(process: int) -> bool:
