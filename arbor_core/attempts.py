@@ -34,7 +34,8 @@ from .types import (
     Placement,
     Trainer,
 )
-from .worker import WorkOrder, instruction_set
+from .vectors import holding, instruction_set
+from .worker import WorkOrder
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
@@ -113,7 +114,7 @@ class Attempts:
         order = Order(
             dir=folder,
             argv=(),
-            env={},
+            env=holding(papers.cpu, instruction_set({})),
             python=self.python(trainer),
             preload=trainer.preload,
             prove=trainer.prove,

@@ -29,6 +29,9 @@ from .records import (
 from .store import Store
 from .types import TERMINAL, Desired, Event, Status
 
+SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
+"""Events of a run that its followers see."""
+
 IN_LINE = (
     "SELECT id, seq, priority, waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) AS waited,"
     " json_extract(spec,'$.devices') AS devices, desired<>'run' OR preempted AS stopping FROM jobs"
@@ -263,28 +266,34 @@ class Jobs:
             )
             if moved.rowcount == 0:
                 return False
-            add_events(db, job.id, [event for event in events if event.type in ("message", "metrics", "checkpoint")])
+            add_events(db, job.id, [event for event in events if event.type in SHOWN])
             for event in events:
                 if event.type == "resolved":
                     both = {**job.hyperparameters, **event.data}
                     db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
                 elif event.type == "checkpoint":
                     add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-                elif event.type == "discarded":
-                    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"]))
+                elif event.type in ("discarded", "withdrawn"):
+                    remove_checkpoint(db, job.id, event.data["dir"])
             return True
 
         return await self.store.write(take)
 
-    async def reconcile(self, job: Job, checkpoints: Sequence[Event], model: str) -> None:
-        """Note checkpoints that are on the disk and in no attempt's log, each once. `model`: see `ingest`."""
+    async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
+        """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.
+        `model`: see `ingest`."""
 
         def change(db: sqlite3.Connection) -> None:
-            for event in checkpoints:
-                known = "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?"
-                if not db.execute(known, (job.id, event.data["dir"])).fetchone():
+            for event in found:
+                known = db.execute(
+                    "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"])
+                ).fetchone()
+                if event.type == "checkpoint" and not known:
                     add_events(db, job.id, [event])
                     add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+                elif event.type == "withdrawn" and known:
+                    add_events(db, job.id, [event])
+                    remove_checkpoint(db, job.id, event.data["dir"])
 
         await self.store.write(change)
 
@@ -344,3 +353,10 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
         ),
     )
     db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
+
+
+def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
+    """Offer a checkpoint no longer; part of the caller's transaction."""
+    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder))
+    left = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
+    db.execute(f"UPDATE jobs SET progress=min(progress, ({left})) WHERE id=?", (job_id, job_id))  # noqa: S608

@@ -40,7 +40,7 @@ REAL: list[Kind] = [
 MOCK: list[Kind] = [
     ("mock", {"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 7}),
     ("mock", {"steps": 30, "step_seconds": 0.02, "checkpoint_steps": 10, "fault": "crash", "fault_step": 12}),
-    ("mock", {"steps": 20, "step_seconds": 0.1, "checkpoint_steps": 3, "fault": "crash", "fault_step": 8}),
+    ("mock", {"steps": 20, "step_seconds": 0.1, "checkpoint_steps": 3, "fault": "bad_checkpoint", "fault_step": 8}),
 ]
 OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000")
 PAUSE_SECONDS = 0.2

@@ -33,6 +33,7 @@ from .model import (
 from .plan import Budget, Layout, Plan
 from .reporting import Evaluation, Reporting
 from .rows import Samples
+from .saving import SavingTrainer
 
 if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
     import_module("deepspeed")
@@ -163,7 +164,9 @@ def compose(
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
     try:
-        trainer = SFTTrainer(
+        trainer = SavingTrainer(
+            run,
+            lambda: reporting.metrics,
             model=model,
             args=arguments(run, schedule),
             train_dataset=Dataset.from_dict({"rows": schedule.micro_batches}),
