@@ -227,7 +227,7 @@ async def test_two_starts_that_wait_both_get_their_turn(make):
     assert engines.started == 3
 
 
-async def test_a_model_that_takes_long_to_load_is_answered_model_loading(make):  # row 118
+async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading(make):
     engines = make(load_seconds=0.6, load_wait=0.1)
     with pytest.raises(ApiError) as caught:
         await used(engines, ONE)

@@ -131,7 +131,7 @@ def test_an_engine_that_hangs_before_the_first_token(serving: Serving, stream: b
     assert f"does not answer for {HANG_SECONDS:g} s and is killed" in serving.live.log
 
 
-def test_an_engine_that_hangs_in_a_stream(serving: Serving) -> None:  # row 131
+def test_row_131_an_engine_that_hangs_in_a_stream(serving: Serving) -> None:
     engine = serving.engine()
     where = urlsplit(serving.live.url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
