@@ -34,7 +34,7 @@ SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
 
 IN_LINE = (
     "SELECT id, seq, priority, waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) AS waited,"
-    " json_extract(spec,'$.devices') AS devices, desired<>'run' OR preempted AS stopping FROM jobs"
+    " json_extract(spec,'$.devices') AS devices FROM jobs"
 )
 OUT_OF_PLACE = (
     "(status='queued' AND desired<>'run') OR (status='paused' AND desired<>'pause')"
@@ -100,9 +100,10 @@ class Jobs:
         sql = "SELECT * FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
         return [decoded_job(row) for row in self.store.read(sql, status, limit)]
 
-    def ids_with_status(self, status: Status) -> list[str]:
+    def ids_with_status(self, status: Status, limit: int = -1) -> list[str]:
         """The ids of the jobs in this state, oldest first."""
-        return [row[0] for row in self.store.read("SELECT id FROM jobs WHERE status=? ORDER BY seq", status)]
+        sql = "SELECT id FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
+        return [row[0] for row in self.store.read(sql, status, limit)]
 
     def out_of_place(self) -> list[Job]:
         """Jobs that no process works on, and that are asked to be in another state."""
@@ -136,6 +137,11 @@ class Jobs:
     def running(self) -> list[InLine]:
         """The running jobs, oldest first."""
         return [decoded_in_line(row) for row in self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")]
+
+    def stopping(self) -> set[str]:
+        """The ids of the running jobs that are asked to end, or to make room."""
+        sql = "SELECT id FROM jobs WHERE status='running' AND (desired<>'run' OR preempted)"
+        return {row[0] for row in self.store.read(sql)}
 
     def page(
         self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
@@ -172,7 +178,7 @@ class Jobs:
         only_if: Desired | None = None,
         also: Callable[[sqlite3.Connection], object] | None = None,
         **changes: Any,
-    ) -> bool:
+    ) -> Job | None:
         """Move a job from the status and attempt in `job` to another, if it is still there.
 
         Args:
@@ -184,10 +190,10 @@ class Jobs:
             changes: Columns to set.
 
         Returns:
-            Whether it was: False means that somebody else moved it first, and nothing was changed.
+            The job as it is then; None means that somebody else moved it first, and nothing was changed.
         """
         if job.status in TERMINAL:
-            return False
+            return None
         if to in TERMINAL:
             changes |= {"finished_at": int(time.time())}
         turns = ["preempted=0"]
@@ -197,7 +203,7 @@ class Jobs:
             changes |= {"attempt": attempt, "offset": 0}
             turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
 
-        def swap(db: sqlite3.Connection) -> bool:
+        def swap(db: sqlite3.Connection) -> Job | None:
             values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
             sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
@@ -213,11 +219,11 @@ class Jobs:
                 },
             )
             if swapped.rowcount == 0:
-                return False
+                return None
             add_events(db, job.id, events)
             if also:
                 also(db)
-            return True
+            return row_of(db, job.id)
 
         return await self.store.write(swap)
 
@@ -249,23 +255,23 @@ class Jobs:
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
-    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> bool:
+    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
         """Take events from an attempt's log, together with the offset that follows them: none twice, none lost.
 
         Args:
             model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
 
         Returns:
-            False if the attempt is no longer the job's: nothing was taken.
+            The job as it is then; None if the attempt is no longer the job's: nothing was taken.
         """
 
-        def take(db: sqlite3.Connection) -> bool:
+        def take(db: sqlite3.Connection) -> Job | None:
             moved = db.execute(
                 "UPDATE jobs SET offset=? WHERE id=? AND attempt=? AND offset=?",
                 (offset, job.id, job.attempt, job.offset),
             )
             if moved.rowcount == 0:
-                return False
+                return None
             add_events(db, job.id, [event for event in events if event.type in SHOWN])
             for event in events:
                 if event.type == "resolved":
@@ -275,7 +281,7 @@ class Jobs:
                     add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
                 elif event.type in ("discarded", "withdrawn"):
                     remove_checkpoint(db, job.id, event.data["dir"])
-            return True
+            return row_of(db, job.id)
 
         return await self.store.write(take)
 
@@ -321,6 +327,12 @@ class Jobs:
         """One checkpoint, by its id or by its model name."""
         row = self.store.one("SELECT * FROM checkpoints WHERE id=? OR model=?", id, model)
         return decoded_checkpoint(row) if row else None
+
+
+def row_of(db: sqlite3.Connection, job_id: str) -> Job | None:
+    """A job as it is in the caller's transaction."""
+    row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
+    return decoded_job(row) if row else None
 
 
 def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:

@@ -85,7 +85,6 @@ class InLine(msgspec.Struct, frozen=True):
     priority: int
     waited: int
     devices: int
-    stopping: bool
 
 
 JSON_COLUMNS = ("metadata", "spec", "hyperparameters", "error", "result_files")
@@ -144,7 +143,7 @@ def decoded_job(row: sqlite3.Row) -> Job:
 
 
 def decoded_in_line(row: sqlite3.Row) -> InLine:
-    return InLine(**{**dict(row), "stopping": bool(row["stopping"])})
+    return InLine(*row)  # `jobs.IN_LINE` names its columns in the order of the fields
 
 
 def decoded_event(row: sqlite3.Row) -> EventRow:

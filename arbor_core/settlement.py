@@ -33,7 +33,7 @@ class Settlement:
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
         job = await self.tidied(job, ended)
-        last = self.outcome(job)
+        last = await asyncio.to_thread(self.outcome, job)
         if last and last.type == "result":
             await self._succeed(job, last)
         elif last and last.type == "error":
@@ -93,7 +93,7 @@ class Settlement:
     async def _succeed(self, job: Job, result: Event) -> None:
         name = self.attempts.model_name(job)
         folder = self.attempts.dir(job) / "checkpoints" / result.data["dir"]
-        metrics = self.metrics_csv(job)
+        metrics = await asyncio.to_thread(self.metrics_csv, job)
         file_id, insert = await self.attempts.files.add_bytes(
             job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results"
         )
