@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from arbor_core import AllocatorSettings, Engine, EngineProcess, UnknownModelError, Weights
@@ -309,6 +311,25 @@ async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monke
     assert await loaded(engine) == ["a", "c"]
     await used(engines, named("b"))
     assert "b" in await loaded(engine)
+
+
+async def test_a_checkpoint_that_was_trained_again_is_loaded_again(make, adapter, monkeypatch):
+    paths = []
+    load = EngineProcess.load_weights
+
+    async def noted(self, weights):
+        paths.append(weights.path)
+        await load(self, weights)
+
+    monkeypatch.setattr(EngineProcess, "load_weights", noted)
+    engines = make()
+    again = Path(adapter.adapter.path).with_name("again")
+    shutil.copytree(adapter.adapter.path, again)
+    other = msgspec.structs.replace(adapter, adapter=Weights(adapter.name, str(again)))
+    for resolved in (adapter, adapter, other, other):
+        engine = await used(engines, resolved)
+    assert paths == [adapter.adapter.path, str(again)]
+    assert await loaded(engine) == [adapter.name]
 
 
 async def test_a_deleted_model_is_unloaded(make, adapter):
