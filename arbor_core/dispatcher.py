@@ -23,13 +23,12 @@ from .faults import crash_point
 from .following import Following
 from .jobs import Jobs
 from .leftovers import sweep
-from .records import InLine, Job, JobError
+from .line import Line, claim_of
+from .records import Job, JobError
 from .room import is_full
 from .types import (
     Allocator,
     ArborError,
-    Bundle,
-    Claim,
     Event,
     Executor,
     Lease,
@@ -64,6 +63,7 @@ class Dispatcher:
     ) -> None:
         self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
         self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
+        self.line = Line(jobs.store)
         self.checking = Checking(jobs, attempts, executor, trainers)
         self.following = Following(attempts, executor)
         self.leases: dict[str, Lease] = {}
@@ -117,8 +117,7 @@ class Dispatcher:
     async def _restore(self) -> None:
         """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
         await asyncio.to_thread(self._sweep)
-        for job in self.jobs.running():
-            self.running[job.id] = running_job(job)
+        self.running = {job.id: job for job in self.line.running()}
         for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
             if row["owner"] in self.running:
                 lease = msgspec.json.decode(row["lease"], type=Lease)
@@ -131,7 +130,7 @@ class Dispatcher:
 
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
-        for job in self.jobs.out_of_place():
+        for job in self.line.out_of_place():
             if job.id not in self.tasks:
                 await self.settle_idle(job)
         for job_id in self.jobs.ids_with_status("validating_files", CHECKED):
@@ -170,7 +169,7 @@ class Dispatcher:
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
         await self._set_aside()
-        first = await asyncio.to_thread(self.jobs.line, LINE, self.pool, list(self.trainers))
+        first = await asyncio.to_thread(self.line.front, LINE, self.pool, list(self.trainers))
         line = [job for job in first if job.id not in self.tasks]
         if not line:
             return
@@ -186,12 +185,11 @@ class Dispatcher:
             self.waiting_told.update(waiting)
             await self.jobs.note(Event("message", "Waiting for a device"), *waiting)
 
-    def _snapshot(self, line: list[InLine]) -> Snapshot:
-        queued = (QueuedJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited) for job in line)
+    def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
         running = dict(self.running)
-        for job_id in self.jobs.stopping() & running.keys():
+        for job_id in self.line.stopping() & running.keys():
             running[job_id] = msgspec.structs.replace(running[job_id], stopping=True)
-        return Snapshot(tuple(queued), tuple(running.values()), dict(self.allocator.free()))
+        return Snapshot(tuple(line), tuple(running.values()), dict(self.allocator.free()))
 
     async def _set_aside(self) -> None:
         """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
@@ -200,7 +198,7 @@ class Dispatcher:
         if pool == self.pool:
             return
         self.pool = pool
-        for job in self.jobs.left_out(pool, list(self.trainers)):
+        for job in self.line.left_out(pool, list(self.trainers)):
             reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
             if job.spec.trainer not in self.trainers:
                 reason = f"the trainer '{job.spec.trainer}' is not installed any more"
@@ -288,13 +286,3 @@ def idle_target(job: Job) -> Status | None:
     if job.desired == "run" and job.status == "paused":
         return "queued"
     return None
-
-
-def claim_of(job_id: str, devices: int) -> Claim:
-    """What a job needs in order to train."""
-    return Claim(job_id, (Bundle("train", devices),))
-
-
-def running_job(job: InLine) -> RunningJob:
-    """A running job as schedulers see it."""
-    return RunningJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited)

@@ -13,34 +13,20 @@ from typing import Any
 
 from . import ids
 from .faults import crash_point
+from .history import add_events, add_told, holds_checkpoint
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
     EventRow,
-    InLine,
     Job,
     NewJob,
     decoded_checkpoint,
     decoded_event,
-    decoded_in_line,
     decoded_job,
     encoded,
 )
 from .store import Store
 from .types import TERMINAL, Desired, Event, Status
-
-SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
-"""Events of a run that its followers see."""
-
-IN_LINE = (
-    "SELECT id, seq, priority, waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) AS waited,"
-    " json_extract(spec,'$.devices') AS devices FROM jobs"
-)
-OUT_OF_PLACE = (
-    "(status='queued' AND desired<>'run') OR (status='paused' AND desired<>'pause')"
-    " OR (status='validating_files' AND desired='cancel')"
-)
-"""Word by word what the index `jobs_out_of_place` says."""
 
 
 class Jobs:
@@ -104,44 +90,6 @@ class Jobs:
         """The ids of the jobs in this state, oldest first."""
         sql = "SELECT id FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
         return [row[0] for row in self.store.read(sql, status, limit)]
-
-    def out_of_place(self) -> list[Job]:
-        """Jobs that no process works on, and that are asked to be in another state."""
-        return [decoded_job(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
-
-    def line(self, limit: int, devices: int, trainers: Sequence[str]) -> list[InLine]:
-        """The next jobs to start: the `limit` that came first and the `limit` of the highest priority.
-
-        Args:
-            devices: Leaves out jobs that need more.
-            trainers: Leaves out jobs of others.
-        """
-        marks = ",".join("?" * len(trainers))
-        sql = (
-            f"{IN_LINE} WHERE status='queued' AND desired='run' AND json_extract(spec,'$.devices')<=?"
-            f" AND json_extract(spec,'$.trainer') IN ({marks}) ORDER BY %s LIMIT ?"
-        )
-        orders = ("seq", "priority DESC, seq")
-        rows = [row for order in orders for row in self.store.read(sql % order, devices, *trainers, limit)]
-        return list({row["id"]: decoded_in_line(row) for row in rows}.values())
-
-    def left_out(self, devices: int, trainers: Sequence[str]) -> list[Job]:
-        """The queued jobs that `line` leaves out."""
-        marks = ",".join("?" * len(trainers))
-        sql = (
-            "SELECT * FROM jobs WHERE status='queued' AND desired='run' AND (json_extract(spec,'$.devices')>?"  # noqa: S608
-            f" OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
-        )
-        return [decoded_job(row) for row in self.store.read(sql, devices, *trainers)]
-
-    def running(self) -> list[InLine]:
-        """The running jobs, oldest first."""
-        return [decoded_in_line(row) for row in self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")]
-
-    def stopping(self) -> set[str]:
-        """The ids of the running jobs that are asked to end, or to make room."""
-        sql = "SELECT id FROM jobs WHERE status='running' AND (desired<>'run' OR preempted)"
-        return {row[0] for row in self.store.read(sql)}
 
     def page(
         self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
@@ -272,15 +220,7 @@ class Jobs:
             )
             if moved.rowcount == 0:
                 return None
-            add_events(db, job.id, [event for event in events if event.type in SHOWN])
-            for event in events:
-                if event.type == "resolved":
-                    both = {**job.hyperparameters, **event.data}
-                    db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
-                elif event.type == "checkpoint":
-                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-                elif event.type in ("discarded", "withdrawn"):
-                    remove_checkpoint(db, job.id, event.data["dir"])
+            add_told(db, job, events, model)
             return row_of(db, job.id)
 
         return await self.store.write(take)
@@ -291,15 +231,8 @@ class Jobs:
 
         def change(db: sqlite3.Connection) -> None:
             for event in found:
-                known = db.execute(
-                    "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"])
-                ).fetchone()
-                if event.type == "checkpoint" and not known:
-                    add_events(db, job.id, [event])
-                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-                elif event.type == "withdrawn" and known:
-                    add_events(db, job.id, [event])
-                    remove_checkpoint(db, job.id, event.data["dir"])
+                if holds_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
+                    add_told(db, job, [event], model)
 
         await self.store.write(change)
 
@@ -333,42 +266,3 @@ def row_of(db: sqlite3.Connection, job_id: str) -> Job | None:
     """A job as it is in the caller's transaction."""
     row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
     return decoded_job(row) if row else None
-
-
-def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
-    """Append events to a job's list; part of the caller's transaction."""
-    last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
-    seq, newest = (last[0] or 0), (last[1] or 0)
-    for event in events:
-        seq += 1
-        newest = max(newest, int(event.at or time.time()))  # a clock that jumps back must not reorder
-        kind = "metrics" if event.type == "metrics" else "message"
-        db.execute(
-            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
-            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, encoded(event.data or None)),
-        )
-
-
-def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
-    """Note a checkpoint; one that a later attempt wrote again at the same step takes the place of the old."""
-    db.execute(
-        "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
-        " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
-        (
-            ids.new("ftckpt_"),
-            job_id,
-            int(event.at),
-            event.step,
-            event.data["dir"],
-            model,
-            encoded(event.data.get("metrics", {})),
-        ),
-    )
-    db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
-
-
-def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
-    """Offer a checkpoint no longer; part of the caller's transaction."""
-    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder))
-    left = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
-    db.execute(f"UPDATE jobs SET progress=min(progress, ({left})) WHERE id=?", (job_id, job_id))  # noqa: S608

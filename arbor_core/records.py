@@ -77,16 +77,6 @@ class Job(msgspec.Struct):
         return "pause" if self.desired == "run" and self.preempted else self.desired
 
 
-class InLine(msgspec.Struct, frozen=True):
-    """What a scheduler needs to know of a job that is queued or running."""
-
-    id: str
-    seq: int
-    priority: int
-    waited: int
-    devices: int
-
-
 JSON_COLUMNS = ("metadata", "spec", "hyperparameters", "error", "result_files")
 
 
@@ -140,10 +130,6 @@ def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
 
 def decoded_job(row: sqlite3.Row) -> Job:
     return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
-
-
-def decoded_in_line(row: sqlite3.Row) -> InLine:
-    return InLine(*row)  # `jobs.IN_LINE` names its columns in the order of the fields
 
 
 def decoded_event(row: sqlite3.Row) -> EventRow:

@@ -120,7 +120,7 @@ async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_pat
     async def full(*_: object, **__: object) -> bool:
         raise sqlite3.OperationalError("database or disk is full")
 
-    jobs = SimpleNamespace(get=lambda _: job, transition=full)
+    jobs = SimpleNamespace(get=lambda _: job, transition=full, store=None)
     dispatcher = Dispatcher(jobs, None, {"t": None}, FifoScheduler(), allocator, None, tmp_path)
     with pytest.raises(sqlite3.OperationalError):
         await dispatcher._start("j")
