@@ -111,8 +111,9 @@ def no_descriptors(server: LiveServer) -> Iterator[http.client.HTTPConnection]:
     connection.request("GET", "/health")
     connection.getresponse().read()
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    open_now = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
-    lowest_free = next(number for number in range(len(open_now) + 1) if number not in open_now)
+    looks = [{int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()} for _ in range(10)]
+    lasting = set.intersection(*looks)  # a look may come upon a file that is just being read
+    lowest_free = next(number for number in range(len(lasting) + 1) if number not in lasting)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
         yield connection
