@@ -19,7 +19,7 @@ from .bell import ring
 from .config import ServeConfig
 from .faults import crash_point
 from .files import Files
-from .jobs import Jobs
+from .jobs import Jobs, row_of
 from .keeper import claimed
 from .logs import decode, encode, replace, tail
 from .models import ft_name
@@ -36,12 +36,24 @@ from .types import (
     Placement,
     Trainer,
 )
-from .worker import WorkOrder, instruction_set
+from .vectors import holding, instruction_set
+from .worker import WorkOrder
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
 BATCH = 500
 """Events per transaction."""
+
+
+class Seen(msgspec.Struct):
+    """What an attempt's files say."""
+
+    ended: Exit | None
+    """How it ended; None while its keeper has not said so."""
+    events: list[Event]
+    """Those that nobody has taken yet."""
+    offset: int
+    """Where the next ones begin."""
 
 
 class Attempts:
@@ -116,7 +128,7 @@ class Attempts:
         order = Order(
             dir=folder,
             argv=(),
-            env={},
+            env=holding(papers.cpu, instruction_set({})),
             python=self.python(trainer),
             preload=trainer.preload,
             prove=trainer.prove,
@@ -136,9 +148,9 @@ class Attempts:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
         replace(self.dir(job) / "desired", job.wanted.encode(), durable=False)
 
-    def pass_on(self, job: Job) -> None:
+    async def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
-        self.write_desired(job)
+        await asyncio.to_thread(self.write_desired, job)
         ring(self.dir(job) / "inbox" / "bell", job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
@@ -156,24 +168,31 @@ class Attempts:
     def hung(self, job: Job) -> Path:
         return self.attempt_dir(job) / "hung"
 
-    async def collect(self, job: Job) -> Job:
-        """Take what the attempt has written since the last time; returns the job as it is then."""
-        name = self.model_name(job)
-        events: list[Event] = []
-        offset = job.offset
-        for offset, event in tail(self.attempt_dir(job) / "events.jsonl", job.offset, Event):  # noqa: B007
-            events.append(event)
-            if len(events) == BATCH:
+    def look(self, job: Job) -> Seen:
+        """Read what the attempt has written since the last time, `BATCH` events at most."""
+        seen = Seen(self.exit(job), [], job.offset)  # before the events: what is written before it is then all there
+        for seen.offset, event in tail(self.attempt_dir(job) / "events.jsonl", job.offset, Event):
+            seen.events.append(event)
+            if len(seen.events) == BATCH:
                 break
-        if not events or not await self.jobs.ingest(job, events, offset, name):
-            return job
+        return seen
+
+    async def take(self, job: Job, seen: Seen) -> Job:
+        """Take what was seen, and all that comes after it; returns the job as it is then."""
+        if not seen.events:
+            return self.jobs.get(job.id) or job
+        taken = await self.jobs.ingest(job, seen.events, seen.offset, self.model_name(job))
+        if taken is None:
+            return self.jobs.get(job.id) or job
         crash_point("events.taken")
         view = self.view(job)
-        for event in events:
+        for event in seen.events:
             self.onlookers.tell(view, event)
-        fresh = self.jobs.get(job.id)
-        assert fresh is not None
-        return await self.collect(fresh) if len(events) == BATCH else fresh
+        return await self.collect(taken) if len(seen.events) == BATCH else taken
+
+    async def collect(self, job: Job) -> Job:
+        """Take what the attempt has written since the last time; returns the job as it is then."""
+        return await self.take(job, await asyncio.to_thread(self.look, job))
 
     def model_name(self, job: Job) -> str:
         return ft_name(job.spec.model, self.settings.organization, job.spec.suffix, job.id)
@@ -188,23 +207,22 @@ class Attempts:
         except FileNotFoundError:
             return None
 
-    async def find(self, job: Job) -> bool:
+    async def find(self, job: Job) -> Job | None:
         """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
         a second time because the first start took too long. One that has not begun yet never will."""
-        ref = claimed(self.attempt_dir(job), "")
+        ref = await asyncio.to_thread(claimed, self.attempt_dir(job), "")
         if not ref or ref == job.ref or not self.executor.adopt(ref):
-            return False
-        await note_ref(self.jobs, job, ref)
-        return True
+            return None
+        return await self.note_ref(job, ref)
 
+    async def note_ref(self, job: Job, ref: str) -> Job | None:
+        """Remember where an attempt runs, if the job is still at it; returns the job as it is then."""
 
-async def note_ref(jobs: Jobs, job: Job, ref: str) -> None:
-    """Remember where an attempt runs, if the job is still at it."""
+        def change(db: sqlite3.Connection) -> Job | None:
+            db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
+            return row_of(db, job.id)
 
-    def change(db: sqlite3.Connection) -> None:
-        db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
-
-    await jobs.store.write(change)
+        return await self.jobs.store.write(change)
 
 
 def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:

@@ -1,11 +1,13 @@
 """Checkpoints: directories that a manifest vouches for.
 
 A checkpoint is written into `<name>.tmp`, every file is made durable and its SHA-256 noted in `manifest.json`, and the
-directory is renamed. So one without a manifest does not exist, and one whose files differ from it is not used.
+directory is renamed. So one without a manifest does not exist, and one whose files differ from it is not used: it is
+withdrawn and set aside as `<name>.damaged`, because what is left of it may be all that somebody has.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -17,9 +19,13 @@ import msgspec
 
 from .faults import crash_point
 from .logs import replace, sync_folder
-from .types import Checkpoint
+from .room import RoomError, is_full
+from .types import Checkpoint, Event
 
 MANIFEST = "manifest.json"
+NAMED = "named"
+"""Folder of links to checkpoints that clients gave names."""
+DAMAGED = ".damaged"
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -36,31 +42,47 @@ class Manifest(msgspec.Struct, frozen=True):
 
 @contextmanager
 def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) -> Iterator[Path]:
-    """Yield a directory to write into; commit it as `folder` when the block ends without an exception."""
+    """Yield a directory to write into; commit it as `folder` when the block ends without an exception.
+
+    Raises:
+        RoomError: there was no room for all of it. Nothing of it is left.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         crash_point("checkpoint.written")
-        manifest = Manifest(step, attempt, metrics, dict(_entries(temporary)))
+        manifest = Manifest(step, attempt, metrics, durable(temporary))
         replace(temporary / MANIFEST, msgspec.json.encode(manifest))
         crash_point("checkpoint.vouched")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         crash_point("checkpoint.renamed")
         sync_folder(folder.parent)
+    except Exception as error:
+        if is_full(error, folder.parent):  # asked before what was written makes room again
+            raise RoomError(errno.ENOSPC, f"no room for a checkpoint ({error})", str(folder)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, FileEntry]]:
+def durable(folder: Path) -> dict[str, FileEntry]:
+    """Bring all that is under `folder` to the disk; returns its files by their paths relative to it."""
+    found = {}
     for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.is_file():  # no dangling link
+            sync_folder(path)  # a file is synced in the same way
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            yield str(path.relative_to(folder)), FileEntry(path.stat().st_size, digest)
+            found[str(path.relative_to(folder))] = _entry(path)
+    return found
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(os.fstat(file.fileno()).st_size, digest)
 
 
 def manifest(folder: Path) -> Manifest | None:
@@ -71,27 +93,61 @@ def manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if every file is what its manifest says."""
+def fault(folder: Path, *, sizes_only: bool = False) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if every file is what its manifest says.
+
+    Args:
+        sizes_only: Do not read the files: finds those that are missing or cut short, in no time.
+    """
     said = manifest(folder)
     if said is None:
         return "no manifest"
-    found = dict(_entries(folder))
     for name, entry in said.files.items():
-        if found.get(name) != entry:
+        path = folder / name
+        try:
+            same = path.stat().st_size == entry.bytes and (sizes_only or _entry(path) == entry)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} is not what the manifest says"
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint under `folder` that is whole, and what was wrong with newer ones."""
-    faults: list[str] = []
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[Event]]:
+    """The newest checkpoint under `folder` that is whole, and the withdrawals of newer ones."""
+    withdrawals: list[Event] = []
     for path in newest_first(folder):
         if reason := fault(path):
-            faults.append(f"checkpoint {path.name} is not used: {reason}")
+            withdrawals.append(withdrawal(path, reason))
         elif said := manifest(path):
-            return Checkpoint(said.step, path, said.metrics), faults
-    return None, faults
+            return Checkpoint(said.step, path, said.metrics), withdrawals
+    return None, withdrawals
+
+
+def withdrawal(folder: Path, reason: str) -> Event:
+    """Tells that a checkpoint is damaged and not offered any more. To be written before it is set aside."""
+    text = f"checkpoint {folder.name} is not used: {reason}. What is left of it is kept as {folder.name}{DAMAGED}"
+    return Event("withdrawn", text, "error", data={"dir": folder.name})
+
+
+def set_aside(folder: Path) -> None:
+    """Take a damaged checkpoint out of the way."""
+    folder.rename(folder.with_name(folder.name + DAMAGED))
+    sync_folder(folder.parent)
+
+
+def aside(folder: Path) -> list[Path]:
+    """The damaged checkpoints under `folder` that were set aside."""
+    return sorted(folder.glob(f"*-*{DAMAGED}"))
+
+
+def superseded(folder: Path, count: int) -> list[Path]:
+    """All checkpoints under `folder` but those with names and the newest `count` others, and damaged ones that are not
+    newer than these."""
+    named = {path.resolve().name for path in (folder / NAMED).glob("*")}
+    committed = [path for path in newest_first(folder) if path.name not in named]
+    newest = _order(committed[0]) if committed else (-1, -1)
+    return [*committed[count:], *(path for path in aside(folder) if _order(path) <= newest)]
 
 
 def newest_bytes(folder: Path) -> int:
@@ -102,10 +158,10 @@ def newest_bytes(folder: Path) -> int:
 
 def newest_first(folder: Path) -> list[Path]:
     """The committed checkpoints under `folder`, whole or not, by step and attempt."""
-    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix != ".tmp"] if folder.is_dir() else []
+    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix not in (".tmp", DAMAGED)]
     return sorted(found, key=_order, reverse=True)
 
 
 def _order(path: Path) -> tuple[int, int]:
-    step, _, attempt = path.name.partition("-")
+    step, _, attempt = path.name.removesuffix(DAMAGED).partition("-")
     return (int(step), int(attempt)) if step.isdigit() and attempt.isdigit() else (-1, -1)

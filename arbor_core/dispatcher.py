@@ -16,20 +16,19 @@ from typing import Any
 
 import msgspec
 
-from .attempts import Attempts, keep_lease, note_ref
-from .bell import URGENT, Bell
+from .attempts import Attempts, keep_lease
+from .bell import Bell
+from .checking import Checking
 from .faults import crash_point
+from .following import Following
 from .jobs import Jobs
 from .leftovers import sweep
-from .pulse import Watch
-from .records import InLine, Job, JobError
+from .line import Line, claim_of
+from .records import Job, JobError
 from .room import is_full
-from .settlement import Settlement
 from .types import (
     Allocator,
     ArborError,
-    Bundle,
-    Claim,
     Event,
     Executor,
     Lease,
@@ -40,12 +39,9 @@ from .types import (
     Status,
     Trainer,
 )
-from .validate import Validators
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
-GATHER_SECONDS = 0.03
-"""Events that come within this time are taken in one transaction."""
 CHECKED = 16
 """Jobs that are in validation at the same time."""
 LINE = 250
@@ -67,33 +63,37 @@ class Dispatcher:
     ) -> None:
         self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
         self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
-        self.settlement = Settlement(attempts)
+        self.line = Line(jobs.store)
+        self.checking = Checking(jobs, attempts, executor, trainers)
+        self.following = Following(attempts, executor)
         self.leases: dict[str, Lease] = {}
+        self.running: dict[str, RunningJob] = {}
+        """The jobs whose status is `running`, and those that have left it a moment ago."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.rung: dict[str, asyncio.Event] = {}
-        self.urgent: set[str] = set()
         self.awake = asyncio.Event()
-        self.validators = Validators()
         self.waiting_told: set[str] = set()
         self.pool = -1
 
     def wake(self, job_id: str | None = None) -> None:
         """Something changed, for this job or for what can start: look now instead of at the next poll."""
-        if job_id in self.rung:
-            self.rung[job_id].set()
+        if job_id:
+            self.checking.ring(job_id)
+            self.following.ring(job_id)
         self.awake.set()
 
     def release(self, job_id: str) -> None:
-        """Give a job's devices back."""
+        """Give a job's devices back: it does not run any more."""
+        self.running.pop(job_id, None)
         if lease := self.leases.pop(job_id, None):
             self.allocator.release(lease)
             self.awake.set()
 
     async def run(self) -> None:
         """Work until cancelled. Attempts go on without us."""
-        bell = Bell(self.bell, self._rang)
+        bell = Bell(self.bell, self.following.ring)
+        patrol = asyncio.create_task(self.following.patrol())
         try:
-            self._restore()
+            await self._restore()
             while True:
                 self.awake.clear()
                 began = time.monotonic()
@@ -109,49 +109,47 @@ class Dispatcher:
                     continue
         finally:
             bell.close()
-            for task in self.tasks.values():
+            ending = [patrol, *self.tasks.values()]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
 
-    def _rang(self, said: str) -> None:
-        job_id = said.removesuffix(URGENT)
-        if said != job_id:
-            self.urgent.add(job_id)
-        if job_id in self.rung:
-            self.rung[job_id].set()
-
-    def _restore(self) -> None:
+    async def _restore(self) -> None:
         """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
-        running = set(self.jobs.ids_with_status("running"))
-        for job in self.jobs.with_status("validating_files"):
-            sweep(self.attempts.dir(job))
+        await asyncio.to_thread(self._sweep)
+        self.running = {job.id: job for job in self.line.running()}
         for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
-            if row["owner"] in running:
+            if row["owner"] in self.running:
                 lease = msgspec.json.decode(row["lease"], type=Lease)
                 self.leases[row["owner"]] = lease
                 self.allocator.restore(lease)
 
+    def _sweep(self) -> None:
+        for job in self.jobs.with_status("validating_files"):
+            sweep(self.attempts.dir(job))
+
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
-        for job in self.jobs.out_of_place():
+        for job in self.line.out_of_place():
             if job.id not in self.tasks:
                 await self.settle_idle(job)
-        for job in self.jobs.with_status("validating_files", CHECKED):
-            if job.id not in self.tasks:
-                self._spawn(job, self._validate(job))
-        for job_id in self.jobs.ids_with_status("running"):
-            if job_id not in self.tasks and (found := self.jobs.get(job_id)):
-                self._spawn(found, self._follow(found))
+        for job_id in self.jobs.ids_with_status("validating_files", CHECKED):
+            if job_id not in self.tasks and (new := self.jobs.get(job_id)):
+                self._spawn(new.id, self.checking.check(new))
+        for job_id in self.running.keys() - self.tasks.keys():
+            found = self.jobs.get(job_id)
+            if found and found.status == "running":
+                self._spawn(job_id, self._follow(found))
+            else:
+                self.release(job_id)
         await self._plan()
 
-    def _spawn(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
-        self.rung[job.id] = asyncio.Event()
-        task = self.tasks[job.id] = asyncio.create_task(work, name=job.id)
-        task.add_done_callback(lambda done: self._done(job.id, done))
+    def _spawn(self, job_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = self.tasks[job_id] = asyncio.create_task(work, name=job_id)
+        task.add_done_callback(lambda done: self._done(job_id, done))
 
     def _done(self, job_id: str, task: asyncio.Task[None]) -> None:
         self.tasks.pop(job_id, None)
-        self.rung.pop(job_id, None)
         if not task.cancelled() and (error := task.exception()):
             log.error("job %s: the server failed to move it on", job_id, exc_info=error)
         else:
@@ -168,56 +166,11 @@ class Dispatcher:
             found = self.jobs.get(found.id)
         self.wake()
 
-    async def _validate(self, job: Job) -> None:
-        """Check the job's files in a process of their own, then queue it. Cancelling does not wait for that."""
-        trainer = self.trainers.get(job.spec.trainer)
-        if trainer is None:
-            error = JobError("trainer_missing", f"The trainer '{job.spec.trainer}' is not installed any more")
-            await self.jobs.transition(job, "failed", Event("message", error.message, "error"), error=error)
-            return
-        self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
-        crash_point("job.papers")
-        if job.spec.rollouts:
-            await self.jobs.transition(job, "queued", Event("message", "Moving job to queued state"))
-            return
-        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
-        check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
-        report = await self._unless_cancelled(job, check)
-        if report is None:
-            return
-        crash_point("job.validated")
-        warnings = [Event("message", text, "warn") for text in report.warnings]
-        if report.error:
-            error = JobError(**report.error)
-            failed = Event("message", error.message, "error")
-            await self.jobs.transition(job, "failed", *warnings, failed, error=error)
-        else:
-            queued = Event("message", "Files validated, moving job to queued state")
-            await self.jobs.transition(job, "queued", *warnings, queued)
-        crash_point("job.queued")
-
-    async def _unless_cancelled(self, job: Job, work: asyncio.Future[Any]) -> Any:
-        """The result of `work`, or None when the job was cancelled meanwhile."""
-        rung = self.rung[job.id]
-        while not work.done():
-            waiter = asyncio.ensure_future(rung.wait())
-            await asyncio.wait([work, waiter], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
-            rung.clear()
-            fresh = self.jobs.get(job.id)
-            if fresh is None or fresh.desired == "cancel" or fresh.status != job.status:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-                if fresh:
-                    await self.settle_idle(fresh)
-                return None
-        return work.result()
-
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
         await self._set_aside()
-        line = [job for job in self.jobs.line(LINE, self.pool, list(self.trainers)) if job.id not in self.tasks]
+        first = await asyncio.to_thread(self.line.front, LINE, self.pool, list(self.trainers))
+        line = [job for job in first if job.id not in self.tasks]
         if not line:
             return
         plan = self.scheduler.plan(self._snapshot(line))
@@ -232,22 +185,11 @@ class Dispatcher:
             self.waiting_told.update(waiting)
             await self.jobs.note(Event("message", "Waiting for a device"), *waiting)
 
-    def _snapshot(self, line: list[InLine]) -> Snapshot:
-        running = [
-            RunningJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited, job.stopping)
-            for job in self.jobs.running()
-        ]
-        ended = self.leases.keys() - {job.id for job in running}  # they give their devices back any moment
-        return Snapshot(
-            queued=tuple(
-                QueuedJob(job.id, claim_of(job.id, job.devices), job.seq, job.priority, job.waited) for job in line
-            ),
-            running=(
-                *running,
-                *(RunningJob(owner, self.leases[owner].claim, 0, stopping=True) for owner in sorted(ended)),
-            ),
-            free=dict(self.allocator.free()),
-        )
+    def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
+        running = dict(self.running)
+        for job_id in self.line.stopping() & running.keys():
+            running[job_id] = msgspec.structs.replace(running[job_id], stopping=True)
+        return Snapshot(tuple(line), tuple(running.values()), dict(self.allocator.free()))
 
     async def _set_aside(self) -> None:
         """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
@@ -256,7 +198,7 @@ class Dispatcher:
         if pool == self.pool:
             return
         self.pool = pool
-        for job in self.jobs.left_out(pool, list(self.trainers)):
+        for job in self.line.left_out(pool, list(self.trainers)):
             reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
             if job.spec.trainer not in self.trainers:
                 reason = f"the trainer '{job.spec.trainer}' is not installed any more"
@@ -293,27 +235,25 @@ class Dispatcher:
         except sqlite3.Error:  # a full disk, say: it waits for the next look, and so do the devices
             self.release(job.id)
             raise
-        fresh = self.jobs.get(job.id)
-        if not moved or fresh is None:
+        if moved is None:
             self.release(job.id)
             return
+        self.running[job.id] = RunningJob(job.id, lease.claim, moved.seq, moved.priority, moved.waited)
         crash_point("job.running")
-        self._spawn(fresh, self._launch(fresh, trainer, lease))
+        self._spawn(job.id, self._launch(moved, trainer, lease))
 
     async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
         try:
             ref = await self._started(job, trainer, lease)
         except OSError as error:
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
-            await self.settlement.not_started(job, error)
+            await self.following.settlement.not_started(job, error)
             self.release(job.id)
             return
-        if ref:
-            await note_ref(self.jobs, job, ref)
+        noted = await self.attempts.note_ref(job, ref) if ref else self.jobs.get(job.id)
         crash_point("attempt.noted")
-        fresh = self.jobs.get(job.id)
-        if fresh:
-            await self._follow(fresh)
+        if noted:
+            await self._follow(noted)
 
     async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
         """Start the attempt, and wait for room on a full disk; its ref, or None: something else is wanted meanwhile.
@@ -335,37 +275,9 @@ class Dispatcher:
                 return None
 
     async def _follow(self, job: Job) -> None:
-        """Take an attempt's events as they come until it has ended, then settle the job."""
-        rung = self.rung[job.id]
-        told, watch = "run", Watch(self.attempts.attempt_dir(job) / "heartbeat")
-        while True:
-            rung.clear()
-            self.urgent.discard(job.id)
-            ended = self.attempts.exit(job)  # before the events: what is written before it is then all there
-            alive = ended is None and job.ref is not None and self.executor.poll(job.ref)
-            if ended is None and not alive:
-                ended = self.attempts.exit(job)
-                alive = ended is None and await self.attempts.find(job)
-            job = await self.attempts.collect(self.jobs.get(job.id) or job)
-            if not alive:
-                crash_point("attempt.ended")
-                await self.settlement.settle(job, ended)
-                crash_point("job.settled")
-                self.release(job.id)
-                crash_point("lease.released")
-                return
-            if job.wanted != told:
-                self.attempts.pass_on(job)
-                told = job.wanted
-            if watch.silent() > self.attempts.settings.limits.heartbeat_seconds:
-                self.attempts.end_hung(job)
-                watch = Watch(watch.path)
-            try:
-                async with asyncio.timeout(POLL_SECONDS):
-                    await rung.wait()
-                    await asyncio.sleep(0 if job.id in self.urgent else GATHER_SECONDS)
-            except TimeoutError:
-                continue
+        await self.following.follow(job)
+        self.release(job.id)
+        crash_point("lease.released")
 
 
 def idle_target(job: Job) -> Status | None:
@@ -381,8 +293,3 @@ def idle_target(job: Job) -> Status | None:
     if job.desired == "run" and job.status == "paused":
         return "queued"
     return None
-
-
-def claim_of(job_id: str, devices: int) -> Claim:
-    """What a job needs in order to train."""
-    return Claim(job_id, (Bundle("train", devices),))

@@ -64,7 +64,8 @@ class LocalExecutor:
         """Start an attempt whose directory holds its papers; returns its ref."""
         env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
         key = TemplateKey(order.python, order.preload, order.prove)
-        if self.launcher == "warm" and order.preload and not order.argv and key not in self.faults:
+        forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
+        if self.launcher == "warm" and forkable and key not in self.faults:
             try:
                 pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
                 return ref_of(pid)

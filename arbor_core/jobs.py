@@ -13,32 +13,20 @@ from typing import Any
 
 from . import ids
 from .faults import crash_point
-from .policies import note_policy
+from .history import add_events, add_told, holds_checkpoint
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
     EventRow,
-    InLine,
     Job,
     NewJob,
     decoded_checkpoint,
     decoded_event,
-    decoded_in_line,
     decoded_job,
     encoded,
 )
 from .store import Store
 from .types import TERMINAL, Desired, Event, Status
-
-IN_LINE = (
-    "SELECT id, seq, priority, waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) AS waited,"
-    " json_extract(spec,'$.devices') AS devices, desired<>'run' OR preempted AS stopping FROM jobs"
-)
-OUT_OF_PLACE = (
-    "(status='queued' AND (desired IN('pause','cancel') OR (desired='finish' AND attempt=0)))"
-    " OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel')"
-)
-"""Word by word what the index `jobs_out_of_place` says."""
 
 
 class Jobs:
@@ -99,42 +87,10 @@ class Jobs:
         sql = "SELECT * FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
         return [decoded_job(row) for row in self.store.read(sql, status, limit)]
 
-    def ids_with_status(self, status: Status) -> list[str]:
+    def ids_with_status(self, status: Status, limit: int = -1) -> list[str]:
         """The ids of the jobs in this state, oldest first."""
-        return [row[0] for row in self.store.read("SELECT id FROM jobs WHERE status=? ORDER BY seq", status)]
-
-    def out_of_place(self) -> list[Job]:
-        """Jobs that no process works on, and that are asked to be in another state."""
-        return [decoded_job(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
-
-    def line(self, limit: int, devices: int, trainers: Sequence[str]) -> list[InLine]:
-        """The next jobs to start: the `limit` that came first and the `limit` of the highest priority.
-
-        Args:
-            devices: Leaves out jobs that need more.
-            trainers: Leaves out jobs of others.
-        """
-        marks = ",".join("?" * len(trainers))
-        sql = (
-            f"{IN_LINE} WHERE status='queued' AND desired IN('run','finish') AND json_extract(spec,'$.devices')<=?"
-            f" AND json_extract(spec,'$.trainer') IN ({marks}) ORDER BY %s LIMIT ?"
-        )
-        orders = ("seq", "priority DESC, seq")
-        rows = [row for order in orders for row in self.store.read(sql % order, devices, *trainers, limit)]
-        return list({row["id"]: decoded_in_line(row) for row in rows}.values())
-
-    def left_out(self, devices: int, trainers: Sequence[str]) -> list[Job]:
-        """The queued jobs that `line` leaves out."""
-        marks = ",".join("?" * len(trainers))
-        sql = (
-            "SELECT * FROM jobs WHERE status='queued' AND desired IN('run','finish')"  # noqa: S608
-            f" AND (json_extract(spec,'$.devices')>? OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
-        )
-        return [decoded_job(row) for row in self.store.read(sql, devices, *trainers)]
-
-    def running(self) -> list[InLine]:
-        """The running jobs, oldest first."""
-        return [decoded_in_line(row) for row in self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")]
+        sql = "SELECT id FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
+        return [row[0] for row in self.store.read(sql, status, limit)]
 
     def page(
         self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
@@ -171,7 +127,7 @@ class Jobs:
         only_if: Desired | None = None,
         also: Callable[[sqlite3.Connection], object] | None = None,
         **changes: Any,
-    ) -> bool:
+    ) -> Job | None:
         """Move a job from the status and attempt in `job` to another, if it is still there.
 
         Args:
@@ -183,10 +139,10 @@ class Jobs:
             changes: Columns to set.
 
         Returns:
-            Whether it was: False means that somebody else moved it first, and nothing was changed.
+            The job as it is then; None means that somebody else moved it first, and nothing was changed.
         """
         if job.status in TERMINAL:
-            return False
+            return None
         if to in TERMINAL:
             changes |= {"finished_at": int(time.time())}
         turns = ["preempted=0"]
@@ -196,7 +152,7 @@ class Jobs:
             changes |= {"attempt": attempt, "offset": 0}
             turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
 
-        def swap(db: sqlite3.Connection) -> bool:
+        def swap(db: sqlite3.Connection) -> Job | None:
             values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
             sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
@@ -212,11 +168,11 @@ class Jobs:
                 },
             )
             if swapped.rowcount == 0:
-                return False
+                return None
             add_events(db, job.id, events)
             if also:
                 also(db)
-            return True
+            return row_of(db, job.id)
 
         return await self.store.write(swap)
 
@@ -248,47 +204,36 @@ class Jobs:
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
-    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> bool:
+    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
         """Take events from an attempt's log, together with the offset that follows them: none twice, none lost.
 
         Args:
             model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
 
         Returns:
-            False if the attempt is no longer the job's: nothing was taken.
+            The job as it is then; None if the attempt is no longer the job's: nothing was taken.
         """
 
-        def take(db: sqlite3.Connection) -> bool:
+        def take(db: sqlite3.Connection) -> Job | None:
             moved = db.execute(
                 "UPDATE jobs SET offset=? WHERE id=? AND attempt=? AND offset=?",
                 (offset, job.id, job.attempt, job.offset),
             )
             if moved.rowcount == 0:
-                return False
-            add_events(db, job.id, [event for event in events if event.type in ("message", "metrics", "checkpoint")])
-            for event in events:
-                if event.type == "resolved":
-                    both = {**job.hyperparameters, **event.data}
-                    db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
-                elif event.type == "checkpoint":
-                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-                elif event.type == "weights":
-                    note_policy(db, job.id, event)
-                elif event.type == "discarded":
-                    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job.id, event.data["dir"]))
-            return True
+                return None
+            add_told(db, job, events, model)
+            return row_of(db, job.id)
 
         return await self.store.write(take)
 
-    async def reconcile(self, job: Job, checkpoints: Sequence[Event], model: str) -> None:
-        """Note checkpoints that are on the disk and in no attempt's log, each once. `model`: see `ingest`."""
+    async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
+        """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.
+        `model`: see `ingest`."""
 
         def change(db: sqlite3.Connection) -> None:
-            for event in checkpoints:
-                known = "SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?"
-                if not db.execute(known, (job.id, event.data["dir"])).fetchone():
-                    add_events(db, job.id, [event])
-                    add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+            for event in found:
+                if holds_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
+                    add_told(db, job, [event], model)
 
         await self.store.write(change)
 
@@ -318,38 +263,7 @@ class Jobs:
         return decoded_checkpoint(row) if row else None
 
 
-def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
-    """Append events to a job's list; part of the caller's transaction."""
-    last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
-    seq, newest = (last[0] or 0), (last[1] or 0)
-    for event in events:
-        seq += 1
-        newest = max(newest, int(event.at or time.time()))  # a clock that jumps back must not reorder
-        kind = "metrics" if event.type == "metrics" else "message"
-        db.execute(
-            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
-            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, encoded(event.data or None)),
-        )
-
-
-def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
-    """Note a checkpoint; one that a later attempt wrote again at the same step takes the place of the old."""
-    db.execute(
-        "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
-        " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
-        (
-            ids.new("ftckpt_"),
-            job_id,
-            int(event.at),
-            event.step,
-            event.data["dir"],
-            model,
-            encoded(event.data.get("metrics", {})),
-        ),
-    )
-    if name := event.data.get("name"):
-        db.execute(
-            "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
-            (job_id, name, event.step, event.data["dir"], encoded(event.data["metadata"]), int(event.at)),
-        )
-    db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
+def row_of(db: sqlite3.Connection, job_id: str) -> Job | None:
+    """A job as it is in the caller's transaction."""
+    row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
+    return decoded_job(row) if row else None

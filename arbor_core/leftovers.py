@@ -28,25 +28,34 @@ def sweep(job_dir: Path) -> None:
 
 
 def reconciled(job_dir: Path, attempt: int) -> list[Event]:
-    """The events that an attempt could not write any more: its checkpoints that are whole and were not reported.
-    Checkpoints that it had reported as discarded are removed."""
+    """The events that an attempt could not write any more: its checkpoints that were not reported, and withdrawals of
+    any that are not whole, as far as can be seen without reading them. What it had reported as discarded is removed."""
+    folder = job_dir / "checkpoints"
     known: set[str] = set()
     for _, event in tail(job_dir / "attempts" / str(attempt) / "events.jsonl", 0, Event):
         if event.type in ("checkpoint", "discarded"):
             known.add(event.data["dir"])
         if event.type == "discarded":
-            shutil.rmtree(job_dir / "checkpoints" / event.data["dir"], ignore_errors=True)
-    return [
-        Event(
-            "checkpoint",
-            f"Checkpoint created at step {said.step}",
-            step=said.step,
-            data={"dir": folder.name, "metrics": said.metrics},
-            at=(folder / checkpoints.MANIFEST).stat().st_mtime,
-        )
-        for folder in reversed(checkpoints.newest_first(job_dir / "checkpoints"))
-        if folder.name not in known and (said := checkpoints.manifest(folder)) and said.attempt == attempt
-    ]
+            shutil.rmtree(folder / event.data["dir"], ignore_errors=True)
+    found = []
+    for path in reversed(checkpoints.newest_first(folder)):
+        said = checkpoints.manifest(path)
+        if reason := checkpoints.fault(path, sizes_only=True):
+            found.append(checkpoints.withdrawal(path, reason))
+        elif said and said.attempt == attempt and path.name not in known:
+            found.append(created(path, said))
+    return found
+
+
+def created(folder: Path, said: checkpoints.Manifest) -> Event:
+    """The event of a checkpoint that nobody has told of."""
+    return Event(
+        "checkpoint",
+        f"Checkpoint created at step {said.step}",
+        step=said.step,
+        data={"dir": folder.name, "metrics": said.metrics},
+        at=(folder / checkpoints.MANIFEST).stat().st_mtime,
+    )
 
 
 def end_strays(keeper: str) -> None:

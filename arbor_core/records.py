@@ -82,17 +82,6 @@ class Job(msgspec.Struct):
         return "pause" if self.desired == "run" and self.preempted else self.desired
 
 
-class InLine(msgspec.Struct, frozen=True):
-    """What a scheduler needs to know of a job that is queued or running."""
-
-    id: str
-    seq: int
-    priority: int
-    waited: int
-    devices: int
-    stopping: bool
-
-
 JSON_COLUMNS = ("metadata", "spec", "hyperparameters", "error", "result_files")
 
 
@@ -146,10 +135,6 @@ def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
 
 def decoded_job(row: sqlite3.Row) -> Job:
     return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
-
-
-def decoded_in_line(row: sqlite3.Row) -> InLine:
-    return InLine(**{**dict(row), "stopping": bool(row["stopping"])})
 
 
 def decoded_event(row: sqlite3.Row) -> EventRow:

@@ -36,6 +36,8 @@ class Served:
     """Loading or loaded, in order of use."""
     leaving: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Being unloaded."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """From where each adapter was loaded."""
     dir: Path | None = None
     lease: Lease | None = None
     watch: asyncio.Task[None] | None = None
@@ -57,6 +59,9 @@ class Served:
         Raises:
             ApiError: (from the task) 503 `engine_unavailable`: the engine refused it.
         """
+        if weights.name in self.adapters and self.paths[weights.name] != weights.path:
+            self.forget(weights.name)  # its step was trained again
+        self.paths[weights.name] = weights.path
         loading = self.adapters.pop(weights.name, None)
         if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
             loading = asyncio.create_task(self._load(weights))

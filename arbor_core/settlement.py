@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from .attempts import Attempts
+from .checkpoints import set_aside
 from .faults import crash_point
 from .keeper import claimed
 from .leftovers import end_strays, reconciled, sweep
@@ -32,7 +33,7 @@ class Settlement:
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
         job = await self.tidied(job, ended)
-        last = self.outcome(job)
+        last = await asyncio.to_thread(self.outcome, job)
         if last and last.type == "result":
             await self._succeed(job, last)
         elif last and last.type == "error":
@@ -52,13 +53,16 @@ class Settlement:
             await self._crashed(job, ended)
 
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
-        """End and remove what the attempt left, and tell of checkpoints that it could not tell of any more."""
+        """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
         if ended is None and (keeper := claimed(self.attempts.attempt_dir(job), "")):  # it was killed
             await asyncio.to_thread(end_strays, keeper)
             job = await self.attempts.collect(job)  # its worker may have written until now
         await asyncio.to_thread(sweep, self.attempts.dir(job))
         if missed := await asyncio.to_thread(reconciled, self.attempts.dir(job), job.attempt):
             await self.attempts.jobs.reconcile(job, missed, self.attempts.model_name(job))
+            for event in missed:
+                if event.type == "withdrawn":  # after that was written down: what is offered is there
+                    await asyncio.to_thread(set_aside, self.attempts.dir(job) / "checkpoints" / event.data["dir"])
             job = self.attempts.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
@@ -89,7 +93,7 @@ class Settlement:
     async def _succeed(self, job: Job, result: Event) -> None:
         name = self.attempts.model_name(job)
         folder = self.attempts.dir(job) / "checkpoints" / result.data["dir"]
-        metrics = self.metrics_csv(job)
+        metrics = await asyncio.to_thread(self.metrics_csv, job)
         file_id, insert = await self.attempts.files.add_bytes(
             job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results"
         )

@@ -209,6 +209,7 @@ class Order(Struct, frozen=True):
     argv: tuple[str, ...]
     """The command for a cold start."""
     env: dict[str, str]
+    """Variables beside those that every attempt gets. They must be set before any library is imported."""
     python: str
     preload: tuple[str, ...] = ()
     prove: str | None = None
@@ -257,7 +258,9 @@ class Executor(Protocol):
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
 
-EventType = Literal["message", "metrics", "checkpoint", "discarded", "weights", "resolved", "result", "paused", "error"]
+EventType = Literal[
+    "message", "metrics", "checkpoint", "withdrawn", "discarded", "weights", "resolved", "result", "paused", "error"
+]
 Level = Literal["info", "warn", "error"]
 
 
@@ -368,8 +371,20 @@ class Run(Protocol[ConfigT_co]):
         """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all."""
         ...
 
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], **metrics: float) -> None:
+        """The same by a function that can be called again: it is, with an empty folder, while the disk is full.
+
+        Raises:
+            OSError: there was still no room after `limits.room_seconds`; the job will be paused.
+        """
+        ...
+
     def last_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, to resume from."""
+        """The newest checkpoint that is whole, to resume from. Newer ones are withdrawn: no longer offered as models.
+
+        Raises:
+            JobFailed: `checkpoint_corrupted`: there are some, and none is whole.
+        """
         ...
 
     def keep_checkpoints(self, count: int) -> None:

@@ -11,10 +11,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,7 +28,7 @@ from .inbox import Record
 from .logs import Log, decode
 from .prctl import PR_SET_PDEATHSIG, prctl
 from .pulse import Pulse
-from .room import is_full, print_anyway, wait_for_room
+from .room import FIRST_WAIT, LONGEST_WAIT, is_full, print_anyway, wait_for_room
 from .types import (
     PROTOCOL,
     ArborError,
@@ -46,6 +45,7 @@ from .types import (
     Order,
     Placement,
 )
+from .vectors import instruction_set
 
 PASSING = ("metrics", "message", "weights")
 """Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
@@ -79,16 +79,6 @@ class WorkOrder(msgspec.Struct, frozen=True):
     """Instruction set: AVX2 and AVX-512 give different last bits. Empty: not known."""
     adapter: Path | None = None
     """Adapter to start from."""
-
-
-@cache
-def instruction_set() -> str:
-    """The widest vector instructions that PyTorch would use here."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return os.uname().machine
-    return next((name for name in ("avx512f", "avx2") if name in flags), os.uname().machine)
 
 
 def imported(path: str) -> Any:
@@ -165,28 +155,55 @@ class WorkerRun(Generic[ConfigT]):
     def resolved(self, **hyperparameters: Any) -> None:
         self.emit(Event("resolved", "Hyperparameters resolved", data=hyperparameters))
 
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.dir / "checkpoints"
+
     @contextmanager
     def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
+        with self._committing(step, metrics, self.room_seconds) as folder:
+            yield folder
+
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], **metrics: float) -> None:
+        pause, until = FIRST_WAIT, time.monotonic() + self.room_seconds
+        while True:
+            try:
+                with self._committing(step, metrics, until - time.monotonic()) as folder:
+                    write(folder)
+            except OSError as error:
+                left = until - time.monotonic()
+                if left <= 0 or not is_full(error, self.dir):
+                    raise
+                if pause == FIRST_WAIT:
+                    self.message(f"The disk is full: the checkpoint of step {step} waits for room", "warn")
+                self.pulse.go_on()
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, LONGEST_WAIT)
+            else:
+                return
+
+    @contextmanager
+    def _committing(self, step: int, metrics: dict[str, float], room_seconds: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
-        wait_for_room(self.dir, checkpoints.newest_bytes(self.dir / "checkpoints"), self.room_seconds, self.pulse.go_on)
-        with checkpoints.writing(self.dir / "checkpoints" / name, step, self.attempt, metrics) as folder:
+        wait_for_room(self.dir, checkpoints.newest_bytes(self.checkpoints_dir), room_seconds, self.pulse.go_on)
+        with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:
             yield folder
         data = {"dir": name, "metrics": metrics}
         self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
 
     def last_checkpoint(self) -> Checkpoint | None:
-        found, faults = checkpoints.newest_whole(self.dir / "checkpoints")
-        for reason in faults:
-            self.message(reason, "error")
-        if found is None and faults:
-            text = f"No checkpoint of the job is whole: {'; '.join(faults)}. Create the job again to start anew"
+        found, withdrawals = checkpoints.newest_whole(self.checkpoints_dir)
+        for event in withdrawals if self.rank == 0 else ():  # the other ranks find the same, and leave it to this one
+            self.emit(event)
+            checkpoints.set_aside(self.checkpoints_dir / event.data["dir"])  # after the event: what is offered is there
+        if found is None and (withdrawals or checkpoints.aside(self.checkpoints_dir)):
+            names = ", ".join(path.name for path in checkpoints.aside(self.checkpoints_dir))
+            text = f"No checkpoint of the job is whole (damaged: {names}). Create the job again to start anew"
             raise JobFailed(text, code="checkpoint_corrupted")
         return found
 
     def keep_checkpoints(self, count: int) -> None:
-        named = {path.resolve().name for path in (self.dir / "checkpoints" / "named").glob("*")}
-        unnamed = [path for path in checkpoints.newest_first(self.dir / "checkpoints") if path.name not in named]
-        for folder in unnamed[count:]:
+        for folder in checkpoints.superseded(self.checkpoints_dir, count):
             self.emit(Event("discarded", f"Checkpoint {folder.name} removed", data={"dir": folder.name}))
             shutil.rmtree(folder)  # after the event: what is offered is there
 
@@ -211,7 +228,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
         folder = next(path for path in checkpoints.newest_first(self.dir / "checkpoints") if is_of(path, step))
-        link(self.dir / "checkpoints" / "named" / request.name, Path("..") / folder.name)
+        link(self.checkpoints_dir / checkpoints.NAMED / request.name, Path("..") / folder.name)
         said = checkpoints.manifest(folder)
         data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
         text = f"Checkpoint '{request.name}' is that of step {step}"
@@ -304,7 +321,8 @@ def main(attempt_dir: Path) -> int:
     else:
         return 0
     finally:
-        shutil.rmtree(run.work, ignore_errors=True)
+        if run.rank == 0:  # it may still take what another rank, which has ended, wrote there
+            shutil.rmtree(run.work, ignore_errors=True)
     return 1
 
 

@@ -5,12 +5,15 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; N
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,10 +112,75 @@ def needs(opt: dict[str, Any]) -> str:
     return "-" if opt["public"] else " or ".join(opt["scopes"])
 
 
+ROW = re.compile(r"(?<![a-z])row[-_](\d+)(?!\d)")
+"""A row of the faults in a test's name or id."""
+
+
+def fault_tables() -> str:
+    """Each fault, what is answered, and the tests that hold it.
+
+    Raises:
+        ValueError: a fault has neither tests nor a reason, or tests are of a fault that is not in faults.toml.
+    """
+    tests, parts = row_tests(), []
+    sections = tomllib.loads((DOCS / "faults.toml").read_text()).values()
+    for section in sections:
+        parts += [f"\n## {section['title']}\n", "| | fault | answer | held by |", "|---|---|---|---|"]
+        for number, (fault, answer, *reason) in ((key, value) for key, value in section.items() if key != "title"):
+            held = "<br>".join(filter(None, [*tests.pop(number, ()), *reason]))
+            if not held:
+                raise ValueError(f"row {number} of faults.toml has no test and no reason why: {fault}")
+            parts.append(f"| {number} | {fault} | {answer} | {held} |".replace("|  |", "| |"))
+    if tests:
+        raise ValueError(f"faults.toml lacks rows that tests name: {sorted(tests)}")
+    return "\n".join(parts).lstrip("\n") + "\n"
+
+
+def row_tests() -> dict[str, list[str]]:
+    """By the number of a row: each file whose tests hold it, with their names. Read from the sources, so that none of
+    their libraries is needed."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in [*sorted(ROOT.glob("tests/test_*.py")), *sorted(ROOT.glob("plugins/*/tests/test_*.py"))]:
+        names: dict[str, list[str]] = defaultdict(list)
+        for name, numbers in rows_of(ast.parse(path.read_text())):
+            for number in sorted(numbers):
+                names[number].append(name.removeprefix("test_"))
+        where = path.relative_to(ROOT).as_posix()
+        for number, of_row in names.items():
+            found[number].append(f"[{where}](../{where}): {', '.join(of_row)}")
+    return found
+
+
+def rows_of(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
+    """Each test of a file, and the rows that its name, its ids and the constants it is parametrised with stand for."""
+    constants: dict[str, set[str]] = {}
+    for node in module.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            constants |= {
+                target.id: rows_in(node.value, constants) for target in targets if isinstance(target, ast.Name)
+            }
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            told = (rows_in(decorator, constants) for decorator in node.decorator_list)
+            yield node.name, set(ROW.findall(node.name)).union(*told)
+
+
+def rows_in(expression: ast.expr, constants: dict[str, set[str]]) -> set[str]:
+    """The rows that an expression's texts name, and those of the constants in it."""
+    found: set[str] = set()
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.update(ROW.findall(node.value))
+        elif isinstance(node, ast.Name):
+            found |= constants.get(node.id, set())
+    return found
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "arbor-serve --help": help_text,
     "hooks": hook_table,
     "routes": route_table,
+    "faults": fault_tables,
     "keys of serve": lambda: key_table(ROOT / "conf/serve.yaml"),
     "keys of sft": lambda: key_table(ROOT / "plugins/arbor_sft/arbor_sft/conf/trainer/sft.yaml"),
     "keys of mock": lambda: key_table(ROOT / "plugins/arbor_mock/arbor_mock/conf/trainer/mock.yaml"),

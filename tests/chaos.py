@@ -40,9 +40,10 @@ REAL: list[Kind] = [
 MOCK: list[Kind] = [
     ("mock", {"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 7}),
     ("mock", {"steps": 30, "step_seconds": 0.02, "checkpoint_steps": 10, "fault": "crash", "fault_step": 12}),
-    ("mock", {"steps": 20, "step_seconds": 0.1, "checkpoint_steps": 3, "fault": "crash", "fault_step": 8}),
+    ("mock", {"steps": 20, "step_seconds": 0.1, "checkpoint_steps": 3, "fault": "bad_checkpoint", "fault_step": 8}),
 ]
-OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000")
+HANG = "limits.engine_heartbeat_seconds=4"
+OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000", HANG)
 PAUSE_SECONDS = 0.2
 """Mean time between two deeds."""
 PATIENCE = 120.0
@@ -86,11 +87,11 @@ class Chaos(Clients):
                 self.counts["starts refused for lack of room"] += 1
         self.seen.look()
 
-    def kill(self, what: str, found: list[int]) -> None:
+    def kill(self, what: str, found: list[int], number: int = signal.SIGKILL) -> None:
         if found:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.draw.choice(found), signal.SIGKILL)
-                self.counts[f"{what} killed"] += 1
+                os.kill(self.draw.choice(found), number)
+                self.counts[f"{what} {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
 
     def kill_worker(self) -> None:
         workers = []
@@ -99,10 +100,10 @@ class Chaos(Clients):
                 workers += map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
         self.kill("worker", workers)
 
-    def kill_module(self, module: str) -> None:
+    def kill_module(self, module: str, number: int = signal.SIGKILL) -> None:
         named = {pid: line for pid, line in processes(self.server.storage).items() if module in line}
         parents = {pid for pid in named if parent_of(pid) == self.server.process.pid}  # not what a template has forked
-        self.kill(module.rpartition(".")[2], sorted(parents))
+        self.kill(module.rpartition(".")[2], sorted(parents), number)
 
     def fill_disk(self) -> None:
         if not self.disk_is_full():
@@ -141,6 +142,7 @@ class Chaos(Clients):
             (0.8, lambda: self.kill_module("arbor_core.template")),
             (3, lambda: self.kill_module("arbor_core.validate")),
             (4, lambda: self.kill_module("arbor_mock.engine")),
+            (2, lambda: self.kill_module("arbor_mock.engine", signal.SIGSTOP)),
             (4, self.upload_cut_short),
             (4, lambda: self.upload(self.draw.randbytes(self.draw.randrange(1, 300_000)))),
             (6, self.slow_client),

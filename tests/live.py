@@ -65,6 +65,24 @@ class LiveServer:
         return self.process.wait(60)
 
 
+def engine_dir(server: LiveServer) -> Path:
+    """Directory of the engine that started last. One that could not start has a directory too, for its log."""
+    started = (path.parent for path in (server.storage / "engines").glob("*/ready.json"))
+    return max(started, key=lambda folder: int(folder.name))
+
+
+def process_of(folder: Path) -> int:
+    """Process id of the engine that works in a directory."""
+    wanted = str(folder / "spec.json").encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no engine works in {folder}")
+
+
 def launch(storage: Path, *overrides: str, mock: bool = True, env: dict[str, str] | None = None) -> LiveServer:
     """Start `arbor-serve` on a free port and wait for the line that says where it listens."""
     storage.mkdir(parents=True, exist_ok=True)

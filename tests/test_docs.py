@@ -36,6 +36,34 @@ def test_generated_parts_are_fresh(generate: ModuleType) -> None:
     assert not stale, "make docs"
 
 
+def test_every_fault_has_a_test_or_a_reason(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, held = (ROOT / "docs" / "faults.md").read_text(), generate.row_tests()
+    assert generate.fresh(page) == page, "make docs"
+    monkeypatch.setattr(generate, "row_tests", lambda: {**held, "999": ["a test"]})
+    with pytest.raises(ValueError, match="999"):
+        generate.fault_tables()
+    monkeypatch.setattr(generate, "row_tests", lambda: {number: held[number] for number in held if number != "22"})
+    with pytest.raises(ValueError, match="row 22 "):
+        generate.fault_tables()
+
+
+def test_rows_are_found_in_names_ids_and_constants(generate: ModuleType) -> None:
+    source = """
+CASES = [pytest.param(1, id="row-3-a"), pytest.param(2, id=f"row-4-{x}")]
+MORE: list = [*CASES, pytest.param(3, id="arrow-5"), pytest.param(3, id="row-61")]
+
+@pytest.mark.parametrize("case", MORE)
+async def test_row_7_row_8_both(case): pass
+
+@pytest.mark.parametrize("case", [1, 2], ids=["row-9", "free"])
+def test_other(case): "row-10"
+
+def not_a_test_of_row_11(): pass
+"""
+    found = dict(generate.rows_of(generate.ast.parse(source)))
+    assert found == {"test_row_7_row_8_both": {"3", "4", "61", "7", "8"}, "test_other": {"9"}}
+
+
 def test_every_part_is_used(generate: ModuleType) -> None:
     used = {match["name"] for page in generate.pages() for match in generate.PART.finditer(page.read_text())}
     assert used == set(generate.PARTS)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
-from arbor_core import AllocatorSettings, Engine, EngineProcess, Weights
+from arbor_core import AllocatorSettings, Engine, EngineProcess, UnknownModelError, Weights
 from arbor_core import engines as engines_module
 from arbor_core.config import defaults, merged
+from arbor_core.engine_process import quiet_seconds
 from arbor_core.engines import Engines
-from arbor_core.errors import ApiError
+from arbor_core.errors import ApiError, without_paths
 from arbor_core.made import Resolved
+from arbor_core.served import hanging
 
 arbor_mock = pytest.importorskip("arbor_mock")
 
@@ -144,6 +148,59 @@ async def test_an_engine_that_does_not_answer_is_replaced(make, monkeypatch):
     assert await used(engines, ONE) is not first
 
 
+class Told:
+    """An engine that says of its progress what it was told to say, one look at a time."""
+
+    def __init__(self, *answers: float | None) -> None:
+        self.answers = list(answers)
+
+    async def quiet(self, _: float) -> float | None:
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("answers", "left", "how"),
+    [
+        ([None] * 4, 0, "does not answer"),
+        ([9.0] * 4, 0, "does not get on with its work"),
+        ([None, None, 9.0, 9.0, 0.0], 1, "does not get on with its work"),
+        ([None, None, None, 0.0, None, None, None, None], 0, "does not answer"),
+        ([9.0, 9.0, 9.0, 0.001, 9.0, 9.0, 9.0, None, 0.0], 1, "does not answer"),
+    ],
+)
+async def test_an_engine_hangs_after_four_looks_without_a_sign_of_life(answers, left, how):
+    engine: Any = Told(*answers)
+    assert await hanging(engine, 0.04) == how
+    assert len(engine.answers) == left
+
+
+@pytest.mark.parametrize("stuck", ["stopped", "loop"])
+async def test_an_engine_that_hangs_is_killed_though_nothing_was_asked_of_it(make, adapter, stuck):
+    engines = make(hang_seconds=1.0)
+    first = await used(engines, adapter)
+    if stuck == "stopped":
+        os.killpg(first.process.pid, signal.SIGSTOP)
+    else:
+        body = {"model": "one", "prompt": "[mock: hang=1]"}
+        async with aiohttp.ClientSession(headers=first.headers) as session:
+            with pytest.raises(aiohttp.ClientError):
+                await session.post(f"{first.url}/v1/completions", json=body)
+    await until(lambda: not engines.served)
+    assert first.process.returncode == -signal.SIGKILL
+    assert engines.allocator.free()["engine"] == 1
+    assert await used(engines, adapter) is not first
+
+
+async def test_an_adapter_whose_engine_dies_may_be_asked_for_again(make, adapter):
+    engines = make(hang_seconds=1.0)
+    first = await used(engines, ONE)
+    os.killpg(first.process.pid, signal.SIGSTOP)
+    with pytest.raises(ApiError) as caught:
+        await used(engines, adapter)
+    assert (caught.value.code, caught.value.headers) == ("engine_unavailable", {"retry-after": "1"})
+    await used(engines, adapter)
+
+
 async def test_the_engine_not_used_for_longest_makes_room(make):
     engines = make(devices=2)
     one, two = await used(engines, ONE), await used(engines, TWO)
@@ -172,7 +229,7 @@ async def test_two_starts_that_wait_both_get_their_turn(make):
     assert engines.started == 3
 
 
-async def test_a_model_that_takes_long_to_load_is_answered_model_loading(make):  # row 118
+async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading(make):
     engines = make(load_seconds=0.6, load_wait=0.1)
     with pytest.raises(ApiError) as caught:
         await used(engines, ONE)
@@ -197,6 +254,27 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(mak
     engines.options["load_error"] = None
     await used(engines, ONE)
     assert engines.started == 2
+
+
+async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monkeypatch):
+    engines = make(devices=1)
+    good = await used(engines, ONE)
+    looked = []
+
+    async def find(path):
+        looked.append(path)
+        raise UnknownModelError(f"its directory {path} is not there")
+
+    monkeypatch.setattr(engines.backend, "find", find)
+    for _ in range(3):
+        with pytest.raises(ApiError, match="'two' does not exist: its directory two is not there") as caught:
+            await used(engines, TWO)
+        assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
+    assert looked == ["/models/two"]
+    assert await used(engines, ONE) is good
+    monkeypatch.undo()
+    engines.failed.clear()
+    await used(engines, TWO)
 
 
 async def test_without_a_device_to_serve_from_nothing_is_served(make):
@@ -235,6 +313,25 @@ async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monke
     assert "b" in await loaded(engine)
 
 
+async def test_a_checkpoint_that_was_trained_again_is_loaded_again(make, adapter, monkeypatch):
+    paths = []
+    load = EngineProcess.load_weights
+
+    async def noted(self, weights):
+        paths.append(weights.path)
+        await load(self, weights)
+
+    monkeypatch.setattr(EngineProcess, "load_weights", noted)
+    engines = make()
+    again = Path(adapter.adapter.path).with_name("again")
+    shutil.copytree(adapter.adapter.path, again)
+    other = msgspec.structs.replace(adapter, adapter=Weights(adapter.name, str(again)))
+    for resolved in (adapter, adapter, other, other):
+        engine = await used(engines, resolved)
+    assert paths == [adapter.adapter.path, str(again)]
+    assert await loaded(engine) == [adapter.name]
+
+
 async def test_a_deleted_model_is_unloaded(make, adapter):
     engines = make()
     engine = await used(engines, adapter)
@@ -252,6 +349,7 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_alone(make, ad
     path.write_bytes(b"")
     with pytest.raises(ApiError, match="cut off") as caught:
         await used(engines, adapter)
+    assert str(path.parent.parent) not in str(caught.value)
     assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
     await used(engines, ONE)
     path.write_bytes(whole)
@@ -290,3 +388,28 @@ async def test_scratch_directories_of_an_earlier_server_are_gone(make, tmp_path)
     spec = json.loads((engine.spec.dir / "spec.json").read_bytes())
     assert len(spec["token"]) > 20
     assert spec["model"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("raw", "seconds"),
+    [(b"", 0.0), (b"ok", 0.0), (b"\xff", 0.0), (b"{}", 0.0), (b'{"quiet_seconds": 3, "status": "ok"}', 3.0)],
+)
+def test_engines_that_say_nothing_of_their_progress_are_not_stuck(raw, seconds):
+    assert quiet_seconds(raw) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "wanted"),
+    [
+        ("cannot load /srv/m/qwen: OSError", [], "cannot load qwen: OSError"),
+        ("[Errno 2] No such file: '/a/b c/d.json'", ["/a/b c"], "[Errno 2] No such file: 'b c/d.json'"),
+        ("in /my models/qwen/config.json, not", ["/my models/qwen"], "in qwen/config.json, not"),
+        ("/my models/other is no model", ["/my models/qwen"], ".../other is no model"),
+        ("a (/x/y/z) b [/x/y] /x", [], "a (z) b [y] /x"),
+        ("see https://huggingface.co/org/name/resolve/main", [], "see https://huggingface.co/org/name/resolve/main"),
+        ("org/name, 1/2 and/or 3 / 4", ["org/name"], "org/name, 1/2 and/or 3 / 4"),
+        ("POST /v1/x at /", ["/x"], "POST x at /"),
+    ],
+)
+def test_of_a_path_clients_hear_the_last_name(text, known, wanted):
+    assert without_paths(text, *known) == wanted

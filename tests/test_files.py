@@ -6,13 +6,14 @@ import errno
 import hashlib
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_calls import FILE, PURPOSE, call, post, settled
+from http_calls import FILE, PURPOSE, call, form, post, raw_socket, settled
 from live import LiveServer
 from omegaconf import OmegaConf
 
@@ -77,14 +78,25 @@ def test_bytes_are_kept_as_they_are(server: LiveServer, content: bytes) -> None:
     assert server.client.files.content(server.upload(content)).read() == content
 
 
-def test_row_22_unfinished_uploads_are_swept(tmp_path: Path, start_server: Callable[..., LiveServer]) -> None:
+def test_row_22_a_server_that_is_killed_while_it_takes_an_upload(start_server: Callable[..., LiveServer]) -> None:
     server = start_server()
     kept = server.upload(b"{}\n")
-    server.stop()
-    left = server.storage / "files" / ".incoming" / "0123.part"
-    left.write_bytes(b"half a fi")
+    incoming = server.storage / "files" / ".incoming"
+    chunk = form(PURPOSE, ("file", b"x" * (3 << 20), "rows.jsonl"))[:-12]
+    with raw_socket(server.url) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
+            b"content-type: multipart/form-data; boundary=XX\r\n\r\n" + f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n"
+        )
+        deadline = time.monotonic() + 10
+        while not any(part.stat().st_size for part in incoming.iterdir()):
+            assert time.monotonic() < deadline, "nothing of the upload has come to the disk"
+            time.sleep(0.01)
+        server.stop(signal.SIGKILL)
+    assert [part.suffix for part in incoming.iterdir()] == [".part"]
     again = start_server()
-    assert not left.exists()
+    assert list(incoming.iterdir()) == []
+    assert [file.id for file in again.client.files.list()] == [kept]
     assert again.client.files.content(kept).read() == b"{}\n"
 
 

@@ -15,7 +15,7 @@ import jsonschema
 import openai
 import pytest
 from http_calls import Answer, call, raw_socket
-from live import LiveServer, launch
+from live import LiveServer, engine_dir, launch, process_of
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 MODEL = "mock/tiny"
@@ -43,11 +43,6 @@ def frames(raw: bytes) -> list[Any]:
 def conforms(value: Any, name: str) -> None:
     """Whether an object is what OpenAI's document says."""
     jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": SCHEMAS}).validate(value)
-
-
-def engine_dir(server: LiveServer) -> Path:
-    """Directory of the engine that runs."""
-    return max((server.storage / "engines").iterdir(), key=lambda folder: int(folder.name))
 
 
 def engine_health(server: LiveServer) -> dict[str, Any]:
@@ -344,20 +339,20 @@ def test_names_that_cannot_be_models(server: LiveServer, model: str) -> None:
     post(server, CHAT, {**asked("x"), "model": model}).error(400, "invalid_model", "model")
 
 
-def test_prompt_and_answer_beyond_the_context(server: LiveServer) -> None:  # row 120
+def test_row_120_prompt_and_answer_beyond_the_context(server: LiveServer) -> None:
     text = "word " * 1000
     post(server, CHAT, asked(text)).error(400, "context_length_exceeded", "messages")
     post(server, PLAIN, {"model": MODEL, "prompt": text}).error(400, "context_length_exceeded", "prompt")
 
 
-def test_a_full_queue(server: LiveServer) -> None:  # row 135
+def test_row_135_a_full_queue(server: LiveServer) -> None:
     answer = post(server, CHAT, asked("[mock: full=1]"))
     assert answer.error(429, "rate_limit_exceeded")["type"] == "rate_limit_error"
     assert answer.headers["retry-after"] == "1"
     post(server, CHAT, asked("[mock: full=1]", stream=True)).error(429, "rate_limit_exceeded")
 
 
-def test_log_probabilities_that_json_cannot_hold(server: LiveServer) -> None:  # row 134
+def test_row_134_log_probabilities_that_json_cannot_hold(server: LiveServer) -> None:
     good = server.client.completions.create(model=MODEL, prompt="[mock: logprob=-inf] a", logprobs=1)
     assert good.choices[0].logprobs.token_logprobs == [-9999.0]
     bad = post(server, PLAIN, {"model": MODEL, "prompt": "[mock: logprob=nan] a", "logprobs": 1})
@@ -383,7 +378,7 @@ def test_wrong_methods(server: LiveServer, method: str) -> None:
     call(server.url, method, CHAT).error(405, "method_not_allowed")
 
 
-def test_embeddings_are_not_served_yet(server: LiveServer) -> None:  # row 136
+def test_row_136_embeddings_are_not_served_yet(server: LiveServer) -> None:
     body = {"model": MODEL, "input": ["x"] * 2049}
     post(server, "/v1/embeddings", body).error(404, "unknown_url")
 
@@ -422,7 +417,7 @@ def test_a_client_that_goes_away_frees_its_place(server: LiveServer, path: str, 
     assert post(server, CHAT, asked("next")).status == 200
 
 
-def test_an_engine_that_dies_before_the_first_token(breakable: LiveServer) -> None:  # row 130
+def test_row_130_an_engine_that_dies_before_the_first_token(breakable: LiveServer) -> None:
     for stream in (False, True):
         answer = post(breakable, CHAT, asked("[mock: die_after_tokens=0]", stream=stream))
         answer.error(503, "engine_unavailable")
@@ -430,13 +425,13 @@ def test_an_engine_that_dies_before_the_first_token(breakable: LiveServer) -> No
         assert breakable.client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0).choices
 
 
-def test_an_engine_that_dies_while_it_answers_at_length(breakable: LiveServer) -> None:  # row 130
+def test_row_130_an_engine_that_dies_while_it_answers_at_length(breakable: LiveServer) -> None:
     answer = post(breakable, PLAIN, {"model": MODEL, "prompt": "[mock: die_after_tokens=5] abcdefgh"})
     answer.error(503, "engine_unavailable")
 
 
 @pytest.mark.parametrize("path", [CHAT, PLAIN])
-def test_an_engine_that_dies_in_a_stream(breakable: LiveServer, path: str) -> None:  # row 131
+def test_row_131_an_engine_that_dies_in_a_stream(breakable: LiveServer, path: str) -> None:
     text = "[mock: token_seconds=0.01, die_after_tokens=3] abcdefgh"
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     answer = post(breakable, path, {"model": MODEL, **prompt, "stream": True})
@@ -483,18 +478,6 @@ def test_an_engine_that_cannot_start_is_answered_at_once(start_server: Callable[
         answer = post(live, CHAT, asked("x", stream=stream))
         assert "not these weights" in answer.error(503, "engine_unavailable")["message"]
         assert answer.headers["x-should-retry"] == "false"
-
-
-def process_of(folder: Path) -> int:
-    """Process id of the engine that works in a directory."""
-    wanted = str(folder / "spec.json").encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (entry / "cmdline").read_bytes():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no engine works in {folder}")
 
 
 def zombie(process: int) -> bool:

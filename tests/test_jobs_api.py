@@ -159,7 +159,7 @@ def test_row_45_ids_that_cannot_be(server: LiveServer) -> None:
     assert call(server.url, "GET", f"{JOBS}/..%2f..%2fetc").status == 404
 
 
-def test_rows_97_and_98_cancelling(server: LiveServer, hanging: Any) -> None:
+def test_row_97_row_98_cancelling(server: LiveServer, hanging: Any) -> None:
     jobs = server.client.fine_tuning.jobs
     assert jobs.cancel(hanging.id).status in ("running", "cancelled")
     server.wait(hanging.id, "cancelled")

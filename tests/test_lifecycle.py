@@ -144,7 +144,7 @@ def test_row_89_a_killed_attempt_is_taken_up_again(start_server, chat_rows):
     assert held(server) == 0
 
 
-def test_row_97_cancelling_a_running_job_ends_its_processes(start_server, chat_rows):
+def test_row_97_row_98_cancelling_a_running_job_ends_its_processes(start_server, chat_rows):
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.1, "checkpoint_steps": 2})
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
@@ -153,7 +153,7 @@ def test_row_97_cancelling_a_running_job_ends_its_processes(start_server, chat_r
     job = server.wait(job.id, "cancelled")
     until(lambda: not alive(keeper))
     assert held(server) == 0 and job.error is None
-    assert server.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"  # row 98
+    assert server.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     checkpoint = server.client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
     answer = server.client.chat.completions.create(
         model=checkpoint.fine_tuned_model_checkpoint, messages=[{"role": "user", "content": "still there?"}]
@@ -161,7 +161,7 @@ def test_row_97_cancelling_a_running_job_ends_its_processes(start_server, chat_r
     assert answer.choices[0].message.content
 
 
-def test_rows_96_103_one_device_one_job_and_cancelling_in_the_queue(start_server, chat_rows):
+def test_row_96_row_103_one_device_one_job_and_cancelling_in_the_queue(start_server, chat_rows):
     server = start_server("gpu.train=[0]")
     first = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.05})
     server.wait(first.id, "running")
@@ -175,7 +175,7 @@ def test_rows_96_103_one_device_one_job_and_cancelling_in_the_queue(start_server
     assert not any("started" in text for text in messages(server, second.id))
 
 
-def test_rows_101_102_pause_frees_the_device_and_resume_goes_on(start_server, chat_rows):
+def test_row_101_row_102_pause_frees_the_device_and_resume_goes_on(start_server, chat_rows):
     server = start_server("gpu.train=[0]")
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})

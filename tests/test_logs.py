@@ -93,7 +93,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
         (broken / "manifest.json").unlink()
     found, faults = checkpoints.newest_whole(tmp_path)
     assert found and found.dir.name == "1-1"
-    assert len(faults) == 1 and "2-1" in faults[0]
+    assert len(faults) == 1 and "2-1 is not used" in faults[0].message
+    assert faults[0].data == {"dir": "2-1"}
 
 
 @pytest.mark.parametrize("depth", [0, 8])

@@ -14,7 +14,8 @@ from live import LiveServer, launch
 
 from arbor_core.config import ModelsConfig
 from arbor_core.errors import ApiError
-from arbor_core.jobs import Jobs, add_checkpoint
+from arbor_core.history import add_checkpoint
+from arbor_core.jobs import Jobs
 from arbor_core.models import Models, add_model, ft_name
 from arbor_core.records import Job, JobSpec, NewJob
 from arbor_core.store import Store

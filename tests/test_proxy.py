@@ -151,6 +151,7 @@ async def test_a_client_that_goes_is_not_worked_for(stream: bool) -> None:
         (400, b'{"error": {"message": "m", "code": 400, "param": "n"}}', (400, "m", "400", "n")),
         (404, b'{"error": {"message": "m", "code": "c", "type": "t"}}', (404, "m", "c", None)),
         (500, b'{"error": {"message": "m"}}', (500, "m", "engine_error", None)),
+        (500, b'{"error": {"message": "no /srv/store/x"}}', (500, "no x", "engine_error", None)),
         (502, b"<html>", (502, "The engine answered 502 without a reason.", "engine_error", None)),
         (400, b'{"error": "text"}', (400, "The engine answered 400 without a reason.", "engine_error", None)),
         (422, b"\xff", (422, "The engine answered 422 without a reason.", "engine_error", None)),

@@ -64,7 +64,9 @@ async def test_row_95_an_attempt_waits_for_room_to_start_for_some_time(monkeypat
     job = SimpleNamespace(id="ftjob-x", attempt=1, wanted=wanted)
     settings = SimpleNamespace(limits=SimpleNamespace(room_seconds=patience))
     attempts = SimpleNamespace(start=start, settings=settings, root=tmp_path)
-    made = dispatcher.Dispatcher(SimpleNamespace(get=lambda _: job), attempts, {}, None, None, None, Path("unused"))
+    made = dispatcher.Dispatcher(
+        SimpleNamespace(get=lambda _: job, store=None), attempts, {}, None, None, None, Path("unused")
+    )
     if found is OSError:
         with pytest.raises(OSError, match="No space"):
             await made._started(job, None, None)

@@ -120,7 +120,7 @@ async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_pat
     async def full(*_: object, **__: object) -> bool:
         raise sqlite3.OperationalError("database or disk is full")
 
-    jobs = SimpleNamespace(get=lambda _: job, transition=full)
+    jobs = SimpleNamespace(get=lambda _: job, transition=full, store=None)
     dispatcher = Dispatcher(jobs, None, {"t": None}, FifoScheduler(), allocator, None, tmp_path)
     with pytest.raises(sqlite3.OperationalError):
         await dispatcher._start("j")
@@ -136,7 +136,7 @@ def test_without_gpus_ids_are_cpu_slots(monkeypatch):
 
 
 @pytest.mark.parametrize(("count", "train", "serve"), [(1, ["GPU-0"], ["GPU-0"]), (3, ["GPU-0", "GPU-1"], ["GPU-2"])])
-def test_with_gpus_the_last_one_serves(monkeypatch, count, train, serve):
+def test_row_106_with_gpus_the_last_one_serves(monkeypatch, count, train, serve):
     gpus = [Device(f"GPU-{n}", "cuda", n, 80 << 30) for n in range(count)]
     monkeypatch.setattr("arbor_core.allocator.find_gpus", lambda: gpus)
     found = LocalAllocator.from_settings(AllocatorSettings(None, None)).inventory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 from typing import Any
@@ -117,6 +118,15 @@ def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> R
     return response(ApiError(503, message, "database_busy", headers={"retry-after": "2"}))
 
 
+def _exhausted(request: Request[Any, Any, Any], error: OSError) -> Response[bytes]:
+    """A process that may open nothing more, or get no more memory: for a while, unlike other faults of ours."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return _unknown(request, error)
+    log.error("%s %s: %s", request.method, request.scope["path"], error)
+    message = "The server is at the limit of what it may open. Try again in a moment."
+    return response(ApiError(503, message, "server_overloaded", headers={"retry-after": "2"}))
+
+
 def _unknown(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """A fault of ours: the whole story into the log, its id to the client. Repeating the request would not help."""
     if isinstance(error, RecursionError | UnicodeDecodeError) and _litestar_decodes(request):
@@ -139,5 +149,6 @@ HANDLERS: ExceptionHandlersMap = {
     ArborError: _arbor,
     HTTPException: _http,
     sqlite3.OperationalError: _busy,
+    OSError: _exhausted,
     Exception: _unknown,
 }

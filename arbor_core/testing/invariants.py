@@ -23,7 +23,7 @@ from arbor_core import checkpoints
 from arbor_core.logs import tail
 from arbor_core.types import TERMINAL, Event, Lease
 
-SHOWN = ("message", "metrics", "checkpoint")
+SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
 """Events of a run that its followers see."""
 
 

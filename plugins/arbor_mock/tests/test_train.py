@@ -107,7 +107,10 @@ def test_a_bad_checkpoint_is_not_resumed_from(job):
     assert damaged.run() == -signal.SIGKILL
     assert damaged.run() == 0
     assert min(losses(damaged)) == 3
-    assert any("4-1 is not used" in event.message for event in damaged.events("message"))
+    [withdrawn] = damaged.events("withdrawn")
+    assert "4-1 is not used" in withdrawn.message
+    assert (damaged.dir / "checkpoints" / "4-1.damaged").is_dir()
+    assert [event.data["dir"] for event in damaged.events("checkpoint")] == ["4-2", "6-2"]
 
 
 def test_a_hang_is_deaf_to_everything_but_sigkill(job):

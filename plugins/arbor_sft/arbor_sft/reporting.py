@@ -1,18 +1,16 @@
-"""What happens between steps: metrics, evaluation, checkpoints, and stopping when asked."""
+"""What happens between steps: metrics, evaluation, and stopping when asked."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from arbor_trl.chat import Sample
 from arbor_trl.digest import digest
 from arbor_trl.ranks import asked_to_stop
-from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import JobFailed, JobStopped, Run
@@ -51,8 +49,8 @@ class Evaluation:
 class Reporting(TrainerCallback):
     """Connects TRL's trainer with the run.
 
-    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), on_save
-    (commit).
+    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), then the
+    trainer saves (see `saving`), on_save.
     """
 
     def __init__(
@@ -132,25 +130,7 @@ class Reporting(TrainerCallback):
         return digest(self.trainer.accelerator.unwrap_model(self.trainer.model).parameters()) if self.trainer else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move what the trainer wrote under the run's checkpoints; same file system, so nothing is copied."""
-        step = state.global_step
-        written = Path(str(args.output_dir)) / f"checkpoint-{step}"
-        if self.trainer:
-            self.trainer.accelerator.wait_for_everyone()  # each rank writes its random state
-        if self.run.rank == 0:
-            with self.run.checkpoint(step, **self.metrics) as folder:
-                for path in written.iterdir():
-                    if path.name != "training_args.bin":  # a pickle nobody reads
-                        shutil.move(path, folder / path.name)
-                self.write_ends(folder)
-            shutil.rmtree(written)
-            if self.run.config.keep_checkpoints:
-                self.run.keep_checkpoints(self.run.config.keep_checkpoints)
+        if self.run.rank == 0 and self.run.config.keep_checkpoints:
+            self.run.keep_checkpoints(self.run.config.keep_checkpoints)
         if self.stop:
             raise self.stop
-
-    def write_ends(self, folder: Path) -> None:
-        """Say which tokens end an answer beside an adapter too; transformers does so for full weights only."""
-        if self.run.config.lora and self.trainer:
-            ends = self.trainer.accelerator.unwrap_model(self.trainer.model).generation_config.eos_token_id
-            GenerationConfig(eos_token_id=ends).save_pretrained(folder)  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from .model import tells_rows_apart
 from .plan import Layout, Plan
 from .reporting import Evaluation, Reporting
 from .rows import Samples
+from .saving import SavingTrainer
 
 if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
     import_module("deepspeed")
@@ -155,7 +156,9 @@ def compose(
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
     try:
-        trainer = SFTTrainer(
+        trainer = SavingTrainer(
+            run,
+            lambda: reporting.metrics,
             model=model,
             args=arguments(run, schedule),
             train_dataset=Dataset.from_dict({"rows": schedule.micro_batches}),

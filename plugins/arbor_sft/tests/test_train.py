@@ -257,7 +257,7 @@ def failure(made: Job) -> dict[str, Any]:
     return dict(made.event("error").data)
 
 
-def test_too_long(job: Any) -> None:
+def test_row_63_too_long(job: Any) -> None:
     cut = job("cut", **FULL, max_length=60).run()
     (warning,) = [event for event in cut.events("message") if event.level == "warn"]
     long = warning.data["truncated"] + warning.data["skipped"]
@@ -274,9 +274,9 @@ def test_too_long(job: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("nonsense", "line 2: not JSON", id="row 2"),
-        pytest.param('{"prompt": "a"}', "line 2: missing 'messages'", id="row 61"),
-        pytest.param('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no assistant message", id="row 62"),
+        pytest.param("nonsense", "line 2: not JSON", id="row-2"),
+        pytest.param('{"prompt": "a"}', "line 2: missing 'messages'", id="row-61"),
+        pytest.param('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no assistant message", id="row-62"),
     ],
 )
 def test_bad_rows(job: Any, tmp_path: Path, text: str, message: str) -> None:
@@ -290,9 +290,12 @@ def test_bad_rows(job: Any, tmp_path: Path, text: str, message: str) -> None:
     assert text[:20] in error["message"]
 
 
-def test_bad_model(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("name", ["empty", "nobody/has-this-one"], ids=["row-107-nothing-in-it", "row-107-offline"])
+def test_bad_model(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    error = failure(Job(tmp_path / "job", tmp_path / "empty", data / "train.jsonl", None, FULL))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = tmp_path / "empty" if name == "empty" else Path(name)
+    error = failure(Job(tmp_path / "job", model, data / "train.jsonl", None, FULL))
     assert (error["code"], error["param"]) == ("model_unavailable", "model")
     assert "\n" not in error["message"]
 

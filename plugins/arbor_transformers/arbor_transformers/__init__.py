@@ -15,6 +15,8 @@ from arbor_core.environment import clean_env
 
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""
+FIND_SECONDS = 30.0
+"""How long that process may take, on a busy machine too."""
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,7 +61,10 @@ class TransformersBackend:
             *(sys.executable, "-m", "arbor_transformers.hub", path), stdin=DEVNULL, stdout=PIPE, env=clean_env()
         )
         try:
-            said, _ = await asking.communicate()
+            async with asyncio.timeout(FIND_SECONDS):
+                said, _ = await asking.communicate()
+        except TimeoutError:
+            raise UnknownModelError(f"the hub was asked for it and did not answer in {FIND_SECONDS:g} s") from None
         finally:
             with contextlib.suppress(ProcessLookupError):  # nobody waits for the answer any more
                 asking.kill()

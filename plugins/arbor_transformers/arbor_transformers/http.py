@@ -159,7 +159,7 @@ class Face:
         if not self.token or request.path == "/health":
             return
         given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {self.token}".encode()):
             raise ApiError("The engine's token is missing or wrong.", "invalid_api_key", status=401)
 
 

@@ -49,7 +49,7 @@ def session_of(engine: Running) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(headers={"authorization": f"Bearer {engine.token}"})
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["row 127", "row 128"])
+@pytest.mark.parametrize("stream", [True, False], ids=["row-127", "row-128"])
 async def test_a_client_that_leaves_frees_its_rows(narrow: Running, stream: bool) -> None:
     session = session_of(narrow)
     request = asyncio.create_task(session.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 4, "stream": stream}))
