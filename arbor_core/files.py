@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import sqlite3
 import time
 import unicodedata
@@ -22,6 +23,7 @@ from .config import LimitsConfig
 from .errors import NO_RETRY, ApiError, not_found
 from .faults import crash_point
 from .incoming import BATCH_BYTES, Incoming
+from .logs import sync_folder
 from .store import Store
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -86,33 +88,35 @@ class Files:
         self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None
     ) -> tuple[str, Callable[[sqlite3.Connection], FileRow]]:
         """Give a file that has come in whole an id; returns it, and what inserts its row in somebody's transaction."""
-        file_id, now = ids.new("file-"), int(time.time())
-        values = {
-            "id": file_id,
-            "owner": owner,
-            "purpose": purpose,
-            "filename": display_name(filename),
-            "bytes": part.bytes,
-            "sha256": await part.settle(self.path(file_id)),
-            "created_at": now,
-            "expires_at": None if lifetime is None else now + lifetime,
-            "status": "processed",
-        }
-        marks = ",".join(f":{name}" for name in values)
-
-        def insert(db: sqlite3.Connection) -> FileRow:
-            db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
-            return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
-
-        return file_id, insert
+        file_id = ids.new("file-")
+        sha256 = await part.settle(self.path(file_id))
+        return file_id, inserting(file_id, owner, purpose, filename, part.bytes, sha256, lifetime)
 
     async def add_bytes(
         self, owner: str, filename: str, content: bytes, purpose: str
     ) -> tuple[str, Callable[[sqlite3.Connection], FileRow]]:
-        """Store a file that the server made, for which the reserve is there; see `named` for what is returned."""
-        async with self.incoming(reserve=0) as part:
-            await part.write(content)
-            return await self.named(part, owner, filename, purpose)
+        """Store a file that the server made, for which the reserve is there; see `named` for what is returned.
+
+        Raises:
+            OSError: there is no room at all.
+        """
+        file_id = ids.new("file-")
+        sha256 = await asyncio.to_thread(self._write, file_id, content)
+        return file_id, inserting(file_id, owner, purpose, filename, len(content), sha256)
+
+    def _write(self, file_id: str, content: bytes) -> str:
+        """Make a file of ours durable, whole or not at all; returns its SHA-256."""
+        part = self.incoming_dir / f"{file_id}.part"
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(self.path(file_id))
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(self.root)
+        return hashlib.sha256(content).hexdigest()
 
     def get(self, id: str, owner: str) -> FileRow | None:
         """A file of this owner that is neither deleted nor expired."""
@@ -213,6 +217,31 @@ IN_USE = (
     "SELECT id FROM jobs WHERE (training_file=? OR validation_file=?)"
     " AND status NOT IN ('succeeded','failed','cancelled')"
 )
+
+
+def inserting(
+    file_id: str, owner: str, purpose: str, filename: str, size: int, sha256: str, lifetime: int | None = None
+) -> Callable[[sqlite3.Connection], FileRow]:
+    """What gives a file its row; `lifetime` is in seconds."""
+    now = int(time.time())
+    values = {
+        "id": file_id,
+        "owner": owner,
+        "purpose": purpose,
+        "filename": display_name(filename),
+        "bytes": size,
+        "sha256": sha256,
+        "created_at": now,
+        "expires_at": None if lifetime is None else now + lifetime,
+        "status": "processed",
+    }
+    marks = ",".join(f":{name}" for name in values)
+
+    def insert(db: sqlite3.Connection) -> FileRow:
+        db.execute(f"INSERT INTO files({','.join(values)}) VALUES({marks})", values)
+        return decoded(db.execute("SELECT * FROM files WHERE id=?", (file_id,)).fetchone())
+
+    return insert
 
 
 def decoded(row: sqlite3.Row) -> FileRow:

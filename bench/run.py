@@ -41,6 +41,8 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
     ],
     "engine_batching": [],
 }
+OPTIONS = {"simulation": ["--full"]}
+"""The aims are for 20,000 jobs and 1,000 devices."""
 
 
 def main() -> int:
@@ -62,7 +64,9 @@ def main() -> int:
 
 def measure(name: str) -> dict[str, Any]:
     """The JSON on the last line that a script prints."""
-    done = subprocess.run([sys.executable, HERE / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, HERE / f"{name}.py", *OPTIONS.get(name, [])], stdout=subprocess.PIPE, text=True, check=True
+    )
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
