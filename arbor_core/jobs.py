@@ -13,7 +13,7 @@ from typing import Any
 
 from . import ids
 from .faults import crash_point
-from .policies import note_policy
+from .policies import name_checkpoint, note_policy
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
@@ -156,6 +156,15 @@ class Jobs:
                 values += [key, value]
         sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"  # noqa: S608
         return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
+
+    def newest_learner(self, owner: str) -> str | None:
+        """The newest job that learns from rollouts, of those that have not ended if there are any."""
+        sql = (
+            "SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts')"
+            " ORDER BY status IN ('succeeded','failed','cancelled'), seq DESC LIMIT 1"
+        )
+        row = self.store.one(sql, owner)
+        return str(row[0]) if row else None
 
     def waiting(self) -> int:
         """How many jobs have not begun."""
@@ -348,8 +357,5 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
         ),
     )
     if name := event.data.get("name"):
-        db.execute(
-            "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
-            (job_id, name, event.step, event.data["dir"], encoded(event.data["metadata"]), int(event.at)),
-        )
+        name_checkpoint(db, job_id, name, event.step, event.data["dir"], event.data["metadata"])
     db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
