@@ -16,6 +16,7 @@ from .model import Loaded
 from .prompts import Prompts
 from .sampler import Sampling
 from .text import Detokenizer, StopStrings, TokenText
+from .update import copy_weights, read_weights
 from .wire import ChatRequest, CompletionRequest, Request
 
 
@@ -73,6 +74,13 @@ class Service:
         if name not in self.adapters:
             raise ApiError(f"The adapter '{name}' is not loaded.", "model_not_found", "lora_name", status=404)
         del self.adapters[name]
+
+    async def update(self, path: str, version: int) -> None:
+        """Replace the model's weights by those of a directory; generations that run go on with them."""
+        async with self.loading:
+            loop = asyncio.get_running_loop()
+            pairs = await loop.run_in_executor(self.reader, read_weights, path, self.loaded.model)
+            await asyncio.wrap_future(self.engine.replace_weights(partial(copy_weights, pairs), version))
 
     async def chat(self, request: ChatRequest) -> tuple[Answer, list[Generation], Inbox]:
         """The generations of a conversation, not yet submitted."""
