@@ -1,4 +1,4 @@
-"""`python stock_client.py URL MODEL STEPS`: `ArborGRPO.compile` of arbor-ai 0.2.17 on dspy 3.4.1, unchanged, against a server.
+"""`python stock_client.py URL MODEL STEPS`: `ArborGRPO.compile` of arbor-ai 0.2.17 on dspy 3.4.1, unchanged.
 
 Runs in an environment of its own (`make clients`). The two modules are loaded by their paths, because the package
 imports its whole server. Prints a JSON object of what the client has seen.
