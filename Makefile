@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on this machine's CPU or GPU
 # make test   set up and run the tests
+# make clients  run another project's GRPO client against this server, in an environment of its own
 # make crash  kill a server and its processes at every fault point, one after the other
 # make lint   set up and run ruff, mypy and the import walls
 # make chaos  set up, then kill and disturb a server for CHAOS_MINUTES (1), and see whether anything was lost;
@@ -16,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-minimal crash lint format chaos bench docs clean
+.PHONY: setup demo test test-minimal clients crash lint format chaos bench docs clean
 
 setup: $(STAMP)
 
@@ -40,6 +41,13 @@ test-minimal:
 	test -x $(VENV)-minimal/bin/python || $(PYTHON) -m venv $(VENV)-minimal
 	$(VENV)-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' -e plugins/arbor_mock
 	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile -m "not ml and not crash" tests plugins/arbor_mock/tests
+
+# Another project's GRPO client, unchanged, in an environment of its own (its package alone: what it needs is a server's).
+clients: $(STAMP)
+	test -x $(VENV)-clients/bin/python || $(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check dspy==3.4.1 requests
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps arbor-ai==0.2.17
+	ARBOR_CLIENTS_PYTHON=$(abspath $(VENV)-clients/bin/python) $(BIN)/python -m pytest -m clients plugins/arbor_grpo/tests/test_client.py
 
 crash: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m crash tests

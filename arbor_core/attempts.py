@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,9 +69,12 @@ class Attempts:
         root: Path,
         settings: ServeConfig,
         threads: int,
+        published: Callable[[str], object] = lambda job_id: None,
     ) -> None:
         self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
         self.root, self.settings, self.threads = root, settings, threads
+        self.published = published
+        """Called with a job's id when its newest policy is in the database."""
 
     def dir(self, job: Job) -> Path:
         return self.root / "jobs" / job.id
@@ -185,6 +189,8 @@ class Attempts:
         if taken is None:
             return self.jobs.get(job.id) or job
         crash_point("events.taken")
+        if any(event.type == "weights" and "dir" in event.data for event in seen.events):
+            self.published(job.id)
         view = self.view(job)
         for event in seen.events:
             self.onlookers.tell(view, event)

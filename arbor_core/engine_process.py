@@ -89,6 +89,10 @@ class EngineProcess:
         """Forget an adapter; requests that run on it finish first."""
         await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
+    async def update(self, path: str, version: int) -> None:
+        """Replace all weights while it runs."""
+        await self._post("/v1/update_weights", {"path": path, "version": version})
+
     async def health(self) -> bool:
         """Whether the process lives and answers."""
         return await self.quiet(HEALTH_SECONDS) is not None
@@ -119,7 +123,7 @@ class EngineProcess:
         """End the process and everything it started, at once: one that hangs is deaf to SIGTERM."""
         await end(self.process, 0)
 
-    async def _post(self, path: str, body: Mapping[str, str]) -> None:
+    async def _post(self, path: str, body: Mapping[str, str | int]) -> None:
         import aiohttp
 
         try:
@@ -128,8 +132,9 @@ class EngineProcess:
                 session.post(self.url + path, json=body) as answer,
             ):
                 status, said = answer.status, await answer.text()
-        except aiohttp.ClientError as error:
-            raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {error}") from None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            said = str(error) or type(error).__name__
+            raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {said}") from None
         if status != 200:
             raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
 

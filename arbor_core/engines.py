@@ -18,9 +18,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import NO_RETRY, ApiError, without_paths
+from .errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
 from .made import Resolved
-from .served import Key, Served, hanging, heard
+from .served import Key, Served, heard, kill_when_it_hangs
 from .types import (
     Allocator,
     ArborError,
@@ -113,20 +113,34 @@ class Engines:
         served = self._find(resolved)
         served.users += 1
         try:
-            try:
-                async with asyncio.timeout(self.load_wait):
-                    engine = await asyncio.shield(served.start)
-                    if resolved.adapter:
-                        await asyncio.shield(served.adapter(resolved.adapter))
-            except TimeoutError:
-                message = f"The model '{resolved.name}' is still loading. Try again in a while."
-                raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
-            yield engine
+            with served.holding(resolved):
+                try:
+                    async with asyncio.timeout(self.load_wait):
+                        engine = await asyncio.shield(served.start)
+                        await self._load(served, engine, resolved)
+                except TimeoutError:
+                    message = f"The model '{resolved.name}' is still loading. Try again in a while."
+                    raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
+                yield engine
         finally:
             served.users -= 1
             served.used_at = time.monotonic()
             if served.users == 0:
                 self.freed.set()
+
+    async def _load(self, served: Served, engine: Engine, resolved: Resolved) -> None:
+        """Have an engine know an adapter, or have the newest weights."""
+        if resolved.adapter:
+            await asyncio.shield(served.adapter(resolved.adapter))
+            served.retire()
+        if resolved.full and (update := served.update(resolved.full)):
+            try:
+                await asyncio.shield(update)
+            except ArborError as error:  # its weights may be mixed: it never answers again
+                log.warning("weights of %s: %s", resolved.name, error)
+                await asyncio.shield(self.later(self._disown(served, engine)))
+                message = f"The engine of '{resolved.name}' did not take new weights. It is started again."
+                raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
 
     def _find(self, resolved: Resolved) -> Served:
         """What serves the base, or a start of it that has begun now."""
@@ -136,7 +150,7 @@ class Engines:
         self.failed = {key: entry for key, entry in self.failed.items() if time.monotonic() < entry[0]}
         if key in self.failed:
             raise self._refusal(key, self.failed[key][1])
-        served = Served(key, asyncio.create_task(self._start(key)))
+        served = Served(key, asyncio.create_task(self._start(key)), full=resolved.full)
         served.start.add_done_callback(heard)
         self.served[key] = served
         return served
@@ -144,19 +158,21 @@ class Engines:
     async def _start(self, key: Key) -> Engine:
         """Lease a device and start an engine on it; whoever waits for it hears why it failed."""
         served = self.served[key]
+        path = served.full.path if served.full else key[1]
         try:
-            await self.backend.find(key[1])
+            await self.backend.find(path)
             served.lease = await self._lease(key)
             self.started += 1
             served.dir = self.root / str(self.started)
             spec = EngineSpec(
                 model=key[0],
-                path=key[1],
+                path=path,
                 dir=served.dir,
                 devices=served.lease.of("engine"),
                 threads=self.threads,
                 token=secrets.token_urlsafe(24),
                 options=self.options,
+                version=served.full.version if served.full else None,
             )
             engine = await self.backend.start(spec)
         except BaseException as error:
@@ -189,7 +205,7 @@ class Engines:
                 self.freed.clear()
                 idle = min((s for s in self.served.values() if s.idle), key=lambda s: s.used_at, default=None)
                 if idle and not self.allocator.free().get("engine"):
-                    await self._stop(idle)
+                    await self.stop(idle)
                 freed = asyncio.ensure_future(self.freed.wait())
                 await asyncio.wait({waiting, freed}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 freed.cancel()
@@ -201,25 +217,19 @@ class Engines:
 
     def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something to its end, whoever stops waiting for it."""
-        task = asyncio.create_task(work)
-        self.background.add(task)
+        self.background.add(task := asyncio.create_task(work))
         task.add_done_callback(self.background.discard)
         return task
 
     async def _watch(self, served: Served, engine: Engine) -> None:
         """Notice that the process has ended, and end it when it hangs: the next request starts another."""
-        pulse = asyncio.create_task(self._kill_when_it_hangs(served.key[0], engine))
+        pulse = asyncio.create_task(kill_when_it_hangs(served.key[0], engine, self.hang_seconds))
         try:
             how = await engine.wait()
         finally:
             pulse.cancel()
         log.warning("engine of %s ended: %s", served.key[0], how)
         self._drop(served)
-
-    async def _kill_when_it_hangs(self, model: str, engine: Engine) -> None:
-        how = await hanging(engine, self.hang_seconds)
-        log.warning("engine of %s %s for %g s and is killed", model, how, self.hang_seconds)
-        await engine.kill()
 
     def _drop(self, served: Served) -> None:
         """Forget what served, and give its devices back."""
@@ -230,7 +240,12 @@ class Engines:
             served.lease = None
         self.freed.set()
 
-    async def _stop(self, served: Served) -> None:
+    async def _disown(self, served: Served, engine: Engine) -> None:
+        """End an engine that must not answer again."""
+        await engine.kill()
+        await self.stop(served)
+
+    async def stop(self, served: Served) -> None:
         """End an engine. New requests start another, which waits for the device."""
         if self.served.get(served.key) is served:
             del self.served[served.key]
@@ -257,8 +272,7 @@ class Engines:
         if await engine.health():
             return False
         log.warning("engine of %s does not answer and is killed", served.key[0])
-        await engine.kill()
-        await self._stop(served)
+        await self._disown(served, engine)
         return True
 
     async def forget(self, name: str) -> None:
@@ -267,20 +281,19 @@ class Engines:
             if name in served.adapters:
                 served.forget(name)
             elif served.key[0] == name and served.idle:
-                await self._stop(served)
+                await self.stop(served)
 
     async def tick(self) -> None:
         """Stop engines that nobody has used for `idle_seconds`. To be called every few seconds."""
         before = time.monotonic() - self.idle_seconds
-        for served in list(self.served.values()):
-            if served.idle and served.used_at < before:
-                log.info("engine of %s is idle and stops", served.key[0])
-                await self._stop(served)
+        for served in [one for one in self.served.values() if one.idle and one.used_at < before]:
+            log.info("engine of %s is idle and stops", served.key[0])
+            await self.stop(served)
 
     async def close(self) -> None:
         """Stop every engine."""
         for task in list(self.background):
             task.cancel()
-        await asyncio.gather(*(self._stop(served) for served in list(self.served.values())), return_exceptions=True)
+        await asyncio.gather(*(self.stop(served) for served in list(self.served.values())), return_exceptions=True)
         if self._session is not None:
             await self._session.close()

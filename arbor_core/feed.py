@@ -20,7 +20,7 @@ from . import inbox
 from .bell import short
 from .faults import crash_point
 from .logs import replace
-from .types import CheckpointRequest
+from .types import CheckpointRequest, ConfigError
 
 KEPT = 4
 """Published versions that stay on the disk: engines load a version soon after it was published, or never."""
@@ -89,14 +89,26 @@ def ask(job_dir: Path, request: CheckpointRequest) -> Path:
         A file that is there until the checkpoint is.
 
     Raises:
-        ValueError: the name cannot be one.
+        ConfigError: the name cannot be one.
     """
-    if not NAME.fullmatch(request.name) or request.name.startswith("."):
-        raise ValueError("expected 1 to 64 letters, digits, '_', '.' or '-', not beginning with '.'")
+    check_name(request.name)
     path = job_dir / "asked" / f"{request.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, msgspec.json.encode(request))
     return path
+
+
+def check_name(name: str) -> None:
+    """Whether a checkpoint may be called so.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if not NAME.fullmatch(name) or name.startswith("."):
+        message = (
+            "Invalid 'checkpoint_name': expected 1 to 64 letters, digits, '_', '.' or '-', not beginning with '.'."
+        )
+        raise ConfigError(message, path="checkpoint_name")
 
 
 def asked(job_dir: Path) -> list[CheckpointRequest]:

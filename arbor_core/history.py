@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from . import ids
-from .policies import note_policy
+from .policies import name_checkpoint, note_policy
 from .records import Job, encoded
 from .types import Event
 
@@ -63,10 +63,7 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
         ),
     )
     if name := event.data.get("name"):
-        db.execute(
-            "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
-            (job_id, name, event.step, event.data["dir"], encoded(event.data["metadata"]), int(event.at)),
-        )
+        name_checkpoint(db, job_id, name, event.step, event.data["dir"], event.data["metadata"])
     db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
 
 

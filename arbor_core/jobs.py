@@ -113,6 +113,15 @@ class Jobs:
         sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"  # noqa: S608
         return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
 
+    def newest_learner(self, owner: str) -> str | None:
+        """The newest job that learns from rollouts, of those that have not ended if there are any."""
+        sql = (
+            "SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts')"
+            " ORDER BY status IN ('succeeded','failed','cancelled'), seq DESC LIMIT 1"
+        )
+        row = self.store.one(sql, owner)
+        return str(row[0]) if row else None
+
     def waiting(self) -> int:
         """How many jobs have not begun."""
         row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")

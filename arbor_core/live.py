@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from . import inbox
+from .errors import ApiError
 from .inbox import Group
 from .ledger import Completion, Ledger
 from .policies import policy_of
@@ -20,10 +23,12 @@ class _Named(msgspec.Struct):
     completions: tuple[str, ...] = ()
 
 
-class _Spent(msgspec.Struct):
-    """A group, as far as it says which completions it was made of."""
+class Summary(msgspec.Struct):
+    """A group, as far as it says which completions it was made of, and what it is called."""
 
     rollouts: tuple[_Named, ...]
+    id: int = inbox.UNNUMBERED
+    label: str | None = None
 
 
 class Live:
@@ -35,8 +40,12 @@ class Live:
         self.config = msgspec.convert(job.spec.config, RolloutConfig)
         self.session = Session(folder / "inbox", self.config)
         self.ledger = Ledger(folder / "ledger")
-        for completion in spent(folder / "inbox"):
-            self.ledger.spend(reference(completion))
+        self.labels: dict[str, tuple[int, Accepted | asyncio.Future[Accepted]]] = {}
+        """Digests of the groups that clients gave names, and what became of them or will."""
+        for start, digest, group in summaries(folder / "inbox"):
+            self.ledger.spend(*(reference(name) for rollout in group.rollouts for name in rollout.completions))
+            if group.label is not None:
+                self.labels[group.label] = (digest, Accepted(group.id, start))
 
     @property
     def policy(self) -> Policy:
@@ -51,16 +60,49 @@ class Live:
         """The policy version of a group that does not say: that of its credit."""
         return self.session.sampled_at(batch_id, self.policy)
 
+    async def known(self, batch_id: int, digest: int) -> Accepted | None:
+        """What became of a group that was sent before under a batch id; see `Session.known`."""
+        return await self.session.known(batch_id, digest)
+
+    async def labelled(self, label: str, digest: int) -> Accepted | None:
+        """What became of a group that was sent before under a name. None: it was not; a `send` that follows at once
+        puts it in.
+
+        Raises:
+            ApiError: it was another one.
+        """
+        if label not in self.labels:
+            return None
+        before, accepted = self.labels[label]
+        if before != digest:
+            message = f"The name '{label[:80]}' was used for another group: give each group a name of its own."
+            raise ApiError(400, message, "group_reuse", "group")
+        if isinstance(accepted, asyncio.Future):
+            accepted = await asyncio.shield(accepted)
+        return msgspec.structs.replace(accepted, repeated=True)
+
     async def send(self, group: Group, digest: int) -> Accepted:
         """Put a group into the inbox; see `Session.send`. The completions in it are spent from now on."""
         names = [reference(name) for rollout in group.rollouts for name in rollout.completions]
         self.ledger.spend(*names)  # before the first wait: a second group with one of them is refused meanwhile
+        coming: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        if group.label is not None:
+            self.labels[group.label] = (digest, coming)
         try:
             accepted = await self.session.send(group, digest, self.policy)
-        except Exception:
+        except Exception as error:
             self.ledger.spent.difference_update(names)
+            if group.label is not None:
+                del self.labels[group.label]
+            coming.set_exception(error)
+            coming.exception()  # perhaps nobody waits for it
             raise
+        coming.set_result(accepted)
         return accepted
+
+    def group(self, accepted: Accepted) -> Group | None:
+        """A group that was accepted, if it is remembered where it stands."""
+        return None if accepted.position is None else self.session.group(accepted.position)
 
     def completion(self, id: str, index: int = 0) -> Completion | None:
         """What was sampled under an id, if it is still known."""
@@ -101,16 +143,13 @@ class LiveJobs:
             live.close()
 
 
-def spent(folder: Path) -> list[str]:
-    """The completions that the groups in an inbox were made of."""
-    found: list[str] = []
-    for _, path in inbox.segments(folder):
+def summaries(folder: Path) -> Iterator[tuple[int, int, Summary]]:
+    """Position, digest and summary of each group in an inbox."""
+    for first, path in inbox.segments(folder):
         content = path.read_bytes()
-        for offset, length, *_ in inbox.headers(path):
+        for offset, length, _, digest in inbox.headers(path):
             begin = offset + inbox.HEADER.size
-            group = msgspec.msgpack.decode(content[begin : begin + length], type=_Spent)
-            found += [name for rollout in group.rollouts for name in rollout.completions]
-    return found
+            yield first + offset, digest, msgspec.msgpack.decode(content[begin : begin + length], type=Summary)
 
 
 def name_of(id: str, index: int) -> str:

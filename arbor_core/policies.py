@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -29,6 +32,16 @@ def policy_of(store: Store, job_id: str) -> tuple[Policy, str]:
     """The newest policy of a job, and the name of its directory under `weights`; empty before the first."""
     row = store.one("SELECT version, handled, dir FROM policies WHERE job_id=?", job_id)
     return (Policy(row["version"], row["handled"]), row["dir"]) if row else (Policy(), "")
+
+
+def name_checkpoint(
+    db: sqlite3.Connection, job_id: str, name: str, step: int, folder: str, metadata: Mapping[str, Any]
+) -> None:
+    """Give a checkpoint a name; part of the caller's transaction."""
+    db.execute(
+        "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
+        (job_id, name, step, folder, msgspec.json.encode(metadata).decode(), int(time.time())),
+    )
 
 
 def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:

@@ -42,8 +42,8 @@ class Accepted(msgspec.Struct, frozen=True):
     """What became of a group that was sent."""
 
     id: int
-    position: int
-    """Where it ends in the inbox."""
+    position: int | None
+    """Where it begins in the inbox; None: it was so long ago that this is not remembered."""
     repeated: bool = False
     """It had come before."""
 
@@ -84,15 +84,15 @@ class Session:
         self.queue: list[Sending] = []
         self.writing: asyncio.Task[None] | None = None
         for start, path in inbox.segments(folder):
-            for offset, length, id, digest in inbox.headers(path):  # noqa: A001
-                self._filled(id, digest, start + offset + inbox.HEADER.size + length)
+            for offset, _, id, digest in inbox.headers(path):  # noqa: A001
+                self._filled(id, digest, start + offset)
 
-    def _filled(self, id: int, digest: int, end: int) -> None:
+    def _filled(self, id: int, digest: int, start: int) -> None:
         self.count += 1
         if id == UNNUMBERED:
             return
         self.offered.pop(id, None)
-        self.filled[id] = (digest, end)
+        self.filled[id] = (digest, start)
         self.next_id = max(self.next_id, id + 1)
         if len(self.filled) > REMEMBERED:
             oldest = next(iter(self.filled))
@@ -107,6 +107,8 @@ class Session:
         window = self.config.groups_per_step * (1 + self.config.max_staleness)
         free = policy.handled + window - self.count - len(self.queue) - len(self.offered)
         for _ in range(free):
+            while self.next_id in self.taking:  # it is one that an earlier server offered
+                self.next_id += 1
             self.offered[self.next_id] = Offer(now, policy.version)
             self.next_id += 1
         return sorted(self.offered)
@@ -130,7 +132,7 @@ class Session:
         pending = self.pending(policy)
         if group.id == UNNUMBERED and pending:
             group = msgspec.structs.replace(group, id=pending[0])
-        elif group.id != UNNUMBERED and (known := await self._known(group.id, digest)):
+        elif group.id != UNNUMBERED and (known := await self.known(group.id, digest)):
             return known
         window = self.config.groups_per_step * (1 + self.config.max_staleness)
         if self.count + len(self.queue) - policy.handled >= window + WAITING:
@@ -145,8 +147,8 @@ class Session:
             self.writing = asyncio.create_task(self._write())
         return Accepted(group.id, await asyncio.shield(sending.done))
 
-    async def _known(self, id: int, digest: int) -> Accepted | None:
-        """What became of a batch that was sent before.
+    async def known(self, id: int, digest: int) -> Accepted | None:
+        """What became of a batch that was sent before. None: it was not; a `send` that follows at once puts it in.
 
         Raises:
             ApiError: it was another one, or the id is none of ours.
@@ -163,30 +165,36 @@ class Session:
         if before and before[0] != digest:
             message = f"Batch id {id} was used for another group: take one of pending_batch_ids."
             raise ApiError(400, message, "batch_id_reuse", "batch_id")
-        return Accepted(id, before[1] if before else 0, repeated=True)
+        return Accepted(id, before[1] if before else None, repeated=True)
 
     async def _write(self) -> None:
         """Write what waits, several groups with one sync, until nothing waits."""
         while self.queue:
             batch = self.queue[:]
             try:
+                begin = self.inbox.end
                 ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
+                starts: Sequence[int | Exception] = [begin, *ends[:-1]]
             except Exception as error:  # each sender hears it
-                ends = [error] * len(batch)  # type: ignore[list-item]
+                starts = [error] * len(batch)
             del self.queue[: len(batch)]
-            self._settle(batch, ends)
+            self._settle(batch, starts)
             ring(self.folder / "bell", "")
         self.writing = None
 
-    def _settle(self, batch: Sequence[Sending], ends: Sequence[int | Exception]) -> None:
-        for one, end in zip(batch, ends, strict=True):
+    def _settle(self, batch: Sequence[Sending], starts: Sequence[int | Exception]) -> None:
+        for one, start in zip(batch, starts, strict=True):
             self.taking.pop(one.group.id, None)
-            if isinstance(end, Exception):
-                one.done.set_exception(end)
+            if isinstance(start, Exception):
+                one.done.set_exception(start)
                 one.done.exception()  # whoever waited may be gone
             else:
-                self._filled(one.group.id, one.digest, end)
-                one.done.set_result(end)
+                self._filled(one.group.id, one.digest, start)
+                one.done.set_result(start)
+
+    def group(self, position: int) -> Group:
+        """The group that begins there in the inbox."""
+        return next(inbox.read(self.folder, position)).group
 
     def close(self) -> None:
         self.inbox.close()

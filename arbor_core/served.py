@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
+from .made import FullPolicy, Resolved
 from .types import ArborError, Engine, Lease, Weights
 
 log = logging.getLogger(__name__)
@@ -41,12 +45,18 @@ class Served:
     dir: Path | None = None
     lease: Lease | None = None
     watch: asyncio.Task[None] | None = None
+    full: FullPolicy | None = None
+    """The weights that it has, or that it will have when `updating` ends; None: they never change."""
+    updating: asyncio.Task[None] | None = None
+    policies: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Of adapters that are a live job's policy: the job and the version."""
+    held: Counter[str] = field(default_factory=Counter)
+    """How many requests want each of those."""
 
     @property
     def engine(self) -> Engine | None:
         """The engine, if it has started."""
-        done = self.start.done() and not self.start.cancelled() and not self.start.exception()
-        return self.start.result() if done else None
+        return self.start.result() if succeeded(self.start) else None
 
     @property
     def idle(self) -> bool:
@@ -63,7 +73,7 @@ class Served:
             self.forget(weights.name)  # its step was trained again
         self.paths[weights.name] = weights.path
         loading = self.adapters.pop(weights.name, None)
-        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
+        if loading is None or (loading.done() and not succeeded(loading)):
             loading = asyncio.create_task(self._load(weights))
             loading.add_done_callback(heard)
         self.adapters[weights.name] = loading  # the last in use is the last in order
@@ -83,6 +93,51 @@ class Served:
             again = NO_RETRY if await engine.health() else RETRY_SOON  # the next request starts another engine
             raise ApiError(503, message, "engine_unavailable", "model", again) from None
 
+    @contextmanager
+    def holding(self, resolved: Resolved) -> Iterator[None]:
+        """Keep a policy loaded for a request that runs on it; older ones of its job go when nobody runs on them."""
+        if resolved.adapter is None or resolved.live is None:
+            yield
+            return
+        name = resolved.adapter.name
+        self.policies[name] = (resolved.live, resolved.version)
+        self.held[name] += 1
+        try:
+            yield
+        finally:
+            self.held[name] -= 1
+            self.retire()
+
+    def retire(self, ended: str | None = None) -> None:
+        """Unload the policies that nobody runs on and whose job has a newer one loaded, or is `ended`."""
+        newest: dict[str, int] = {}
+        for name, (job_id, version) in self.policies.items():
+            if name in self.adapters and succeeded(self.adapters[name]):
+                newest[job_id] = max(version, newest.get(job_id, 0))
+        for name, (job_id, version) in list(self.policies.items()):
+            if not self.held[name] and (job_id == ended or version < newest.get(job_id, 0)):
+                del self.policies[name], self.held[name]
+                if name in self.adapters:
+                    self.forget(name)
+
+    def update(self, full: FullPolicy) -> asyncio.Task[None] | None:
+        """The update to these weights or newer ones, begun by whoever wants it first; None: it has them.
+
+        Raises:
+            ArborError: (from the task) the engine did not take them.
+        """
+        if self.full is None or full.version > self.full.version:
+            self.updating = asyncio.create_task(self._update(full, self.updating))
+            self.updating.add_done_callback(heard)
+            self.full = full
+        return self.updating
+
+    async def _update(self, full: FullPolicy, before: asyncio.Task[None] | None) -> None:
+        engine = await self.start
+        if before:
+            await before
+        await engine.update(full.path, full.version)
+
     def forget(self, name: str) -> None:
         """Unload an adapter. Requests that run on it finish first; new ones load it again."""
         self.leaving[name] = asyncio.create_task(self._unload(name, self.adapters.pop(name)))
@@ -97,6 +152,13 @@ class Served:
             del self.leaving[name]
 
 
+async def kill_when_it_hangs(model: str, engine: Engine, seconds: float) -> None:
+    """End an engine as soon as it hangs."""
+    how = await hanging(engine, seconds)
+    log.warning("engine of %s %s for %g s and is killed", model, how, seconds)
+    await engine.kill()
+
+
 async def hanging(engine: Engine, seconds: float) -> str:
     """Return when an engine has shown no sign of life for so long; the text says which one was missed.
 
@@ -108,6 +170,10 @@ async def hanging(engine: Engine, seconds: float) -> str:
         missed = missed + 1 if quiet is None or quiet >= pause else 0
         if missed == LOOKS:
             return "does not answer" if quiet is None else "does not get on with its work"
+
+
+def succeeded(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and not task.exception()
 
 
 def heard(task: asyncio.Task[Any]) -> None:

@@ -20,6 +20,7 @@ from .engines import Engines
 from .files import Files
 from .jobs import Jobs
 from .live import LiveJobs
+from .live_weights import LiveWeights
 from .models import Models
 from .onlookers import Onlookers
 from .plugins import Plugins
@@ -56,6 +57,7 @@ class Arbor:
     onlookers: Onlookers
     dispatcher: Dispatcher
     live: LiveJobs
+    live_weights: LiveWeights
     lock: IO[str]
 
     @asynccontextmanager
@@ -82,6 +84,7 @@ class Arbor:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self.engines.tick()
+            await self.live_weights.tick()
 
 
 def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
@@ -108,9 +111,6 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     slots = max(1, len(allocator.inventory().get("train", ())))
     cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     onlookers = Onlookers(plugins)
-    attempts = Attempts(jobs, files, executor, onlookers, root, settings, cores)
-    by_name = {name: entry.trainer for name, entry in trainers.items()}
-    dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
     engines = Engines(
         backend,
         allocator,
@@ -120,6 +120,10 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         idle_seconds=settings.limits.engine_idle_seconds,
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
+    live_weights = LiveWeights(models.jobs, engines, jobs)
+    attempts = Attempts(jobs, files, executor, onlookers, root, settings, cores, live_weights.published)
+    by_name = {name: entry.trainer for name, entry in trainers.items()}
+    dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
     return Arbor(
         settings,
         plugins,
@@ -135,6 +139,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         onlookers,
         dispatcher,
         LiveJobs(store, root),
+        live_weights,
         lock,
     )
 

@@ -517,6 +517,9 @@ class EngineSpec(Struct, frozen=True):
     """Bearer token the engine demands on every route but /health."""
     options: dict[str, Any] = struct_field(default_factory=dict)
     """The backend's own options, from `conf/backend/<name>.yaml`."""
+    version: int | None = None
+    """Policy version of the weights, of an engine that is given newer ones while it runs. Where a request asks for
+    `return_token_ids`, each choice then says in `policy_version` which was the oldest that sampled any of it."""
 
 
 class Engine(Protocol):
@@ -531,6 +534,15 @@ class Engine(Protocol):
 
     async def load_weights(self, weights: Weights) -> None: ...
     async def unload(self, name: str) -> None: ...
+    async def update(self, path: str, version: int) -> None:
+        """Replace all weights by those of a directory, between two iterations: requests that run go on with them.
+
+        Raises:
+            ArborError: it cannot. Its weights may be mixed now, so that it is killed and started anew from the
+                directory; the same is done where a backend knows no such update.
+        """
+        ...
+
     async def health(self) -> bool:
         """Whether it lives and answers."""
         ...
@@ -632,8 +644,20 @@ class Services(Protocol):
     Wherever there is no such job, or it is another owner's, an ArborError is raised that the client gets as 404.
     """
 
-    async def create_job(self, request: Mapping[str, Any], owner: str) -> dict[str, Any]:
-        """Create a fine-tuning job from the body of `POST /v1/fine_tuning/jobs`; returns the job object."""
+    async def create_job(self, request: Mapping[str, Any], owner: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
+        """Create a fine-tuning job from the body of `POST /v1/fine_tuning/jobs`; returns the job object.
+
+        Args:
+            warnings: More events to begin the job with.
+        """
+        ...
+
+    def defaults(self, method: str) -> Mapping[str, Any]:
+        """The hyperparameters of a new job of this method that says nothing of them."""
+        ...
+
+    def newest(self, owner: str) -> str:
+        """The id of the newest job that learns from rollouts, of those that have not ended if there are any."""
         ...
 
     async def job(self, job_id: str, owner: str) -> dict[str, Any]:
@@ -671,11 +695,12 @@ class Services(Protocol):
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
     ) -> NamedCheckpoint:
-        """Have a running job write a checkpoint and give it a name; waits until it is there.
+        """Have a job write a checkpoint and give it a name; waits until it is there. One that has succeeded has its
+        last checkpoint named.
 
         Raises:
-            ArborError: 400: the name cannot be one, or the job has ended; 504: it took longer than `seconds`, and the
-                checkpoint comes later.
+            ArborError: 400: the name cannot be one, or the job has ended otherwise; 504: it took longer than `seconds`,
+                and the checkpoint comes later.
         """
         ...
 

@@ -24,6 +24,11 @@ RESULTS = HERE / "results.json"
 AIMS: dict[str, list[tuple[str, str, float]]] = {
     "first_step": [("warm_ratio", "at most", 0.2), ("cold_ratio", "at most", 1.1)],
     "sft_throughput": [("sft_equal.ratio", "at least", 0.97), ("sft_lognormal.ratio", "at least", 1.5)],
+    "grpo_step": [
+        ("grpo_step.ratio", "at most", 0.7),
+        ("grpo_step.apart", "at most", 1e-4),
+        ("grpo_step.publish_share", "at most", 0.05),
+    ],
     "serving": [("plain_32.ratio", "at least", 0.9), ("plain_64.ratio", "at least", 0.9)],
     "proxy": [("proxy.plain.added_ms", "at most", 3.0)],
     "server": [

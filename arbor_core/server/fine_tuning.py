@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 import msgspec
 from litestar import get, post
@@ -43,12 +44,17 @@ def shown(arbor: Arbor, job: Job) -> wire.FineTuningJob:
 
 
 async def submit(
-    arbor: Arbor, request: CreateFineTuningJobRequest, owner: str, sent: Repeatable | None = None
+    arbor: Arbor,
+    request: CreateFineTuningJobRequest,
+    owner: str,
+    sent: Repeatable | None = None,
+    remarks: Sequence[str] = (),
 ) -> wire.FineTuningJob:
     """Create a job; it is in the database when this returns.
 
     Args:
         sent: How the request was sent, to answer one that came before as it was answered then.
+        remarks: What its author should be warned of besides.
     """
     if sent and (before := sent.answered(arbor.store.one)):
         return as_answered(before)
@@ -59,7 +65,7 @@ async def submit(
             sent.remember(db, msgspec.json.encode(shown(arbor, job)))
 
     try:
-        job = await arbor.jobs.create(new, warnings, note)
+        job = await arbor.jobs.create(new, [*warnings, *remarks], note)
     except RepeatedError as error:
         return as_answered(error.response)
     arbor.dispatcher.wake()

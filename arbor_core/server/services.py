@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from arbor_core.bell import ring
 from arbor_core.config import typed
 from arbor_core.errors import NO_RETRY, ApiError
 from arbor_core.live import Live
-from arbor_core.policies import named_checkpoints, policy_of
+from arbor_core.policies import name_checkpoint, named_checkpoints, policy_of
 from arbor_core.records import Job
 from arbor_core.rollouts import Policy
 from arbor_core.submission import CreateFineTuningJobRequest
@@ -34,9 +34,17 @@ class ServerServices:
     def __init__(self, arbor: Arbor) -> None:
         self.arbor = arbor
 
-    async def create_job(self, request: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    async def create_job(self, request: Mapping[str, Any], owner: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
         body = typed(dict(request), CreateFineTuningJobRequest, "")
-        return plain(await submit(self.arbor, body, owner))
+        return plain(await submit(self.arbor, body, owner, remarks=warnings))
+
+    def defaults(self, method: str) -> Mapping[str, Any]:
+        return self.arbor.trainers[self.arbor.plugins.trainer_for(method, self.arbor.default_trainer)].values
+
+    def newest(self, owner: str) -> str:
+        if job_id := self.arbor.jobs.newest_learner(owner):
+            return job_id
+        raise ApiError(400, "There is no job that learns from rollouts: initialize one.", "invalid_job_state", "job_id")
 
     async def job(self, job_id: str, owner: str) -> dict[str, Any]:
         return plain(shown(self.arbor, found(self.arbor, job_id, owner)))
@@ -73,6 +81,9 @@ class ServerServices:
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
     ) -> NamedCheckpoint:
         job = found(self.arbor, job_id, owner)
+        if job.status == "succeeded":
+            await self._name_last(job, name, metadata)
+            return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
         since = self._asked_for(job, name, metadata)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -88,16 +99,19 @@ class ServerServices:
         message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
         raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
 
+    async def _name_last(self, job: Job, name: str, metadata: Mapping[str, Any]) -> None:
+        """Give a name to the last checkpoint of a job that has succeeded."""
+        feed.check_name(name)
+        last = self.arbor.jobs.checkpoints(job.id, 1)[0]
+        await self.arbor.store.write(lambda db: name_checkpoint(db, job.id, name, last.step, last.dir, metadata))
+
     def _asked_for(self, job: Job, name: str, metadata: Mapping[str, Any]) -> Path:
         """Write a request down; returns the file that is there until it is answered."""
         if job.status in TERMINAL:
             message = f"Job {job.id} has {job.status}: it writes no more checkpoints."
             raise ApiError(400, message, "invalid_job_state", "job_id")
         folder = self.arbor.dispatcher.attempts.dir(job)
-        try:
-            path = feed.ask(folder, CheckpointRequest(name, dict(metadata)))
-        except ValueError as error:
-            raise ApiError(400, f"Invalid 'checkpoint_name': {error}.", "invalid_value", "checkpoint_name") from None
+        path = feed.ask(folder, CheckpointRequest(name, dict(metadata)))
         ring(folder / "inbox" / "bell", "")
         return path
 

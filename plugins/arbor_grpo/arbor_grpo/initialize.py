@@ -31,11 +31,18 @@ RENAMED = {
 }
 LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
 MEANINGLESS = frozenset(
-    (
-        "per_device_train_batch_size gradient_checkpointing_kwargs max_prompt_length bf16 fp16 report_to log_completions"
-        " logging_steps generation_batch_size async_generation_timeout num_batches_ahead wandb_kwargs update_interval"
-        " grpo_flavor top_p top_k repetition_penalty vllm_server_timeout optim"
-    ).split()  # noqa: SIM905 - twenty words
+    {
+        *(
+            "per_device_train_batch_size",
+            "generation_batch_size",
+            "num_batches_ahead",
+            "update_interval",
+            "grpo_flavor",
+        ),
+        *("max_prompt_length", "gradient_checkpointing_kwargs", "bf16", "fp16", "optim", "top_p", "top_k"),
+        *("repetition_penalty", "report_to", "wandb_kwargs", "log_completions", "logging_steps"),
+        *("async_generation_timeout", "vllm_server_timeout"),
+    }
 )
 """Keys of the original that nothing corresponds to."""
 OUTER = {*InitializeRequest.__struct_fields__, "job_id"}

@@ -54,6 +54,14 @@ class JobRequest(Struct, kw_only=True):
     job_id: str | None = None
 
 
+class StatusRequest(JobRequest, kw_only=True):
+    """`wait`: do not answer before a batch id is offered that is not among `known`, or the job's state changes, for so
+    many seconds. Saves asking again and again."""
+
+    wait: Annotated[float, Meta(ge=0, le=60)] = 0.0
+    known: Annotated[list[int], Meta(max_length=65_536)] = []
+
+
 class CheckpointRequest(JobRequest, kw_only=True):
     checkpoint_name: str
     metadata: dict[str, Any] | None = None

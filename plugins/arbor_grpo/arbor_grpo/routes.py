@@ -31,6 +31,8 @@ CHECKPOINT_SECONDS = 300.0
 END_SECONDS = 60.0
 """How long `terminate` and `cancel` wait for the job to end before they answer all the same."""
 LOOK_SECONDS = 0.1
+NEWS_SECONDS = 0.01
+"""How often a client that waits for news is looked after."""
 TRAIN, INFER = ("train",), ("infer",)
 
 
@@ -51,6 +53,21 @@ class Calls:
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
+
+    async def news(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
+        known, until = set(asked.known), time.monotonic() + asked.wait
+        job = await self.services.job(job_id, owner)
+        before = self.status(job, owner, style)
+        while before.status in ("created", "running", "paused") and known.issuperset(before.pending_batch_ids):
+            if (left := until - time.monotonic()) <= 0:
+                break
+            await asyncio.sleep(min(left, NEWS_SECONDS))
+            now = self.status(await self.services.job(job_id, owner), owner, style)
+            if (now.status, now.policy_version) != (before.status, before.policy_version):
+                return now
+            before = now
+        return before
 
     async def initialize(self, raw: dict[str, Any], owner: str) -> GRPOStatus:
         """Create a job; nothing waits for its worker or for an engine."""
@@ -170,11 +187,12 @@ def creating(calls: Calls) -> list[Any]:
         """Begin to learn from rollouts."""
         return await calls.initialize(requests.decoded(await requests.raw_body(request)), owner)
 
-    @post(f"{GRPO}/status", operation_id="getGRPOStatus", status_code=200, opt=described(JobRequest))
+    @post(f"{GRPO}/status", operation_id="getGRPOStatus", status_code=200, opt=described(requests.StatusRequest))
     async def status(request: AnyRequest, owner: str) -> GRPOStatus:
         """How a job stands, and which batch ids are offered."""
-        job_id, style = calls.chosen(await read(request, JobRequest), owner)
-        return calls.status(await calls.services.job(job_id, owner), owner, style)
+        asked = await read(request, requests.StatusRequest)
+        job_id, style = calls.chosen(asked, owner)
+        return await calls.news(asked, job_id, owner, style)
 
     return [initialize, status]
 

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from arbor_grpo.trainer import GroupTrainer
-from grpo_jobs import FULL, group, ids, rollout
+from grpo_jobs import FULL, floats, group, rollout
 from transformers import AutoModelForCausalLM
 
-from arbor_core.inbox import Group
+from arbor_core.inbox import Group, Rollout
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 GROUPS = (group(1), group(2, size=3), group(3, size=2), group(4, size=5))
 LENGTH = 16
+TEMPERATURE = 0.8
 TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny: Path) -> tuple[Group, ...]:
+    """The groups as if the base model, or one near it, had sampled them."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    torch.manual_seed(2)
+
+    def near(said: Rollout) -> Rollout:
+        if not said.completion:
+            return said
+        with torch.no_grad():
+            logps = token_logps(base, tokens(said.prompt), tokens(said.completion), TEMPERATURE)
+        noise = 0.2 * torch.randn_like(logps)
+        return msgspec.structs.replace(said, logprobs=floats((logps + noise).clamp(max=0).tolist()))
+
+    return tuple(msgspec.structs.replace(g, rollouts=tuple(map(near, g.rollouts))) for g in GROUPS)
+
+
+def tokens(raw: bytes) -> torch.Tensor:
+    return torch.tensor(np.frombuffer(raw, dtype="<i4").tolist(), dtype=torch.long)
 
 
 def perturbed(trainer: GroupTrainer) -> None:
@@ -49,10 +74,7 @@ def reference(model: Any, base: Any, groups: tuple[Group, ...], config: Any) -> 
         rewards = torch.tensor([r.reward for r in each.rollouts], dtype=torch.float64)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         for said, advantage in zip(each.rollouts, advantages.float(), strict=True):
-            prompt, completion = (
-                torch.frombuffer(bytearray(x), dtype=torch.int32).long() if x else torch.zeros(0).long()
-                for x in (said.prompt, said.completion)
-            )
+            prompt, completion = tokens(said.prompt), tokens(said.completion)
             old = torch.frombuffer(bytearray(said.logprobs), dtype=torch.float32) if said.logprobs else torch.zeros(0)
             mask = torch.tensor(list(said.mask) or [1.0] * len(completion))
             if not len(completion):
@@ -66,12 +88,12 @@ def reference(model: Any, base: Any, groups: tuple[Group, ...], config: Any) -> 
                 loss = loss + config.beta * (torch.exp(apart - logps) - (apart - logps) - 1)
             rows.append((loss, mask))
     sums = torch.stack([(loss * mask).sum() for loss, mask in rows])
-    tokens = torch.stack([mask.sum() for _, mask in rows])
+    counts = torch.stack([mask.sum() for _, mask in rows])
     if config.loss_type in ("grpo", "sapo"):
-        return (sums / tokens.clamp(min=1)).mean()
+        return (sums / counts.clamp(min=1)).mean()
     if config.loss_type == "luspo":
         return sums.mean()
-    return sums.sum() / (len(rows) * LENGTH if config.loss_type == "dr_grpo" else tokens.sum())
+    return sums.sum() / (len(rows) * LENGTH if config.loss_type == "dr_grpo" else counts.sum())
 
 
 def token_losses(logps: Any, old: Any, mask: Any, advantage: Any, config: Any) -> torch.Tensor:
@@ -94,7 +116,7 @@ def token_losses(logps: Any, old: Any, mask: Any, advantage: Any, config: Any) -
 @pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, ("token", "sequence"))))
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("weights", ["lora", "full"])
-def test_the_loss_of_ragged_micro_batches_is_the_references(job, tiny, loss_type, level, beta, weights):
+def test_the_loss_of_ragged_micro_batches_is_the_references(job, tiny, sampled, loss_type, level, beta, weights):
     made = job(
         loss_type=loss_type,
         importance_sampling_level=level,
@@ -102,17 +124,17 @@ def test_the_loss_of_ragged_micro_batches_is_the_references(job, tiny, loss_type
         groups_per_step=len(GROUPS),
         micro_batch_size=3,
         max_completion_length=LENGTH,
-        temperature=0.8,
+        temperature=TEMPERATURE,
         **(FULL if weights == "full" else {}),
     )
-    made.send(*GROUPS)
+    made.send(*sampled)
     trainer = made.composed()
     perturbed(trainer)
     loss, gradients = step(trainer)
     assert len(trainer.parts) > 3
     assert trainer.shares
     trainer.policy.zero_grad()
-    expected = reference(trainer.policy, AutoModelForCausalLM.from_pretrained(tiny), GROUPS, trainer.run.config)
+    expected = reference(trainer.policy, AutoModelForCausalLM.from_pretrained(tiny), sampled, trainer.run.config)
     expected.backward()
     assert loss == pytest.approx(float(expected), abs=TOLERANCE, rel=TOLERANCE)
     largest = max(float(p.grad.abs().max()) for p in trainer.policy.parameters() if p.grad is not None)
@@ -158,8 +180,6 @@ def two(**more: Any) -> Group:
 
 
 def test_the_samplers_log_probabilities_are_in_the_ratio(job):
-    from grpo_jobs import floats
-
     unclipped = {"epsilon": 100.0, "loss_type": "dapo"}
     before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])), **unclipped)
     after = gradient(job, "after", two(logprobs=floats([-3.5, 0.0, -3.5])), **unclipped)
@@ -167,8 +187,6 @@ def test_the_samplers_log_probabilities_are_in_the_ratio(job):
 
 
 def test_recomputed_ratios_do_without_the_samplers(job):
-    from grpo_jobs import floats
-
     before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])), ratio="recomputed")
     after = gradient(job, "after", two(logprobs=floats([-3.5, 0.0, -3.5])), ratio="recomputed")
     assert torch.equal(before, after)
@@ -176,8 +194,6 @@ def test_recomputed_ratios_do_without_the_samplers(job):
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_importance_sampling_corrects_recomputed_ratios(job, mode):
-    from grpo_jobs import floats
-
     base = {"ratio": "recomputed", "importance_sampling_clip_max": 1e6}
     plain = gradient(job, "plain", two(), **base)
     corrected = gradient(job, "corrected", two(), importance_sampling_mode=mode, **base)
@@ -187,8 +203,6 @@ def test_importance_sampling_corrects_recomputed_ratios(job, mode):
 
 
 def test_tokens_of_the_environment_are_not_in_the_loss(job):
-    from grpo_jobs import floats
-
     before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])))
     after = gradient(job, "after", two(logprobs=floats([-3.0, -5.0, -3.0])))
     assert torch.equal(before, after)
@@ -239,8 +253,6 @@ def test_a_step_without_anything_to_learn_is_a_step(job):
 
 def test_text_is_tokenised_as_an_engine_would(job):
     said = [{"role": "user", "content": "hi"}]
-    from arbor_core.inbox import Rollout
-
     made = job()
     made.send(
         Group(
@@ -270,4 +282,3 @@ def test_only_the_tokens_with_the_highest_entropies_of_the_whole_step_are_learne
     step(trainer)
     learned = int(trainer.batch["entropy_mask"].sum())
     assert learned == pytest.approx(0.3 * trainer.tokens, abs=2)
-    assert ids([1]) == b"\1\0\0\0"

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import os
 import sys
 import time
@@ -18,7 +17,17 @@ from arbor_core import EngineSpec
 
 from . import EngineOptions
 from .text import Answer, BadFaultError, answer, asked_faults
-from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, RefusedError, Writer
+from .weights import check_adapter, check_tensors
+from .wire import (
+    Body,
+    ChatBody,
+    ChatWriter,
+    CompletionBody,
+    CompletionWriter,
+    RefusedError,
+    UpdateBody,
+    Writer,
+)
 
 TOLD_TO_DIE = 70
 STOP_SECONDS = 2.0
@@ -42,6 +51,7 @@ class MockEngine:
         self.running = self.waiting = 0
         self.hanging: list[float] = []
         """Since when each request hangs."""
+        self.version = spec.version
         self.stopping = False
 
     def app(self) -> web.Application:
@@ -50,6 +60,7 @@ class MockEngine:
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/load_lora_adapter", self.load)
         app.router.add_post("/v1/unload_lora_adapter", self.unload)
+        app.router.add_post("/v1/update_weights", self.update)
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.complete)
         return app
@@ -82,20 +93,18 @@ class MockEngine:
 
     async def models(self, _: web.Request) -> web.Response:
         shared = {"object": "model", "created": 0, "owned_by": "arbor-mock"}
-        return answered(
-            {"object": "list", "data": [{"id": name, **shared} for name in (self.spec.model, *self.adapters)]}
-        )
+        data = [{"id": name, **shared} for name in (self.spec.model, *self.adapters)]
+        return answered({"object": "list", "data": data})
 
     async def load(self, request: web.Request) -> web.Response:
         """Load an adapter under a name; one of the same name is replaced."""
         asked = msgspec.json.decode(await request.read(), type=dict[str, str])
-        folder = Path(asked["lora_path"])
+        path = asked["lora_path"]
         try:
-            json.loads((folder / "adapter_config.json").read_bytes())
-            check_tensors(folder / "adapter_model.safetensors")
+            check_adapter(Path(path))
         except (OSError, ValueError) as error:
-            raise RefusedError(400, "invalid_adapter", f"{folder} is no PEFT adapter: {error}", "lora_path") from None
-        self.adapters[asked["lora_name"]] = str(folder)
+            raise RefusedError(400, "invalid_adapter", f"{path} is no PEFT adapter: {error}", "lora_path") from None
+        self.adapters[asked["lora_name"]] = path
         return answered({"status": "ok"})
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -105,6 +114,16 @@ class MockEngine:
             raise RefusedError(404, "model_not_found", f"No adapter '{name}' is loaded.", "lora_name")
         async with self.drained:
             await self.drained.wait_for(lambda: not self.users.get(name))
+        return answered({"status": "ok"})
+
+    async def update(self, request: web.Request) -> web.Response:
+        """Take new weights; requests that run go on, and say which version they began with."""
+        asked = msgspec.json.decode(await request.read(), type=UpdateBody)
+        try:
+            check_tensors(Path(asked.path) / "model.safetensors")
+        except (OSError, ValueError) as error:
+            raise RefusedError(400, "invalid_weights", f"{asked.path} holds no weights: {error}", "path") from None
+        self.version = asked.version
         return answered({"status": "ok"})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -133,6 +152,7 @@ class MockEngine:
             page = "<html><body><h1>Bad Gateway</h1></body></html>"
             return web.Response(status=int(status), text=page, content_type="text/html")
         async with self.place(body.model):
+            writer.version = self.version
             if faults.get("hang"):
                 with self.hang():
                     await asyncio.Event().wait()
@@ -278,16 +298,3 @@ def answered(body: Any, status: int = 200, headers: dict[str, str] | None = None
 def in_band(error: RefusedError) -> bytes:
     """An error in a stream that has begun."""
     return b"data: " + msgspec.json.encode(error.envelope()) + b"\n\ndata: [DONE]\n\n"
-
-
-def check_tensors(path: Path) -> None:
-    """Whether a file can be one of safetensors.
-
-    Raises:
-        ValueError: its header is cut off or is not JSON.
-    """
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or len(raw) < 8 + length:
-        raise ValueError(f"{path.name} is cut off at {len(raw)} bytes")
-    json.loads(raw[8 : 8 + length])

@@ -120,6 +120,13 @@ def _tokens(prompt: Any) -> bytes:
     return bytes(prompt)
 
 
+class UpdateBody(Struct):
+    """Of the route that replaces the weights."""
+
+    path: str
+    version: int
+
+
 class Writer:
     """Builds one request's answer, whole or in chunks. Subclasses know the shapes of one route."""
 
@@ -127,17 +134,20 @@ class Writer:
 
     def __init__(self, body: Body, answers: Sequence[Answer], prompts: Sequence[bytes], per_prompt: int) -> None:
         self.body, self.answers, self.prompts, self.per_prompt = body, answers, prompts, per_prompt
+        self.version: int | None = None
+        """Policy version that answers."""
+        self.announced = False
+        """Whether the ids of the prompts were sent."""
         self.shared = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def response(self) -> bytes:
         said: dict[str, Any] = {**self.shared, "object": self.whole, "choices": [], "usage": self.usage()}
         for index, answer in enumerate(self.answers):
             choice = self.choice(index, answer)
-            if self.body.return_token_ids:
-                choice["token_ids"] = [token.id for token in answer.tokens]
+            self.with_ids(choice, answer.tokens)
             said["choices"].append(choice)
         if self.body.return_token_ids:
-            said["prompt_token_ids"] = list(self.prompts[0])
+            said["prompt_token_ids"] = self.prompt_ids()
         return msgspec.json.encode(said)
 
     def frame(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -156,9 +166,22 @@ class Writer:
 
     def piece(self, index: int, token: Token, text: str) -> bytes:
         choice = self.part(index, text, [token])
+        self.with_ids(choice, [token])
+        more = {"prompt_token_ids": self.prompt_ids()} if self.body.return_token_ids and not self.announced else {}
+        self.announced = True
+        return self.frame([choice], **more)
+
+    def with_ids(self, choice: dict[str, Any], tokens: Sequence[Token]) -> None:
+        """Add the tokens' ids, and which weights said them, where they are asked for."""
         if self.body.return_token_ids:
-            choice["token_ids"] = [token.id]
-        return self.frame([choice])
+            choice["token_ids"] = [token.id for token in tokens]
+            if self.version is not None:
+                choice["policy_version"] = self.version
+
+    def prompt_ids(self) -> list[Any]:
+        """Of one prompt its ids, of several a list each."""
+        ids = [list(prompt) for prompt in self.prompts]
+        return ids[0] if len(ids) == 1 else ids
 
     def usage(self) -> dict[str, int]:
         read, said = sum(map(len, self.prompts)), sum(len(answer.tokens) for answer in self.answers)
@@ -175,7 +198,8 @@ class ChatWriter(Writer):
     whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def first(self) -> bytes:
-        more = {"prompt_token_ids": list(self.prompts[0])} if self.body.return_token_ids else {}
+        more = {"prompt_token_ids": self.prompt_ids()} if self.body.return_token_ids else {}
+        self.announced = True
         role = {"role": "assistant", "content": "", "refusal": None}
         choices = [
             {"index": index, "delta": role, "finish_reason": None, "logprobs": None}

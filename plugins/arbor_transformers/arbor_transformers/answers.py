@@ -92,6 +92,8 @@ class Answer:
         body: Json = {"index": delta.choice, "finish_reason": delta.finish}
         if self.token_ids:
             body["token_ids"] = [token.id for token in delta.tokens]
+            if delta.version is not None:
+                body["policy_version"] = delta.version
         return body
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from .batch import Batch, Prefill
-from .errors import ApiError, queue_full, stopping
+from .errors import ApiError, failure, queue_full, stopping
 from .generation import Delta, Generation, Sink
 from .lora import Adapter
 from .pulse import Pulse
@@ -44,6 +44,7 @@ class Engine:
         prefill_tokens: Prompt tokens that enter together.
         deliver: Called from the engine's thread with each turn's deltas.
         broken: Called when the device is lost and the process must end.
+        version: Policy version of the weights, if they are a policy.
     """
 
     def __init__(
@@ -54,14 +55,11 @@ class Engine:
         prefill_tokens: int,
         deliver: Callable[[list[tuple[Sink, Delta]]], None],
         broken: Callable[[], None],
+        version: int | None = None,
     ) -> None:
-        self.batch, self.max_batch, self.max_waiting, self.prefill_tokens = (
-            batch,
-            max_batch,
-            max_waiting,
-            prefill_tokens,
-        )
-        self.deliver, self.broken = deliver, broken
+        self.batch, self.max_batch = batch, max_batch
+        self.max_waiting, self.prefill_tokens = max_waiting, prefill_tokens
+        self.deliver, self.broken, self.version = deliver, broken, version
         self.pulse = Pulse()
         self.rows: list[Generation] = []
         self.entry: Entry | None = None
@@ -118,6 +116,19 @@ class Engine:
             self.calls.append(run)
             self.changed.notify()
         return future
+
+    def replace_weights(self, replace: Callable[[], None], version: int) -> "Future[None]":
+        """Replace the model's weights between two turns. The process ends if that fails: they may be mixed then."""
+
+        def run() -> None:
+            try:
+                replace()
+            except BaseException:
+                self.broken()
+                raise
+            self.version = version
+
+        return self.call(run)
 
     def stop(self) -> None:
         """End every sequence with an error, and the thread."""
@@ -207,6 +218,8 @@ class Engine:
             if not members:
                 return None
             picks = [prompts[one.adapter, one.ids] for one in members]
+        for one in members:
+            one.version = self.version if one.version is None else one.version
             taken = set(map(id, members))
             self.queue = deque(one for one in self.queue if id(one) not in taken)
         try:
@@ -281,9 +294,3 @@ class Engine:
             except RuntimeError:
                 log.exception("the GPU is lost to this process")
                 self.broken()
-
-
-def failure(doing: str, error: Exception) -> ApiError:
-    """What a client is told of an error of ours."""
-    message = f"The engine failed while {doing} ({type(error).__name__}). Its log has the details."
-    return ApiError(message, "engine_error", status=500)

@@ -51,3 +51,9 @@ def numerical() -> ApiError:
 def stopping() -> ApiError:
     """The process was told to end while the request ran."""
     return ApiError("The engine is shutting down.", "engine_unavailable", status=503, headers={"retry-after": "1"})
+
+
+def failure(doing: str, error: Exception) -> ApiError:
+    """What a client is told of an error of ours."""
+    message = f"The engine failed while {doing} ({type(error).__name__}). Its log has the details."
+    return ApiError(message, "engine_error", status=500)

@@ -26,6 +26,8 @@ class Delta(NamedTuple):
     tokens: list[Token]
     finish: str | None = None
     error: ApiError | None = None
+    version: int | None = None
+    """The oldest policy version that sampled any of the sequence."""
 
 
 class Sink(Protocol):
@@ -62,6 +64,8 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     history: History | None = None
     cancelled: bool = False
+    version: int | None = None
+    """That of the weights when it entered for the first time; newer ones may have gone on with it."""
     _text: str = ""
     _unreported: list[Token] = field(default_factory=list)
 
@@ -85,7 +89,7 @@ class Generation:
         finish = self._extend(sampled.token)
         if finish is None and not (self.streams and self._text):
             return None
-        delta = Delta(self.choice, self._text, self._unreported, finish)
+        delta = Delta(self.choice, self._text, self._unreported, finish, version=self.version)
         self._text, self._unreported = "", []
         return delta
 

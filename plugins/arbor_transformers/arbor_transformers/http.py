@@ -1,4 +1,4 @@
-"""The engine's HTTP face: OpenAI's routes, and vLLM's two for adapters."""
+"""The engine's HTTP face: OpenAI's routes, vLLM's two for adapters, and one for new weights."""
 
 import asyncio
 import hmac
@@ -18,7 +18,7 @@ from .errors import ApiError, stopping
 from .generation import Delta, Generation
 from .inbox import Inbox
 from .service import Service
-from .wire import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, parse
+from .wire import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, UpdateWeights, parse
 
 log = logging.getLogger(__name__)
 LARGEST_BODY = 64 << 20
@@ -48,6 +48,7 @@ class Face:
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/load_lora_adapter", self.load)
         app.router.add_post("/v1/unload_lora_adapter", self.unload)
+        app.router.add_post("/v1/update_weights", self.update)
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.completions)
         return app
@@ -80,6 +81,11 @@ class Face:
         ask = parse(await request.read(), UnloadAdapter)
         self.service.unload(ask.lora_name)
         return answer({"status": "unloaded", "lora_name": ask.lora_name})
+
+    async def update(self, request: web.Request) -> web.Response:
+        ask = parse(await request.read(), UpdateWeights)
+        await asyncio.shield(self.service.update(ask.path, ask.version))
+        return answer({"status": "updated", "version": ask.version})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         ask = parse(await request.read(), ChatRequest)

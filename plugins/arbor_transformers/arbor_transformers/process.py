@@ -62,7 +62,9 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
 
     lora = AdapterRows(loaded.model)
     batch, context = make_batch(loaded, lora, options)
-    engine = Engine(batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken)
+    engine = Engine(
+        batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken, spec.version
+    )
     beat_with(loaded.model, engine.pulse)
     service = Service(spec.model, loaded, engine, lora, context, options.max_unread)
     engine.start()

@@ -5,17 +5,19 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .engine import Engine
 from .errors import ApiError
 from .generation import Generation
 from .inbox import Inbox
-from .lora import Adapter, AdapterRows, load_adapter
+from .lora import Adapter, AdapterRows, load_adapter, read_ends
 from .model import Loaded
 from .prompts import Prompts
 from .sampler import Sampling
 from .text import Detokenizer, StopStrings, TokenText
+from .update import copy_weights, read_weights
 from .wire import ChatRequest, CompletionRequest, Request
 
 
@@ -33,6 +35,7 @@ class Service:
     def __init__(self, name: str, loaded: Loaded, engine: Engine, lora: AdapterRows, context: int, unread: int) -> None:
         self.name, self.loaded, self.engine, self.lora = name, loaded, engine, lora
         self.context, self.unread = context, unread
+        self.ends = loaded.ends
         self.adapters: dict[str, Adapter] = {}
         self.prompts = Prompts(loaded.tokenizer, loaded.vocabulary)
         self.texts = TokenText(loaded.tokenizer_of_answers)
@@ -73,6 +76,15 @@ class Service:
         if name not in self.adapters:
             raise ApiError(f"The adapter '{name}' is not loaded.", "model_not_found", "lora_name", status=404)
         del self.adapters[name]
+
+    async def update(self, path: str, version: int) -> None:
+        """Replace the model's weights by those of a directory; generations that run go on with them."""
+        async with self.loading:
+            loop = asyncio.get_running_loop()
+            pairs = await loop.run_in_executor(self.reader, read_weights, path, self.loaded.model)
+            learned = read_ends(Path(path), self.loaded.vocabulary)
+            await asyncio.wrap_future(self.engine.replace_weights(partial(copy_weights, pairs), version))
+            self.ends = self.loaded.ends | learned
 
     async def chat(self, request: ChatRequest) -> tuple[Answer, list[Generation], Inbox]:
         """The generations of a conversation, not yet submitted."""
@@ -147,7 +159,7 @@ class Service:
             return default if value is None else value
 
         learned = adapter.ends if adapter else frozenset()
-        ends = frozenset() if request.ignore_eos else self.loaded.ends | learned
+        ends = frozenset() if request.ignore_eos else self.ends | learned
         return Sampling(
             temperature=given(request.temperature, 1.0),
             top_k=max(request.top_k or 0, 0),

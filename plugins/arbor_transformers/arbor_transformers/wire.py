@@ -141,6 +141,13 @@ class UnloadAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lora_name: str
 
 
+class UpdateWeights(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/update_weights`."""
+
+    path: str
+    version: int
+
+
 def parse(body: bytes, kind: type[StructT]) -> StructT:
     """A body as a struct of some kind.
 

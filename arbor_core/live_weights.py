@@ -1,0 +1,66 @@
+"""Policies on their way from trainers into engines: each is loaded when it is published, and goes with its job."""
+
+from __future__ import annotations
+
+from .engines import Engines
+from .errors import ApiError
+from .jobs import Jobs
+from .made import Made, Resolved
+from .types import Event
+
+
+class LiveWeights:
+    """The policies of the jobs that learn from rollouts now."""
+
+    def __init__(self, made: Made, engines: Engines, jobs: Jobs) -> None:
+        self.made, self.engines, self.jobs = made, engines, jobs
+
+    def published(self, job_id: str) -> None:
+        """Load a job's newest policy, in the background."""
+        self.engines.later(self._load(job_id))
+
+    async def _load(self, job_id: str) -> None:
+        policy = self.made.current(job_id)
+        if policy is None:
+            return
+        try:
+            await self.refresh(policy)
+        except ApiError as error:
+            message = f"Policy version {policy.version} cannot be served: {error}"
+            await self.jobs.note(Event("message", message, "error"), job_id)
+
+    async def refresh(self, policy: Resolved) -> None:
+        """Load a policy, if the engine for it runs: no request has to wait for it then.
+
+        Raises:
+            ApiError: it cannot be loaded. The one before is not served in its place.
+        """
+        key = (policy.base, policy.base_path)
+        if policy.full:
+            self.engines.failed.pop(key, None)  # other weights are another question
+        if key not in self.engines.served:
+            return
+        try:
+            async with self.engines.using(policy):
+                return
+        except ApiError:
+            if not policy.full:
+                raise
+        async with self.engines.using(policy):  # another engine, which begins with these weights
+            return
+
+    def loaded(self) -> set[str]:
+        """The jobs whose policies are in engines."""
+        served = self.engines.served.values()
+        owners = {one.key[0] for one in served if one.full}
+        return owners | {job_id for one in served for job_id, _ in one.policies.values()}
+
+    async def tick(self) -> None:
+        """Unload what belongs to jobs that have ended, where nobody runs on it. To be called every few seconds."""
+        for job_id in self.loaded():
+            if self.made.current(job_id) is not None:
+                continue
+            for served in list(self.engines.served.values()):
+                served.retire(job_id)
+                if served.full and served.key[0] == job_id and served.idle:
+                    await self.engines.stop(served)
