@@ -29,7 +29,7 @@ from plot import draw_rewards
 from tqdm import tqdm
 
 OUT = Path(__file__).resolve().parent.parent / "demo-out" / "grpo"
-SFT_STEPS, SFT_CHECKPOINTS = 80, 10
+SFT_STEPS, SFT_CHECKPOINTS = 110, 10
 SFT = {
     "max_steps": SFT_STEPS,
     "batch_size": 64,
@@ -153,7 +153,7 @@ async def group(client: openai.AsyncOpenAI, job_id: str, batch: int, word: str) 
         {"completion_id": answer.id, "index": choice.index, "reward": reward(word, choice.message.content or "")}
         for choice in answer.choices
     ]
-    body = {"job_id": job_id, "batch_id": batch, "rewards": rewards, "group": word}
+    body = {"job_id": job_id, "batch_id": batch, "rewards": rewards}
     await client.post("/fine_tuning/grpo/rewards", body=body, cast_to=object)
 
 
