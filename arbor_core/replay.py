@@ -107,7 +107,7 @@ def check_inbox(job_dir: Path, steps: dict[int, Step]) -> None:
     trained = {position: (crc, n) for n, step in steps.items() if step.fed for position, crc in step.fed.groups}
     if not trained:
         return
-    for record in inbox.read(job_dir / "inbox", 0):
+    for record in whole(job_dir / "inbox", trained):
         crc, number = trained.pop(record.start, (record.crc, 0))
         if crc != record.crc:
             raise ArborError(
@@ -117,6 +117,20 @@ def check_inbox(job_dir: Path, steps: dict[int, Step]) -> None:
     if trained:
         position, (_, number) = min(trained.items())
         raise ArborError(f"the inbox has no group at position {position}, on which step {number} was trained")
+
+
+def whole(folder: Path, trained: dict[int, tuple[int, int]]) -> Iterator[inbox.Record]:
+    """The inbox's records.
+
+    Raises:
+        ArborError: one is not what was written; names the step that it belongs to.
+    """
+    try:
+        yield from inbox.read(folder, 0)
+    except inbox.InboxDamagedError as error:
+        _, number = trained.get(error.position, (0, 0))
+        step = f"step {number} was trained on it" if number else "no step was trained on it"
+        raise ArborError(f"{error} ({step})") from None
 
 
 @contextlib.contextmanager
