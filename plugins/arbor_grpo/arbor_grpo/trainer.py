@@ -217,7 +217,7 @@ class GroupTrainer(Saving, GRPOTrainer):
             options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **options)
         gathered.add(self.micro, self.logps)
-        return loss.detach()
+        return torch.as_tensor(loss.detach())
 
     def highest_entropies(self) -> Tensor:
         """Which tokens of the batch are learned with `top_entropy_quantile`: B x C. Of a micro-batch alone, the

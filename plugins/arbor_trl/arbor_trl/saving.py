@@ -30,6 +30,9 @@ class Saving:
         """More files of a checkpoint, by name."""
         return {}
 
+    def store_flos(self) -> None:
+        """Count no operations: transformers would add them up over all ranks, who do not save at the same time."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder or self.args.output_dir)  # type: ignore[attr-defined]
 
