@@ -201,7 +201,7 @@ class GroupTrainer(Saving, GRPOTrainer):
         loss = torch.zeros((), device=self.accelerator.device)
         for number, rows in enumerate(self.parts):
             loss += self.micro_step(model, rows, gathered, last=number == len(self.parts) - 1)
-        gathered.combine()
+        gathered.combine(self.accelerator)
         self._step += 1
         self.session.measured["train_time"] = time.perf_counter() - began
         return loss
