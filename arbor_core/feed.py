@@ -78,8 +78,14 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
         crash_point("weights.renamed")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+    for old in sorted(folder.iterdir(), key=_newness, reverse=True)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _newness(path: Path) -> tuple[int, int]:
+    """Version and attempt. The newest version is served, though an attempt that began before it publishes again."""
+    version, _, attempt = path.name.removesuffix(".tmp").partition("-")
+    return int(version), int(attempt)
 
 
 def ask(job_dir: Path, request: CheckpointRequest) -> Path:

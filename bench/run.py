@@ -29,6 +29,8 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
         ("grpo_step.apart", "at most", 1e-4),
         ("grpo_step.publish_share", "at most", 0.05),
     ],
+    "weights": [("weights.tiny_lora.of_a_step", "at most", 0.05), ("weights.tiny_full.of_a_step", "at most", 0.05)],
+    "grpo_groups": [("groups_per_second", "at least", 200)],
     "serving": [("plain_32.ratio", "at least", 0.9), ("plain_64.ratio", "at least", 0.9)],
     "proxy": [("proxy.plain.added_ms", "at most", 3.0)],
     "server": [

@@ -184,6 +184,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "keys of serve": lambda: key_table(ROOT / "conf/serve.yaml"),
     "keys of sft": lambda: key_table(ROOT / "plugins/arbor_sft/arbor_sft/conf/trainer/sft.yaml"),
     "keys of mock": lambda: key_table(ROOT / "plugins/arbor_mock/arbor_mock/conf/trainer/mock.yaml"),
+    "keys of mock_grpo": lambda: key_table(ROOT / "plugins/arbor_mock/arbor_mock/conf/trainer/mock_grpo.yaml"),
+    "keys of grpo": lambda: key_table(ROOT / "plugins/arbor_grpo/arbor_grpo/conf/trainer/grpo.yaml"),
     "options of transformers": lambda: key_table(
         ROOT / "plugins/arbor_transformers/arbor_transformers/conf/backend/transformers.yaml"
     ),

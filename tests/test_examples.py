@@ -62,6 +62,15 @@ def test_curl(server: LiveServer, data: Path) -> None:
     assert said.rstrip().endswith("data: [DONE]")
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_grpo_with_curl(server: LiveServer) -> None:
+    pytest.importorskip("arbor_grpo")
+    said = run(["sh", str(EXAMPLES / "grpo.sh"), "mock/tiny", "2"], ARBOR_URL=server.url)
+    assert "Step 2: " in said
+    assert "succeeded" in said
+    assert '"chat.completion"' in said
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with the example plugin installed in it, for PYTHONPATH."""

@@ -127,6 +127,9 @@ def test_published_versions_are_whole_and_few(tmp_path: Path) -> None:
         raise RuntimeError
     names = {path.name for path in (tmp_path / "weights").iterdir()}
     assert names == {f"{version}-1" for version in range(3, feed.KEPT + 3)}
+    with feed.publishing(tmp_path / "weights", "1-2"):
+        pass
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == names, "the newest is served until a newer comes"
 
 
 def test_asked_checkpoints_are_answered_in_order(tmp_path: Path) -> None:

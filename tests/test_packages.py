@@ -86,7 +86,7 @@ def test_a_minimal_install_serves_without_any_ml_library(outside, chat_rows):
     env = {**os.environ, "ARBOR_HOME": str(outside / "home"), "ARBOR_MOCK_GPU": "1"}
     env["PYTHONPATH"] = str(outside / "blocked")
     command = [outside / "venv" / "bin" / "arbor-serve", "port=0", f"storage={outside / 'storage'}"]
-    command.append("plugins.disabled=[sft,transformers]")
+    command.append("plugins.disabled=[sft,grpo,transformers]")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=outside) as process:
         try:
             url = process.stdout.readline().split()[-1]
@@ -101,7 +101,8 @@ def test_a_minimal_install_serves_without_any_ml_library(outside, chat_rows):
                 model=job.fine_tuned_model, messages=[{"role": "user", "content": "hello"}]
             )
             assert said.choices[0].message.content
-            with pytest.raises(openai.BadRequestError, match="no trainer called 'nonsense'; installed: mock"):
+            installed = "no trainer called 'nonsense'; installed: mock, mock_grpo"
+            with pytest.raises(openai.BadRequestError, match=installed):
                 client.fine_tuning.jobs.create(model="mock/tiny", training_file=file.id, method={"type": "nonsense"})
         finally:
             process.terminate()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from .batch import Batch
@@ -42,15 +43,21 @@ class Parts:
             known = mask.bool() & ~sampling.isnan()
             self.apart.append((logps - sampling)[known].abs())
 
-    def combine(self) -> None:
+    def combine(self, accelerator: Accelerator) -> None:
+        """Once for a step, on all ranks."""
+        counts = torch.tensor([self.tokens, self.rows], device=accelerator.device)
+        self.tokens, self.rows = accelerator.reduce(counts, "sum").tolist()
         for name, values in self.found.items():
             start = self.before.get(name, 0)
             if len(values) - start == len(self.tokens):
                 values[start:] = [self.combined(name, values[start:])]
-        apart = torch.cat(self.apart) if self.apart else torch.empty(0)
-        if apart.numel():
-            self.found["sampling_logp_difference/mean"].append(float(apart.mean()))
-            self.found["sampling_logp_difference/max"].append(float(apart.max()))
+        apart = torch.cat([*self.apart, torch.zeros(1, device=accelerator.device)])  # a zero changes neither number
+        known = torch.tensor(float(len(apart) - 1), device=accelerator.device)
+        total, count = accelerator.reduce(torch.stack([apart.sum(), known]), "sum").tolist()
+        highest = float(accelerator.gather(apart.max()).max())
+        if count:
+            self.found["sampling_logp_difference/mean"].append(total / count)
+            self.found["sampling_logp_difference/max"].append(highest)
 
     def combined(self, name: str, values: Sequence[float]) -> float:
         real = [(v, t, r) for v, t, r in zip(values, self.tokens, self.rows, strict=True) if not math.isnan(v)]

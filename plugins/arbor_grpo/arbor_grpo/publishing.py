@@ -24,9 +24,9 @@ class Publisher:
     def __init__(self, run: Run[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
         self.run, self.trainer = run, trainer
         self.same = run.work / "published"
-        self.same.mkdir()
         if run.rank:
             return
+        self.same.mkdir()
         model = trainer.accelerator.unwrap_model(trainer.model)
         if run.config.lora:
             model.peft_config["default"].save_pretrained(self.same)

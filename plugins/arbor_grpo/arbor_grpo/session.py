@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from accelerate.utils import broadcast_object_list
-from arbor_trl.saving import save
+from safetensors.torch import load_file
 
 from arbor_core import JobStopped, Run
 from arbor_core.types import Checkpoint, CheckpointRequest, Fed
@@ -28,6 +28,8 @@ WAIT = 1.0
 """Seconds after which rank 0 looks up from an empty inbox even if nobody rang."""
 PLACE = "inbox.json"
 """File in a checkpoint: where in the inbox to go on."""
+REFERENCE = "reference.safetensors"
+"""File in a checkpoint: the reference model, where it moves."""
 
 
 class Place(msgspec.Struct):
@@ -80,6 +82,9 @@ class Session:
     def resume(self, last: Checkpoint) -> None:
         self.place = self.place_of(last)
         self.saved, self.reported = last.step, dict(last.metrics)
+        if self.trainer and self.trainer.ref_model is not None and (last.dir / REFERENCE).is_file():
+            for name, tensor in load_file(last.dir / REFERENCE).items():
+                self.trainer.ref_model.get_parameter(name).data.copy_(tensor)
 
     # --- before a batch -----------------------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Session:
         """Write the checkpoint of this step, if there is none yet."""
         if self.trainer is None or self.saved == self.step:
             return
-        save(self.run, self.trainer, self.reported, {PLACE: msgspec.json.encode(self.place)})
+        self.trainer.save()
         self.saved = self.step
         if self.run.rank == 0 and self.run.config.keep_checkpoints:
             self.run.keep_checkpoints(self.run.config.keep_checkpoints)

@@ -8,14 +8,17 @@ takes them to be equal. `_get_per_token_logps_and_entropies` computes each disti
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import msgspec
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate.utils import DistributedType
 from arbor_trl.budget import Budget
+from arbor_trl.saving import Saving
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
@@ -27,7 +30,7 @@ from arbor_core import Run
 from . import GrpoConfig, metrics, prompts
 from .batch import Batch, Sizes, cut, dealt, part, sizes, tensors, weight
 from .rows import Row
-from .session import Session
+from .session import PLACE, REFERENCE, Session
 
 NO_END = 10**9
 """Steps of a run without `max_steps`."""
@@ -35,7 +38,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 """How far log-probabilities with shared prompts may be from those without, in nats."""
 
 
-class GroupTrainer(GRPOTrainer):
+class GroupTrainer(Saving, GRPOTrainer):
     """Trains on the groups that `session` gathers.
 
     Args:
@@ -64,6 +67,20 @@ class GroupTrainer(GRPOTrainer):
         """Nothing but a clock: the batches come from the session. Draws no random number."""
         steps = self.args.max_steps
         return DataLoader(range(steps), collate_fn=list, generator=torch.Generator())  # type: ignore[arg-type]
+
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        self._save_checkpoint(self.model, None)
+
+    def numbers(self) -> Mapping[str, float]:
+        return self.session.reported
+
+    def files(self) -> Mapping[str, bytes]:
+        found = {PLACE: msgspec.json.encode(self.session.place)}
+        if self.run.config.sync_ref_model:
+            parameters = self.accelerator.unwrap_model(self.ref_model).named_parameters()
+            found[REFERENCE] = safetensors.torch.save({name: value.detach() for name, value in parameters})
+        return found
 
     # --- the ready batch ----------------------------------------------------------------------------------------------
 
@@ -184,7 +201,7 @@ class GroupTrainer(GRPOTrainer):
         loss = torch.zeros((), device=self.accelerator.device)
         for number, rows in enumerate(self.parts):
             loss += self.micro_step(model, rows, gathered, last=number == len(self.parts) - 1)
-        gathered.combine()
+        gathered.combine(self.accelerator)
         self._step += 1
         self.session.measured["train_time"] = time.perf_counter() - began
         return loss
@@ -200,7 +217,7 @@ class GroupTrainer(GRPOTrainer):
             options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **options)
         gathered.add(self.micro, self.logps)
-        return loss.detach()
+        return torch.as_tensor(loss.detach())
 
     def highest_entropies(self) -> Tensor:
         """Which tokens of the batch are learned with `top_entropy_quantile`: B x C. Of a micro-batch alone, the
@@ -210,8 +227,8 @@ class GroupTrainer(GRPOTrainer):
         mask = self.batch["completion_mask"] * self.batch["tool_mask"] * mine
         with torch.no_grad():
             _, entropies = self.over_parts(self.batch, self.model, entropy=True)
-        mask_of_all: Tensor = super().get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
-        return mask_of_all
+        mask_of_all = super().get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+        return torch.as_tensor(mask_of_all)
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """The micro-batch's part of `highest_entropies`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from arbor_grpo.trainer import GroupTrainer
 
 from arbor_core.inbox import Group, Rollout
 from arbor_core.testing import JobDirectory
+from arbor_core.testing.job_directory import ENV
 from arbor_core.worker import WorkerRun, main, open_run
 
 LETTERS = range(97, 123)
@@ -71,6 +75,20 @@ class Job(JobDirectory):
         for attempt in range(1, self.attempts + 1):
             found |= {event.step: event.data["digest"] for event in self.events("metrics", attempt=attempt)}
         return found
+
+
+def two_ranks(job: Job) -> None:
+    """A new attempt of two processes on this machine; it must succeed."""
+    folder = job.prepare()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "arbor_core.worker", str(folder)]
+    with (folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+    try:
+        assert process.wait(150) == 0, job.log
+    finally:
+        process.terminate()
+        process.wait()
 
 
 class Background:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_jobs import FULL, Background, group, rollout
+from grpo_jobs import FULL, Background, group, rollout, two_ranks
 from safetensors.torch import load_file
 
 from arbor_core.inbox import Group
@@ -15,6 +15,8 @@ from arbor_core.testing import check_trainer
 
 QUICK: dict[str, Any] = {"learning_rate": 3e-3, "max_staleness": 64, "groups_per_step": 2, "lora": {"dropout": 0.1}}
 """A high rate, so that steps differ; dropout, so that random states matter."""
+
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
 
 
 def groups(count: int, start: int = 0) -> list[Group]:
@@ -81,7 +83,11 @@ def vars_of(each: Group) -> dict[str, Any]:
     return {name: getattr(each, name) for name in each.__struct_fields__}
 
 
-@pytest.mark.parametrize("more", [{}, {"num_iterations": 2}, FULL], ids=["lora", "iterations", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"num_iterations": 2}, FULL, FULL | MOVING],
+    ids=["lora", "iterations", "full", "moving_reference"],
+)
 def test_a_paused_job_goes_on_as_if_it_had_not_been(job, more):
     keys = {"max_steps": 6, **QUICK, "beta": 0.05, **more}
     half = 3 if "num_iterations" not in more else 2
@@ -228,3 +234,25 @@ def test_an_adapter_cannot_be_trained_as_full_weights(job, tmp_path):
     assert made.run() == 1
     (error,) = made.events("error")
     assert "lora is null" in error.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_two_ranks_train_what_one_does(job, loss_type):
+    """Seven rows for two ranks, in micro-batches of two rows; one group is no good, one request for a checkpoint."""
+    keys = {"max_steps": 3, "loss_type": loss_type, "micro_batch_size": 2, "learning_rate": 1e-3, "max_staleness": 64}
+    found = []
+    for name in ("one", "two"):
+        made = job(name, **keys, beta=0.05, lora={"dropout": 0.0})
+        made.send(group(1, size=7), Group(rollouts=(), version=0), group(2, size=7), group(3, size=5))
+        made.request_checkpoint("early")
+        made.must() if name == "one" else two_ranks(made)
+        found.append(made)
+    one, two = ([event.data for event in made.events("metrics")] for made in found)
+    assert [step["fed"] for step in one] == [step["fed"] for step in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for key in ("train_loss", "grad_norm", "kl", "entropy", "clip_ratio/region_mean"):
+            assert mine[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-3), key
+    first, second = map(weights, found)
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
+    assert [e.data["name"] for e in found[1].events("checkpoint") if "name" in e.data] == ["early"]

@@ -6,52 +6,69 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from arbor_core import Run
 
 
-class Saver(Protocol):
-    """What of transformers' trainer is needed."""
-
-    accelerator: Accelerator
-    model: Any
-    args: Any
-    state: Any
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
-
-
-def save(run: Run[Any], trainer: Saver, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
-    """Write a checkpoint of the trainer's present step: model, optimizer, scheduler and random states. Every rank
-    calls it. The trainer writes on the disk of the checkpoints, so nothing is copied.
-
-    Args:
-        metrics: Of the step.
-        files: More files, by name.
+class Saving:
+    """Goes before a trainer of TRL among the bases of a class. Rank 0 saves into the run's checkpoint itself; the other
+    ranks write their random states into the attempt's scratch directory, from where rank 0 links them. Where the ranks
+    save together (FSDP, DeepSpeed), all of them write there.
     """
-    trainer._save_checkpoint(trainer.model, None)
-    trainer.accelerator.wait_for_everyone()  # each rank writes its random state
-    step = trainer.state.global_step
-    written = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
-    if run.rank != 0:
-        return
-    with run.checkpoint(step, **metrics) as folder:
-        take(written, folder)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        if run.config.lora:
-            write_ends(trainer.accelerator.unwrap_model(trainer.model), folder)
-    shutil.rmtree(written)
+
+    run: Run[Any]
+    folder: Path | None = None
+
+    def numbers(self) -> Mapping[str, float]:
+        """The metrics of the step that is saved."""
+        return {}
+
+    def files(self) -> Mapping[str, bytes]:
+        """More files of a checkpoint, by name."""
+        return {}
+
+    def store_flos(self) -> None:
+        """Count no operations: transformers would add them up over all ranks, who do not save at the same time."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder or self.args.output_dir)  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint of the present step; every rank calls it."""
+        trainer: Any = self
+        name = f"checkpoint-{trainer.state.global_step}"  # what transformers makes of an output directory
+        scratch = Path(str(trainer.args.output_dir)) / name
+        alone = self.run.rank == 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        if not alone:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer.accelerator.wait_for_everyone()
+        if self.run.rank:
+            return
+        with self.run.checkpoint(trainer.state.global_step, **self.numbers()) as folder:
+            if alone:
+                self.folder = folder
+                try:
+                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                finally:
+                    self.folder = None
+                take(folder / name, folder)
+                shutil.rmtree(folder / name)
+            take(scratch, folder)
+            for path, content in self.files().items():
+                (folder / path).write_bytes(content)
+            if self.run.config.lora:
+                write_ends(trainer.accelerator.unwrap_model(trainer.model), folder)
+        shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
 
 
 def take(source: Path, folder: Path) -> None:
     """Link all files of a directory into another on the same disk, but for the pickle of arguments nobody reads."""
-    ignored = shutil.ignore_patterns("training_args.bin")
-    shutil.copytree(source, folder, copy_function=os.link, ignore=ignored, dirs_exist_ok=True)
+    if source.is_dir():
+        ignored = shutil.ignore_patterns("training_args.bin")
+        shutil.copytree(source, folder, copy_function=os.link, ignore=ignored, dirs_exist_ok=True)
 
 
 def write_ends(model: Any, folder: Path) -> None:
