@@ -32,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     tiny.make(root / "models" / "tiny")
     live = launch(root, f"models.dirs=[{root / 'models'}]", "threads=1", mock=False)
     yield live
+    live.cancel_all()
     live.stop()
 
 
