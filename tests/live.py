@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ class LiveServer:
             assert time.monotonic() < deadline, f"the job is still {job.status}\n{self.log}"
             time.sleep(0.03)
         return job
+
+    def cancel_all(self) -> None:
+        """Cancel every job and wait for their ends: attempts go on when a server ends."""
+        with urllib.request.urlopen(f"{self.url}/v1/fine_tuning/jobs?limit=100") as answer:
+            jobs = [job["id"] for job in json.load(answer)["data"] if job["status"] not in ENDED]
+        for job in jobs:
+            asking = urllib.request.Request(f"{self.url}/v1/fine_tuning/jobs/{job}/cancel", method="POST")
+            urllib.request.urlopen(asking).close()
+        deadline = time.monotonic() + 60
+        for job in jobs:
+            while self._status(job) not in ENDED:
+                assert time.monotonic() < deadline, f"job {job} was not cancelled\n{self.log}"
+                time.sleep(0.03)
+
+    def _status(self, job: str) -> str:
+        with urllib.request.urlopen(f"{self.url}/v1/fine_tuning/jobs/{job}") as answer:
+            return str(json.load(answer)["status"])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End the process; returns its exit status."""

@@ -25,6 +25,7 @@ HELLO = [{"role": "user", "content": "hello wörld out there"}]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     live = launch(tmp_path_factory.mktemp("recording"), "trainers.mock_grpo.groups_per_step=1")
     yield live
+    live.cancel_all()
     live.stop()
 
 
