@@ -14,9 +14,11 @@ from arbor_core import Run
 
 
 class Saving:
-    """Goes before a trainer of TRL among the bases of a class. Rank 0 saves into the run's checkpoint itself; the other
-    ranks write their random states into the attempt's scratch directory, from where rank 0 links them. Where the ranks
-    save together (FSDP, DeepSpeed), all of them write there.
+    """Goes before a trainer of TRL among the bases of a class. Rank 0 saves into the run's checkpoint itself, and does
+    so again while the disk is full; the other ranks write their random states into the attempt's scratch directory,
+    from where rank 0 links them.
+
+    Where the ranks save together (FSDP, DeepSpeed), all of them write there and none can do it again alone.
     """
 
     run: Run[Any]
@@ -39,29 +41,40 @@ class Saving:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint of the present step; every rank calls it."""
         trainer: Any = self
-        name = f"checkpoint-{trainer.state.global_step}"  # what transformers makes of an output directory
+        step = trainer.state.global_step
+        name = f"checkpoint-{step}"  # what transformers makes of an output directory
         scratch = Path(str(trainer.args.output_dir)) / name
         alone = self.run.rank == 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         if not alone:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         trainer.accelerator.wait_for_everyone()
-        if self.run.rank:
-            return
-        with self.run.checkpoint(trainer.state.global_step, **self.numbers()) as folder:
-            if alone:
-                self.folder = folder
-                try:
-                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                finally:
-                    self.folder = None
-                take(folder / name, folder)
-                shutil.rmtree(folder / name)
-            take(scratch, folder)
-            for path, content in self.files().items():
-                (folder / path).write_bytes(content)
-            if self.run.config.lora:
-                write_ends(trainer.accelerator.unwrap_model(trainer.model), folder)
-        shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
+
+        def write(folder: Path) -> None:
+            self.folder = folder
+            try:
+                super(Saving, self)._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self.folder = None
+            take(folder / name, folder)
+            shutil.rmtree(folder / name)
+            self._complete(folder, scratch)
+
+        if alone:
+            self.run.write_checkpoint(step, write, **self.numbers())
+        elif self.run.rank == 0:
+            with self.run.checkpoint(step, **self.numbers()) as folder:
+                self._complete(folder, scratch)
+        if self.run.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
+
+    def _complete(self, folder: Path, scratch: Path) -> None:
+        """Put beside what rank 0 saved what the others did, and what transformers does not know of."""
+        take(scratch, folder)
+        for path, content in self.files().items():
+            (folder / path).write_bytes(content)
+        if self.run.config.lora:
+            trainer: Any = self
+            write_ends(trainer.accelerator.unwrap_model(trainer.model), folder)
 
 
 def take(source: Path, folder: Path) -> None:
