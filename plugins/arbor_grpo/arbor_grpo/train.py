@@ -11,6 +11,7 @@ from accelerate.utils import is_deepspeed_available
 from arbor_trl.budget import budget
 from arbor_trl.chat import ChatFormat
 from arbor_trl.model import adapter, autocast, context, load_model, load_tokenizer, uses_cuda
+from arbor_trl.ranks import parting
 from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -34,6 +35,7 @@ CISPO_EPSILON_HIGH = 5.0
 """cispo cuts ratios at epsilon_high itself, not at 1 + epsilon_high; the value TRL recommends."""
 
 
+@parting()
 def train(run: Run[GrpoConfig]) -> None:
     """Train `run.model` on the groups of the inbox until `max_steps`, or until the job is asked to finish.
 

@@ -11,6 +11,7 @@ from accelerate.utils import is_deepspeed_available
 from arbor_trl.budget import Budget, budget
 from arbor_trl.chat import ChatFormat
 from arbor_trl.model import adapter, autocast, context, load_model, load_tokenizer, unavailable, uses_cuda
+from arbor_trl.ranks import parting
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
@@ -34,6 +35,7 @@ EVALUATION_ROWS = 32
 """Most rows of a micro-batch in evaluation."""
 
 
+@parting()
 def train(run: Run[SftConfig]) -> None:
     """Train `run.model` on `run.training_file`; the last checkpoint is the result.
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import distributed
 
 from arbor_core import JobStopped, Run
 from arbor_core.types import Desired
+
+
+@contextmanager
+def parting() -> Iterator[None]:
+    """Leave the group of ranks when the block ends: its threads must not be running when the interpreter goes."""
+    try:
+        yield
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
 
 WORDS: tuple[Desired, ...] = ("run", "pause", "cancel")
 
