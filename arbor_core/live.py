@@ -97,6 +97,9 @@ class Live:
             coming.set_exception(error)
             coming.exception()  # perhaps nobody waits for it
             raise
+        except asyncio.CancelledError:  # the server ends: the next one knows what was written
+            coming.cancel()
+            raise
         coming.set_result(accepted)
         return accepted
 

@@ -101,8 +101,8 @@ def test_a_minimal_install_serves_without_any_ml_library(outside, chat_rows):
                 model=job.fine_tuned_model, messages=[{"role": "user", "content": "hello"}]
             )
             assert said.choices[0].message.content
-            installed = "no trainer called 'nonsense'; installed: mock, mock_grpo"
-            with pytest.raises(openai.BadRequestError, match=installed):
+            known = "no trainer called 'nonsense'; installed: mock, mock_grpo"
+            with pytest.raises(openai.BadRequestError, match=known):
                 client.fine_tuning.jobs.create(model="mock/tiny", training_file=file.id, method={"type": "nonsense"})
         finally:
             process.terminate()

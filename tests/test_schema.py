@@ -171,7 +171,7 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 
 def test_bodies_and_queries_are_described(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for path, name in [("/v1/fine_tuning/jobs", "training_file"), ("/v1/chat/completions", "messages")]:
+    for path, name in [("/v1/fine_tuning/jobs", "model"), ("/v1/chat/completions", "messages")]:
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert name in schemas[body["$ref"].rpartition("/")[2]]["required"]
     form = document["paths"]["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
@@ -214,7 +214,7 @@ def plugins(url: str) -> dict[str, Any]:
 def test_plugins_and_what_they_bring(server: LiveServer) -> None:
     found = plugins(server.url)
     assert "fifo" in found["arbor-core"]["brings"]["schedulers"]
-    assert found["arbor-mock"]["brings"]["trainers"] == ["mock"]
+    assert found["arbor-mock"]["brings"]["trainers"] == ["mock", "mock_grpo"]
     assert found["arbor-mock"]["broken"] is None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -34,12 +33,12 @@ def number(value: Any, param: str) -> float | None:
     """
     if isinstance(value, bool):
         return float(value)
-    if isinstance(value, int | float) and math.isfinite(value) and abs(value) <= FARTHEST:
+    if isinstance(value, int | float) and abs(value) <= FARTHEST:  # which NaN is not
         return float(value)
     if isinstance(value, msgspec.UnsetType):
         return None
-    shown = str(value)[:40]
-    raise invalid(f"Invalid '{param}': expected a finite number, got {type(value).__name__} {shown!r}.", param)
+    kind = "a larger one" if isinstance(value, int | float) else type(value).__name__
+    raise invalid(f"Invalid '{param}': expected a finite number up to {FARTHEST:g}, got {kind}.", param)
 
 
 def digest_of(content: Any) -> int:
@@ -52,7 +51,7 @@ def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return {
         name[:64]: float(value)
         for name, value in list((metrics or {}).items())[:64]
-        if isinstance(value, int | float) and math.isfinite(value) and abs(value) <= FARTHEST
+        if isinstance(value, int | float) and abs(value) <= FARTHEST
     }
 
 
@@ -153,7 +152,12 @@ def group_of(asked: StepRequest, live: Live, batch_id: int, at: float) -> Group:
             versions.append(credit if version is None else version)
             rollouts.append(msgspec.structs.replace(rollout, trajectory=index, reward=reward, advantage=advantage))
     check_alike(rollouts, "batch")
-    return Group(id=batch_id, rollouts=tuple(rollouts), version=min(versions), metrics=numbers(asked.metrics), at=at)
+    group = Group(id=batch_id, rollouts=tuple(rollouts), version=min(versions), metrics=numbers(asked.metrics), at=at)
+    try:
+        msgspec.msgpack.encode(group)
+    except OverflowError:
+        raise invalid("Invalid 'batch': a message holds a whole number of more than 64 bits.", "batch") from None
+    return group
 
 
 def rollout_of(item: Item, path: str, live: Live, used: set[tuple[str, int]]) -> tuple[Rollout, int | None]:

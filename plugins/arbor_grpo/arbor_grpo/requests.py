@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from litestar import Request
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct
 
 from arbor_core.config import explained, typed
 from arbor_core.errors import CLOSE, NO_RETRY, ApiError
@@ -170,8 +170,3 @@ def holds_nan(raw: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return any(word in raw for word in (b"NaN", b"Infinity"))
-
-
-def given(value: Any) -> bool:
-    """Whether a client sent something: null is nothing."""
-    return value is not None and not isinstance(value, UnsetType)

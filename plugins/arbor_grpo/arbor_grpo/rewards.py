@@ -25,7 +25,7 @@ Entry = tuple[int, Reward, Completion]
 """Place in the request, what was said of it, and what was sampled."""
 
 
-class Sequence_(Struct):  # noqa: N801 - the word is taken
+class Turns(Struct):
     """Turns that are one sequence: prompt, answer, what the environment said, answer, and so on."""
 
     entries: list[Entry]
@@ -132,10 +132,10 @@ def check_usable(completion: Completion, temperature: float, path: str) -> None:
         raise invalid(message, path, "logprobs_unavailable")
 
 
-def gathered(entries: Sequence[Entry]) -> list[list[Sequence_]]:
+def gathered(entries: Sequence[Entry]) -> list[list[Turns]]:
     """The trajectories, each with its sequences, in the order in which their first completions were listed."""
-    made: list[tuple[str | int | None, list[Sequence_]]] = []
-    named: dict[str | int, list[Sequence_]] = {}
+    made: list[tuple[str | int | None, list[Turns]]] = []
+    named: dict[str | int, list[Turns]] = {}
     for entry in sorted(entries, key=lambda entry: len(entry[2].prompt)):
         label = entry[1].trajectory
         if label is None:
@@ -146,7 +146,7 @@ def gathered(entries: Sequence[Entry]) -> list[list[Sequence_]]:
         if before is not None:
             before.extend(entry)
             continue
-        fresh = Sequence_([], entry[2].prompt)
+        fresh = Turns([], entry[2].prompt)
         fresh.extend(entry)
         if label is not None and label in named:
             named[label].append(fresh)
@@ -158,7 +158,7 @@ def gathered(entries: Sequence[Entry]) -> list[list[Sequence_]]:
     return sorted(trajectories, key=lambda sequences: min(entry[0] for one in sequences for entry in one.entries))
 
 
-def longest(sequences: Sequence[Sequence_], prompt: bytes) -> Sequence_ | None:
+def longest(sequences: Sequence[Turns], prompt: bytes) -> Turns | None:
     """The longest sequence that a prompt begins with."""
     begun = [one for one in sequences if len(one.entries[-1][2].prompt) < len(prompt) and prompt.startswith(one.tokens)]
     return max(begun, key=lambda one: len(one.tokens), default=None)

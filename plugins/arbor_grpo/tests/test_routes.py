@@ -259,6 +259,18 @@ def test_groups_that_are_refused_whole(job: Job, batch: object, param: str, code
     assert (after["pending_batch_ids"], after["groups"]["received"]) == (before["pending_batch_ids"], 0)
 
 
+def test_whole_numbers_that_are_too_long(server: LiveServer, job: Job) -> None:
+    huge = 10**4000
+    job.post("step", batch=[item(1), item(huge)]).error(400, "invalid_rollout", "batch[1].reward")
+    job.post("step", batch=[item(1), {**item(1), "messages": [{"role": "user", "x": huge}]}]).error(
+        400, "invalid_rollout", "batch"
+    )
+    assert job.ok("checkpoint", checkpoint_name="x", metadata={"x": huge})["last_checkpoint"] == "x"
+    assert job.step(metrics={"x": huge, "y": 1})["accepted"]
+    body = {"model": MODEL, "trainer_config": {"learning_rate": huge}}
+    call(server.url, "POST", f"{GRPO}/initialize", body).error(400, "invalid_value", "trainer_config.learning_rate")
+
+
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_json_has_not(server: LiveServer, job: Job, word: str) -> None:
     """Row 85."""

@@ -169,6 +169,34 @@ def test_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, point: str
         stop(second)
 
 
+def test_the_device_of_a_terminated_job_is_free(tmp_path: Path) -> None:
+    live = launch(tmp_path, "gpu.train=[0]", "gpu.inference=[1]")
+    try:
+        first, second = created(live), created(live)
+        first.until("running")
+        first.step()
+        first.handled(1)
+        assert second.status["status"] == "created"
+        first.ok("terminate")
+        second.until("running")
+        assert first.sample()["choices"], "the first one's model goes on answering"
+    finally:
+        stop(live)
+
+
+def test_new_completions_come_from_the_newest_policy(server: LiveServer) -> None:
+    job = created(server)
+    words = " ".join(f"word{number}" for number in range(12))
+    said = []
+    for version in range(3):
+        wait_for(lambda: job.status["policy_version"] == version)  # noqa: B023 - called at once
+        said.append(job.sample(words)["choices"][0]["message"]["content"])
+        assert job.sample(words)["choices"][0]["message"]["content"] == said[-1]
+        job.step(group(f"{version}"))
+    assert len(set(said)) == 3
+    job.post("cancel")
+
+
 def test_over_supply_is_told_to_wait(server: LiveServer) -> None:
     job = created(server)
     job.until("running")
