@@ -1,0 +1,72 @@
+"""Running an attempt of a job: what is started where, and how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from .devices import Device
+
+
+class Placement(Struct, frozen=True):
+    """Where an attempt runs: the devices of each rank, and how many CPU threads a rank may use."""
+
+    devices: tuple[Device, ...]
+    threads: int
+
+
+class Order(Struct, frozen=True):
+    """`attempts/<n>/order.json`: what the keeper of one attempt starts."""
+
+    dir: Path
+    """The attempt's directory."""
+    argv: tuple[str, ...]
+    """The command for a cold start."""
+    env: dict[str, str]
+    """Variables beside those that every attempt gets. They must be set before any library is imported."""
+    python: str
+    preload: tuple[str, ...] = ()
+    prove: str | None = None
+    launcher: str = "cold"
+    grace: float = 30.0
+    """Seconds between SIGTERM and SIGKILL."""
+    bell: str | None = None
+    """Datagram socket that is rung when the attempt has written something."""
+    room_seconds: float = 60.0
+    """How long a checkpoint waits for room on a full disk before the job is paused."""
+
+
+class Exit(Struct, frozen=True):
+    """`attempts/<n>/exit.json`: how the attempt's process ended. Written by the keeper, by nobody else."""
+
+    code: int
+    """Exit status; negative: the signal that ended it."""
+    at: float
+
+
+class Executor(Protocol):
+    """Starts attempts and finds them again. A ref is opaque text that outlives the server."""
+
+    def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
+        """An attempt of such a trainer may come soon: get ready without waiting. May do nothing."""
+        ...
+
+    async def start(self, order: Order, placement: Placement) -> str: ...
+
+    def poll(self, ref: str) -> bool:
+        """Whether the attempt's keeper lives."""
+        ...
+
+    def signal(self, ref: str, number: int) -> None:
+        """Send a signal to the attempt; nothing happens if it has ended."""
+        ...
+
+    def adopt(self, ref: str) -> bool:
+        """Take over an attempt started by an earlier server; False if it does not live."""
+        ...
+
+    async def close(self) -> None:
+        """Leave attempts running and free what only this server needs (template processes)."""
+        ...

@@ -1,0 +1,78 @@
+"""Devices: what a job asks for and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+
+class Device(Struct, frozen=True):
+    """One thing that can be leased. `id` is unique on the machine: a GPU's UUID, or `cpu:0` for a CPU slot."""
+
+    id: str
+    kind: Literal["cpu", "cuda", "mock"] = "cpu"
+    index: int = 0
+    memory: int = 0
+    """Bytes; 0 where it is not known."""
+
+
+class Bundle(Struct, frozen=True):
+    """Some devices of one kind for one purpose."""
+
+    role: str
+    """`train`, or `engine:<base model>`."""
+    count: int = 1
+    share: float = 1.0
+    """Fraction of each device's memory, in (0, 1]."""
+    kind: str | None = None
+
+
+class Claim(Struct, frozen=True):
+    """What somebody asks for: all bundles or none, so that nobody holds half of what it needs."""
+
+    owner: str
+    """A job's id, or an engine's key."""
+    bundles: tuple[Bundle, ...]
+
+
+class Lease(Struct, frozen=True):
+    """What the owner holds: the devices of each bundle, in the claim's order."""
+
+    id: str
+    claim: Claim
+    devices: tuple[tuple[Device, ...], ...]
+
+    def of(self, role: str) -> tuple[Device, ...]:
+        """The devices leased for one role."""
+        pairs = zip(self.claim.bundles, self.devices, strict=True)
+        return tuple(device for bundle, devices in pairs if bundle.role == role for device in devices)
+
+
+class Allocator(Protocol):
+    """Grants leases. `inventory` may change while the server runs (a GPU that falls off the bus)."""
+
+    def inventory(self) -> Mapping[str, Sequence[Device]]:
+        """Devices by pool: `train` and `engine`."""
+        ...
+
+    def free(self) -> Mapping[str, int]:
+        """How many devices of each pool nobody holds."""
+        ...
+
+    def restore(self, lease: Lease) -> None:
+        """Take a lease that was granted before the server restarted."""
+        ...
+
+    async def acquire(self, claim: Claim) -> Lease:
+        """Wait until the whole claim fits and hold it. Cancelling the call leaves nothing held.
+
+        Raises:
+            ArborError: the claim can never fit this inventory.
+        """
+        ...
+
+    def release(self, lease: Lease) -> None:
+        """Give the devices back; releasing twice is harmless."""
+        ...

@@ -1,0 +1,104 @@
+"""Serving a model: the process that does it, and the way to start one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from msgspec import Struct, field
+
+from .devices import Device
+
+
+class Weights(Struct, frozen=True):
+    """Weights that an engine can load under a name: a PEFT adapter directory."""
+
+    name: str
+    path: str
+
+
+class EngineSpec(Struct, frozen=True):
+    """What one engine process serves."""
+
+    model: str
+    """Public name of the base model."""
+    path: str
+    """Directory (or hub id) of its weights. Safetensors only, never remote code."""
+    dir: Path
+    """The engine's scratch directory."""
+    devices: tuple[Device, ...]
+    threads: int
+    token: str = ""
+    """Bearer token the engine demands on every route but /health."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The backend's own options, from `conf/backend/<name>.yaml`."""
+    version: int | None = None
+    """Policy version of the weights, of an engine that is given newer ones while it runs. Where a request asks for
+    `return_token_ids`, each choice then says in `policy_version` which was the oldest that sampled any of it."""
+
+
+class Engine(Protocol):
+    """A live engine process with an OpenAI-shaped HTTP face on loopback."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to it must carry."""
+        ...
+
+    async def load_weights(self, weights: Weights) -> None: ...
+    async def unload(self, name: str) -> None: ...
+    async def update(self, path: str, version: int) -> None:
+        """Replace all weights by those of a directory, between two iterations: requests that run go on with them.
+
+        Raises:
+            ArborError: it cannot. Its weights may be mixed now, so that it is killed and started anew from the
+                directory; the same is done where a backend knows no such update.
+        """
+        ...
+
+    async def health(self) -> bool:
+        """Whether it lives and answers."""
+        ...
+
+    async def quiet(self, patience: float) -> float | None:
+        """Seconds for which it has had work and has not got on with it; 0 without work.
+
+        None: it did not answer within `patience` seconds.
+        """
+        ...
+
+    async def wait(self) -> str:
+        """Return when the engine has ended, in whatever way; the text says how."""
+        ...
+
+    async def stop(self) -> None: ...
+    async def kill(self) -> None:
+        """End it at once, though it may be deaf; `wait` returns then."""
+        ...
+
+
+class InferenceBackend(Protocol):
+    """A way to serve a model."""
+
+    @property
+    def options(self) -> type[Struct]:
+        """Struct of its options, whose defaults are in `conf/backend/<name>.yaml`; checked when the server starts."""
+        ...
+
+    async def find(self, path: str) -> None:
+        """Make sure, within seconds, that there is a model; no device is taken for one that does not exist.
+
+        Raises:
+            UnknownModelError: neither the directory exists nor a model of that id.
+        """
+        ...
+
+    async def start(self, spec: EngineSpec) -> Engine:
+        """Start an engine and return when it answers.
+
+        Raises:
+            ArborError: it did not start; the message says why.
+        """
+        ...

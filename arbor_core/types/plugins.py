@@ -1,0 +1,74 @@
+"""What plugins bring: training methods, and factories of the rest with what each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import Struct
+
+from .attempts import Executor
+from .devices import Allocator
+from .engines import InferenceBackend
+from .scheduling import Scheduler
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training method: how its config is typed, and which function trains.
+
+    Args:
+        config: Struct of its configuration; the defaults are in `conf/trainer/<name>.yaml`.
+        entry: `"package.module:function"`, imported only inside the worker. Called as `function(run)`.
+        methods: OpenAI's `method.type` words it answers to, besides its own name.
+        check_row: `"package.module:function"` that is called with each training row (a dict) and raises ValueError for
+            a row the trainer cannot use. Runs in a process of its own, before the job is queued.
+        preload: Modules that a warm worker has imported already.
+        prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
+        min_rows: Fewer rows fail the job.
+        python: Interpreter of another virtual environment; None: the server's.
+        ranks: A job with several devices is as many processes, started by torchrun or accelerate. False: one process
+            that uses all of them.
+        rollouts: It learns from groups that clients send while it runs: `config` is a `RolloutConfig`, and there is no
+            training file.
+        adapters: It can start from an adapter that another job has trained (`run.adapter`).
+    """
+
+    config: type[Struct]
+    entry: str
+    methods: tuple[str, ...] = ()
+    check_row: str = "arbor_core.data:check_chat_row"
+    preload: tuple[str, ...] = ()
+    prove: str | None = None
+    min_rows: int = 10
+    python: str | None = None
+    ranks: bool = True
+    rollouts: bool = False
+    adapters: bool = False
+
+
+@dataclass(frozen=True)
+class AllocatorSettings:
+    """What an allocator's factory is given: the operator's `gpu.train` and `gpu.inference` (None: not set)."""
+
+    train: Sequence[int] | None
+    inference: Sequence[int] | None
+    engines: int = 4
+    """Engines that may run at once where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """What an executor's factory is given."""
+
+    launcher: str
+    """`warm` or `cold`."""
+    runtime: Path
+    """Directory for sockets and logs that no job owns."""
+
+
+SchedulerFactory = Callable[[], Scheduler]
+AllocatorFactory = Callable[[AllocatorSettings], Allocator]
+ExecutorFactory = Callable[[ExecutorSettings], Executor]
+BackendFactory = Callable[[], InferenceBackend]

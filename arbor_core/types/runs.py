@@ -1,0 +1,189 @@
+"""What a trainer's function is handed inside its own process, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from msgspec import Struct, field
+
+from .devices import Device
+from .jobs import Desired
+from .rollouts import Fed
+
+if TYPE_CHECKING:
+    from arbor_core.inbox import Record
+
+ConfigT = TypeVar("ConfigT", bound=Struct)
+ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)
+
+EventType = Literal[
+    "message", "metrics", "checkpoint", "withdrawn", "discarded", "weights", "resolved", "result", "paused", "error"
+]
+Level = Literal["info", "warn", "error"]
+
+
+class Event(Struct, omit_defaults=True):
+    """Something a run reports. One line of `events.jsonl`."""
+
+    type: EventType
+    message: str = ""
+    level: Level = "info"
+    step: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    at: float = 0.0
+    """Seconds since the epoch; set when the event is written."""
+
+
+class Checkpoint(Struct, frozen=True):
+    """A directory that a manifest vouches for."""
+
+    step: int
+    dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class CheckpointRequest(Struct, frozen=True):
+    """A checkpoint that a client asked for by name."""
+
+    name: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Run(Protocol[ConfigT_co]):
+    """What a trainer's function is handed inside its own process."""
+
+    @property
+    def config(self) -> ConfigT_co: ...
+    @property
+    def job_id(self) -> str: ...
+    @property
+    def dir(self) -> Path:
+        """The job's directory. Scratch space of the attempt is `work`."""
+        ...
+
+    @property
+    def work(self) -> Path:
+        """Scratch space of this attempt; nothing in it is kept."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Directory (or hub id) of the base model."""
+        ...
+
+    @property
+    def training_file(self) -> Path: ...
+    @property
+    def validation_file(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices of all ranks."""
+        ...
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def message(self, text: str, level: Level = "info", **data: Any) -> None:
+        """A line for whoever follows the job."""
+        ...
+
+    def metrics(
+        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+    ) -> None:
+        """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1.
+
+        `digest` stands for the trained parameters after the step, where it is cheap to tell: a run that was interrupted
+        can be compared with one that was not. `fed` says which groups of the inbox formed the step.
+        """
+        ...
+
+    def resolved(self, **hyperparameters: Any) -> None:
+        """The numbers that stand for `"auto"`; the job reports them from now on."""
+        ...
+
+    def checkpoint(self, step: int, **metrics: float) -> AbstractContextManager[Path]:
+        """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all."""
+        ...
+
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], **metrics: float) -> None:
+        """The same by a function that can be called again: it is, with an empty folder, while the disk is full.
+
+        Raises:
+            OSError: there was still no room after `limits.room_seconds`; the job will be paused.
+        """
+        ...
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, to resume from. Newer ones are withdrawn: no longer offered as models.
+
+        Raises:
+            JobFailed: `checkpoint_corrupted`: there are some, and none is whole.
+        """
+        ...
+
+    def keep_checkpoints(self, count: int) -> None:
+        """Delete all checkpoints but the newest `count` and those with names, and stop offering them as models."""
+        ...
+
+    @property
+    def adapter(self) -> Path | None:
+        """Directory of the PEFT adapter to start from; None: a new one, or all weights. For trainers that declare
+        `adapters`."""
+        ...
+
+    def groups(self, position: int, wait: float) -> list[Record]:
+        """The groups in the inbox from `position` on, in order of arrival; waits up to `wait` seconds for the first.
+        Only rank 0 may call it.
+
+        Raises:
+            InboxDamagedError: a record is not what was written.
+        """
+        ...
+
+    def publish(self, version: int, handled: int) -> AbstractContextManager[Path]:
+        """`with run.publish(step, handled) as folder:` write the policy into `folder`, as a PEFT adapter or as a model;
+        from then on new completions are sampled from it.
+
+        Args:
+            version: Optimizer steps that it has seen.
+            handled: How many groups of the inbox were trained on or skipped so far: so many more may be sent.
+        """
+        ...
+
+    def passed_over(self, handled: int) -> None:
+        """Say that groups were skipped and no step follows yet: so many were handled in all, and more may be sent."""
+        ...
+
+    def asked_checkpoints(self) -> list[CheckpointRequest]:
+        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`."""
+        ...
+
+    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
+        """Give the checkpoint of this step, which was written just now, a name."""
+        ...
+
+    def stop_if_asked(self) -> None:
+        """Call between steps, at a place where training could be taken up again.
+
+        Raises:
+            JobStopped: the job is to pause or was cancelled. Write a checkpoint if it is to pause, then let it pass.
+        """
+        ...
+
+    def desired(self) -> Desired:
+        """What the job is asked to do now. `finish`, for trainers that learn from rollouts: make no more steps, write a
+        checkpoint if the last step has none, and call `Run.finish`."""
+        ...
+
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
+        """Name the checkpoint that is the job's model. `adapter` in it means: a PEFT adapter, else full weights."""
+        ...
