@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 
 from arbor_core import AllocatorSettings, Plan, Snapshot, Trainer, config
 from arbor_core.plugins import load
-from arbor_core.testing import check_allocator, check_backend, check_scheduler, check_trainer
+from arbor_core.testing import JobDirectory, check_allocator, check_backend, check_scheduler, check_trainer
+from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
 INSTALLED = load()
-LIGHT = {"mock"}
+LIGHT = {"mock", "mock_grpo"}
 """What needs no torch."""
 SHORT = {"n_epochs": 1, "batch_size": 4}
 
@@ -40,7 +42,10 @@ def base_model(name: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", names("trainers"))
 def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
-    check_trainer(name, rows=chat_rows, model=base_model(name, request), hyperparameters=SHORT)
+    if INSTALLED.get("trainers", name).rollouts:
+        check_trainer(name, model=base_model(name, request))
+    else:
+        check_trainer(name, rows=chat_rows, model=base_model(name, request), hyperparameters=SHORT)
 
 
 @pytest.mark.parametrize("name", names("inference_backends"))
@@ -99,6 +104,46 @@ def test_the_kit_finds_a_default_in_the_struct() -> None:
 def test_the_kit_finds_a_function_that_is_not_there() -> None:
     with pytest.raises(AssertionError, match="defines no 'tarin'"):
         trainer_checks.check_functions(Trainer(Loose, "arbor_mock.train:tarin"))
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Callable[..., JobDirectory]:
+    """Makes jobs of the trainer mock_grpo with some hyperparameters."""
+
+    def make(**values: Any) -> JobDirectory:
+        return JobDirectory(tmp_path / "job", "mock_grpo", (), "mock/tiny", {**rollout_checks.SIZE, **values})
+
+    return make
+
+
+def test_the_kit_finds_a_trainer_that_dies_of_its_groups(learner: Callable[..., JobDirectory]) -> None:
+    with pytest.raises(AssertionError, match="step 2, for which all groups were sent: the worker ended with status -9"):
+        rollout_checks.check_to_the_end(learner(fault="crash", fault_step=1))
+
+
+def test_the_kit_finds_a_trainer_that_skips_nothing(
+    learner: Callable[..., JobDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_checks, "ATTEMPT_SECONDS", 3)
+    with pytest.raises(AssertionError, match="a group that is too old is counted as handled: nothing of it"):
+        rollout_checks.check_to_the_end(learner(too_stale=9))
+
+
+def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[..., JobDirectory]) -> None:
+    job = learner()
+    rollout_checks.check_to_the_end(job)
+    honest, mine = job.events("metrics"), job.events("metrics")
+    mine[1].data["fed"]["groups"].pop()
+    with pytest.raises(AssertionError, match="step 2 says it was made of"):
+        rollout_checks.check_fed(job, mine)
+    with pytest.raises(AssertionError, match="step 2 was made of"):
+        rollout_checks.check_same(mine, honest)
+    mine = job.events("metrics")
+    mine[2].data["digest"] = "another"
+    with pytest.raises(AssertionError, match="step 3: the digest of the parameters is another"):
+        rollout_checks.check_same(mine, honest)
+    with pytest.raises(AssertionError, match="the steps are"):
+        rollout_checks.check_same(mine[1:], honest)
 
 
 def test_the_kit_finds_a_greedy_scheduler() -> None:

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,17 +15,16 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import checkpoints, config, plugins
-from arbor_core.types import ConfigError, Event, EventType, Trainer
+from arbor_core import config, plugins
+from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
 from arbor_core.worker import imported
 
+from . import rollouts
 from .job_directory import JobDirectory, yaml_of
+from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoints, check_numbers, check_result
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "jax", "tensorflow")
 """What a plugin's own module may not import: the server does, and every command."""
-LAST_WORDS: tuple[EventType, ...] = ("result", "error", "paused")
-RESUMED_TOLERANCE = 1e-3
-"""How far a resumed run's losses may be from an uninterrupted one's, relatively."""
 
 
 def check_trainer(
@@ -39,7 +38,8 @@ def check_trainer(
 
     Always: that its configuration's struct and YAML agree and refuse what they should, that the functions it names
     exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
-    in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled.
+    in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled. For a trainer that
+    learns from rollouts `model` is enough: groups are made up (see `rollouts`).
 
     Args:
         rows: Rows that it can be trained on, enough for two steps and few enough for seconds.
@@ -54,20 +54,31 @@ def check_trainer(
     check_config(name, trainer)
     check_functions(trainer)
     check_light()
-    if rows is None:
+    assert rows is None or not trainer.rollouts, f"{name} learns from rollouts: give check_trainer a model, and no rows"
+    if trainer.rollouts:
+        assert issubclass(trainer.config, RolloutConfig), f"{trainer.config.__name__} is no RolloutConfig"
+    if model is None or (rows is None and not trainer.rollouts):
+        assert rows is None, "check_trainer: rows were given without a model"
         return
-    assert model is not None, "check_trainer: rows were given without a model"
-    check_rows(trainer, rows)
+    if not trainer.rollouts:
+        check_rows(trainer, rows or ())
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        root, values = Path(folder), dict(hyperparameters or {})
+        if trainer.rollouts:
+            values |= rollouts.SIZE
 
         def job(kind: str) -> JobDirectory:
-            return JobDirectory(root / kind, name, rows, str(model), hyperparameters or {})
+            return JobDirectory(root / kind, name, rows or (), str(model), values)
 
-        whole = job("whole")
-        check_run(whole)
-        check_pause(job("paused"), whole)
-        check_cancel(job("cancelled"))
+        (rollouts.check_learning if trainer.rollouts else check_training)(job)
+
+
+def check_training(make: Callable[[str], JobDirectory]) -> None:
+    """Jobs that learn from a file. `make` makes a new one of a name."""
+    whole = make("whole")
+    check_run(whole)
+    check_pause(make("paused"), whole)
+    check_cancel(make("cancelled"))
 
 
 def check_config(name: str, trainer: Trainer) -> None:
@@ -164,19 +175,8 @@ def check_run(job: JobDirectory) -> None:
     assert status == 0, f"the worker ended with status {status}:\n{job.log}"
     check_metrics(job.events("metrics"))
     check_checkpoints(job)
-    (*_, last) = job.events()
-    assert last.type == "result", f"the last event is '{last.type}', expected 'result': call run.finish at the end"
-    assert len(job.events(*LAST_WORDS)) == 1, "there is more than one of result, error and paused"
-    folder = job.dir / "checkpoints" / last.data["dir"]
-    assert checkpoints.fault(folder) is None, f"the result's checkpoint {folder.name} is not whole"
-    assert last.data["trained_tokens"] > 0, "the result's trained_tokens is not above 0"
-    is_adapter = (folder / "adapter_config.json").is_file()
-    said = bool(last.data.get("adapter"))
-    assert said == is_adapter, (
-        f"finish(adapter={said}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
-    )
+    check_result(job)
     check_resolved(job)
-    assert not (job.attempt_dir / "work").exists(), "the scratch directory outlives the attempt"
 
 
 def check_metrics(events: Sequence[Event]) -> None:
@@ -188,21 +188,7 @@ def check_metrics(events: Sequence[Event]) -> None:
     totals = {event.data["total_steps"] for event in events}
     assert totals == {steps[-1]}, f"total_steps is {sorted(totals)}, the last step is {steps[-1]}"
     for event in events:
-        for key, value in event.data.items():
-            if key == "digest":  # of the parameters, as text
-                continue
-            good = isinstance(value, int | float) and math.isfinite(value)
-            assert good, f"metrics of step {event.data['step']}: {key} is {value!r}, expected a finite number"
-        assert "train_loss" in event.data, f"metrics of step {event.data['step']} have no train_loss"
-
-
-def check_checkpoints(job: JobDirectory) -> None:
-    """Every checkpoint that was reported is whole, and none is half-written."""
-    for event in job.events("checkpoint"):
-        reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
-        assert reason is None, f"checkpoint {event.data['dir']}: {reason}"
-    left = [path.name for path in (job.dir / "checkpoints").glob("*.tmp")]
-    assert not left, f"unfinished checkpoints are left: {left}"
+        check_numbers(event)
 
 
 def check_resolved(job: JobDirectory) -> None:
@@ -236,12 +222,3 @@ def check_pause(job: JobDirectory, whole: JobDirectory) -> None:
             f"step {mine.data['step']}: the loss is {a} in a run that was paused, {b} in one that was not"
         )
     assert job.events(*LAST_WORDS)[-1].type == "result", "the resumed run did not finish"
-
-
-def check_cancel(job: JobDirectory) -> None:
-    """Cancelled, it stops between steps, with neither a result nor an error."""
-    job.ask("cancel")
-    status = job.attempt()
-    assert status == 0, f"asked to cancel, the worker ended with status {status}:\n{job.log}"
-    said = [event.type for event in job.events(*LAST_WORDS)]
-    assert not said, f"cancelled, it still reported {said}: let JobStopped pass"

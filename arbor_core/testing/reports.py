@@ -1,0 +1,59 @@
+"""What every trainer has to report right, whatever it learns from."""
+
+from __future__ import annotations
+
+import math
+
+from arbor_core import checkpoints
+from arbor_core.types import Event, EventType
+
+from .job_directory import JobDirectory
+
+LAST_WORDS: tuple[EventType, ...] = ("result", "error", "paused")
+RESUMED_TOLERANCE = 1e-3
+"""How far a resumed run's losses may be from an uninterrupted one's, relatively."""
+
+
+def check_numbers(event: Event) -> None:
+    """The metrics of a step are numbers, the loss among them."""
+    for key, value in event.data.items():
+        if key in ("digest", "fed"):  # of the parameters, and of the groups
+            continue
+        good = isinstance(value, int | float) and math.isfinite(value)
+        assert good, f"metrics of step {event.data['step']}: {key} is {value!r}, expected a finite number"
+    assert "train_loss" in event.data, f"metrics of step {event.data['step']} have no train_loss"
+
+
+def check_checkpoints(job: JobDirectory) -> None:
+    """Every checkpoint that was reported is whole, and none is half-written."""
+    for event in job.events("checkpoint"):
+        reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
+        assert reason is None, f"checkpoint {event.data['dir']}: {reason}"
+    left = [path.name for path in (job.dir / "checkpoints").glob("*.tmp")]
+    assert not left, f"unfinished checkpoints are left: {left}"
+
+
+def check_result(job: JobDirectory) -> Event:
+    """The last word is a result, with a whole checkpoint; nothing else is left. Returns it."""
+    (*_, last) = job.events()
+    assert last.type == "result", f"the last event is '{last.type}', expected 'result': call run.finish at the end"
+    assert len(job.events(*LAST_WORDS)) == 1, "there is more than one of result, error and paused"
+    folder = job.dir / "checkpoints" / last.data["dir"]
+    assert checkpoints.fault(folder) is None, f"the result's checkpoint {folder.name} is not whole"
+    assert last.data["trained_tokens"] > 0, "the result's trained_tokens is not above 0"
+    is_adapter = (folder / "adapter_config.json").is_file()
+    said = bool(last.data.get("adapter"))
+    assert said == is_adapter, (
+        f"finish(adapter={said}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
+    )
+    assert not (job.attempt_dir / "work").exists(), "the scratch directory outlives the attempt"
+    return last
+
+
+def check_cancel(job: JobDirectory) -> None:
+    """Cancelled, it stops between steps, with neither a result nor an error."""
+    job.ask("cancel")
+    status = job.attempt()
+    assert status == 0, f"asked to cancel, the worker ended with status {status}:\n{job.log}"
+    said = [event.type for event in job.events(*LAST_WORDS)]
+    assert not said, f"cancelled, it still reported {said}: let JobStopped pass"

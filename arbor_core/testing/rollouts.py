@@ -1,0 +1,224 @@
+"""What `check_trainer` asks of a trainer that learns from rollouts.
+
+Clients are played here: groups are made up and put into the job's inbox, and what the trainer reports is awaited.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from arbor_core import checkpoints
+from arbor_core.inbox import Group, Rollout, read
+from arbor_core.types import Event
+
+from .job_directory import ATTEMPT_SECONDS, JobDirectory
+from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoints, check_numbers, check_result
+
+STEPS = 3
+PAUSED_AFTER = 1
+SIZE = {"num_generations": 2, "groups_per_step": 2, "max_staleness": 1, "too_stale": 1}
+"""Of the groups that are made up here. One that was sampled before any step comes too late after the second."""
+POLL_SECONDS = 0.05
+
+
+def check_learning(make: Callable[[str], JobDirectory]) -> None:
+    """Run a job to its end, one that is paused and resumed, and one that is cancelled.
+
+    Args:
+        make: A new job of a name, with `SIZE` among its hyperparameters.
+    """
+    whole, paused, cancelled = make("whole"), make("paused"), make("cancelled")
+    check_to_the_end(whole)
+    check_resumed(paused, whole)
+    cancelled.send(*groups(1))
+    check_cancel(cancelled)
+
+
+def groups(step: int) -> tuple[Group, ...]:
+    """Those of a step, sampled from the policy of the step before."""
+    first, count = (step - 1) * SIZE["groups_per_step"], SIZE["groups_per_step"]
+    return tuple(group(number, step - 1) for number in range(first, first + count))
+
+
+def group(number: int, version: int) -> Group:
+    """Answers to a question as text, of which the last is worth the most."""
+    question = [{"role": "user", "content": f"Name the number after {number}."}]
+    answers = [f"It is {number + further}." for further in range(SIZE["num_generations"], 0, -1)]
+    rollouts = tuple(
+        Rollout(trajectory=index, reward=float(index), messages=question, answer={"role": "assistant", "content": text})
+        for index, text in enumerate(answers)
+    )
+    return Group(id=number, rollouts=rollouts, version=version)
+
+
+class Attempt:
+    """A worker that runs meanwhile."""
+
+    def __init__(self, job: JobDirectory, process: subprocess.Popen[bytes]) -> None:
+        self.job, self.process = job, process
+
+    def until(self, come: Callable[[], bool], what: str) -> None:
+        """Wait until something has been reported."""
+        deadline = time.monotonic() + ATTEMPT_SECONDS
+        while not come():
+            ended = self.process.poll()
+            assert ended is None or come(), f"{what}: the worker ended with status {ended} instead:\n{self.job.log}"
+            assert time.monotonic() < deadline, f"{what}: nothing of it in {ATTEMPT_SECONDS} seconds:\n{self.job.log}"
+            time.sleep(POLL_SECONDS)
+
+    def learn(self, step: int) -> None:
+        """Send the groups of a step and wait until it is made and others may be sent for it."""
+        self.job.send(*groups(step))
+        self.until(lambda: steps_of(self.job)[-1:] == [step], f"step {step}, for which all groups were sent")
+        self.until(lambda: self.handled() == self.sent(), f"the trainer has handled all {self.sent()} groups")
+
+    def handled(self) -> int:
+        """What the trainer has said of it last: see `Run.publish` and `Run.passed_over`."""
+        said = [event.data["handled"] for event in self.job.events("weights")]
+        return int(said[-1]) if said else 0
+
+    def sent(self) -> int:
+        """Groups in the inbox."""
+        return sum(1 for _ in read(self.job.dir / "inbox", 0))
+
+    def end(self, what: str) -> None:
+        """Wait for the worker."""
+        status = self.process.wait(ATTEMPT_SECONDS)
+        assert status == 0, f"{what}, the worker ended with status {status}:\n{self.job.log}"
+
+
+@contextmanager
+def running(job: JobDirectory) -> Iterator[Attempt]:
+    """Start an attempt, which is killed if it has not ended with the block."""
+    process = job.start()
+    try:
+        yield Attempt(job, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def steps_of(job: JobDirectory) -> list[int]:
+    return [event.data["step"] for event in job.events("metrics")]
+
+
+def check_to_the_end(job: JobDirectory) -> None:
+    """A checkpoint is named while no group comes, steps are made and their policies published, what is too old is
+    skipped, and the job ends when that is asked for."""
+    with running(job) as attempt:
+        check_named(attempt)
+        for step in range(1, STEPS):
+            attempt.learn(step)
+        check_passed_over(attempt)
+        attempt.learn(STEPS)
+        job.ask("finish")
+        attempt.end("asked to finish")
+    steps = steps_of(job)
+    assert steps == list(range(1, STEPS + 1)), f"the steps are {steps}; expected each once, from 1 to {STEPS}"
+    for event in job.events("metrics"):
+        check_numbers(event)
+    check_fed(job, job.events("metrics"))
+    check_published(job)
+    check_checkpoints(job)
+    result = check_result(job)
+    assert result.step == STEPS, f"the result's checkpoint is of step {result.step}, the last step was {STEPS}"
+
+
+def check_named(attempt: Attempt) -> None:
+    """Whoever asks for a checkpoint gets one, though no group comes."""
+    job = attempt.job
+    job.request_checkpoint("first", why="conformance")
+    attempt.until(
+        lambda: any(e.data.get("name") == "first" for e in job.events("checkpoint")), "the checkpoint 'first'"
+    )
+    event = next(event for event in job.events("checkpoint") if event.data.get("name") == "first")
+    said = event.data["metadata"]
+    assert said == {"why": "conformance"}, f"the checkpoint's metadata came back as {said}: hand on the request itself"
+    reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
+    assert reason is None, f"the checkpoint 'first': {reason}"
+
+
+def check_passed_over(attempt: Attempt) -> None:
+    """A group that is too old is skipped, and said to be handled before there are others for a step."""
+    steps = steps_of(attempt.job)
+    attempt.job.send(group(1000, version=0))
+    attempt.until(lambda: attempt.handled() == attempt.sent(), "a group that is too old is counted as handled")
+    assert steps_of(attempt.job) == steps, "a step was made of a group that is too old"
+
+
+def check_fed(job: JobDirectory, events: list[Event]) -> None:
+    """Each step says of which groups it was made: those that came first and were not too old, and no others."""
+    records = {record.start: record for record in read(job.dir / "inbox", 0)}
+    ids = {number: step for step in range(1, STEPS + 1) for number in (g.id for g in groups(step))}
+    position = 0
+    for event in events:
+        fed, step = event.data.get("fed"), event.data["step"]
+        assert fed, f"metrics of step {step} do not say what it was made of: pass Fed to run.metrics"
+        mine = [(start, records[start].crc) for start in records if ids.get(records[start].group.id) == step]
+        told = [tuple(pair) for pair in fed["groups"]]
+        assert told == mine, f"step {step} says it was made of {told} (position, CRC-32); expected {mine}"
+        between = [r for r in records.values() if position <= r.start < fed["end"]]
+        skipped = [record.start for record in between if record.group.id not in ids]
+        assert list(fed["skipped"]) == skipped, f"step {step} says it skipped {fed['skipped']}; expected {skipped}"
+        used = len(between) - len(skipped)
+        assert used == len(told), f"step {step} ends at {fed['end']}, before which are {used} groups for it"
+        position = fed["end"]
+
+
+def check_published(job: JobDirectory) -> None:
+    """Versions and counts of handled groups only grow, and the newest policy is one that an engine can load."""
+    events = job.events("weights")
+    handled = [event.data["handled"] for event in events]
+    assert handled == sorted(handled), f"the count of handled groups falls: {handled}"
+    published = [event.data for event in events if "dir" in event.data]
+    versions = [data["version"] for data in published]
+    assert versions == sorted(versions), f"versions are published out of order: {versions}"
+    assert versions[-1:] == [STEPS], f"the versions published are {versions}; expected the last to be {STEPS}"
+    folder = job.dir / "weights" / published[-1]["dir"]
+    loadable = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+    assert loadable, f"the published policy {folder.name} is neither a PEFT adapter nor a model with a config.json"
+
+
+def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
+    """Paused while no group comes, with a checkpoint; resumed, it makes the same steps as a run without a pause."""
+    with running(job) as attempt:
+        for step in range(1, PAUSED_AFTER + 1):
+            attempt.learn(step)
+        job.ask("pause")
+        attempt.end("asked to pause")
+    last = job.events()[-1]
+    assert last.type == "paused", (
+        f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
+    )
+    saved = [event.step for event in job.events("checkpoint")]
+    assert saved[-1:] == [PAUSED_AFTER], f"paused after step {PAUSED_AFTER}, with checkpoints of {saved}"
+    before = job.events("metrics")
+    for step in range(PAUSED_AFTER + 1, STEPS):
+        job.send(*groups(step))
+    job.send(group(1000, version=0), *groups(STEPS))  # all of it waits when the job goes on
+    job.ask("run")
+    with running(job) as attempt:
+        attempt.until(lambda: steps_of(job)[-1:] == [STEPS], f"step {STEPS} of the resumed run")
+        job.ask("finish")
+        attempt.end("resumed and asked to finish")
+    check_same([*before, *job.events("metrics")], whole.events("metrics"))
+    check_result(job)
+    said = [event.type for event in job.events(*LAST_WORDS)]
+    assert said == ["result"], f"the resumed run reported {said}; expected a result"
+
+
+def check_same(mine: list[Event], theirs: list[Event]) -> None:
+    """Steps of a run that was paused and of one that was not."""
+    steps, expected = ([event.data["step"] for event in events] for events in (mine, theirs))
+    assert steps == expected, f"paused and resumed, the steps are {steps}; expected {expected}"
+    for one, other in zip(mine, theirs, strict=True):
+        step, a, b = one.data["step"], one.data, other.data
+        assert a["fed"] == b["fed"], f"step {step} was made of {a['fed']} after a pause, of {b['fed']} without one"
+        alike = math.isclose(a["train_loss"], b["train_loss"], rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6)
+        assert alike, f"step {step}: the loss is {a['train_loss']} after a pause, {b['train_loss']} without one"
+        same = a.get("digest") == b.get("digest")
+        assert same, f"step {step}: the digest of the parameters is another after a pause than without one"
