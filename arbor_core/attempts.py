@@ -25,6 +25,7 @@ from .keeper import claimed
 from .logs import decode, encode, replace, tail
 from .models import ft_name
 from .onlookers import Onlookers
+from .papers import WorkOrder
 from .records import Job, encoded
 from .types import (
     PROTOCOL,
@@ -38,7 +39,6 @@ from .types import (
     Trainer,
 )
 from .vectors import holding, instruction_set
-from .worker import WorkOrder
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")

@@ -162,6 +162,18 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_order, reverse=True)
 
 
+def give_name(folder: Path, name: str, step: int) -> Path:
+    """Give the newest checkpoint of a step under `folder` a name, in place of another that had it; its directory."""
+    path = next(path for path in newest_first(folder) if _order(path)[0] == step)
+    link = folder / NAMED / name
+    link.parent.mkdir(exist_ok=True)
+    temporary = link.with_name(f".{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path("..") / path.name)
+    temporary.replace(link)
+    return path
+
+
 def _order(path: Path) -> tuple[int, int]:
     step, _, attempt = path.name.removesuffix(DAMAGED).partition("-")
     return (int(step), int(attempt)) if step.isdigit() and attempt.isdigit() else (-1, -1)

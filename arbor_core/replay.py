@@ -25,8 +25,8 @@ from . import inbox
 from .attempts import ranks_command
 from .environment import clean_env, threads_env
 from .logs import decode, encode, replace, tail
+from .papers import WorkOrder
 from .types import ArborError, Event, Fed, Order, Placement
-from .worker import WorkOrder
 
 POLL_SECONDS = 0.05
 END_SECONDS = 30.0

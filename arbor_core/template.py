@@ -27,8 +27,8 @@ from .bell import short
 from .faults import crash_point
 from .keeper import keep
 from .logs import decode
+from .papers import imported
 from .prctl import PR_SET_PDEATHSIG, prctl
-from .worker import imported
 
 PROOF_FAILED = 4
 

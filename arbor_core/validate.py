@@ -20,9 +20,9 @@ import msgspec
 from .data import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
 from .environment import clean_env
 from .logs import decode
+from .papers import WorkOrder, imported
 from .prctl import PR_SET_PDEATHSIG, prctl
 from .types import JobFailed
-from .worker import WorkOrder, imported
 
 VALIDATORS = 2
 """Files that are checked at the same time."""

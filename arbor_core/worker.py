@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +25,7 @@ from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
 from .inbox import Record
 from .logs import Log, decode
+from .papers import WorkOrder, desired, imported
 from .prctl import PR_SET_PDEATHSIG, prctl
 from .pulse import Pulse
 from .room import FIRST_WAIT, LONGEST_WAIT, is_full, print_anyway, wait_for_room
@@ -51,40 +51,6 @@ PASSING = ("metrics", "message", "weights")
 """Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
 RETRY_SECONDS = 1.0
 """How often a worker tries again to report what the disk had no room for."""
-
-
-class WorkOrder(msgspec.Struct, frozen=True):
-    """`job.json`: all that an attempt needs to know of its job. Written once."""
-
-    protocol: int
-    job_id: str
-    entry: str
-    config_type: str
-    config: dict[str, Any]
-    check_row: str
-    min_rows: int
-    model: str
-    """Directory or hub id of the base model."""
-    model_name: str
-    """Its public name."""
-    training_file: Path
-    """An empty file where the job has none."""
-    validation_file: Path | None
-    seed: int
-    created_at: float
-    versions: dict[str, str]
-    """Of the installed libraries that matter for the outcome, by distribution."""
-    threads: int
-    cpu: str
-    """Instruction set: AVX2 and AVX-512 give different last bits. Empty: not known."""
-    adapter: Path | None = None
-    """Adapter to start from."""
-
-
-def imported(path: str) -> Any:
-    """The object that `"package.module:name"` names."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 @dataclass
@@ -227,8 +193,7 @@ class WorkerRun(Generic[ConfigT]):
         return asked(self.dir)
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
-        folder = next(path for path in checkpoints.newest_first(self.dir / "checkpoints") if is_of(path, step))
-        link(self.checkpoints_dir / checkpoints.NAMED / request.name, Path("..") / folder.name)
+        folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
         said = checkpoints.manifest(folder)
         data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
         text = f"Checkpoint '{request.name}' is that of step {step}"
@@ -238,37 +203,16 @@ class WorkerRun(Generic[ConfigT]):
     def stop_if_asked(self) -> None:
         if self.rank == 0:
             self.pulse.beat()
-        desired = self.desired()
-        if desired in ("pause", "cancel"):
-            raise JobStopped(desired)
+        wanted = self.desired()
+        if wanted in ("pause", "cancel"):
+            raise JobStopped(wanted)
 
     def desired(self) -> Desired:
-        """What the job is asked to do now: a level, not a queue."""
-        try:
-            word = (self.dir / "desired").read_text().strip()
-        except FileNotFoundError:
-            return "run"
-        if word not in ("run", "pause", "cancel", "finish"):
-            raise ArborError(f"{self.dir / 'desired'} says {word!r}; expected run, pause, cancel or finish")
-        return word  # type: ignore[return-value]
+        return desired(self.dir)
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
         data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
         self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
-
-
-def is_of(folder: Path, step: int) -> bool:
-    """Whether a checkpoint's directory is that of a step."""
-    return folder.name.partition("-")[0] == str(step)
-
-
-def link(name: Path, target: Path) -> None:
-    """Make a symbolic link, in place of one that was there."""
-    name.parent.mkdir(exist_ok=True)
-    temporary = name.with_name(f".{name.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(name)
 
 
 RunT = TypeVar("RunT", bound=WorkerRun[Any])

@@ -43,8 +43,9 @@ from trl import SFTConfig, SFTTrainer
 
 from arbor_core.config import load_yaml, merged, typed
 from arbor_core.logs import encode
+from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Order, Placement
-from arbor_core.worker import WorkerRun, WorkOrder, open_run
+from arbor_core.worker import WorkerRun, open_run
 
 BATCH = 16
 RATE = 1e-3

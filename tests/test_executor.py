@@ -15,9 +15,9 @@ from arbor_core.environment import clean_env
 from arbor_core.executor import LocalExecutor, TemplateKey, ref_of
 from arbor_core.keeper import claimed
 from arbor_core.logs import encode, replace, tail
+from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Exit
 from arbor_core.validate import validate
-from arbor_core.worker import WorkOrder
 
 PLACEMENT = Placement((Device("cpu:0"),), threads=1)
 

@@ -19,8 +19,8 @@ from arbor_core.bell import ring
 from arbor_core.feed import ask
 from arbor_core.inbox import Group, Inbox
 from arbor_core.logs import encode, replace, tail
+from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Order, Placement
-from arbor_core.worker import WorkOrder
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 """One thread and none that spins: the same numbers each time, on a machine that has other work to do."""

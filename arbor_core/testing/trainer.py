@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from arbor_core import config, plugins
+from arbor_core.papers import imported
 from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
-from arbor_core.worker import imported
 
 from . import rollouts
 from .job_directory import JobDirectory, yaml_of

@@ -20,8 +20,8 @@ from arbor_mock import arbor_trainers
 from arbor_core import Device, EngineProcess, EngineSpec, Event, Order, Placement
 from arbor_core.config import load_yaml
 from arbor_core.logs import tail
+from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL
-from arbor_core.worker import WorkOrder
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 MODEL = "mock/tiny"

@@ -19,8 +19,8 @@ from arbor_sft import SftConfig
 
 from arbor_core.config import load_yaml, merged, typed
 from arbor_core.logs import encode, tail
+from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
-from arbor_core.worker import WorkOrder
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
