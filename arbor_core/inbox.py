@@ -147,9 +147,10 @@ class Inbox:
         return ends
 
     def _rotate(self) -> None:
+        fresh = (self.folder / segment_name(self.end)).open("ab", buffering=0)  # a full disk leaves the old one open
         self.file.close()
-        self.start = self.end
-        self.file = (self.folder / segment_name(self.start)).open("ab", buffering=0)
+        self.file, self.start = fresh, self.end
+        crash_point("inbox.rotated")
         sync_folder(self.folder)
 
     def close(self) -> None:

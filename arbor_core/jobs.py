@@ -122,6 +122,11 @@ class Jobs:
         row = self.store.one(sql, owner)
         return str(row[0]) if row else None
 
+    def ended_learners(self, since: int) -> list[tuple[str, int]]:
+        """Ids of the jobs that learned from rollouts, and when they ended; none that ended before `since`."""
+        sql = "SELECT id, finished_at FROM jobs WHERE finished_at>=? AND json_extract(spec,'$.rollouts')"
+        return [(row["id"], row["finished_at"]) for row in self.store.read(sql, since)]
+
     def waiting(self) -> int:
         """How many jobs have not begun."""
         row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")

@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from .faults import crash_point
+
 HEADER = struct.Struct("<II")
 SEGMENT_BYTES = 16 << 20
 SEGMENTS = 8
@@ -66,15 +68,20 @@ class Ledger:
         whole = max((at + length for n, at, length in self.places.values() if n == self.number), default=0)
         self.file.truncate(whole)  # what a killed server left of a record
         self.size = whole
+        self.closed = False
 
     def add(self, completion: Completion) -> None:
-        """Write a completion down. On a full disk it stays unknown: the client's reward for it is refused."""
+        """Write a completion down. On a full disk it stays unknown: the client's reward for it is refused. One that
+        comes after `close` is not written: nobody can reward it."""
+        if self.closed:
+            return
         payload = msgspec.msgpack.encode(completion)
         record = HEADER.pack(len(payload), zlib.crc32(payload)) + payload
-        if self.size >= self.segment_bytes:
-            self._rotate()
         try:
+            if self.size >= self.segment_bytes:
+                self._rotate()
             written = self.file.write(record)
+            crash_point("ledger.written")
         except OSError:
             written = 0
         if written != len(record):
@@ -123,10 +130,10 @@ class Ledger:
 
     def _rotate(self) -> None:
         """Begin a new segment; the oldest goes when there are too many."""
+        fresh = self._path(self.number + 1).open("ab", buffering=0)  # a full disk leaves the old one open
         self.file.close()
-        self.number += 1
-        self.file = self._path(self.number).open("ab", buffering=0)
-        self.size = 0
+        self.file, self.number, self.size = fresh, self.number + 1, 0
+        crash_point("ledger.rotated")
         gone = self.number - self.segments
         for known, key in self.held.pop(gone, ()):
             self.places.pop(known, None)
@@ -141,6 +148,7 @@ class Ledger:
         return self.folder / f"{number}.log"
 
     def close(self) -> None:
+        self.closed = True
         self.file.close()
 
 

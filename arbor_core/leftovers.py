@@ -11,20 +11,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import checkpoints
+from .faults import crash_point
 from .logs import tail
 from .types import Event
 
+LIVE = ("weights", "ledger", "asked")
+"""Folders of a job's directory that nobody needs after its end."""
 END_SECONDS = 10.0
 """How long a process may take to vanish after SIGKILL."""
 
 
 def sweep(job_dir: Path) -> None:
     """Remove what was not finished: no process of the job may live."""
-    for folder in (*job_dir.glob("checkpoints/*.tmp"), *job_dir.glob("attempts/*/work")):
-        shutil.rmtree(folder, ignore_errors=True)
-    for pattern in (".*.tmp", "attempts/*/.*.tmp", "attempts/*/.keeper.*"):
+    for pattern in ("checkpoints/*.tmp", "weights/*.tmp", "attempts/*/work"):
+        for folder in job_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+    for pattern in (".*.tmp", "attempts/*/.*.tmp", "attempts/*/.keeper.*", f"checkpoints/{checkpoints.NAMED}/.*.tmp"):
         for path in job_dir.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def forget_rollouts(job_dir: Path) -> None:
+    """Remove what only served while the job learned: policies, completions, and requests that nobody can answer any
+    more. Its inbox stays: `arbor replay` repeats the training from it."""
+    for name in LIVE:
+        shutil.rmtree(job_dir / name, ignore_errors=True)
+        crash_point(f"forgotten.{name}")
 
 
 def reconciled(job_dir: Path, attempt: int) -> list[Event]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from .engines import Engines
 from .errors import ApiError
 from .jobs import Jobs
+from .leftovers import LIVE, forget_rollouts
 from .made import Made, Resolved
 from .types import Event
 
@@ -14,6 +17,10 @@ class LiveWeights:
 
     def __init__(self, made: Made, engines: Engines, jobs: Jobs) -> None:
         self.made, self.engines, self.jobs = made, engines, jobs
+        self.leaving: set[str] = set()
+        """Jobs that have ended and whose files go as soon as no engine has their policies."""
+        self.looked = 0
+        """When the last of them ended, in seconds since the epoch; a server that starts looks at all."""
 
     def published(self, job_id: str) -> None:
         """Load a job's newest policy, in the background."""
@@ -56,7 +63,8 @@ class LiveWeights:
         return owners | {job_id for one in served for job_id, _ in one.policies.values()}
 
     async def tick(self) -> None:
-        """Unload what belongs to jobs that have ended, where nobody runs on it. To be called every few seconds."""
+        """Unload what belongs to jobs that have ended, where nobody runs on it. Their files go a tick later: who asked
+        just before the end has been answered then. To be called every few seconds."""
         for job_id in self.loaded():
             if self.made.current(job_id) is not None:
                 continue
@@ -64,3 +72,10 @@ class LiveWeights:
                 served.retire(job_id)
                 if served.full and served.key[0] == job_id and served.idle:
                     await self.engines.stop(served)
+        for job_id in self.leaving - self.loaded():
+            await asyncio.to_thread(forget_rollouts, self.made.root / "jobs" / job_id)
+            self.leaving.remove(job_id)
+        ended = self.jobs.ended_learners(self.looked)
+        folders = {job_id: self.made.root / "jobs" / job_id for job_id, _ in ended}
+        self.leaving |= {job_id for job_id, folder in folders.items() if any((folder / name).exists() for name in LIVE)}
+        self.looked = max((at for _, at in ended), default=self.looked)

@@ -197,4 +197,8 @@ class Session:
         return next(inbox.read(self.folder, position)).group
 
     def close(self) -> None:
-        self.inbox.close()
+        """Close the inbox; what is being written is written first."""
+        if self.writing is None:
+            self.inbox.close()
+        else:
+            self.writing.add_done_callback(lambda _: self.inbox.close())

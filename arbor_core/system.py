@@ -84,6 +84,9 @@ class Arbor:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self.engines.tick()
+            for job_id in list(self.live.open):
+                if job := self.jobs.get(job_id):
+                    self.live.of(job)  # closes what has ended, though nobody asks for it any more
             await self.live_weights.tick()
 
 

@@ -194,11 +194,14 @@ class WorkerRun(Generic[ConfigT]):
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
         folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
+        crash_point("name_checkpoint.linked")
         said = checkpoints.manifest(folder)
         data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
         text = f"Checkpoint '{request.name}' is that of step {step}"
         self.emit(Event("checkpoint", text, step=step, data=data))
+        crash_point("name_checkpoint.told")
         answered(self.dir, request.name)
+        crash_point("name_checkpoint.answered")
 
     def stop_if_asked(self) -> None:
         if self.rank == 0:

@@ -15,7 +15,8 @@ from test_engines import loaded, make, options  # noqa: F401 - fixtures among th
 from arbor_core import EngineProcess, Event
 from arbor_core.config import ModelsConfig
 from arbor_core.errors import ApiError
-from arbor_core.jobs import Jobs, add_checkpoint
+from arbor_core.history import add_checkpoint
+from arbor_core.jobs import Jobs
 from arbor_core.live_weights import LiveWeights
 from arbor_core.models import Models, add_model
 from arbor_core.policies import note_policy

@@ -19,8 +19,9 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import checkpoints
+from arbor_core import checkpoints, inbox
 from arbor_core.logs import tail
+from arbor_core.replay import reported
 from arbor_core.types import TERMINAL, Event, Lease
 
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
@@ -105,7 +106,7 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
         assert job["ref"] is None, f"{name} has ended and still has a process"
     for column in ("training_file", "validation_file"):
         known = db.execute("SELECT 1 FROM files WHERE id=?", (job[column],)).fetchone()
-        assert job[column] is None or known, f"{name}: its {column} {job[column]} is unknown"
+        assert not job[column] or known, f"{name}: its {column} {job[column]} is unknown"
     logs = [attempt_log(storage, name, attempt) for attempt in range(1, job["attempt"] + 1)]
     for attempt, events in enumerate(logs, 1):
         check_steps(f"{name}, attempt {attempt}", events, every_step)
@@ -119,6 +120,25 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
         assert reason is None, f"{name}: checkpoint {folder} is offered, but: {reason}"
     if whole:
         check_told_checkpoints(storage / "jobs" / name, dirs)
+    check_rollouts(storage / "jobs" / name)
+
+
+def check_rollouts(job_dir: Path) -> None:
+    """Every group stands in the inbox once, no completion is in two of them, and the steps took all of them in order:
+    each step those that follow the step before."""
+    records = list(inbox.read(job_dir / "inbox", 0))
+    ids = Counter(record.group.id for record in records if record.group.id != inbox.UNNUMBERED)
+    labels = Counter(record.group.label for record in records if record.group.label is not None)
+    sampled = Counter(n for record in records for rollout in record.group.rollouts for n in rollout.completions)
+    twice = [key for found in (ids, labels, sampled) for key, count in found.items() if count > 1]
+    assert not twice, f"{job_dir.name}: these batch ids, names or completions are in the inbox twice: {twice}"
+    position = 0
+    for number, step in sorted(reported(job_dir).items() if records else ()):
+        assert step.fed, f"{job_dir.name}: step {number} does not say what it was trained on"
+        given = [record.start for record in records if position <= record.start < step.fed.end]
+        taken = sorted([start for start, _ in step.fed.groups] + list(step.fed.skipped))
+        assert taken == given, f"{job_dir.name}, step {number} took the groups at {taken}; next were {given}"
+        position = step.fed.end
 
 
 def attempt_log(storage: Path, job_id: str, attempt: int) -> list[Event]:
