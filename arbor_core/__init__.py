@@ -9,12 +9,14 @@ from pluggy import HookimplMarker
 from .allocator import PoolAllocator
 from .chats import Chats, ChatText, Conversation
 from .engine_process import EngineProcess
+from .inbox import Group, Record, Rollout
 from .types import (
     Allocator,
     AllocatorSettings,
     ArborError,
     Bundle,
     Checkpoint,
+    CheckpointRequest,
     Claim,
     ConfigError,
     Device,
@@ -23,6 +25,7 @@ from .types import (
     Event,
     Executor,
     ExecutorSettings,
+    Fed,
     InferenceBackend,
     JobFailed,
     JobStopped,
@@ -32,6 +35,7 @@ from .types import (
     Placement,
     Plan,
     QueuedJob,
+    RolloutConfig,
     Run,
     RunningJob,
     Scheduler,
@@ -52,6 +56,7 @@ __all__ = [
     "ChatText",
     "Chats",
     "Checkpoint",
+    "CheckpointRequest",
     "Claim",
     "ConfigError",
     "Conversation",
@@ -62,6 +67,8 @@ __all__ = [
     "Event",
     "Executor",
     "ExecutorSettings",
+    "Fed",
+    "Group",
     "InferenceBackend",
     "JobFailed",
     "JobStopped",
@@ -72,6 +79,9 @@ __all__ = [
     "Plan",
     "PoolAllocator",
     "QueuedJob",
+    "Record",
+    "Rollout",
+    "RolloutConfig",
     "Run",
     "RunningJob",
     "Scheduler",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from live import LiveServer
+from openai.types.fine_tuning import FineTuningJob
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PLUGIN = EXAMPLES / "plugin"
@@ -88,6 +89,44 @@ def test_plugin_conforms(site: str, chat_rows: list[dict[str, Any]]) -> None:
         "check_trainer('bigram', rows=json.load(sys.stdin), model='none'); print('conforms')"
     )
     assert run([sys.executable, "-c", check], json.dumps(chat_rows), PYTHONPATH=site) == "conforms\n"
+
+
+def test_plugin_that_learns_from_rollouts_conforms(site: str) -> None:
+    check = "from arbor_core.testing import check_trainer; check_trainer('reinforce', model='none'); print('conforms')"
+    assert run([sys.executable, "-c", check], PYTHONPATH=site) == "conforms\n"
+
+
+def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:
+    pytest.importorskip("arbor_grpo")  # its routes send the groups
+    server = start_server("launcher=cold", env={"PYTHONPATH": site})
+    client = server.new_client(_strict_response_validation=False)
+    hyperparameters = {"num_generations": 2, "max_staleness": 9}
+    body = {"model": "mock/tiny", "method": {"type": "reinforce", "reinforce": {"hyperparameters": hyperparameters}}}
+    job = client.post("/fine_tuning/jobs", body=body, cast_to=dict[str, Any])
+    assert job["training_file"] == ""
+    FineTuningJob.model_validate({**job, "method": None})  # OpenAI's schema knows no method 'reinforce'
+    for _ in range(8):
+        said = {"tea": 1.0, "mud": 0.0}
+        question = [{"role": "user", "content": "What would you like?"}]
+        batch = [
+            {"messages": question, "completion": {"role": "assistant", "content": text}, "reward": reward}
+            for text, reward in said.items()
+        ]
+        client.post("/fine_tuning/grpo/step", body={"job_id": job["id"], "batch": batch}, cast_to=dict[str, Any])
+
+    def metrics() -> list[Any]:
+        events = client.fine_tuning.jobs.list_events(job["id"], limit=100).data
+        return [event.data for event in reversed(events) if event.type == "metrics"]
+
+    while len(metrics()) < 8:
+        assert client.fine_tuning.jobs.retrieve(job["id"]).status in ("queued", "running")
+    client.post("/fine_tuning/grpo/terminate", body={"job_id": job["id"]}, cast_to=dict[str, Any])
+    ended = client.fine_tuning.jobs.retrieve(job["id"])
+    assert ended.status == "succeeded", ended.error
+    losses = [data["train_loss"] for data in metrics()]
+    assert losses[0] == pytest.approx(0.0, abs=1e-9)
+    assert losses[-1] < -0.5  # what was rewarded has become likelier than what was not
+    assert ended.trained_tokens == 8 * (len("^tea") + len("^mud"))
 
 
 def test_plugin_trains_through_the_api(

@@ -122,9 +122,9 @@ def check_to_the_end(job: JobDirectory) -> None:
     for event in job.events("metrics"):
         check_numbers(event)
     check_fed(job, job.events("metrics"))
-    check_published(job)
     check_checkpoints(job)
     result = check_result(job)
+    check_published(job, result)
     assert result.step == STEPS, f"the result's checkpoint is of step {result.step}, the last step was {STEPS}"
 
 
@@ -169,8 +169,8 @@ def check_fed(job: JobDirectory, events: list[Event]) -> None:
         position = fed["end"]
 
 
-def check_published(job: JobDirectory) -> None:
-    """Versions and counts of handled groups only grow, and the newest policy is one that an engine can load."""
+def check_published(job: JobDirectory, result: Event) -> None:
+    """Versions and counts of handled groups only grow, and the last policy is there, of the same kind as the result."""
     events = job.events("weights")
     handled = [event.data["handled"] for event in events]
     assert handled == sorted(handled), f"the count of handled groups falls: {handled}"
@@ -179,8 +179,9 @@ def check_published(job: JobDirectory) -> None:
     assert versions == sorted(versions), f"versions are published out of order: {versions}"
     assert versions[-1:] == [STEPS], f"the versions published are {versions}; expected the last to be {STEPS}"
     folder = job.dir / "weights" / published[-1]["dir"]
-    loadable = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
-    assert loadable, f"the published policy {folder.name} is neither a PEFT adapter nor a model with a config.json"
+    assert any(folder.iterdir()), f"the published policy {folder.name} is empty"
+    adapters = [(at / "adapter_config.json").is_file() for at in (folder, job.dir / "checkpoints" / result.data["dir"])]
+    assert adapters[0] == adapters[1], "of the published policy and the result, one is a PEFT adapter and one is not"
 
 
 def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:

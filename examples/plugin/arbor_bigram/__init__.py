@@ -1,8 +1,15 @@
-"""A trainer in forty lines: which letter follows which, counted. The server imports this file, so it stays light."""
+"""A trainer in forty lines: which letter follows which, counted; and one that learns the same from rewards.
+
+The server imports this file, so it stays light.
+"""
 
 from msgspec import Struct
 
-from arbor_core import Trainer, hookimpl
+from arbor_core import RolloutConfig, Trainer, hookimpl
+
+
+class ReinforceConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    learning_rate: float
 
 
 class BigramConfig(Struct, forbid_unknown_fields=True):
@@ -12,4 +19,7 @@ class BigramConfig(Struct, forbid_unknown_fields=True):
 
 @hookimpl
 def arbor_trainers():
-    return {"bigram": Trainer(config=BigramConfig, entry="arbor_bigram.train:train")}
+    return {
+        "bigram": Trainer(config=BigramConfig, entry="arbor_bigram.train:train"),
+        "reinforce": Trainer(config=ReinforceConfig, entry="arbor_bigram.reinforce:train", rollouts=True),
+    }
