@@ -94,6 +94,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     upload_bytes: Count
     json_bytes: Count
     upload_idle_seconds: Seconds
+    upload_bytes_per_second: Annotated[float, Meta(ge=0)]
+    upload_seconds: Seconds
     free_bytes: Bytes
     queued_jobs: Annotated[int, Meta(ge=0)]
     requests_per_second: Rate | None

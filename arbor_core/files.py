@@ -69,7 +69,8 @@ class Files:
     def incoming(self, *, reserve: int | None = None) -> Incoming:
         """A place for a file on its way in: `async with files.incoming() as part`. `reserve`: bytes that must stay free
         on the disk; None: what `limits.free_bytes` says."""
-        return Incoming(self.incoming_dir, self.limits, self.limits.free_bytes if reserve is None else reserve)
+        reserve = self.limits.free_bytes if reserve is None else reserve
+        return Incoming(self.incoming_dir, self.limits.upload_bytes, reserve)
 
     async def commit(
         self, part: Incoming, owner: str, filename: str, purpose: str, lifetime: int | None = None

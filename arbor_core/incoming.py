@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .config import LimitsConfig
 from .errors import CLOSE, NO_RETRY, ApiError
 from .faults import crash_point
 from .logs import sync_folder
@@ -27,8 +26,9 @@ class Incoming:
     Leaving the `async with` block without `settle` removes every trace.
     """
 
-    def __init__(self, folder: Path, limits: LimitsConfig, reserve: int) -> None:
-        self.folder, self.limits, self.reserve = folder, limits, reserve
+    def __init__(self, folder: Path, most: int, reserve: int, param: str = "file") -> None:
+        """`most`: bytes that it may have. `reserve`: bytes that must stay free. `param`: what a client calls it."""
+        self.folder, self.most, self.reserve, self.param = folder, most, reserve, param
         self.path = folder / f"{uuid.uuid4().hex}.part"
         self.bytes = 0
         self._hash = hashlib.sha256()
@@ -58,13 +58,9 @@ class Incoming:
         Raises:
             ApiError: 413 or 507.
         """
-        if size > self.limits.upload_bytes:
-            limit = self.limits.upload_bytes
-            message = f"The file has more than {limit} bytes, the most this server takes (limits.upload_bytes)."
-            raise ApiError(413, message, "file_too_large", "file", CLOSE)
-        free = shutil.disk_usage(self.folder).free - size
-        if free < self.reserve:
-            raise no_room(f"{self.reserve} bytes must stay free (limits.free_bytes)")
+        if size > self.most:
+            raise too_large(self.most, self.param)
+        require_room(self.folder, size, self.reserve)
 
     async def write(self, chunk: bytes) -> None:
         """Take the next bytes.
@@ -73,7 +69,7 @@ class Incoming:
             ApiError: the file has become too large.
         """
         self.bytes += len(chunk)
-        if self.bytes > self.limits.upload_bytes:
+        if self.bytes > self.most:
             self.require_room(self.bytes)
         self._batch.append(chunk)
         self._batched += len(chunk)
@@ -106,6 +102,21 @@ class Incoming:
         self.path.rename(target)
         crash_point("upload.renamed")
         sync_folder(target.parent)
+
+
+def too_large(most: int, param: str) -> ApiError:
+    message = f"'{param}' has more than {most} bytes, the most this server takes."
+    return ApiError(413, message, "file_too_large", param, CLOSE)
+
+
+def require_room(folder: Path, size: int, reserve: int) -> None:
+    """Refuse `size` bytes that would leave less than `reserve` on the disk.
+
+    Raises:
+        ApiError: 507.
+    """
+    if shutil.disk_usage(folder).free - size < reserve:
+        raise no_room(f"{reserve} bytes must stay free (limits.free_bytes)")
 
 
 def no_room(reason: str) -> ApiError:

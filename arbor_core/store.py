@@ -2,7 +2,7 @@
 
 Every change is made on the writer's thread, whole or not at all, and is on the disk when its caller hears of it;
 changes that wait at the same time share one commit. Reads go through a connection per thread and never wait for the
-writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `models`.
+writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `uploads`, `models`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,19 @@ CREATE INDEX jobs_out_of_place ON jobs(seq)
   WHERE (status='queued' AND (desired IN('pause','cancel') OR (desired='finish' AND attempt=0)))
   OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
 """
-SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS)
+PARTS = """
+CREATE TABLE uploads(
+  id TEXT PRIMARY KEY, owner TEXT NOT NULL, purpose TEXT NOT NULL, filename TEXT NOT NULL, bytes INTEGER NOT NULL,
+  lifetime INTEGER, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+  status TEXT NOT NULL CHECK(status IN('pending','completed','cancelled','expired')),
+  file_id TEXT, part_ids TEXT) STRICT;
+CREATE INDEX uploads_by_end ON uploads(status, expires_at);
+CREATE TABLE upload_parts(
+  id TEXT PRIMARY KEY, upload_id TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL) STRICT;
+CREATE INDEX parts_by_upload ON upload_parts(upload_id);
+ALTER TABLE jobs ADD COLUMN memory_retries INTEGER NOT NULL DEFAULT 0;
+"""
+SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS, PARTS)
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 VERSION = len(SCHEMA)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import importlib
+import logging
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ from .onlookers import Onlookers
 from .plugins import Plugins
 from .store import Store
 from .types import Allocator, AllocatorSettings, ArborError, Executor, ExecutorSettings, Trainer
+from .uploads import Uploads
 
+log = logging.getLogger(__name__)
 TICK_SECONDS = 5.0
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs")
 
@@ -50,6 +54,7 @@ class Arbor:
     store: Store
     jobs: Jobs
     files: Files
+    uploads: Uploads
     models: Models
     engines: Engines
     allocator: Allocator
@@ -88,6 +93,10 @@ class Arbor:
                 if job := self.jobs.get(job_id):
                     self.live.of(job)  # closes what has ended, though nobody asks for it any more
             await self.live_weights.tick()
+            try:
+                await self.uploads.expire()
+            except sqlite3.Error as error:  # the next tick tries again
+                log.warning("uploads that have expired were not removed: %s", error)
 
 
 def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
@@ -135,6 +144,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         store,
         jobs,
         files,
+        Uploads(files),
         models,
         engines,
         allocator,

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from http_calls import Answer, call
+from http_calls import MULTIPART, Answer, call, form
 from live import LiveServer
 
 SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-schemas.json").read_text())["$defs"]
@@ -75,6 +75,18 @@ def test_files(server: LiveServer, job: dict[str, Any]) -> None:
     conforms(call(server.url, "GET", "/v1/files").json, "ListFilesResponse")
     other = server.upload(b"{}")
     conforms(call(server.url, "DELETE", f"/v1/files/{other}").json, "DeleteFileResponse")
+
+
+def test_uploads(server: LiveServer) -> None:
+    body = {"bytes": 2, "filename": "a", "mime_type": "text/plain", "purpose": "fine-tune"}
+    begun = call(server.url, "POST", "/v1/uploads", body).json
+    conforms(begun, "Upload")
+    path = f"/v1/uploads/{begun['id']}"
+    part = call(server.url, "POST", f"{path}/parts", form(("data", b"{}", "a")), MULTIPART).json
+    conforms(part, "UploadPart")
+    done = call(server.url, "POST", f"{path}/complete", {"part_ids": [part["id"]]}).json
+    conforms(done, "Upload")
+    conforms(done["file"], "OpenAIFile")
 
 
 def test_models(server: LiveServer, job: dict[str, Any]) -> None:

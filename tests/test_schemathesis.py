@@ -76,6 +76,7 @@ def started(live: LiveServer, guarded: bool) -> Api:
     live.wait(client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=endless).id, "running")
     waiting = client.fine_tuning.jobs.create(model=BASE, training_file=rows).id
     known = {"file_id": rows, "training_file": rows, "job_id": waiting, "model": models[0], "name": "mock"}
+    known["upload_id"] = client.uploads.create(bytes=2, filename="a", mime_type="text/plain", purpose="fine-tune").id
     doomed = {"file_id": live.upload(b"{}\n"), "model": models[1]}
     schema = schemathesis.openapi.from_url(f"{live.url}/schema/openapi.json")
     return Api(live, schema, guarded, known, doomed)

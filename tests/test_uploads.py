@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import select
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -221,3 +223,40 @@ def test_row_21_a_client_that_stops_sending(small: LiveServer) -> None:
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"x-should-retry: false" in answer
     assert settled(small) == set()
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/uploads/{}/parts"])
+def test_row_21_a_client_that_sends_a_byte_now_and_then(small: LiveServer, path: str) -> None:
+    upload = small.client.uploads.create(bytes=9, filename="a", mime_type="text/plain", purpose="fine-tune")
+    field = "file" if path == "/v1/files" else "data"
+    head = form(PURPOSE, ("file", b"", "a")) if field == "file" else form(("data", b"", "a"))
+    with raw_socket(small.url) as connection:
+        connection.sendall(
+            f"POST {path.format(upload.id)} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n"
+            "content-type: multipart/form-data; boundary=XX\r\n\r\n".encode()
+            + head[:-12]
+        )
+        began = time.monotonic()
+        while not select.select([connection], [], [], 0.02)[0]:  # until it answers
+            assert time.monotonic() - began < 20, "the upload is still open"
+            connection.sendall(b"x")
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"limits.upload_bytes_per_second" in answer and b"x-should-retry: false" in answer
+    assert settled(small) == set()
+
+
+def test_row_21_a_slow_client_is_heard_out(small: LiveServer) -> None:
+    """Above the rate that is asked for, over several windows."""
+    body = form(PURPOSE, ("file", b"x" * 6000, "a"))
+    with raw_socket(small.url) as connection:
+        connection.sendall(
+            f"POST /v1/files HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+            "content-type: multipart/form-data; boundary=XX\r\n\r\n".encode()
+        )
+        for at in range(0, len(body), 100):
+            assert not select.select([connection], [], [], 0.02)[0], "it was given up"
+            connection.sendall(body[at : at + 100])
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    small.client.files.delete(json.loads(answer.partition(b"\r\n\r\n")[2])["id"])

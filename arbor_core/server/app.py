@@ -13,12 +13,12 @@ from litestar.types import Message, Scope
 from arbor_core.keys import entries
 from arbor_core.system import Arbor
 
-from . import about, chat, completions, document, files, fine_tuning, models
+from . import about, chat, completions, document, files, fine_tuning, models, uploads
 from .auth import guard, owner
 from .errors import HANDLERS, request_id
 from .services import ServerServices
 
-ROOMS = (about, chat, completions, files, fine_tuning, models, document)
+ROOMS = (about, chat, completions, files, uploads, fine_tuning, models, document)
 
 
 def create_app(arbor: Arbor) -> Litestar:

@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from arbor_core.files import FileRow
 from arbor_core.models import Listed
 from arbor_core.records import CheckpointRow, EventRow, Job
+from arbor_core.uploads import PartRow, UploadRow
 
 from .request import MAX_PAGE
 
@@ -33,6 +34,27 @@ class FileList(Struct):
     last_id: str | None
     has_more: bool
     object: Literal["list"] = "list"
+
+
+class Upload(Struct):
+    """OpenAI's `Upload`; `file` is there once it is completed, until that file is deleted."""
+
+    id: str
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    object: Literal["upload"] = "upload"
+    file: FileObject | UnsetType = UNSET
+
+
+class UploadPart(Struct):
+    id: str
+    created_at: int
+    upload_id: str
+    object: Literal["upload.part"] = "upload.part"
 
 
 class Deleted(Struct):
@@ -175,6 +197,23 @@ def file_object(file: FileRow) -> FileObject:
         expires_at=UNSET if file.expires_at is None else file.expires_at,
         status_details="The stored bytes are damaged." if file.status == "error" else UNSET,
     )
+
+
+def upload_object(upload: UploadRow, file: FileRow | None) -> Upload:
+    return Upload(
+        upload.id,
+        upload.bytes,
+        upload.created_at,
+        upload.expires_at,
+        upload.filename,
+        upload.purpose,
+        upload.status,
+        file=file_object(file) if file else UNSET,
+    )
+
+
+def part_object(part: PartRow) -> UploadPart:
+    return UploadPart(part.id, part.created_at, part.upload_id)
 
 
 def job_object(job: Job, organization: str) -> FineTuningJob:
