@@ -101,6 +101,7 @@ def ask(job_dir: Path, request: CheckpointRequest) -> Path:
     path = job_dir / "asked" / f"{request.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, msgspec.json.encode(request))
+    crash_point("checkpoint.asked")
     return path
 
 

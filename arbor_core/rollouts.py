@@ -62,6 +62,8 @@ class Sending:
 
     group: Group
     digest: int
+    offer: Offer | None = None
+    """The credit that it used up, if it was one of those that are offered."""
     done: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -138,10 +140,9 @@ class Session:
         if self.count + len(self.queue) - policy.handled >= window + WAITING:
             message = f"{self.count - policy.handled} groups wait to be trained on: wait for pending_batch_ids."
             raise ApiError(429, message, "rollouts_queue_full", headers={"retry-after": "1"})
-        sending = Sending(group, digest)
+        sending = Sending(group, digest, self.offered.pop(group.id, None))
         if group.id != UNNUMBERED:
             self.taking[group.id] = sending
-            self.offered.pop(group.id, None)
         self.queue.append(sending)
         if self.writing is None:
             self.writing = asyncio.create_task(self._write())
@@ -186,6 +187,8 @@ class Session:
         for one, start in zip(batch, starts, strict=True):
             self.taking.pop(one.group.id, None)
             if isinstance(start, Exception):
+                if one.offer:
+                    self.offered[one.group.id] = one.offer
                 one.done.set_exception(start)
                 one.done.exception()  # whoever waited may be gone
             else:

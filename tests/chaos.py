@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from chaos_checks import digests, keepers, violations
+from chaos_checks import digests, keepers, of_replays, violations
 from chaos_clients import Clients, Kind, training_rows
+from chaos_rollouts import LEARNING, LEARNING_REAL
 from http_calls import JOBS
 from live import LiveServer, launch
 
@@ -54,10 +55,16 @@ class Chaos(Clients):
     """One run on one storage directory."""
 
     def __init__(
-        self, folder: Path, seed: int, real: list[Kind] = REAL, mock: list[Kind] = MOCK, most: int = 7
+        self,
+        folder: Path,
+        seed: int,
+        real: list[Kind] = REAL,
+        mock: list[Kind] = MOCK,
+        learning: list[Kind] = LEARNING + LEARNING_REAL,
+        most: int = 7,
     ) -> None:
         super().__init__(seed)
-        self.folder, self.real, self.mock, self.most = folder, real, mock, most
+        self.folder, self.real, self.mock, self.learning, self.most = folder, real, mock, learning, most
         self.filling: threading.Thread | None = None
         tiny = folder / "models" / "tiny"
         subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
@@ -125,13 +132,18 @@ class Chaos(Clients):
             self.wait_for(lambda job_id=job_id: job_id in self.jobs("succeeded", "failed"), f"twin {job_id}")
             self.ledger.twins[json.dumps(kind)] = digests(self.server.storage, job_id)
 
+    def few(self) -> bool:
+        """Whether there is room for another job."""
+        return len(self.jobs()) < self.most
+
     def deeds(self, disk: bool) -> list[tuple[float, Callable[[], object]]]:
         """What may happen next, and how likely it is."""
-        real = lambda: len(self.jobs()) < self.most and self.create(self.draw.choice(self.real))  # noqa: E731
-        mock = lambda: len(self.jobs()) < self.most and self.create(self.draw.choice(self.mock))  # noqa: E731
+        create = lambda kinds: lambda: self.few() and self.create(self.draw.choice(kinds))  # noqa: E731
+        teach = lambda kinds: lambda: self.few() and self.teach(self.draw.choice(kinds))  # noqa: E731
         return [
-            (8, real),
-            (6, mock),
+            *([(8, create(self.real))] if self.real else []),
+            *([(6, create(self.mock))] if self.mock else []),
+            *([(8, teach(self.learning))] if self.learning else []),
             (5, lambda: self.ask_of_job("pause")),
             (12, lambda: self.ask_of_job("resume")),
             (1, lambda: self.ask_of_job("cancel")),
@@ -151,6 +163,7 @@ class Chaos(Clients):
 
     def run(self, seconds: float, disk: bool = False) -> list[str]:
         """Disturb for so long, then let everything end; returns what does not hold."""
+        self.lossy = disk
         self.twins()
         self.kill_module("arbor_core.template")
         weights, deeds = zip(*self.deeds(disk), strict=True)
@@ -161,8 +174,9 @@ class Chaos(Clients):
         if self.filling:
             self.filling.join()
         self.wait_for(self.all_ended, "the jobs")
-        found = violations(self.server, self.ledger, self.counts)
-        for thread in self.slow:
+        told = {job_id: lesson.told for job_id, lesson in self.lessons.items()}
+        found = violations(self.server, self.ledger, self.counts, told)
+        for thread in (*self.slow, *self.lessons.values()):
             thread.join(30)
         assert self.server.stop() == 0
         found += self.ledger.faults
@@ -171,9 +185,10 @@ class Chaos(Clients):
             check_invariants(self.server.storage)
         except AssertionError as error:
             found.append(str(error))
-        return found
+        return found + list(of_replays(self.server.storage, self.counts))
 
     def all_ended(self) -> bool:
+        self.end_lessons()
         for job_id in self.jobs("paused"):
             self.ask("POST", f"{JOBS}/{job_id}/resume")
         answer = self.ask("GET", "/health")

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from http_calls import JOBS, call
 from live import ENDED, LiveServer
 
+from arbor_core import checkpoints
+from arbor_core.inbox import read as read_inbox
 from arbor_core.keeper import ref_of
+from arbor_core.leftovers import LIVE
+from arbor_core.replay import replay
+from arbor_core.types import ArborError
+
+if TYPE_CHECKING:
+    from chaos_rollouts import Told
 
 Steps = dict[int, str]
+FORGET_SECONDS = 60.0
 
 
 @dataclass
@@ -61,8 +71,14 @@ def digests(storage: Path, job_id: str) -> Steps:
     return {step["step"]: told(step) for step in metrics(storage, job_id)}
 
 
-def violations(server: LiveServer, ledger: Ledger, counts: Counter[str]) -> list[str]:
-    """What does not hold while the server still runs and every job has ended."""
+def violations(
+    server: LiveServer, ledger: Ledger, counts: Counter[str], lessons: dict[str, Told] | None = None
+) -> list[str]:
+    """What does not hold while the server still runs and every job has ended.
+
+    Args:
+        lessons: What the clients of learning jobs were told, by job.
+    """
     storage = server.storage
     found = [*of_files(server, ledger)]
     for job_id, status in read(storage, "SELECT id, status FROM jobs"):
@@ -71,7 +87,62 @@ def violations(server: LiveServer, ledger: Ledger, counts: Counter[str]) -> list
     for job_id in ledger.jobs:
         if call(server.url, "GET", f"{JOBS}/{job_id}").status != 200:
             found.append(f"{job_id} was acknowledged and does not resolve")
-    return found
+    for job_id, told_of in (lessons or {}).items():
+        found += of_lesson(storage, job_id, told_of, counts)
+    return found + list(of_forgotten(storage))
+
+
+def of_lesson(storage: Path, job_id: str, lesson: Told, counts: Counter[str]) -> Iterator[str]:
+    """Groups that were taken are in the inbox once, and named checkpoints are there."""
+    records = list(read_inbox(storage / "jobs" / job_id / "inbox", 0))
+    counts["groups in inboxes"] += len(records)
+    ids = Counter(record.group.id for record in records)
+    for batch_id, names in lesson.groups.items():
+        if ids[batch_id] != 1:
+            yield f"{job_id}: the group of batch {batch_id} was taken, and is in the inbox {ids[batch_id]} times"
+            continue
+        [record] = [record for record in records if record.group.id == batch_id]
+        kept = {name for rollout in record.group.rollouts for name in rollout.completions}
+        if names and kept != set(names):
+            yield f"{job_id}: the group of batch {batch_id} was {sorted(names)}, and is {sorted(kept)}"
+    rejected = "SELECT message FROM events WHERE job_id=? AND message LIKE '%cannot be trained on%'"
+    yield from (f"{job_id}: {message}" for (message,) in read(storage, rejected, job_id))
+    for name in lesson.names:
+        sql = (
+            "SELECT c.dir FROM named_checkpoints n JOIN checkpoints c ON c.job_id=n.job_id AND c.step=n.step"
+            " WHERE n.job_id=? AND n.name=?"
+        )
+        rows = read(storage, sql, job_id, name)
+        if not rows:
+            yield f"{job_id}: checkpoint '{name}' was acknowledged, and is gone"
+            continue
+        folder = storage / "jobs" / job_id / "checkpoints" / rows[0][0]
+        if reason := checkpoints.fault(folder):
+            yield f"{job_id}: checkpoint '{name}' in {folder.name}: {reason}"
+
+
+def of_forgotten(storage: Path) -> Iterator[str]:
+    """Nothing is kept that only served while jobs learned; a server removes it within two ticks."""
+    deadline = time.monotonic() + FORGET_SECONDS
+    while left := [str(path) for name in LIVE for path in storage.glob(f"jobs/*/{name}")]:
+        if time.monotonic() > deadline:
+            yield f"left of jobs that have ended: {left}"
+            return
+        time.sleep(0.2)
+
+
+def of_replays(storage: Path, counts: Counter[str]) -> Iterator[str]:
+    """What succeeded comes out the same when it is repeated from its inbox."""
+    for (job_id,) in read(storage, "SELECT id FROM jobs WHERE status='succeeded'"):
+        folder = storage / "jobs" / job_id
+        if not (folder / "inbox").exists() or not metrics(storage, job_id):
+            continue
+        try:
+            replay(folder, lambda _: None)
+        except ArborError as error:
+            yield f"{job_id}, repeated: {error}"
+        counts["jobs repeated"] += 1
+        counts["steps repeated"] += len(digests(storage, job_id))
 
 
 def of_files(server: LiveServer, ledger: Ledger) -> Iterator[str]:
@@ -84,7 +155,9 @@ def of_files(server: LiveServer, ledger: Ledger) -> Iterator[str]:
 def of_job(storage: Path, job_id: str, status: str, ledger: Ledger, counts: Counter[str]) -> Iterator[str]:
     """Its end and its steps."""
     ledger.saw(job_id, status)
-    allowed = ("succeeded", "cancelled") if job_id in ledger.cancelled else ("succeeded",)
+    [(attempts,)] = read(storage, "SELECT attempt FROM jobs WHERE id=?", job_id)
+    ended_early = not attempts and "num_generations" in ledger.jobs.get(job_id, "")  # before anything was learned
+    allowed = ("succeeded", "cancelled") if ended_early or job_id in ledger.cancelled else ("succeeded",)
     if job_id in ledger.jobs and status not in allowed:
         [(error,)] = read(storage, "SELECT error FROM jobs WHERE id=?", job_id)
         yield f"{job_id} is {status}: {error}"
@@ -95,7 +168,6 @@ def of_job(storage: Path, job_id: str, status: str, ledger: Ledger, counts: Coun
         if told(step) != twin[step["step"]]:  # type: ignore[index]
             yield f"{job_id}, step {step['step']}: {told(step)}, undisturbed {twin[step['step']]}"  # type: ignore[index]
     yield from of_order(storage, job_id, status, steps)
-    [(attempts,)] = read(storage, "SELECT attempt FROM jobs WHERE id=?", job_id)
     counts["attempts"] += attempts
     if attempts > 1 and status == "succeeded":
         counts["interrupted jobs that succeeded"] += 1

@@ -13,6 +13,7 @@ from collections import Counter
 from typing import Any
 
 from chaos_checks import Ledger
+from chaos_rollouts import Lesson
 from http_calls import JOBS, MULTIPART, PURPOSE, Answer, call, form, raw_socket
 from live import ENDED, LiveServer
 
@@ -30,6 +31,9 @@ class Clients:
         self.counts: Counter[str] = Counter()
         self.ledger = Ledger()
         self.slow: list[threading.Thread] = []
+        self.lessons: dict[str, Lesson] = {}
+        self.lossy = False
+        """The disk is full now and then: completions may remain unknown."""
         self.rows = ""
         """Id of the file that all jobs train on."""
 
@@ -55,7 +59,9 @@ class Clients:
     def create(self, kind: Kind) -> str:
         name, hyper = kind
         method = {"type": name, name: {"hyperparameters": hyper}}
-        body = {"model": "tiny", "training_file": self.rows, "seed": 7, "method": method}
+        body = {"model": "tiny", "seed": 7, "method": method}
+        if "num_generations" not in hyper:
+            body["training_file"] = self.rows
         answer = self.ask("POST", JOBS, body)
         if answer is None or answer.status != 200:
             return ""
@@ -63,6 +69,22 @@ class Clients:
         self.ledger.jobs[job_id] = json.dumps(kind)
         self.counts[f"{name} jobs created"] += 1
         return job_id
+
+    def teach(self, kind: Kind) -> None:
+        """Create a job that learns from rollouts, and teach it beside all that goes on."""
+        if job_id := self.create(kind):
+            size = kind[1]["num_generations"]
+            self.lessons[job_id] = Lesson(self, job_id, size, self.draw.randrange(1 << 30))
+            self.lessons[job_id].start()
+
+    def end_lessons(self) -> None:
+        """Have the learning jobs end well; one whose creation was not acknowledged has nobody who could end it."""
+        for lesson in self.lessons.values():
+            lesson.hurry.set()
+        for job_id in self.jobs():
+            answer = self.ask("GET", f"{JOBS}/{job_id}")
+            if answer and answer.json["method"]["type"].endswith("grpo") and job_id not in self.lessons:
+                self.ask("POST", f"{JOBS}/{job_id}/cancel")
 
     def jobs(self, *statuses: str) -> list[str]:
         """Ids of jobs in these states (none: of all that have not ended), as the server tells them now."""

@@ -119,6 +119,7 @@ async def test_a_full_disk_refuses_each_group_and_keeps_the_credits(
         patched.setattr(session.inbox, "append", full)
         answers = await asyncio.gather(*(session.send(group(n), n, START) for n in range(2)), return_exceptions=True)
         assert all(isinstance(answer, OSError) for answer in answers)
+    assert session.pending(START) == [0, 1]
     assert (await session.send(group(0), 0, START)).position == 0
 
 

@@ -15,6 +15,7 @@ from litestar.types import ExceptionHandlersMap, Scope
 from arbor_core import ids
 from arbor_core.config import explained
 from arbor_core.errors import CLOSE, NO_RETRY, ApiError, not_found
+from arbor_core.room import FULL
 from arbor_core.types import ArborError, ConfigError
 
 __all__ = ["CLOSE", "HANDLERS", "NO_RETRY", "ApiError", "envelope", "not_found", "request_id", "response"]
@@ -110,16 +111,24 @@ def _refused(error: HTTPException) -> ApiError:
 def _busy(request: Request[Any, Any, Any], error: sqlite3.OperationalError) -> Response[bytes]:
     """A database that somebody else holds: nothing was written, so the request may come again. Or a full disk."""
     if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-        message = "The server's disk is full: nothing was changed. Make room on it, then try again."
-        return response(ApiError(507, message, "insufficient_storage", headers=NO_RETRY))
+        return _full(": nothing was changed")
     if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
         return _unknown(request, error)
     message = "The database is busy. Try again in a moment."
     return response(ApiError(503, message, "database_busy", headers={"retry-after": "2"}))
 
 
+def _full(what: str) -> Response[bytes]:
+    message = f"The server's disk is full{what}. Make room on it, then try again."
+    return response(ApiError(507, message, "insufficient_storage", headers=NO_RETRY))
+
+
 def _exhausted(request: Request[Any, Any, Any], error: OSError) -> Response[bytes]:
-    """A process that may open nothing more, or get no more memory: for a while, unlike other faults of ours."""
+    """A disk that is full, or a process that may open nothing more or get no more memory: for a while, unlike other
+    faults of ours."""
+    if error.errno in FULL:
+        log.error("%s %s: %s", request.method, request.scope["path"], error)
+        return _full("")
     if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return _unknown(request, error)
     log.error("%s %s: %s", request.method, request.scope["path"], error)
