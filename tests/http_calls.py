@@ -56,6 +56,8 @@ def call(url: str, method: str, path: str, body: Any = None, headers: Mapping[st
         raw = json.dumps(body).encode() if isinstance(body, dict | list) else body
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before all is sent
             connection.request(method, path, raw, dict(headers or {}))
+        if connection.sock is None:
+            raise ConnectionResetError("the server went away")
         response = connection.getresponse()
         return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
     finally:
