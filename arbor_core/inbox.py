@@ -8,6 +8,7 @@ changed and never removed: the trainer is a pure function of them.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -121,7 +122,8 @@ class Inbox:
         """Write groups, each with a digest of the request that brought it, and wait until they are on the disk.
 
         Returns:
-            The position that follows each.
+            The position that follows each. On a disk that became full there are fewer than groups: those that were
+            whole stand, because the trainer may have read them already.
 
         Raises:
             OSError: the disk is full, say; nothing was written.
@@ -136,13 +138,16 @@ class Inbox:
         try:
             written = self.file.write(content)
             crash_point("inbox.written")
+            ends = [end for end in ends if end <= self.end + written]
+            if not ends:
+                raise OSError(errno.ENOSPC, "the disk took only a part of the record", str(self.folder))
             if written != len(content):
-                raise OSError(28, "the disk took only a part of the record", str(self.folder))
+                os.ftruncate(self.file.fileno(), ends[-1] - self.start)
             os.fsync(self.file.fileno())
         except OSError:
             os.ftruncate(self.file.fileno(), self.end - self.start)
             raise
-        self.end += len(content)
+        self.end = ends[-1]
         crash_point("inbox.synced")
         return ends
 

@@ -8,6 +8,7 @@ follows from the inbox and from what the trainer has handled, so a server that s
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -175,7 +176,8 @@ class Session:
             try:
                 begin = self.inbox.end
                 ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
-                starts: Sequence[int | Exception] = [begin, *ends[:-1]]
+                full = OSError(errno.ENOSPC, "the disk became full", str(self.folder))
+                starts: Sequence[int | Exception] = [begin, *ends[:-1]] + [full] * (len(batch) - len(ends))
             except Exception as error:  # each sender hears it
                 starts = [error] * len(batch)
             del self.queue[: len(batch)]

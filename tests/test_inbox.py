@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -84,6 +85,36 @@ def test_a_full_disk_leaves_nothing_of_the_record(tmp_path: Path, monkeypatch: p
     assert ids(tmp_path) == [0]
     box.append([(group(2), 2)])
     assert ids(tmp_path) == [0, 2]
+
+
+@pytest.mark.parametrize("room", range(0, 1500, 173))
+def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: int) -> None:
+    """The trainer may have read a whole record before the writer knows that the next one did not fit."""
+    box = Inbox(tmp_path)
+    box.append([(group(0), 0)])
+
+    class Filling:
+        """The inbox's file on a disk that takes a part of what is written."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.fileno = file, file.fileno
+
+        def write(self, content: bytearray) -> int:
+            return int(self.file.write(content[:room]))
+
+    whole, box.file = box.file, Filling(box.file)  # type: ignore[assignment]
+    several = [(group(n), n) for n in (1, 2, 3)]
+    size = inbox.HEADER.size + len(msgspec.msgpack.encode(group(1)))
+    taken = min(3, room // size)
+    if taken:
+        assert len(box.append(several)) == taken
+    else:
+        with pytest.raises(OSError, match="only a part"):
+            box.append(several)
+    box.file = whole
+    assert ids(tmp_path) == list(range(taken + 1))
+    box.append([(group(9), 9)])
+    assert ids(tmp_path) == [*range(taken + 1), 9]
 
 
 def test_headers_tell_ids_and_digests_without_the_payloads(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,24 @@ async def test_a_full_disk_refuses_each_group_and_keeps_the_credits(
         assert all(isinstance(answer, OSError) for answer in answers)
     assert session.pending(START) == [0, 1]
     assert (await session.send(group(0), 0, START)).position == 0
+
+
+async def test_of_groups_that_arrive_at_once_the_disk_may_take_some(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = session.inbox.append
+    with monkeypatch.context() as patched:
+        patched.setattr(session.inbox, "append", lambda groups: append(groups[:1]))
+        first, second = await asyncio.gather(
+            *(session.send(group(n), n, START) for n in range(2)), return_exceptions=True
+        )
+    assert not isinstance(first, BaseException)
+    assert first.position == 0
+    assert isinstance(second, OSError)
+    assert second.errno == errno.ENOSPC
+    assert session.pending(START) == [1]
+    assert not (await session.send(group(1), 1, START)).repeated
+    assert [record.group.id for record in read(session.folder, 0)] == [0, 1]
 
 
 class Told:
