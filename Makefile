@@ -1,4 +1,5 @@
 # make demo   set up .venv and run the main job on this machine's CPU or GPU
+# make demo-grpo  the same model learns from rewards that a client sends
 # make test   set up and run the tests
 # make clients  run another project's GRPO client against this server, in an environment of its own
 # make crash  kill a server and its processes at every fault point, one after the other
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-minimal clients crash lint format chaos bench docs clean
+.PHONY: setup demo demo-grpo test test-minimal clients crash lint format chaos bench docs clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+demo-grpo: $(STAMP)
+	$(BIN)/python examples/demo_grpo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash" --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)

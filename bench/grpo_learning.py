@@ -37,7 +37,7 @@ from demo_grpo import ANSWERS, GROUPS, metrics, question, reward, starting_point
 from letters import words
 
 SHARED: dict[str, Any] = {
-    "learning_rate": 1.5e-4,
+    "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,

@@ -31,6 +31,8 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
     ],
     "weights": [("weights.tiny_lora.of_a_step", "at most", 0.05), ("weights.tiny_full.of_a_step", "at most", 0.05)],
     "grpo_groups": [("groups_per_second", "at least", 200)],
+    "grpo_learning": [("ratio", "at most", 1.0), ("overhead", "at most", 0.1)],
+    "grpo_seeds": [("worst_after", "at least", 0.9), ("slowest_seconds", "at most", 360)],
     "serving": [("plain_32.ratio", "at least", 0.9), ("plain_64.ratio", "at least", 0.9)],
     "proxy": [("proxy.plain.added_ms", "at most", 3.0)],
     "server": [
