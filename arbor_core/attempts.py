@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from . import memory
 from .bell import ring
 from .config import ServeConfig
 from .faults import crash_point
@@ -128,7 +129,8 @@ class Attempts:
         self.write_desired(job)
         crash_point("attempt.desired")
         papers = decode((self.dir(job) / "job.json").read_bytes(), WorkOrder)
-        placement = Placement(lease.of("train"), papers.threads)  # a server with other cores must not change the sums
+        share = memory.SHARE**job.memory_retries
+        placement = Placement(lease.of("train"), papers.threads, share)  # threads: other cores must not change the sums
         order = Order(
             dir=folder,
             argv=(),

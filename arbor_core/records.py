@@ -69,6 +69,8 @@ class Job(msgspec.Struct):
     """Highest step that a checkpoint holds."""
     crashes: int
     """Attempts that died since the last progress."""
+    memory_retries: int
+    """Attempts that ran out of memory and were followed by one with smaller micro-batches."""
     preempted: int
     """1 while the scheduler wants the running job's devices for another."""
     turn: int

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from . import memory
 from .attempts import Attempts
 from .checkpoints import set_aside
 from .faults import crash_point
@@ -37,8 +38,7 @@ class Settlement:
         if last and last.type == "result":
             await self._succeed(job, last)
         elif last and last.type == "error":
-            error = JobError(**last.data)
-            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+            await self._failed(job, JobError(**last.data))
         elif job.desired == "cancel":
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
         elif last and last.type == "paused" and last.data.get("code"):
@@ -73,6 +73,9 @@ class Settlement:
         for _, event in tail(self.attempts.attempt_dir(job) / "events.jsonl", 0, Event):
             if event.type in ("result", "error", "paused"):
                 last = event
+        consequence = last is None or last.data.get("code") == "worker_error"
+        if consequence and (message := memory.left_word(self.attempts.attempt_dir(job))):
+            return Event("error", message, "error", data={"code": memory.CODE, "message": message})
         return last
 
     async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
@@ -123,6 +126,21 @@ class Settlement:
             also=register,
         )
 
+    async def _failed(self, job: Job, error: JobError) -> None:
+        """The attempt says why it cannot go on. Out of memory, it is tried once more with smaller micro-batches."""
+        if error.code == memory.CODE and job.memory_retries == 0 and job.desired != "cancel":
+            text = (
+                f"The training process ran out of memory ({error.message}); attempt {job.attempt + 1} starts "
+                f"{from_where(job)}, with micro-batches half the size where the trainer can cut them: gradients are "
+                "the same but for their last digits, and digests are others than without this"
+            )
+            await self._end(job, "queued", Event("message", text, "warn"), memory_retries=1)
+            return
+        if error.code == memory.CODE:
+            what = f"{error.message.rstrip('.')}. The memory does not do: {memory.advice(job.spec.config)}"
+            error = JobError(error.code, what, error.param)
+        await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
         if ended is None and job.ref is None and not claimed(self.attempts.attempt_dir(job), ""):
@@ -142,8 +160,7 @@ class Settlement:
             )
             await self._end(job, "failed", Event("message", error.message, "error"), error=error)
             return
-        from_where = f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
-        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where}"
+        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where(job)}"
         await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
 
     async def not_started(self, job: Job, error: OSError) -> None:
@@ -175,6 +192,11 @@ class Settlement:
 def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
     """A job that had to be paused stays so until it is resumed; part of the caller's transaction."""
     return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
+
+
+def from_where(job: Job) -> str:
+    """Where the next attempt starts."""
+    return f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
 
 
 def exit_words(code: int) -> str:

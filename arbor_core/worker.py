@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from . import checkpoints
+from . import checkpoints, memory
 from .bell import URGENT, ring
 from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
@@ -69,14 +69,14 @@ class WorkerRun(Generic[ConfigT]):
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.dir = self.attempt_dir.parent.parent
-        self.attempt = int(self.attempt_dir.name)
+        self.dir, self.attempt = self.attempt_dir.parent.parent, int(self.attempt_dir.name)
         self.work = self.attempt_dir / "work"
         self.work.mkdir(exist_ok=True)
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
         self.adapter = self.order.adapter
         self.pulse = Pulse(self.attempt_dir / "heartbeat")
+        self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
             self.log = Log(self.attempt_dir / "events.jsonl")
@@ -249,8 +249,7 @@ def main(attempt_dir: Path) -> int:
     run: WorkerRun[Any] = open_run(attempt_dir, WorkerRun)
     if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if run.rank == 0:
-        warn_of_another_machine(run)
+    warn_of_another_machine(run)
     try:
         imported(run.order.entry)(run)
     except JobStopped as stop:
@@ -259,18 +258,14 @@ def main(attempt_dir: Path) -> int:
         return 0
     except JobFailed as error:
         fail(run, str(error), error.code, error.param)
-    except Exception as error:  # whatever a trainer raises ends its job, with a reason
+        return 1
+    except Exception as error:
         traceback.print_exc()  # into worker.log
-        if run.rank == 0 and is_full(error, run.dir):
-            return pause_for_room(run, error)
-        code = "out_of_memory" if "OutOfMemory" in type(error).__name__ else "worker_error"
-        fail(run, f"{type(error).__name__}: {error}"[:2000], code, None)
-    else:
-        return 0
+        return explain(run, error)
     finally:
         if run.rank == 0:  # it may still take what another rank, which has ended, wrote there
             shutil.rmtree(run.work, ignore_errors=True)
-    return 1
+    return 0
 
 
 def warn_of_another_machine(run: WorkerRun[Any]) -> None:
@@ -281,12 +276,18 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=made, here=here)
 
 
-def pause_for_room(run: WorkerRun[Any], error: Exception) -> int:
-    """The disk is full: the job is paused at its last checkpoint instead of failing. Returns the exit status."""
-    shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
-    message = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
-    run.emit(Event("paused", message, "error", data={"code": "insufficient_storage", "message": message}))
-    return 0
+def explain(run: WorkerRun[Any], error: Exception) -> int:
+    """Say what an exception means: a full disk pauses the job, anything else ends it. Returns the exit status."""
+    if run.rank == 0 and is_full(error, run.dir):
+        shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
+        text = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
+        run.emit(Event("paused", text, "error", data={"code": "insufficient_storage", "message": text}))
+        return 0
+    message = f"{type(error).__name__}: {error}"[:2000]
+    if (hungry := memory.is_out_of_memory(error)) and run.rank:
+        memory.leave_word(run.attempt_dir, f"rank {run.rank}: {message}")
+    fail(run, message, memory.CODE if hungry else "worker_error", None)
+    return 1
 
 
 def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:

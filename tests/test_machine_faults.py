@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from chaos_checks import keepers
 from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
 from live import LiveServer
 
+from arbor_core import memory
+from arbor_core.settlement import Settlement
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants
 
@@ -85,22 +88,75 @@ def test_row_100_cancelling_at_the_end(server: LiveServer, chat_rows: list[dict[
             assert end == "succeeded"
 
 
+@pytest.mark.parametrize(
+    ("raised", "rank"),
+    [
+        ("OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')", 0),
+        ("RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory: Tried to allocate 20.00 MiB')", 0),
+        ("MemoryError('Unable: Tried to allocate 20.00 MiB')", 0),
+        ("OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')", 1),
+    ],
+)
 def test_row_88_memory_that_does_not_do_is_named(
-    tmp_path: Path, chat_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chat_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, raised: str, rank: int
 ) -> None:
-    """What CUDA's allocator raises, by its name: the core knows no torch."""
+    """What allocators raise, by name or words: the core knows no torch. Another rank than the first leaves word."""
     (tmp_path / "hungry.py").write_text(
-        "class OutOfMemoryError(RuntimeError):\n    pass\n\n\n"
-        "def train(run):\n    raise OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')\n"
+        f"class OutOfMemoryError(RuntimeError):\n    pass\n\n\ndef train(run):\n    raise {raised}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("RANK", str(rank))
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny")
     papers = job.dir / "job.json"
     papers.write_text(json.dumps({**json.loads(papers.read_text()), "entry": "hungry:train"}))
     assert job.attempt() == 1
-    [error] = job.events("error")
-    assert error.data["code"] == "out_of_memory"
-    assert "Tried to allocate 20.00 MiB" in error.data["message"]
+    outcome = Settlement(cast("Any", SimpleNamespace(attempt_dir=lambda _: job.attempt_dir))).outcome(cast("Any", None))
+    assert outcome is not None
+    assert outcome.type == "error"
+    assert outcome.data["code"] == "out_of_memory"
+    assert "Tried to allocate 20.00 MiB" in outcome.data["message"]
+
+
+def test_row_88_it_is_tried_once_more_with_smaller_micro_batches(
+    server: LiveServer, chat_rows: list[dict[str, Any]]
+) -> None:
+    fault = {"steps": 5, "checkpoint_steps": 1, "fault": "out_of_memory", "fault_step": 3}
+    job = submit(server, server.upload(chat_rows), method=supervised(**fault)).json["id"]
+    assert server.wait(job).status == "succeeded"
+    [warning] = [event.message for event in told(server, job) if event.level == "warn"]
+    assert "Tried to allocate" in warning
+    assert "attempt 2 starts from the checkpoint at step 3, with micro-batches half the size" in warning
+    assert steps(server, job) == [1, 2, 3, 4, 5]
+    shares = [placement(server, job, attempt)["micro_batch_share"] for attempt in (1, 2)]
+    assert shares == [1.0, 0.5]
+
+
+def test_row_88_and_fails_then(server: LiveServer, chat_rows: list[dict[str, Any]]) -> None:
+    fault = {"steps": 5, "checkpoint_steps": 5, "fault": "out_of_memory", "fault_step": 3, "fault_times": 9}
+    job = submit(server, server.upload(chat_rows), method=supervised(**fault)).json["id"]
+    error = server.wait(job, "failed").error
+    assert error.code == "out_of_memory"
+    assert "Tried to allocate" in error.message
+    assert "take a smaller base model" in error.message
+    assert [event.level for event in told(server, job) if event.level != "info"] == ["warn", "error"]
+
+
+def placement(server: LiveServer, job: str, attempt: int) -> dict[str, Any]:
+    path = server.storage / "jobs" / job / "attempts" / str(attempt) / "placement.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"micro_batch_size": "auto", "max_length": None, "gradient_checkpointing": False, "lora": None}, "(lora)"),
+        ({"micro_batch_size": 4, "gradient_checkpointing": False}, "turn gradient_checkpointing on"),
+        ({"micro_batch_size": 4, "gradient_checkpointing": True}, "lower micro_batch_size, or take"),
+    ],
+)
+def test_row_88_what_to_lower(config: dict[str, Any], said: str) -> None:
+    assert said in memory.advice(config)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ class Placement(Struct, frozen=True):
 
     devices: tuple[Device, ...]
     threads: int
+    micro_batch_share: float = 1.0
+    """How large micro-batches should be, in parts of what they would be: less than 1 after the memory did not do."""
 
 
 class Order(Struct, frozen=True):

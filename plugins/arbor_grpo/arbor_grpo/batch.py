@@ -7,7 +7,7 @@ share of the rows where a loss is a mean over sequences, by its share of the tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,7 +123,23 @@ def sizes(rows: Sequence[Row]) -> Sizes:
     )
 
 
-def cut(found: Sizes, budget: Budget, most_rows: int | None, *, shared: bool) -> list[list[int]]:
+def cut(found: Sizes, budget: Budget, most_rows: int | None, *, shared: bool, share: float = 1.0) -> list[list[int]]:
+    """Cut rows into micro-batches that cost least; none has more than `share` of the tokens that the largest would have
+    (or it is one row)."""
+    parts = cheapest(found, budget, most_rows, shared=shared)
+    if share == 1.0:
+        return parts
+    largest = max(tokens_of(found.of(np.array(rows)), shared=shared) for rows in parts)
+    return cheapest(found, replace(budget, tokens=int(share * largest)), most_rows, shared=shared)
+
+
+def tokens_of(found: Sizes, *, shared: bool) -> int:
+    """Tokens of a micro-batch, padding included."""
+    computed = len(set(found.prompt.tolist())) if shared else len(found.prompt)
+    return int(computed * found.prompt_tokens.max() + len(found.prompt) * (found.completion_tokens.max() + 1))
+
+
+def cheapest(found: Sizes, budget: Budget, most_rows: int | None, *, shared: bool) -> list[list[int]]:
     """Cut rows into micro-batches with as few padded tokens as may be, by length, or by prompt where prompts are
     computed once for all their rows: whichever costs less."""
     by_length = np.lexsort((found.prompt, found.completion_tokens, found.prompt_tokens + found.completion_tokens))

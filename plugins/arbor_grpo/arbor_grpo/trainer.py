@@ -112,14 +112,14 @@ class GroupTrainer(Saving, GRPOTrainer):
         """This rank's micro-batches, by row numbers; every rank has as many, of as many rows."""
         most = self.run.config.micro_batch_size
         most_rows = None if most == "auto" else most
-        ranks = self.run.world_size
+        ranks, share = self.run.world_size, self.run.micro_batch_share
         if not learned:
             return [[None]]  # a loss of 0: the optimizer's step is that of a zero gradient
         if ranks == 1:
             here = np.array(learned)
             return [
                 [learned[i] for i in rows]
-                for rows in cut(found.of(here), self.limits, most_rows, shared=bool(self.shares))
+                for rows in cut(found.of(here), self.limits, most_rows, shared=bool(self.shares), share=share)
             ]
         hands = dealt(learned, found, ranks)
         units = [[row for row in unit if row is not None] for unit in zip(*hands, strict=True)]
@@ -129,7 +129,7 @@ class GroupTrainer(Saving, GRPOTrainer):
             np.array([max(found.completion_tokens[unit]) for unit in units]),
         )
         mine = hands[self.run.rank]
-        return [[mine[i] for i in rows] for rows in cut(longest, self.limits, most_rows, shared=False)]
+        return [[mine[i] for i in rows] for rows in cut(longest, self.limits, most_rows, shared=False, share=share)]
 
     def add_old(self, batch: Batch, rows: Sequence[Row]) -> None:
         """What the ratio divides by. Absent, TRL takes the policy's own of this moment without its gradient."""

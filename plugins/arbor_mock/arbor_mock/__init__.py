@@ -33,7 +33,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-Fault = Literal["none", "fail", "crash", "hang", "lose_gpu", "bad_checkpoint"]
+Fault = Literal["none", "fail", "crash", "hang", "lose_gpu", "out_of_memory", "bad_checkpoint"]
 
 
 class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -168,6 +168,8 @@ def strike(run: Run[MockConfig] | Run[MockGrpoConfig], step: int, die: Callable[
         raise JobFailed(f"The job was told to fail at step {step}", code="mock_failure")
     if config.fault == "lose_gpu":
         raise DeviceLostError("CUDA error: GPU is lost (simulated)")
+    if config.fault == "out_of_memory":
+        raise MemoryError("Tried to allocate 20.00 MiB (simulated)")
     if config.fault == "hang":
         die(signal.SIGSTOP)  # the heartbeat stops too, and only SIGKILL is heard
         return

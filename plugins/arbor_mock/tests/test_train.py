@@ -86,6 +86,12 @@ def test_lose_gpu(job):
     assert "CUDA error: GPU is lost" in error["message"]
 
 
+def test_out_of_memory(job):
+    hungry = job(steps=5, fault="out_of_memory", fault_step=2)
+    assert hungry.run() == 1
+    assert hungry.events("error")[0].data["code"] == "out_of_memory"
+
+
 def test_a_crash_is_a_kill_and_the_next_attempt_resumes(job):
     crashed = job(steps=6, checkpoint_steps=2, fault="crash", fault_step=5)
     assert crashed.run() == -signal.SIGKILL

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -51,6 +51,7 @@ def make(
     micro_batch_size: int | None,
     budget: Budget,
     ranks: int = 1,
+    share: float = 1.0,
 ) -> Plan:
     """Shuffle the rows of each epoch, cut them into steps of `batch_size` rows (an epoch's last may be smaller), and
     each step into micro-batches.
@@ -59,6 +60,7 @@ def make(
         lengths: Tokens of each row.
         micro_batch_size: Most rows of a micro-batch; None: chosen by `best_parts`.
         ranks: Processes that share each step; the number of micro-batches is a multiple of it.
+        share: How large micro-batches may be, in parts of what they would be.
     """
     batches: list[Rows] = []
     ends = set()
@@ -70,8 +72,11 @@ def make(
     batches = batches[:max_steps]
     if micro_batch_size is None:
         parts = best_parts(lengths, batches[:SAMPLED_STEPS], layout, budget, ranks)
+        if share < 1:
+            parts = finer(lengths, batches, layout, budget, ranks, parts, share)
     else:
-        parts = _multiple(-(-min(batch_size, len(lengths)) // micro_batch_size), ranks)
+        most = max(1, int(micro_batch_size * share))
+        parts = _multiple(-(-min(batch_size, len(lengths)) // most), ranks)
     even = micro_batch_size is not None
     return Plan(
         steps=[cut(rows, lengths, parts, layout, even=even) for rows in batches],
@@ -94,6 +99,26 @@ def best_parts(lengths: Sequence[int], batches: Sequence[Rows], layout: Layout, 
         if max(map(max, sizes)) <= budget.tokens:
             costs[parts] = sum(map(sum, sizes)) + budget.overhead * parts * len(batches)
     return min(costs, key=costs.__getitem__) if costs else _multiple(rows, ranks)
+
+
+def finer(
+    lengths: Sequence[int],
+    batches: Sequence[Rows],
+    layout: Layout,
+    budget: Budget,
+    ranks: int,
+    parts: int,
+    share: float,
+) -> int:
+    """The number of micro-batches per step that costs least, among those with which the largest micro-batch has at most
+    `share` of the tokens that it has with `parts`."""
+
+    def largest(batch: Rows) -> int:
+        return max(size(part, lengths, layout) for part in cut(batch, lengths, parts, layout))
+
+    worst = sorted(batches, key=largest, reverse=True)[:SAMPLED_STEPS]
+    limit = int(share * largest(worst[0]))
+    return best_parts(lengths, worst, layout, replace(budget, tokens=limit), ranks)
 
 
 def cut(rows: Rows, lengths: Sequence[int], parts: int, layout: Layout, *, even: bool = False) -> list[Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def make_plan(run: Run[SftConfig], training: Samples, layout: Layout, limits: Bu
         micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
         budget=limits,
         ranks=run.world_size,
+        share=run.micro_batch_share,
     )
 
 
@@ -154,7 +156,9 @@ def compose(
     packed = layout == "packed"
     evaluation = None
     if validation:
-        cuts = plan.evaluation(validation.lengths, layout, EVALUATION_ROWS, budget(run, model))
+        limits, share = budget(run, model), run.micro_batch_share
+        limits = replace(limits, tokens=int(limits.tokens * share))
+        cuts = plan.evaluation(validation.lengths, layout, int(EVALUATION_ROWS * share), limits)
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
     try:

@@ -51,13 +51,15 @@ class Job:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 1
     attempts: int = 0
+    entry: str = "arbor_sft.train:train"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         self.dir.mkdir(parents=True)
         order = WorkOrder(
             protocol=PROTOCOL,
             job_id="ftjob-test",
-            entry="arbor_sft.train:train",
+            entry=self.entry,
             config_type="arbor_sft:SftConfig",
             config=merged(DEFAULTS, self.hyperparameters),
             check_row="arbor_core.data:check_chat_row",
@@ -79,7 +81,7 @@ class Job:
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
-        placement = Placement((Device("cpu:0"),), 1)
+        placement = Placement((Device("cpu:0"),), 1, self.share)
         (folder / "placement.json").write_bytes(encode(placement))
         (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
         return Cold(folder, ranks) if cold or ranks > 1 else Fork(folder)

@@ -67,6 +67,22 @@ def test_sizes_stay_within_the_budget() -> None:
     assert padded < 1.25 * made.tokens
 
 
+@given(lengths_of_rows, st.integers(2, 20), st.sampled_from(LAYOUTS), st.one_of(st.none(), st.integers(1, 9)))
+def test_row_88_half_the_share_halves_the_largest_micro_batch(
+    lengths: list[int], batch_size: int, layout: Layout, micro_batch_size: int | None
+) -> None:
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    whole, half = make(lengths, layout, **sizes), make(lengths, layout, **sizes, share=0.5)
+    for before, after in zip(whole.steps, half.steps, strict=True):
+        assert sorted(row for rows in before for row in rows) == sorted(row for rows in after for row in rows)
+    most_rows = max(map(len, half.micro_batches))
+    if micro_batch_size:
+        assert most_rows <= max(1, micro_batch_size // 2)
+        return
+    largest, now = (max(plan.size(rows, lengths, layout) for rows in made.micro_batches) for made in (whole, half))
+    assert now <= largest / 2 or most_rows == 1
+
+
 def test_rows_of_one_length_stay_together() -> None:
     assert make([40] * 64).parts == 1
 

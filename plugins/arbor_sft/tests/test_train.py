@@ -219,6 +219,60 @@ def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any], batching:
     assert broken.event("result").data["trained_tokens"] == whole.event("result").data["trained_tokens"]
 
 
+HUNGRY = """
+import os
+from pathlib import Path
+
+from arbor_sft import train as module
+
+
+class Hungry(module.SavingTrainer):
+    def training_step(self, model, inputs, *rest):
+        with Path(os.environ["SIZES"]).open("a") as file:
+            print(inputs["input_ids"].numel(), file=file)
+        if self.state.global_step == 5 and "FAILS" in os.environ:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: Tried to allocate 9 bytes")
+        return super().training_step(model, inputs, *rest)
+
+
+def train(run):
+    module.SavingTrainer = Hungry
+    module.train(run)
+"""
+"""A trainer that notes the tokens of its micro-batches, and has no memory in its sixth step if it is told so."""
+
+
+def test_row_88_smaller_micro_batches_after_the_memory_did_not_do(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hungry.py").write_text(HUNGRY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {**FULL, "batch_size": 8, "n_epochs": 3, "max_steps": 10, "checkpoint_steps": 4}
+
+    def attempt(made: Job, sizes: str) -> tuple[int, int]:
+        monkeypatch.setenv("SIZES", str(tmp_path / sizes))
+        code = made.attempt(cold=True)
+        return code, max(map(int, (tmp_path / sizes).read_text().split()))
+
+    whole, broken = (
+        Job(tmp_path / name, tiny, data / "train.jsonl", None, settings, entry="hungry:train")
+        for name in ("whole", "broken")
+    )
+    code, largest = attempt(whole, "whole-sizes")
+    assert code == 0, whole.log()
+    with monkeypatch.context() as fails:
+        fails.setenv("FAILS", "1")
+        assert attempt(broken, "first-sizes")[0] == 1
+    assert broken.event("error").data["code"] == "out_of_memory"
+    broken.share = 0.5
+    code, smaller = attempt(broken, "second-sizes")
+    assert code == 0, broken.log()
+    assert smaller <= largest / 2
+    assert [event.data["step"] for event in broken.events("metrics")] == list(range(5, 11))
+    assert broken.curve() == pytest.approx(whole.curve()[4:], rel=1e-4)
+    assert broken.curve("grad_norm") == pytest.approx(whole.curve("grad_norm")[4:], rel=1e-3)
+
+
 def test_a_job_on_another_processor_says_so(job: Any) -> None:
     made = job(**FULL, max_steps=1)
     path = made.dir / "job.json"

@@ -1,0 +1,48 @@
+"""Running out of memory: how libraries say so, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CODE = "out_of_memory"
+"""The error's code, and the name of the file in which a rank leaves word."""
+SHARE = 0.5
+"""How large micro-batches are after that, in parts of what they were."""
+SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+"""In the words of CUDA, of PyTorch's allocator on a CPU, of the operating system, and of cuBLAS."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether too little memory, a device's or the machine's, is behind an error. PyTorch's allocator has a type for it
+    on a GPU and only words on a CPU."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or "OutOfMemory" in type(seen).__name__:
+            return True
+        if isinstance(seen, RuntimeError | OSError) and any(words in str(seen).lower() for words in SAID):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def leave_word(attempt_dir: Path, message: str) -> None:
+    """Say what happened in a rank that reports nothing. What the first rank says then only follows from it."""
+    (attempt_dir / CODE).write_text(message)
+
+
+def left_word(attempt_dir: Path) -> str | None:
+    """What a rank said that ran out of memory, if one did."""
+    path = attempt_dir / CODE
+    return path.read_text() if path.exists() else None
+
+
+def advice(config: Mapping[str, Any]) -> str:
+    """Which of a job's settings would need less memory."""
+    steps = [f"lower {key}" for key in ("micro_batch_size", "max_length") if key in config]
+    if config.get("gradient_checkpointing") is False:
+        steps.append("turn gradient_checkpointing on")
+    if "lora" in config and config["lora"] is None:
+        steps.append("train an adapter (lora)")
+    return ", or ".join([*steps, "take a smaller base model"])
