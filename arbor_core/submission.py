@@ -6,12 +6,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from . import ids
+from . import ids, memory
 from .config import merged, typed
 from .errors import ApiError
 from .records import JobSpec, NewJob
@@ -105,7 +106,7 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     )
     shown = {name: config[name] for name in SHOWN if name in config} | given
     job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
-    return job, list(warnings(body))
+    return job, [*warnings(body), *memory_warnings(arbor, spec)]
 
 
 def chosen(arbor: Arbor, body: CreateFineTuningJobRequest) -> tuple[str, str]:
@@ -224,6 +225,13 @@ def check_room(arbor: Arbor, devices: int) -> None:
     if arbor.jobs.waiting() >= limit:
         message = f"{limit} jobs are waiting already (limits.queued_jobs). Try again when some have begun."
         raise ApiError(429, message, "queue_full", headers={"retry-after": "30"})
+
+
+def memory_warnings(arbor: Arbor, spec: JobSpec) -> list[str]:
+    """Whether the job needs more memory than a device has, as far as the size of the model tells."""
+    sizes = [device.memory for device in arbor.allocator.inventory().get("train", ())]
+    found = memory.shortfall(Path(spec.model_path), spec.config, min(sizes, default=0))
+    return [found] if found else []
 
 
 def warnings(body: CreateFineTuningJobRequest) -> list[str]:

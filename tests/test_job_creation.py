@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from http_calls import BASE, JOBS, call, events, submit, supervised
 from live import LiveServer
+
+from arbor_core import memory
 
 
 @pytest.fixture
@@ -164,3 +167,45 @@ def test_row_66_a_queue_that_is_full(start_server: Callable[..., LiveServer], ch
     answer = submit(server, server.upload(chat_rows))
     answer.error(429, "queue_full")
     assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(("gigabytes", "warned"), [(100, True), (10, False)])
+def test_row_69_a_model_that_no_device_holds(
+    start_server: Callable[..., LiveServer],
+    tmp_path: Path,
+    chat_rows: list[dict[str, Any]],
+    gigabytes: int,
+    warned: bool,
+) -> None:
+    """The mock's devices have 80 GiB; the weights are a file of holes."""
+    model = tmp_path / "models" / "large"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(gigabytes * 10**9)
+    server = start_server(f"models.dirs=[{tmp_path / 'models'}]", storage=tmp_path / "server")
+    job = submit(server, server.upload(chat_rows), model="large").json["id"]
+    assert server.wait(job).status == "succeeded"
+    told = [event.message for event in events(server, job) if event.level == "warn"]
+    assert [f"about {gigabytes}.0 GB" in message for message in told] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "said"),
+    [
+        ({"lora": None}, 3_900, "weights, gradients and optimizer"),
+        ({"lora": None}, 4_000, None),
+        ({"lora": {"r": 8}}, 900, "The weights alone"),
+        ({"lora": {"r": 8}}, 1_000, None),
+        ({"lora": None}, 0, None),
+    ],
+)
+def test_row_69_what_a_job_needs(tmp_path: Path, config: dict[str, Any], device: int, said: str | None) -> None:
+    (tmp_path / "a.safetensors").write_bytes(bytes(600))
+    (tmp_path / "b.safetensors").write_bytes(bytes(400))
+    found = memory.shortfall(tmp_path, config, device)
+    assert (said in found) if said and found else (found is said)
+
+
+def test_row_69_a_model_that_is_not_here_is_not_judged(tmp_path: Path) -> None:
+    assert memory.shortfall(tmp_path / "nobody" / "nothing", {}, 1) is None
