@@ -88,6 +88,9 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     config = configured(arbor, trainer, given, where)
     check_suffix(body.suffix)
     learner = arbor.trainers[trainer].trainer
+    if body.training_file is None and not learner.rollouts:
+        message = "Missing required parameter: 'training_file'."
+        raise ApiError(400, message, "missing_required_parameter", "training_file")
     start = arbor.models.trainable(body.model, owner, adapters=learner.adapters)
     check_files(arbor, body, owner, rollouts=learner.rollouts)
     check_room(arbor, body.num_gpus)
@@ -200,9 +203,6 @@ def check_files(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str, *, r
             raise ApiError(400, message, "invalid_value", param)
         if id is not None:
             check_file(arbor, id, owner, param)
-    if body.training_file is None and not rollouts:
-        message = "Missing required parameter: 'training_file'."
-        raise ApiError(400, message, "missing_required_parameter", "training_file")
 
 
 def check_file(arbor: Arbor, id: str, owner: str, param: str) -> None:

@@ -235,12 +235,13 @@ def polls(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
-    """A gigabyte of memory that can be filled without harm to anybody else."""
+def small_disk(folder: Path, wanted: bool, minutes: float) -> Iterator[None]:
+    """Some memory that can be filled without harm to anybody else; an hour's checkpoints take more of it."""
     if not wanted:
         yield
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", str(folder)], check=True)
+    size = f"size={1 + round(minutes / 8)}g"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(folder)], check=True)
     try:
         yield
     finally:
@@ -257,7 +258,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="arbor-chaos-") as scratch:
         folder = given.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        with small_disk(folder, given.disk):
+        with small_disk(folder, given.disk, given.minutes):
             chaos = Chaos(folder, given.seed)
             try:
                 print(f"chaos: seed {given.seed}, {given.minutes:g} minutes", flush=True)
