@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from arbor_core import inbox
+from arbor_core.inbox import Group, Rollout
 from arbor_core.replay import find_job, replay
 from arbor_core.testing import JobDirectory
 from arbor_core.types import ArborError
@@ -91,3 +94,64 @@ def test_the_command(job: JobDirectory) -> None:
 def test_a_job_is_found_by_id_or_by_directory(job: JobDirectory) -> None:
     assert find_job(job.dir.name, job.dir.parent.parent) == job.dir
     assert find_job(str(job.dir), Path("/nowhere")) == job.dir
+
+
+# --- what was learned from rollouts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> JobDirectory:
+    """A job of the trainer mock_grpo that has made three steps, of two groups each; one group was too old."""
+    folder = tmp_path / "storage" / "jobs"
+    folder.mkdir(parents=True)
+    values = {"num_generations": 2, "groups_per_step": 2, "max_steps": 3, "too_stale": 1}
+    made = JobDirectory(folder / "one", "mock_grpo", (), "mock/tiny", values)
+    made.send(*(group(number, version) for number, version in enumerate((0, 0, 1, 1, 0, 2, 2))))
+    assert made.attempt() == 0, made.log
+    assert len(made.events("metrics")) == 3
+    return made
+
+
+def group(number: int, version: int) -> Group:
+    said = [{"role": "user", "content": f"say {number}"}]
+    rollouts = (
+        Rollout(trajectory=n, reward=float(n), messages=said, answer={"role": "assistant", "content": str(n)})
+        for n in range(2)
+    )
+    return Group(id=number, rollouts=tuple(rollouts), version=version)
+
+
+def test_steps_of_rollouts_come_out_again(learned: JobDirectory) -> None:
+    assert "3 steps repeated: all losses are equal and the digests of the parameters after 3 of them" in told(learned)
+
+
+def test_a_damaged_group_is_found_and_its_step_is_named(learned: JobDirectory) -> None:
+    (path,) = (path for _, path in inbox.segments(learned.dir / "inbox"))
+    third = list(inbox.read(learned.dir / "inbox", 0))[2]
+    content = bytearray(path.read_bytes())
+    content[third.end - 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArborError, match=rf"damaged at position {third.start}.*step 2 was trained on it"):
+        told(learned)
+
+
+def test_a_group_that_was_exchanged_is_found_whatever_its_checksum(learned: JobDirectory) -> None:
+    folder = learned.dir / "inbox"
+    records = [record.group for record in inbox.read(folder, 0)]
+    records[5].rollouts[1].reward = 9.0
+    (path,) = (path for _, path in inbox.segments(folder))
+    path.unlink()
+    box = inbox.Inbox(folder)
+    box.append([(one, one.id) for one in records])
+    box.close()
+    with pytest.raises(ArborError, match=r"\(batch 5\) is not the one that step 3 was trained on"):
+        told(learned)
+
+
+def test_groups_that_are_gone_are_missed(learned: JobDirectory) -> None:
+    folder = learned.dir / "inbox"
+    last = list(inbox.read(folder, 0))[-1]
+    (path,) = (path for _, path in inbox.segments(folder))
+    os.truncate(path, last.start)
+    with pytest.raises(ArborError, match=f"no group at position {last.start}, on which step 3 was trained"):
+        told(learned)
