@@ -63,6 +63,14 @@ def test_curl(server: LiveServer, data: Path) -> None:
     assert said.rstrip().endswith("data: [DONE]")
 
 
+def test_grpo_with_openai(server: LiveServer) -> None:
+    pytest.importorskip("arbor_grpo")
+    command = [sys.executable, str(EXAMPLES / "grpo.py"), "mock/tiny", "colour", "2"]
+    said = run(command, OPENAI_BASE_URL=f"{server.url}/v1")
+    assert "Policy 0: " in said
+    assert said.count(" of 8") >= 4
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_grpo_with_curl(server: LiveServer) -> None:
     pytest.importorskip("arbor_grpo")
