@@ -41,9 +41,9 @@ while status["status"] in ("created", "running", "paused"):
         used.add(batch)
         answers = client.chat.completions.create(model=job, messages=QUESTION, n=8, temperature=1, max_tokens=12)
         scores = [reward(choice.message.content or "") for choice in answers.choices]
-        print(f"Policy {answers.policy_version}: {sum(scores):g} of 8")  # type: ignore[attr-defined]
         named = [{"completion_id": answers.id, "index": index, "reward": score} for index, score in enumerate(scores)]
-        grpo("rewards", job_id=job, batch_id=batch, rewards=named)
+        taken = grpo("rewards", job_id=job, batch_id=batch, rewards=named)
+        print(f"Step {taken['policy_version']}: {sum(scores):g} of 8" + ("" if taken["accepted"] else ", not used"))
     # Answered when there is an id that is not among those known, or the state has changed; else after 20 seconds.
     status = grpo("status", job_id=job, wait=20, known=sorted(used))
     status["pending_batch_ids"] = [batch for batch in status["pending_batch_ids"] if batch not in used]

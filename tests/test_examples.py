@@ -67,7 +67,7 @@ def test_grpo_with_openai(server: LiveServer) -> None:
     pytest.importorskip("arbor_grpo")
     command = [sys.executable, str(EXAMPLES / "grpo.py"), "mock/tiny", "colour", "2"]
     said = run(command, OPENAI_BASE_URL=f"{server.url}/v1")
-    assert "Policy 0: " in said
+    assert "Step 0: " in said
     assert said.count(" of 8") >= 4
 
 
