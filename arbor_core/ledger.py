@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from array import array
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -55,7 +55,8 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.segment_bytes, self.segments = folder, segment_bytes, segments
         self.places: dict[tuple[str, int], Place] = {}
-        self.by_key: dict[bytes, deque[tuple[str, int]]] = {}
+        self.by_key: dict[bytes, list[tuple[str, int]]] = {}
+        """Oldest first."""
         self.spent: set[tuple[str, int]] = set()
         self.held: dict[int, list[tuple[tuple[str, int], bytes]]] = {}
         """By segment: what it holds."""
@@ -108,13 +109,14 @@ class Ledger:
         return None
 
     def spend(self, *completions: tuple[str, int]) -> None:
-        """Completions that were put into the inbox: they are not matched and not rewarded again."""
-        self.spent.update(completions)
+        """Completions that were put into the inbox: they are not matched and not rewarded again. Forgotten ones
+        cannot be anyway."""
+        self.spent.update(known for known in completions if known in self.places)
 
     def _note(self, completion: Completion, place: Place) -> None:
         known = (completion.id, completion.index)
         self.places[known] = place
-        self.by_key.setdefault(completion.key, deque()).append(known)
+        self.by_key.setdefault(completion.key, []).append(known)
         self.held.setdefault(place[0], []).append((known, completion.key))
 
     def _read(self, number: int) -> Iterator[tuple[tuple[int, int], Completion]]:
@@ -135,12 +137,13 @@ class Ledger:
         self.file, self.number, self.size = fresh, self.number + 1, 0
         crash_point("ledger.rotated")
         gone = self.number - self.segments
-        for known, key in self.held.pop(gone, ()):
+        forgotten = self.held.pop(gone, [])
+        for known, _ in forgotten:
             self.places.pop(known, None)
             self.spent.discard(known)
-            line = self.by_key[key]
-            line.remove(known)
-            if not line:
+        for key, count in Counter(key for _, key in forgotten).items():
+            del self.by_key[key][:count]  # the oldest
+            if not self.by_key[key]:
                 del self.by_key[key]
         self._path(gone).unlink(missing_ok=True)
 

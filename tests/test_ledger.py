@@ -87,6 +87,22 @@ def test_old_completions_go(tmp_path: Path) -> None:
     assert len(Ledger(tmp_path, segment_bytes=400, segments=3).places) == known
 
 
+def test_what_is_forgotten_is_forgotten_whole(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, segment_bytes=400, segments=2)
+    for n in range(40):
+        ledger.add(completion(n, said="ab"[n % 2]))
+        ledger.spend((f"chatcmpl-{n}", 0))
+    again = Ledger(tmp_path, segment_bytes=400, segments=2)
+    again.spend(*((f"chatcmpl-{n}", 0) for n in range(40)))
+    for one in (ledger, again):
+        assert one.spent == one.places.keys()
+        assert {known for line in one.by_key.values() for known in line} == one.places.keys()
+    for n in range(40, 80):
+        ledger.add(completion(n, said="c"))
+    assert list(ledger.by_key) == [key_of(ASKED, "c")]
+    assert not ledger.spent
+
+
 def test_a_full_disk_forgets_a_completion_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(tmp_path)
     ledger.add(completion(0))
