@@ -71,7 +71,7 @@ class ServerServices:
         job = found(self.arbor, job_id, owner)
         if live := self.arbor.live.of(job):
             return live
-        why = f"it has {job.status}" if job.status in TERMINAL else "it learns from a file"
+        why = f"it has ended ({job.status})" if job.status in TERMINAL else "it learns from a file"
         raise ApiError(400, f"Job {job_id} takes no rollouts: {why}.", "invalid_job_state", "job_id")
 
     def policy(self, job_id: str, owner: str) -> Policy:
@@ -93,7 +93,7 @@ class ServerServices:
                     if name in there and not since.exists():
                         return there[name]
                     if job.status in TERMINAL:
-                        message = f"Job {job_id} has {job.status}: there is no checkpoint '{name}'."
+                        message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."
                         raise ApiError(400, message, "invalid_job_state", "job_id")
                     await asyncio.sleep(POLL_SECONDS)
         message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
@@ -108,7 +108,7 @@ class ServerServices:
     def _asked_for(self, job: Job, name: str, metadata: Mapping[str, Any]) -> Path:
         """Write a request down; returns the file that is there until it is answered."""
         if job.status in TERMINAL:
-            message = f"Job {job.id} has {job.status}: it writes no more checkpoints."
+            message = f"Job {job.id} has ended ({job.status}): it writes no more checkpoints."
             raise ApiError(400, message, "invalid_job_state", "job_id")
         folder = self.arbor.dispatcher.attempts.dir(job)
         path = feed.ask(folder, CheckpointRequest(name, dict(metadata)))

@@ -20,6 +20,8 @@ AnyRequest = Request[Any, Any, Any]
 T = TypeVar("T", bound=Struct)
 BODY_SECONDS = 120.0
 MOST_REWARDS = 65_536
+METADATA_BYTES = 65_536
+"""Of a checkpoint's metadata: every status shows it again."""
 
 Id = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
 """JavaScript's whole numbers, and well within the inbox's 64 bits."""
@@ -63,8 +65,22 @@ class StatusRequest(JobRequest, kw_only=True):
 
 
 class CheckpointRequest(JobRequest, kw_only=True):
+    """`metadata`: whatever the client wants to find again, up to 64 KiB of JSON."""
+
     checkpoint_name: str
     metadata: dict[str, Any] | None = None
+
+    def checked(self) -> dict[str, Any]:
+        """The metadata.
+
+        Raises:
+            ApiError: it is too much.
+        """
+        size = len(msgspec.json.encode(self.metadata))
+        if size > METADATA_BYTES:
+            message = f"Invalid 'metadata': expected at most {METADATA_BYTES} bytes of JSON, got {size}."
+            raise ApiError(400, message, "invalid_value", "metadata")
+        return self.metadata or {}
 
 
 class Item(Struct, kw_only=True):

@@ -179,4 +179,5 @@ def worth(entries: Sequence[Entry]) -> tuple[float | None, float | None]:
     if not known and not advantages:
         message = f"Missing required parameter: '{path}.reward'. Every trajectory has a reward or an advantage."
         raise ApiError(400, message, "invalid_rollout", f"{path}.reward")
-    return (sum(known) if known else None), next(iter(advantages), None)
+    total = number(sum(known), f"{path}.reward") if known else None
+    return total, next(iter(advantages), None)

@@ -22,6 +22,7 @@ from arbor_core.types import ConfigError, Services
 from . import requests
 from .groups import digest_of, group_of
 from .initialize import METHOD, blamed, translated
+from .news import News
 from .requests import AnyRequest, JobRequest, read
 from .rewards import group_by_ids
 from .status import ENDED, GRPOStatus, StepAnswer, Style, refused, status_of, step_answer
@@ -31,8 +32,6 @@ CHECKPOINT_SECONDS = 300.0
 END_SECONDS = 60.0
 """How long `terminate` and `cancel` wait for the job to end before they answer all the same."""
 LOOK_SECONDS = 0.1
-NEWS_SECONDS = 0.01
-"""How often a client that waits for news is looked after."""
 TRAIN, INFER = ("train",), ("infer",)
 
 
@@ -50,22 +49,24 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
+        self.news = News(self.look)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
 
-    async def news(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+    async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        return self.status(await self.services.job(job_id, owner), owner, style)
+
+    async def after(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
         known, until = set(asked.known), time.monotonic() + asked.wait
-        job = await self.services.job(job_id, owner)
-        before = self.status(job, owner, style)
+        before = await self.look(job_id, owner, style)
         while before.status in ("created", "running", "paused") and known.issuperset(before.pending_batch_ids):
             if (left := until - time.monotonic()) <= 0:
                 break
-            await asyncio.sleep(min(left, NEWS_SECONDS))
-            now = self.status(await self.services.job(job_id, owner), owner, style)
-            if (now.status, now.policy_version) != (before.status, before.policy_version):
-                return now
+            now = await self.news.next((job_id, owner, style), before, left)
+            if now is None or (now.status, now.policy_version) != (before.status, before.policy_version):
+                return now or await self.look(job_id, owner, style)
             before = now
         return before
 
@@ -123,7 +124,7 @@ class Calls:
         accepted, group = await sent(live, batch_id)
         matched = sum(not rollout.messages for rollout in group.rollouts) if group else None
         return step_answer(
-            self.status(await self.services.job(job_id, owner), owner, style),
+            await self.look(job_id, owner, style),
             repeated=accepted.repeated,
             batch_id=None if accepted.id == UNNUMBERED else accepted.id,
             matched=matched,
@@ -131,8 +132,8 @@ class Calls:
         )
 
     async def checkpoint(self, asked: requests.CheckpointRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
-        await self.services.checkpoint(job_id, owner, asked.checkpoint_name, asked.metadata or {}, CHECKPOINT_SECONDS)
-        status = self.status(await self.services.job(job_id, owner), owner, style)
+        await self.services.checkpoint(job_id, owner, asked.checkpoint_name, asked.checked(), CHECKPOINT_SECONDS)
+        status = await self.look(job_id, owner, style)
         status.last_checkpoint = asked.checkpoint_name  # a name that was given again is the last one too
         return status
 
@@ -192,7 +193,7 @@ def creating(calls: Calls) -> list[Any]:
         """How a job stands, and which batch ids are offered."""
         asked = await read(request, requests.StatusRequest)
         job_id, style = calls.chosen(asked, owner)
-        return await calls.news(asked, job_id, owner, style)
+        return await calls.after(asked, job_id, owner, style)
 
     return [initialize, status]
 

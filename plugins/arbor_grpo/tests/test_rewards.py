@@ -144,11 +144,16 @@ def test_advantages_are_shared_and_of_the_whole_group(sampled: Sampled) -> None:
         ([worth("a"), worth("b", "1")], "invalid_rollout", "rewards[1].reward"),
         ([worth("a"), worth("b", None)], "invalid_rollout", "rewards[1].reward"),
         ([worth("a"), no_reward("b")], "invalid_rollout", "rewards[1].reward"),
+        (
+            [worth("a"), worth("b", 1e18, trajectory="t"), worth("c", 1e18, trajectory="t")],
+            "invalid_rollout",
+            "rewards[1].reward",
+        ),
     ],
 )
 def test_what_is_refused(sampled: Sampled, rewards: list[Reward], code: str, param: str) -> None:
     """Rows 78 and 85."""
-    for name in ("a", "b", "spent"):
+    for name in ("a", "b", "c", "spent"):
         sampled.add(name, [1], [2])
     sampled.add("greedy", [1], [2], temperature=0.0)
     sampled.add("untold", [1], [2], logprobs=b"")

@@ -259,6 +259,11 @@ def test_groups_that_are_refused_whole(job: Job, batch: object, param: str, code
     assert (after["pending_batch_ids"], after["groups"]["received"]) == (before["pending_batch_ids"], 0)
 
 
+def test_metadata_that_every_status_would_repeat(job: Job) -> None:
+    job.post("checkpoint", checkpoint_name="big", metadata={"a": "b" * 65_536}).error(400, "invalid_value", "metadata")
+    assert job.ok("checkpoint", checkpoint_name="big", metadata={"a": "b" * 60_000})["checkpoints"].keys() == {"big"}
+
+
 def test_whole_numbers_that_are_too_long(server: LiveServer, job: Job) -> None:
     huge = 10**4000
     job.post("step", batch=[item(1), item(huge)]).error(400, "invalid_rollout", "batch[1].reward")

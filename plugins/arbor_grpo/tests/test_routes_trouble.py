@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,18 @@ def test_over_supply_is_told_to_wait(server: LiveServer) -> None:
     assert {answer.status for answer in answers[:258]} == {200}
     answers[-1].error(429, "rollouts_queue_full")
     assert answers[-1].headers["retry-after"] == "1"
+    job.post("cancel")
+
+
+def test_a_client_that_waits_hears_of_a_step(server: LiveServer) -> None:
+    job = created(server, max_staleness=0)
+    known = job.until("running")["pending_batch_ids"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(job.ok, "status", wait=20, known=known)
+        job.step()
+        seen = waiting.result()
+    assert seen["policy_version"] == 1
+    assert set(seen["pending_batch_ids"]) - set(known)
     job.post("cancel")
 
 

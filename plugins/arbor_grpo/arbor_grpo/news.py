@@ -1,0 +1,67 @@
+"""Clients that wait for news of a job: however many wait, the job is looked at once for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from .status import GRPOStatus, Style
+
+SOONEST_SECONDS, LATEST_SECONDS = 0.01, 0.1
+"""Between two looks: the longer nothing has changed, the less does it matter to hear of it at once."""
+SHARE = 0.05
+"""News come late by so much of the time that was waited for them."""
+
+Key = tuple[str, str, Style]
+"""Job, owner, and how checkpoints are shown."""
+
+
+class Watch:
+    """Of one job, for the clients that wait at the same time.
+
+    Args:
+        before: The state that they know.
+        until: When the last of them has waited enough.
+    """
+
+    def __init__(self, look: Callable[[], Awaitable[GRPOStatus]], before: GRPOStatus, until: float) -> None:
+        self.look, self.until = look, until
+        self.change = asyncio.create_task(self._change(before))
+        self.change.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits for it
+
+    async def _change(self, before: GRPOStatus) -> GRPOStatus:
+        """The next state that differs from `before`; the last one looked at, when nobody waits any longer."""
+        began = time.monotonic()
+        while (now := time.monotonic()) < self.until:
+            await asyncio.sleep(min(max(SOONEST_SECONDS, SHARE * (now - began)), LATEST_SECONDS, self.until - now))
+            found = await self.look()
+            if any(getattr(found, name) != getattr(before, name) for name in ("status", "policy_version")):
+                return found
+            if found.pending_batch_ids != before.pending_batch_ids:
+                return found
+            before = found
+        return before
+
+
+class News:
+    """The watches of a server."""
+
+    def __init__(self, look: Callable[[str, str, Style], Awaitable[GRPOStatus]]) -> None:
+        self.look = look
+        self.watches: dict[Key, Watch] = {}
+
+    async def next(self, key: Key, before: GRPOStatus, seconds: float) -> GRPOStatus | None:
+        """The state of a job when it is no longer as it was before; that one or None: so many seconds have passed.
+
+        Raises:
+            ApiError: the owner has no such job.
+        """
+        until = time.monotonic() + seconds
+        watch = self.watches.get(key)
+        if watch is None:
+            watch = self.watches[key] = Watch(lambda: self.look(*key), before, until)
+            watch.change.add_done_callback(lambda _: self.watches.pop(key))
+        watch.until = max(watch.until, until)
+        found, _ = await asyncio.wait({watch.change}, timeout=seconds)  # which leaves it running for the others
+        return watch.change.result() if found else None
