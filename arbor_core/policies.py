@@ -18,8 +18,13 @@ def note_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
     """Take a `weights` event; part of the caller's transaction.
 
     A later attempt, which makes steps again that an earlier one had made, takes nothing back: completions come from the
-    newest version that was ever published, and credits wait until the trainer has caught up.
+    newest version that was ever published, and credits wait until the trainer has caught up. A version that no attempt
+    had reached before is progress, though a job that writes no checkpoints begins again: it may crash as often anew.
     """
+    db.execute(
+        "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
+        (job_id, event.data.get("version", 0), job_id),
+    )
     db.execute(
         "INSERT INTO policies(job_id,version,handled,dir) VALUES(?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
         " handled=max(handled,excluded.handled), dir=iif(excluded.version>version,excluded.dir,dir),"

@@ -105,6 +105,19 @@ def test_a_worker_that_is_killed_again_and_again_is_reported(server: LiveServer)
     assert time.monotonic() - begin < 5
 
 
+def test_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveServer) -> None:
+    """Row 89: more often than a job may crash without progress, and without any checkpoint."""
+    job = created(server)
+    for number in range(1, 5):
+        job.step(group(str(number)))
+        wait_for(lambda count=number: job.status["policy_version"] == count)
+        kill_worker(job)
+        wait_for(
+            lambda count=number: sum("training process died" in event["message"] for event in job.events()) == count
+        )
+    assert job.ok("terminate")["policy_version"] == 4
+
+
 def test_steps_are_taken_while_no_worker_runs(server: LiveServer) -> None:
     """Row 89."""
     job = created(server, fault="crash", fault_step=1, checkpoint_steps=1)
