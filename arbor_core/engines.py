@@ -80,8 +80,7 @@ class Engines:
         self.served: dict[Key, Served] = {}
         self.failed: dict[Key, tuple[float, Exception]] = {}
         """Until when a start is not tried again, and why."""
-        self.started = 0
-        self.freed = asyncio.Event()
+        self.started, self.freed = 0, asyncio.Event()
         self.background: set[asyncio.Task[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
         shutil.rmtree(root, ignore_errors=True)
@@ -179,6 +178,10 @@ class Engines:
             self._drop(served)
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
+                if served.outrun(path):  # the next request finds newer ones
+                    raise ApiError(
+                        503, f"'{key[0]}' is loaded anew.", "engine_unavailable", "model", RETRY_SOON
+                    ) from None
                 self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
                 raise self._refusal(key, error) from None
             raise

@@ -33,6 +33,8 @@ class LiveWeights:
         try:
             await self.refresh(policy)
         except ApiError as error:
+            if self.made.current(job_id) != policy:
+                return  # a newer one speaks for itself, and these weights may have gone
             message = f"Policy version {policy.version} cannot be served: {error}"
             await self.jobs.note(Event("message", message, "error"), job_id)
 

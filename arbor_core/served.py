@@ -48,6 +48,8 @@ class Served:
     full: FullPolicy | None = None
     """The weights that it has, or that it will have when `updating` ends; None: they never change."""
     updating: asyncio.Task[None] | None = None
+    has: int = -1
+    """The version of the weights that the last update brought."""
     policies: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Of adapters that are a live job's policy: the job and the version."""
     held: Counter[str] = field(default_factory=Counter)
@@ -62,6 +64,10 @@ class Served:
     def idle(self) -> bool:
         """Whether it runs and nobody uses it."""
         return self.users == 0 and self.watch is not None
+
+    def outrun(self, path: str) -> bool:
+        """Whether the weights at a path have gone because the trainer published newer ones."""
+        return self.full is not None and self.full.version > 0 and not Path(path).exists()
 
     def adapter(self, weights: Weights) -> asyncio.Task[None]:
         """The loading of an adapter, begun by its first user.
@@ -136,7 +142,11 @@ class Served:
         engine = await self.start
         if before:
             await before
-        await engine.update(full.path, full.version)
+        if self.has >= full.version:
+            return
+        newest = self.full or full  # the trainer removes old ones while an update lasts
+        await engine.update(newest.path, newest.version)
+        self.has = newest.version
 
     def forget(self, name: str) -> None:
         """Unload an adapter. Requests that run on it finish first; new ones load it again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,12 @@ from arbor_core.errors import ApiError
 from arbor_core.history import add_checkpoint
 from arbor_core.jobs import Jobs
 from arbor_core.live_weights import LiveWeights
+from arbor_core.made import FullPolicy, Resolved
 from arbor_core.models import Models, add_model
 from arbor_core.policies import note_policy
 from arbor_core.records import Job, JobSpec, NewJob
 from arbor_core.store import Store
+from arbor_core.types import ArborError, EngineSpec
 
 TENSORS = (2).to_bytes(8, "little") + b"{}"
 
@@ -278,3 +281,67 @@ async def test_requests_that_wait_for_an_update_that_fails_hear_that_a_retry_hel
     assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
     assert engine.process.returncode is not None
     assert await engine_of(live, world, job) is not engine
+
+
+async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
+    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await world.job(lora=None)
+    engine = await engine_of(live, world, job)
+    update, begun, may_end, versions = engine.update, asyncio.Event(), asyncio.Event(), []
+
+    async def slow(path: str, version: int) -> None:
+        versions.append(version)
+        begun.set()
+        await may_end.wait()
+        await update(path, version)
+
+    monkeypatch.setattr(engine, "update", slow)
+    waiting = []
+    for version in (1, 2, 3):
+        folder = Path(await world.publish(job, version, full=True))
+        waiting.append(asyncio.create_task(engine_of(live, world, job)))
+        await begun.wait()
+        while live.engines.served[job.id, "/base"].full != FullPolicy(str(folder), version):
+            await asyncio.sleep(0)
+    shutil.rmtree(folder.parent / "2-1")
+    may_end.set()
+    assert await asyncio.gather(*waiting) == [engine] * 3
+    assert versions == [1, 3]
+    assert await version_of(engine, job.id) == 3
+
+
+async def test_a_start_with_weights_that_are_gone_is_tried_again_with_newer_ones(
+    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await world.job(lora=None)
+    folder = Path(await world.publish(job, 1, full=True))
+    begin = live.engines.backend.start
+
+    async def outrun(spec: EngineSpec) -> Any:
+        """The trainer publishes while the engine starts."""
+        shutil.rmtree(folder)
+        raise ArborError(f"cannot load a model from {spec.path}")
+
+    monkeypatch.setattr(live.engines.backend, "start", outrun)
+    with pytest.raises(ApiError, match="loaded anew") as refused:
+        await engine_of(live, world, job)
+    assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
+    monkeypatch.setattr(live.engines.backend, "start", begin)
+    await world.publish(job, 2, full=True)
+    assert await version_of(await engine_of(live, world, job), job.id) == 2
+
+
+async def test_nothing_is_said_of_a_policy_that_has_gone_for_a_newer_one(
+    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await world.job()
+
+    async def refresh(_: Resolved) -> None:
+        await world.publish(job, 2)
+        raise ApiError(503, "gone", "engine_unavailable")
+
+    await world.publish(job, 1)
+    monkeypatch.setattr(live, "refresh", refresh)
+    await published(live, job)
+    assert not [event.message for event in world.jobs.events(job.id, 5) if event.level == "error"]
