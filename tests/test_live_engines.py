@@ -140,6 +140,7 @@ def test_row_131_an_engine_that_hangs_in_a_stream(serving: Serving) -> None:
     response = connection.getresponse()
     assert response.status == 200
     assert response.readline().startswith(b"data: ")
+    assert response.readline() == b"\n"  # perhaps no other event comes
     stop_all(engine)
     *_, error, done, end = response.read().split(b"\n\n")
     connection.close()
