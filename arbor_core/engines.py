@@ -130,7 +130,11 @@ class Engines:
     async def _load(self, served: Served, engine: Engine, resolved: Resolved) -> None:
         """Have an engine know an adapter, or have the newest weights."""
         if resolved.adapter:
-            await asyncio.shield(served.adapter(resolved.adapter))
+            try:
+                await asyncio.shield(served.adapter(resolved.adapter))
+            except ApiError:
+                await self.suspect(engine)  # one that died is forgotten before its client asks again
+                raise
             served.retire()
         if resolved.full and (update := served.update(resolved.full)):
             try:
