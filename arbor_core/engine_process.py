@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 
 from .environment import clean_env, threads_env
+from .keeper import ref_of
+from .leftovers import REF
 from .types import ArborError, EngineSpec, Weights
 
 POLL_SECONDS = 0.02
@@ -68,6 +70,8 @@ class EngineProcess:
                 cwd=spec.dir,  # `organization/name` must not be found as a folder beside whoever started the server
                 start_new_session=True,
             )
+        with contextlib.suppress(OSError):  # a full disk must not keep an engine from serving
+            (spec.dir / REF).write_text(ref_of(process.pid))
         try:
             async with asyncio.timeout(seconds):
                 while not ready.exists():

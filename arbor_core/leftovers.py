@@ -12,11 +12,14 @@ from pathlib import Path
 
 from . import checkpoints
 from .faults import crash_point
+from .keeper import ref_of
 from .logs import tail
 from .types import Event
 
 LIVE = ("weights", "ledger", "asked")
 """Folders of a job's directory that nobody needs after its end."""
+REF = "process"
+"""File in an engine's directory that says which process it is."""
 END_SECONDS = 10.0
 """How long a process may take to vanish after SIGKILL."""
 
@@ -68,6 +71,14 @@ def created(folder: Path, said: checkpoints.Manifest) -> Event:
         data={"dir": folder.name, "metrics": said.metrics},
         at=(folder / checkpoints.MANIFEST).stat().st_mtime,
     )
+
+
+def end_engines(root: Path) -> None:
+    """Kill engines of an earlier server that did not hear of its end: one that was stopped while it started, say."""
+    for path in root.glob(f"*/{REF}"):
+        ref = path.read_text()
+        if ref and ref == ref_of(int(ref.partition(":")[0])):
+            end_strays(ref)
 
 
 def end_strays(keeper: str) -> None:

@@ -21,6 +21,7 @@ from .dispatcher import Dispatcher
 from .engines import Engines
 from .files import Files
 from .jobs import Jobs
+from .leftovers import end_engines
 from .live import LiveJobs
 from .live_weights import LiveWeights
 from .models import Models
@@ -123,6 +124,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     slots = max(1, len(allocator.inventory().get("train", ())))
     cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     onlookers = Onlookers(plugins)
+    end_engines(root / "engines")
     engines = Engines(
         backend,
         allocator,

@@ -94,6 +94,11 @@ def created(server: LiveServer, **trainer: Any) -> Job:
 
 def kill_worker(job: Job) -> None:
     """SIGKILL for the trainer's process, when it has begun."""
+    signal_worker(job, signal.SIGKILL)
+
+
+def signal_worker(job: Job, number: signal.Signals) -> None:
+    """A signal for the trainer's process, when it has begun."""
     pattern = f"jobs/{job.id}/attempts/"
 
     def workers() -> list[int]:
@@ -109,7 +114,7 @@ def kill_worker(job: Job) -> None:
         return found
 
     for pid in wait_for(workers):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def stop(server: LiveServer) -> None:
@@ -132,6 +137,7 @@ __all__ = [
     "item",
     "kill_worker",
     "launch",
+    "signal_worker",
     "stop",
     "wait_for",
 ]

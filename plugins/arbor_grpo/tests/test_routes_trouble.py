@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, stop, wait_for
+from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop, wait_for
 from http_calls import Answer
 from live import LiveServer
 
@@ -85,11 +85,13 @@ def test_a_checkpoint_of_a_job_that_dies_for_good_is_refused(server: LiveServer)
 
 
 def test_terminating_survives_the_worker(server: LiveServer) -> None:
-    job = created(server, step_seconds=1.0, checkpoint_steps=1)
-    job.step()
-    job.step()
+    job = created(server, checkpoint_steps=1)
     job.until("running")
+    signal_worker(job, signal.SIGSTOP)  # it is not done with them before it is killed
+    job.step()
+    job.step()
     asking = Asking(job, "terminate")
+    wait_for(lambda: (job.dir / "desired").read_text() == "finish")
     kill_worker(job)
     answer = asking.get()
     assert (answer.status, answer.json["status"]) == (200, "succeeded"), answer.body
