@@ -64,7 +64,11 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
     )
     if name := event.data.get("name"):
         name_checkpoint(db, job_id, name, event.step, event.data["dir"], event.data["metadata"])
-    db.execute("UPDATE jobs SET progress=max(progress,?), crashes=0 WHERE id=?", (event.step, job_id))
+    db.execute(
+        "UPDATE jobs SET crashes=iif(:step>furthest,0,crashes), furthest=max(furthest,:step),"
+        " progress=max(progress,:step) WHERE id=:id",
+        {"step": event.step, "id": job_id},
+    )
 
 
 def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:

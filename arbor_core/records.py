@@ -67,6 +67,8 @@ class Job(msgspec.Struct):
     """Bytes of the attempt's event log that are in the database."""
     progress: int
     """Highest step that a checkpoint holds."""
+    furthest: int
+    """Highest step that a checkpoint ever held: writing again what was found to be damaged is no progress."""
     crashes: int
     """Attempts that died since the last progress."""
     memory_retries: int

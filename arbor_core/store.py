@@ -97,7 +97,11 @@ CREATE TABLE upload_parts(
 CREATE INDEX parts_by_upload ON upload_parts(upload_id);
 ALTER TABLE jobs ADD COLUMN memory_retries INTEGER NOT NULL DEFAULT 0;
 """
-SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS, PARTS)
+FURTHEST = """
+ALTER TABLE jobs ADD COLUMN furthest INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET furthest=progress;
+"""
+SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS, PARTS, FURTHEST)
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 VERSION = len(SCHEMA)
 

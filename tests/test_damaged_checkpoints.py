@@ -86,6 +86,19 @@ def test_row_94_a_checkpoint_that_dies_with_its_trainer_is_withdrawn_before_anyb
     check_invariants(server.storage)
 
 
+def test_a_trainer_that_damages_what_it_writes_is_not_tried_for_ever(
+    start_server: Callable[..., LiveServer], chat_rows: Rows
+) -> None:
+    server = start_server("gpu.train=[0]", "limits.attempts=3")
+    fault = {"fault": "bad_checkpoint", "fault_step": 5, "fault_times": 99}
+    hyper = {"steps": 6, "step_seconds": 0, "checkpoint_steps": 2, **fault}
+    job = create(server, chat_rows, hyperparameters=hyper).id
+    failed = server.wait(job, "failed")
+    assert failed.error.code == "worker_crashed"
+    assert set(offered(server, job)) == {2}, "that of step 4 came to nothing each time"
+    assert len(list((server.storage / "jobs" / job / "attempts").iterdir())) == 3
+
+
 def committed(job_dir: Path, step: int, attempt: int) -> Path:
     folder = job_dir / "checkpoints" / f"{step}-{attempt}"
     with checkpoints.writing(folder, step, attempt, {}) as inside:
