@@ -65,14 +65,14 @@ def open_ended(word: str) -> str:
 
 def plain_words(said: str) -> str:
     """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
-    from . import config
+    from . import config, convert
 
     line = " ".join(said.split()).partition(" Config search path:")[0]
     if key := re.match(r"Could not override '([^']+)'", line):
         if key[1] == "trainer":
             return "a method is chosen with a plus sign: +trainer=NAME"
         name = key[1].removeprefix("trainer.")
-        known = list(config.key_paths(config.ServeConfig))
+        known = list(convert.key_paths(config.ServeConfig))
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see them all with: arbor-serve --cfg job"
         return f"no key '{key[1]}'; {hint}"
@@ -106,9 +106,9 @@ def start(cfg: DictConfig) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from . import config, plugins
+    from . import config, convert, plugins
 
-    settings = config.typed(config.plain(cfg), config.ServeConfig, where="")
+    settings = convert.typed(config.plain(cfg), config.ServeConfig, where="")
     loaded = plugins.load(settings.plugins.disabled)
     chosen = HydraConfig.get().runtime.choices.get("trainer")
     if chosen is None and os.environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):

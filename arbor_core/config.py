@@ -7,11 +7,9 @@ defaults as plain data, so `${...}` in a request stays a string.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from hydra import compose
@@ -24,9 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from .keys import ApiKey, Key, Name, entries
 from .plugins import installed
 from .types import ArborError, ConfigError
-
-T = TypeVar("T")
-
 
 Count = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
@@ -210,78 +205,3 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         mine = both.get(key)
         both[key] = merged(mine, value) if isinstance(value, Mapping) and isinstance(mine, Mapping) else value
     return both
-
-
-def typed(values: Any, type_: type[T], where: str) -> T:
-    """Plain values as a struct.
-
-    Raises:
-        ConfigError: with the key as the user typed it (`where` is put before msgspec's path), the nearest key for an
-            unknown one, and OpenAI's code for the kind of mistake.
-    """
-    try:
-        return msgspec.convert(values, type_, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise explained(str(error), type_, where) from None
-
-
-def _decode(wanted: Any, value: Any) -> Any:
-    if wanted is Path and isinstance(value, str):
-        return Path(value).expanduser()
-    raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__}")
-
-
-_AT = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`(?P<path>[^`]*)`)?$", re.DOTALL)
-_FIELD = re.compile(r"(?:unknown|required) field `(?P<name>[^`]*)`")
-
-
-def explained(message: str, type_: Any, where: str) -> ConfigError:
-    """msgspec's message as an error that speaks of the user's key path."""
-    match = _AT.fullmatch(message)
-    what, path = (match["what"], match["path"] or "$") if match else (message, "$")
-    path = path.replace("[...]", "")  # msgspec does not say which key of a dict it was
-    path = path.replace("$", where, 1) if where else path.removeprefix("$").removeprefix(".")
-    if field := _FIELD.search(what):
-        full = f"{path}.{field['name']}" if path else field["name"]
-        if "unknown field" in what:
-            hint = nearest(field["name"], type_, path.removeprefix(where).strip("."))
-            return ConfigError(f"Unknown parameter: '{full}'.{hint}", path=full, code="unknown_parameter")
-        return ConfigError(f"Missing required parameter: '{full}'.", path=full, code="missing_required_parameter")
-    return ConfigError(f"Invalid '{path}': {what}.", path=path, code=_code(what))
-
-
-def _code(what: str) -> str:
-    """OpenAI's word for a bound that was passed, a wrong type, or a wrong value."""
-    if bound := re.search(r"Expected `(?P<type>int|float)[^`]*` (?P<op><=|<|>=|>)", what):
-        kind = "integer" if bound["type"] == "int" else "decimal"
-        return f"{kind}_{'above_max' if bound['op'].startswith('<') else 'below_min'}_value"
-    if re.search(r"Expected `[^`]*`, got `", what):
-        return "invalid_type"
-    return "invalid_value"
-
-
-def nearest(name: str, type_: Any, inside: str = "") -> str:
-    """A hint for a misspelled key of a struct, or nothing."""
-    for part in filter(None, inside.split(".")):
-        fields = {f.encode_name: f.type for f in msgspec.structs.fields(type_)} if _is_struct(type_) else {}
-        type_ = next((t for t in _parts(fields.get(part)) if _is_struct(t)), None)
-    known = [f.encode_name for f in msgspec.structs.fields(type_)] if _is_struct(type_) else []
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
-
-
-def key_paths(type_: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a struct as `a.b`."""
-    for field in msgspec.structs.fields(type_):
-        yield prefix + field.encode_name
-        for part in _parts(field.type):
-            if _is_struct(part):
-                yield from key_paths(part, f"{prefix}{field.encode_name}.")
-
-
-def _is_struct(type_: Any) -> bool:
-    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
-
-
-def _parts(type_: Any) -> tuple[Any, ...]:
-    return (type_, *getattr(type_, "__args__", ()))

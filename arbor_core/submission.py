@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Meta
 
 from . import ids, memory
-from .config import merged, typed
+from .config import merged
+from .convert import typed
 from .errors import ApiError
 from .records import JobSpec, NewJob
 from .types import ArborError, ConfigError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from . import config
+from . import config, convert
 from .attempts import Attempts
 from .config import ServeConfig
 from .dispatcher import Dispatcher
@@ -115,7 +115,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     root = settings.storage.absolute()
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.launcher, root / "run"))
     engine_options = config.merged(config.defaults("backend", settings.inference), settings.engine)
-    config.typed(engine_options, backend.options, where="engine")
+    convert.typed(engine_options, backend.options, where="engine")
     lock = locked(root)
     make_private(root)
     store = Store(root / "arbor.db")
@@ -174,7 +174,7 @@ def trainer_defaults(
         if name == default_trainer and settings.trainer:
             values, where = settings.trainer, "trainer"
         values = config.merged(values, settings.trainers.get(name, {}))
-        config.typed(values, trainer.config, where=where)
+        convert.typed(values, trainer.config, where=where)
         found[name] = TrainerDefaults(trainer, values)
     for name in settings.trainers:
         plugins.get("trainers", name)  # says which name is near

@@ -41,7 +41,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from arbor_core.config import load_yaml, merged, typed
+from arbor_core.config import load_yaml, merged
+from arbor_core.convert import typed
 from arbor_core.logs import encode
 from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Order, Placement

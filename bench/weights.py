@@ -100,13 +100,13 @@ async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict
     from hydra import compose, initialize_config_dir
     from weights import Settings  # the worker imports it from there, too
 
-    from arbor_core import config, plugins
+    from arbor_core import config, convert, plugins
     from arbor_core.records import JobSpec, NewJob
     from arbor_core.system import open_system
 
     with initialize_config_dir(str(config.core_config_dir()), version_base="1.3"):
         overrides = [f"storage={storage}", f"models.dirs=[{model.parent}]", "threads=1"]
-        settings = config.typed(config.plain(compose("serve", overrides)), config.ServeConfig, where="")
+        settings = convert.typed(config.plain(compose("serve", overrides)), config.ServeConfig, where="")
         system = open_system(settings, plugins.load([]), None)
     worker = dataclasses.replace(
         system.trainers["mock_grpo"].trainer,

@@ -17,7 +17,8 @@ from http_calls import FILE, PURPOSE, call, form, post, raw_socket, settled
 from live import LiveServer
 from omegaconf import OmegaConf
 
-from arbor_core.config import LimitsConfig, core_config_dir, typed
+from arbor_core.config import LimitsConfig, core_config_dir
+from arbor_core.convert import typed
 from arbor_core.errors import ApiError
 from arbor_core.files import Files
 from arbor_core.jobs import Jobs

@@ -18,7 +18,7 @@ from http_calls import BASE, JOBS, call, raw_socket
 from litestar.handlers import HTTPRouteHandler
 from live import LiveServer, launch
 
-from arbor_core import ConfigError, config, keys
+from arbor_core import ConfigError, config, convert, keys
 from arbor_core.errors import ApiError
 from arbor_core.server import auth
 from arbor_core.server.app import ROOMS
@@ -104,7 +104,7 @@ def test_the_document_says_what_a_key_must_be_for(guarded: LiveServer) -> None:
 
 
 async def test_a_plugins_route_needs_an_admin_unless_it_says_otherwise() -> None:
-    limits = config.typed(
+    limits = convert.typed(
         yaml.safe_load((config.core_config_dir() / "serve.yaml").read_text())["limits"], config.LimitsConfig, ""
     )
     admit = auth.guard(keys.entries([keys.ApiKey("t", ["train"], key="secret")]), limits)
@@ -176,7 +176,7 @@ def test_row_37_tenants_share_what_is_theirs_and_see_nothing_else(
 
 
 def auth_config(*entries: Any) -> config.AuthConfig:
-    return config.typed({"keys": list(entries), "insecure": False}, config.AuthConfig, where="auth")
+    return convert.typed({"keys": list(entries), "insecure": False}, config.AuthConfig, where="auth")
 
 
 def test_keys_are_kept_as_hashes_only() -> None:

@@ -20,7 +20,8 @@ from live import LiveServer, launch
 from omegaconf import OmegaConf
 
 from arbor_core import joining
-from arbor_core.config import LimitsConfig, core_config_dir, typed
+from arbor_core.config import LimitsConfig, core_config_dir
+from arbor_core.convert import typed
 from arbor_core.errors import ApiError
 from arbor_core.files import Files
 from arbor_core.store import Store

@@ -13,7 +13,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap, Scope
 
 from arbor_core import ids
-from arbor_core.config import explained
+from arbor_core.convert import explained
 from arbor_core.errors import CLOSE, NO_RETRY, ApiError, not_found
 from arbor_core.room import FULL
 from arbor_core.types import ArborError, ConfigError

@@ -14,7 +14,7 @@ import msgspec
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct
 
-from arbor_core.config import explained
+from arbor_core.convert import explained
 from arbor_core.live import Live
 from arbor_core.made import Resolved
 from arbor_core.system import Arbor

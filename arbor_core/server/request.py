@@ -10,7 +10,7 @@ import msgspec
 from litestar import Request
 
 from arbor_core import ids
-from arbor_core.config import typed
+from arbor_core.convert import typed
 from arbor_core.types import ConfigError
 
 from .errors import CLOSE, NO_RETRY, ApiError, not_found

@@ -12,7 +12,7 @@ import msgspec
 
 from arbor_core import feed
 from arbor_core.bell import ring
-from arbor_core.config import typed
+from arbor_core.convert import typed
 from arbor_core.errors import NO_RETRY, ApiError
 from arbor_core.live import Live
 from arbor_core.policies import name_checkpoint, named_checkpoints, policy_of

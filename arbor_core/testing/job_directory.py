@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import config, plugins
+from arbor_core import config, convert, plugins
 from arbor_core.bell import ring
 from arbor_core.feed import ask
 from arbor_core.inbox import Group, Inbox
@@ -60,7 +60,7 @@ class JobDirectory:
         found = plugins.load().get("trainers", self.trainer)
         self.dir.mkdir(parents=True)
         values = config.merged(yaml_of(self.trainer), self.hyperparameters)
-        typed = config.typed(values, found.config, "hyperparameters")
+        typed = convert.typed(values, found.config, "hyperparameters")
         order = WorkOrder(
             protocol=PROTOCOL,
             job_id=f"ftjob-{self.dir.name}",

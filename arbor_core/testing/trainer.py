@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import config, plugins
+from arbor_core import convert, plugins
 from arbor_core.papers import imported
 from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
 
@@ -84,7 +84,7 @@ def check_training(make: Callable[[str], JobDirectory]) -> None:
 def check_config(name: str, trainer: Trainer) -> None:
     """The struct has the types, the YAML the defaults, and both the same keys."""
     values = yaml_of(name)
-    typed, written = set(config.key_paths(trainer.config)), set(_paths(values))
+    typed, written = set(convert.key_paths(trainer.config)), set(_paths(values))
     assert written <= typed, f"{name}.yaml has keys that {trainer.config.__name__} does not: {sorted(written - typed)}"
     missing = {key for key in typed - written if not _inside_null(key, values)}
     assert not missing, f"{name}.yaml lacks keys of {trainer.config.__name__}: {sorted(missing)}"
@@ -92,7 +92,7 @@ def check_config(name: str, trainer: Trainer) -> None:
     assert not with_default, (
         f"{trainer.config.__name__} has defaults ({with_default}): they belong in {name}.yaml alone"
     )
-    config.typed(values, trainer.config, f"{name}.yaml")
+    convert.typed(values, trainer.config, f"{name}.yaml")
     msgspec.json.schema(trainer.config)
     for key in values:
         _check_misspelled(key, values, trainer.config)
@@ -119,7 +119,7 @@ def _check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.
         return
     said = ""
     try:
-        config.typed({**values, wrong: 1}, struct, "")
+        convert.typed({**values, wrong: 1}, struct, "")
     except ConfigError as error:
         said = str(error)
     assert said, f"{struct.__name__} takes any key ('{wrong}'): declare it with forbid_unknown_fields=True"

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.config import typed
+from arbor_core.convert import typed
 from arbor_core.errors import ApiError
 from arbor_core.models import Models
 from arbor_core.types import ConfigError

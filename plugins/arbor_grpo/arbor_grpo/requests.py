@@ -13,7 +13,7 @@ import msgspec
 from litestar import Request
 from msgspec import UNSET, Meta, Struct
 
-from arbor_core.config import explained, typed
+from arbor_core.convert import explained, typed
 from arbor_core.errors import CLOSE, NO_RETRY, ApiError
 
 AnyRequest = Request[Any, Any, Any]

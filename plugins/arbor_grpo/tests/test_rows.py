@@ -11,7 +11,8 @@ from arbor_grpo.intake import Gathering
 from arbor_grpo.rows import Reader, RejectedError, shaped, with_advantages
 from grpo_jobs import floats, group, rollout
 
-from arbor_core.config import merged, typed
+from arbor_core.config import merged
+from arbor_core.convert import typed
 from arbor_core.inbox import Group, Record, Rollout
 from arbor_core.testing.job_directory import yaml_of
 from arbor_core.types import ConfigError

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from arbor_mock.rows import check_row
 
-from arbor_core import AllocatorSettings, Bundle, Claim, ConfigError, config
+from arbor_core import AllocatorSettings, Bundle, Claim, ConfigError, config, convert
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 
@@ -51,7 +51,7 @@ async def test_the_allocator_simulates_devices():
 def test_an_unknown_engine_option_is_named():
     options = {**config.load_yaml(CONF / "backend/mock.yaml"), "contxt": 5}
     with pytest.raises(ConfigError, match="'engine.contxt'. Did you mean 'context'?"):
-        config.typed(options, arbor_mock.MockBackend.options, where="engine")
+        convert.typed(options, arbor_mock.MockBackend.options, where="engine")
 
 
 def test_the_plugin_is_light():

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 from arbor_sft import SftConfig
 
-from arbor_core.config import load_yaml, merged, typed
+from arbor_core.config import load_yaml, merged
+from arbor_core.convert import typed
 from arbor_core.logs import encode, tail
 from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
