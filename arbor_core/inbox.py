@@ -103,7 +103,7 @@ class Inbox:
     """The writer's end. One process writes; it makes groups durable before it says so."""
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Open for appending; a torn tail is cut off.
+        """Open for appending; a torn tail is cut off, and all else is on the disk when this returns.
 
         Raises:
             OSError: the folder cannot be written.
@@ -115,6 +115,7 @@ class Inbox:
         self.file = path.open("ab", buffering=0)
         whole = self.start + sum(HEADER.size + length for _, length, *_ in headers(path))
         os.ftruncate(self.file.fileno(), whole - self.start)
+        os.fsync(self.file.fileno())  # who died here may not have: what is told to be there has to be on the disk
         self.end = whole
         sync_folder(folder)
 

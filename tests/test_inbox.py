@@ -58,6 +58,19 @@ def test_a_torn_tail_is_not_read_and_cut_off(tmp_path: Path, kept: int) -> None:
     assert ids(tmp_path) == [0, 2]
 
 
+def test_what_a_killed_writer_did_not_sync_is_on_the_disk_before_anybody_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    Inbox(tmp_path).append([(group(0), 0)])
+    monkeypatch.setattr(os, "fsync", lambda to: synced.append(os.readlink(f"/proc/self/fd/{to}")) or real(to))
+    Inbox(tmp_path)
+    (segment,) = (path for _, path in inbox.segments(tmp_path))
+    assert synced == [str(segment), str(tmp_path)]
+
+
 def test_a_changed_record_is_found_and_named(tmp_path: Path) -> None:
     box = Inbox(tmp_path)
     first, _ = box.append([(group(n), n) for n in range(2)])
