@@ -185,18 +185,21 @@ class Attempts:
 
     async def take(self, job: Job, seen: Seen) -> Job:
         """Take what was seen, and all that comes after it; returns the job as it is then."""
-        if not seen.events:
-            return self.jobs.get(job.id) or job
-        taken = await self.jobs.ingest(job, seen.events, seen.offset, self.model_name(job))
-        if taken is None:
-            return self.jobs.get(job.id) or job
-        crash_point("events.taken")
-        if any(event.type == "weights" and "dir" in event.data for event in seen.events):
-            self.published(job.id)
-        view = self.view(job)
-        for event in seen.events:
-            self.onlookers.tell(view, event)
-        return await self.collect(taken) if len(seen.events) == BATCH else taken
+        while seen.events:
+            taken = await self.jobs.ingest(job, seen.events, seen.offset, self.model_name(job))
+            if taken is None:
+                break
+            crash_point("events.taken")
+            if any(event.type == "weights" and "dir" in event.data for event in seen.events):
+                self.published(job.id)
+            view = self.view(job)
+            for event in seen.events:
+                self.onlookers.tell(view, event)
+            if len(seen.events) < BATCH:
+                return taken
+            job = taken
+            seen = await asyncio.to_thread(self.look, job)
+        return self.jobs.get(job.id) or job
 
     async def collect(self, job: Job) -> Job:
         """Take what the attempt has written since the last time; returns the job as it is then."""

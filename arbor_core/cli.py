@@ -157,7 +157,7 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has shut down: that is success
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
-    if not server.started:
+    if not server.started or system.failed:
         sys.exit(1)
 
 

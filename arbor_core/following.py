@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from .attempts import Attempts
 from .bell import URGENT
@@ -22,6 +25,8 @@ from .types import Desired, Executor
 
 log = logging.getLogger(__name__)
 PATROL_SECONDS = 1.0
+UNREADABLE = (msgspec.MsgspecError, ArithmeticError, LookupError, TypeError, ValueError)
+"""What a log raises that was damaged, or that a trainer has written nonsense into."""
 GATHER_SECONDS = 0.03
 """Events that come within this time are taken in one transaction."""
 
@@ -71,8 +76,18 @@ class Following:
             while await self._goes_on(followed):
                 await followed.bell.wait()
                 await asyncio.sleep(0 if followed.urgent else GATHER_SECONDS)
+        except UNREADABLE as error:  # nor will it be tomorrow: the job would keep its devices for ever
+            log.exception("job %s: what attempt %d has told cannot be taken", job.id, job.attempt)
+            await self._give_up(followed.job, error)
         finally:
             del self.followed[job.id]
+
+    async def _give_up(self, job: Job, error: Exception) -> None:
+        """End an attempt whose events cannot be taken, and its job."""
+        while job.ref and self.executor.poll(job.ref):
+            self.executor.signal(job.ref, signal.SIGTERM)
+            await asyncio.sleep(PATROL_SECONDS)
+        await self.settlement.unreadable(self.attempts.jobs.get(job.id) or job, error)
 
     async def _goes_on(self, followed: Followed) -> bool:
         """Look at an attempt, and tell it what is wanted; False: it has ended, and its job is settled."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from . import ids
@@ -122,10 +122,18 @@ class Jobs:
         row = self.store.one(sql, owner)
         return str(row[0]) if row else None
 
-    def ended_learners(self, since: int) -> list[tuple[str, int]]:
-        """Ids of the jobs that learned from rollouts, and when they ended; none that ended before `since`."""
-        sql = "SELECT id, finished_at FROM jobs WHERE finished_at>=? AND json_extract(spec,'$.rollouts')"
-        return [(row["id"], row["finished_at"]) for row in self.store.read(sql, since)]
+    def learners_after(self, seq: int) -> list[tuple[int, str]]:
+        """`seq` and id of the jobs made later than `seq` that learn from rollouts, oldest first."""
+        sql = "SELECT seq, id FROM jobs WHERE seq>? AND json_extract(spec,'$.rollouts') ORDER BY seq"
+        return [(row["seq"], row["id"]) for row in self.store.read(sql, seq)]
+
+    def ended(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs that have ended, or were never there."""
+        sql = (
+            "SELECT value FROM json_each(?) WHERE value NOT IN"
+            " (SELECT id FROM jobs WHERE status IN ('validating_files','queued','running','paused'))"
+        )
+        return {row[0] for row in self.store.read(sql, encoded(list(job_ids)))}
 
     def waiting(self) -> int:
         """How many jobs have not begun."""
@@ -158,7 +166,7 @@ class Jobs:
         if job.status in TERMINAL:
             return None
         if to in TERMINAL:
-            changes |= {"finished_at": int(time.time())}
+            changes |= {"finished_at": max(int(time.time()), job.created_at)}  # a clock may be set back
         turns = ["preempted=0"]
         if to == "queued":
             turns.append("turn=(SELECT max(turn) FROM jobs)")

@@ -83,12 +83,24 @@ def claimed(attempt_dir: Path, ref: str) -> str:
 def ref_of(pid: int) -> str:
     """`pid:start time:boot id`; empty if there is no such process, or only its remains."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *fields = stat_of(Path(f"/proc/{pid}/stat"))
+        return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot_id()}"
     except OSError:
         return ""
-    state, *fields = stat.rpartition(")")[2].split()  # the command in parentheses may hold spaces
-    return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot}"
+
+
+def stat_of(path: Path) -> list[str]:
+    """The fields of a `/proc/<pid>/stat`, the state first: its name, in parentheses before, may hold anything.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return path.read_bytes().rpartition(b")")[2].decode().split()
+
+
+def boot_id() -> str:
+    """What this start of the machine is called: a pid means nothing after it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _become_worker(attempt_dir: Path, order: Order, keeper: int) -> None:

@@ -3,6 +3,8 @@ and children that outlived their keeper."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -12,10 +14,11 @@ from pathlib import Path
 
 from . import checkpoints
 from .faults import crash_point
-from .keeper import ref_of
+from .keeper import boot_id, ref_of, stat_of
 from .logs import tail
 from .types import Event
 
+log = logging.getLogger(__name__)
 LIVE = ("weights", "ledger", "asked")
 """Folders of a job's directory that nobody needs after its end."""
 REF = "process"
@@ -76,24 +79,35 @@ def created(folder: Path, said: checkpoints.Manifest) -> Event:
 def end_engines(root: Path) -> None:
     """Kill engines of an earlier server that did not hear of its end: one that was stopped while it started, say."""
     for path in root.glob(f"*/{REF}"):
-        ref = path.read_text()
-        if ref and ref == ref_of(int(ref.partition(":")[0])):
-            end_strays(ref)
+        ref = path.read_text(errors="replace")
+        pid = ref.partition(":")[0]
+        if pid.isdecimal() and ref == ref_of(int(pid)):
+            try:
+                end_strays(ref)
+            except TimeoutError as error:
+                log.warning("an engine of an earlier server is left: %s", error)
 
 
-def end_strays(keeper: str) -> None:
-    """Kill what is left of a killed keeper's session and wait until it is gone: the keeper cannot do it any more.
+def end_strays(leader: str) -> None:
+    """Kill what is left of a session whose leader was killed, and wait until it is gone: nobody else can do it.
 
     Args:
-        keeper: Its ref. While one process of its session lives, its pid is given to nobody else.
+        leader: The leader's ref. While one process of its session lives, its pid is given to nobody else; where it was
+            given away, or the machine has been started anew, nothing is left.
+
+    Raises:
+        TimeoutError: it does not end. It may hold a device, so nobody else may have that yet.
     """
-    leader, deadline = keeper.partition(":")[0], time.monotonic() + END_SECONDS
-    while (found := list(session(leader))) and time.monotonic() < deadline:
-        for pid in found:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+    pid, _, rest = leader.partition(":")
+    if not rest.endswith(f":{boot_id()}") or ref_of(int(pid)) not in ("", leader):
+        return
+    deadline = time.monotonic() + END_SECONDS
+    while found := list(session(pid)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the processes {found} were killed and do not end")
+        for one in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(one, signal.SIGKILL)
         time.sleep(0.01)
 
 
@@ -101,7 +115,7 @@ def session(leader: str) -> Iterator[int]:
     """The live processes of a session; none where there is no /proc."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, number, *_ = stat.read_text().rpartition(")")[2].split()
+            state, _, _, number, *_ = stat_of(stat)
         except OSError:  # it has ended
             continue
         if number == leader and state not in "ZX":

@@ -19,8 +19,10 @@ class LiveWeights:
         self.made, self.engines, self.jobs = made, engines, jobs
         self.leaving: set[str] = set()
         """Jobs that have ended and whose files go as soon as no engine has their policies."""
-        self.looked = 0
-        """When the last of them ended, in seconds since the epoch; a server that starts looks at all."""
+        self.learning: set[str] = set()
+        """Jobs that had not ended at the last look."""
+        self.newest = 0
+        """The newest of them, by its `seq`; a server that starts looks at all."""
 
     def published(self, job_id: str) -> None:
         """Load a job's newest policy, in the background."""
@@ -77,7 +79,14 @@ class LiveWeights:
         for job_id in self.leaving - self.loaded():
             await asyncio.to_thread(forget_rollouts, self.made.root / "jobs" / job_id)
             self.leaving.remove(job_id)
-        ended = self.jobs.ended_learners(self.looked)
-        folders = {job_id: self.made.root / "jobs" / job_id for job_id, _ in ended}
+        await asyncio.to_thread(self._look)
+
+    def _look(self) -> None:
+        """Find the jobs that have ended since the last time; clocks, which can be set back, are not asked."""
+        for seq, job_id in self.jobs.learners_after(self.newest):
+            self.newest = seq
+            self.learning.add(job_id)
+        ended = self.jobs.ended(self.learning)
+        self.learning -= ended
+        folders = {job_id: self.made.root / "jobs" / job_id for job_id in ended}
         self.leaving |= {job_id for job_id, folder in folders.items() if any((folder / name).exists() for name in LIVE)}
-        self.looked = max((at for _, at in ended), default=self.looked)

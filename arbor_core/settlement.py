@@ -52,6 +52,21 @@ class Settlement:
         else:
             await self._crashed(job, ended)
 
+    async def unreadable(self, job: Job, error: Exception) -> None:
+        """End a job whose attempt has ended and whose events cannot be taken."""
+        if keeper := await asyncio.to_thread(claimed, self.attempts.attempt_dir(job), ""):
+            await asyncio.to_thread(end_strays, keeper)
+        await asyncio.to_thread(sweep, self.attempts.dir(job))
+        if job.desired == "cancel":
+            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+            return
+        message = (
+            f"What the training process told cannot be read ({type(error).__name__}: {error}): "
+            f"jobs/{job.id}/attempts/{job.attempt}/events.jsonl in the storage directory, from byte {job.offset} on"
+        )
+        failed = JobError("event_log_damaged", message)
+        await self._end(job, "failed", Event("message", message, "error"), error=failed)
+
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
         if ended is None and (keeper := claimed(self.attempts.attempt_dir(job), "")):  # it was killed

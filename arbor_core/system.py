@@ -7,7 +7,7 @@ import fcntl
 import importlib
 import logging
 import os
-import sqlite3
+import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -65,6 +65,8 @@ class Arbor:
     live: LiveJobs
     live_weights: LiveWeights
     lock: IO[str]
+    failed: bool = False
+    """It had to end by itself."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -73,6 +75,8 @@ class Arbor:
             chosen = self.trainers[self.default_trainer].trainer
             self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
         tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
+        for task in tasks:
+            task.add_done_callback(self._ended)
         try:
             yield
         finally:
@@ -86,18 +90,28 @@ class Arbor:
             self.store.close()
             self.lock.close()
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """End the server when what it lives for has ended: one that only looks alive would be left so."""
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("the server cannot go on and ends; running jobs go on without it", exc_info=error)
+            self.failed = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
     async def _tick(self) -> None:
+        works = (self.engines.tick, self._close_ended, self.live_weights.tick, self.uploads.expire)
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self.engines.tick()
-            for job_id in list(self.live.open):
-                if job := self.jobs.get(job_id):
-                    self.live.of(job)  # closes what has ended, though nobody asks for it any more
-            await self.live_weights.tick()
-            try:
-                await self.uploads.expire()
-            except sqlite3.Error as error:  # the next tick tries again
-                log.warning("uploads that have expired were not removed: %s", error)
+            for work in works:
+                try:
+                    await work()
+                except Exception:  # a full disk, say: the others go on, and the next tick tries again
+                    log.exception("%s failed", work.__qualname__)
+
+    async def _close_ended(self) -> None:
+        """Close the rollouts of jobs that have ended, though nobody asks for them any more."""
+        for job_id in list(self.live.open):
+            if job := self.jobs.get(job_id):
+                self.live.of(job)
 
 
 def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:

@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 
 import pytest
@@ -223,6 +225,30 @@ def test_an_attempt_is_found_again_whose_start_was_not_written_down(start_server
     assert held(again) == 0
 
 
+@pytest.mark.parametrize("line", [b"nonsense\n", b'{"type":"checkpoint","step":3}\n'], ids=["damaged", "incomplete"])
+@pytest.mark.parametrize("asked", ["nothing", "cancel"])
+def test_a_job_whose_events_cannot_be_taken_ends_and_frees_its_device(start_server, chat_rows, line, asked):
+    server = start_server("gpu.train=[0]")
+    job = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05})
+    until(lambda: step_events(server, job.id))
+    keeper = keeper_of(server, job.id)
+    if asked == "cancel":
+        os.kill(keeper, signal.SIGSTOP)  # the line comes before the end
+        server.client.fine_tuning.jobs.cancel(job.id)
+    with (server.storage / "jobs" / job.id / "attempts" / "1" / "events.jsonl").open("ab") as log:
+        log.write(line)
+    if asked == "cancel":
+        os.kill(keeper, signal.SIGCONT)
+        assert server.wait(job.id).status == "cancelled"
+    else:
+        job = server.wait(job.id, "failed")
+        assert job.error.code == "event_log_damaged" and f"jobs/{job.id}/attempts/1/events.jsonl" in job.error.message
+    assert not alive(keeper)
+    after = create(server, chat_rows, hyperparameters={"steps": 1})
+    assert server.wait(after.id).status == "succeeded"
+    assert held(server) == 0
+
+
 def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
     server = start_server("limits.attempts=1")
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
@@ -274,6 +300,15 @@ def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, ch
     assert server.stop() == 0
     assert alive(keeper)
     assert start_server().wait(job.id).status == "succeeded"
+
+
+def test_a_server_that_cannot_dispatch_ends_and_says_so(tmp_path):
+    (tmp_path / "data" / "run" / "bell").mkdir(parents=True)
+    command = [sys.executable, "-m", "arbor_core", "serve", "port=0", f"storage={tmp_path / 'data'}"]
+    env = {**os.environ, "ARBOR_MOCK_GPU": "1", "ARBOR_HOME": str(tmp_path)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "the server cannot go on" in ended.stderr and "run/bell" in ended.stderr
 
 
 def test_row_109_a_second_server_on_the_same_directory_is_refused(start_server, tmp_path):

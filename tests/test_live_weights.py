@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,6 +263,22 @@ async def test_all_weights_are_updated_while_the_engine_runs(world: World, live:
     await world.jobs.transition(job, "cancelled")
     await live.tick()
     assert engine.process.returncode is not None
+
+
+async def test_row_112_a_clock_that_is_set_back_leaves_no_files_of_a_job_that_has_ended(
+    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [await world.job(lora={}) for _ in range(2)]
+    for job, back in zip(jobs, (0, 3600), strict=True):
+        await world.publish(job, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda back=back, real=time.time: real() - back)
+            ended = await world.jobs.transition(job, "cancelled")
+        assert ended is not None
+        assert ended.finished_at >= job.created_at
+        await live.tick()
+        await live.tick()
+        assert not (world.root / "jobs" / job.id / "weights").exists()
 
 
 async def test_an_engine_that_starts_late_starts_with_the_newest_weights(world: World, live: LiveWeights) -> None:

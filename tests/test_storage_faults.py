@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from http_calls import FILE, PURPOSE, post
 from live import ENDED, LiveServer
 
-from arbor_core import Event, ExecutorSettings, checkpoints
+from arbor_core import Event, ExecutorSettings, attempts, checkpoints, leftovers
 from arbor_core.attempts import Attempts
 from arbor_core.executor import LocalExecutor
 from arbor_core.jobs import Jobs
@@ -281,19 +282,53 @@ def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
+SLEEP = [sys.executable, "-c", "import time; time.sleep(999)"]
+
+
 def test_what_outlives_its_keeper_is_ended(tmp_path: Path) -> None:
-    sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
-    start = f"import os, subprocess; print(subprocess.Popen({sleep}, stdout=2).pid, flush=True); os.abort()"
-    keeper = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    start = f"import os, subprocess; print(subprocess.Popen({SLEEP}, stdout=2).pid, flush=True); input(); os.abort()"
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert keeper.stdout is not None
     stray = int(keeper.stdout.readline())
-    assert keeper.wait(10) == -signal.SIGABRT
-    with subprocess.Popen(sleep, cwd=tmp_path) as other:
+    ref = ref_of(keeper.pid)
+    keeper.communicate("go on\n", timeout=10)
+    with subprocess.Popen(SLEEP, cwd=tmp_path) as other:
         assert ref_of(stray)
-        end_strays(f"{keeper.pid}:1:boot")
+        end_strays(ref)
         assert not ref_of(stray)
         assert other.poll() is None
         other.kill()
+
+
+def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, ('я' * 8).encode(), 0, 0, 0)"  # cut inside a letter
+    foreign = subprocess.Popen([sys.executable, "-c", f"{rename}; {SLEEP[2]}"], start_new_session=True)
+    try:
+        while not (cut := Path(f"/proc/{foreign.pid}/comm").read_bytes()).startswith("я".encode()):
+            assert foreign.poll() is None
+        with pytest.raises(UnicodeDecodeError):
+            cut.decode()
+        pid, start, boot = ref_of(foreign.pid).split(":")
+        for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
+            end_strays(ref)
+        assert foreign.poll() is None
+        end_strays(f"{pid}:{start}:{boot}")
+        assert foreign.wait(10) == -signal.SIGKILL
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
+def test_a_session_that_does_not_end_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "END_SECONDS", 0.1)
+    with subprocess.Popen(SLEEP, start_new_session=True) as stuck, monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, number: None)  # as if it hung in the kernel
+        with pytest.raises(TimeoutError, match=str(stuck.pid)):
+            end_strays(ref_of(stuck.pid))
+        patch.undo()
+        stuck.kill()
 
 
 @pytest.mark.parametrize("damaged", [[4], [2, 4]], ids=["falls-back", "none-is-left"])
@@ -377,12 +412,12 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
     store = Store(tmp_path / "arbor.db")
     jobs = Jobs(store)
     unused: Any = None
-    attempts = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, unused, 1)
+    starting = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, unused, 1)
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     await jobs.transition(job, "queued")
     await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
-    await Settlement(attempts).not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
+    await Settlement(starting).not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
     found = jobs.get(job.id)
     assert found is not None
     if code == errno.ENOSPC:
@@ -392,6 +427,22 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
         assert found.status == "failed"
         assert found.error is not None
         assert found.error.code == "worker_not_started"
+    store.close()
+
+
+async def test_any_number_of_events_is_taken(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "BATCH", 1)
+    store = Store(tmp_path / "arbor.db")
+    jobs, unused = Jobs(store), cast("Any", None)
+    settings = cast("Any", SimpleNamespace(organization="arbor"))
+    collecting = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, settings, 1)
+    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
+    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    count = 1 + sys.getrecursionlimit()
+    collecting.attempt_dir(job).mkdir(parents=True)
+    (collecting.attempt_dir(job) / "events.jsonl").write_bytes(b'{"type":"message","message":"again"}\n' * count)
+    await collecting.collect(job)
+    assert sum(event.message == "again" for event in jobs.events(job.id, 9999)) == count
     store.close()
 
 
