@@ -43,6 +43,8 @@ from .vectors import holding, instruction_set
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
+SAME_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Where the ranks of a job speak to one another; other machines have nothing to say there."""
 BATCH = 500
 """Events per transaction."""
 
@@ -144,7 +146,8 @@ class Attempts:
         )
         if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
-            order = msgspec.structs.replace(order, argv=argv)
+            here = {} if self.settings.accelerate_config else SAME_MACHINE
+            order = msgspec.structs.replace(order, argv=argv, env={**here, **order.env})
         replace(folder / "placement.json", encode(placement), durable=False)  # a machine that dies takes the attempt
         replace(folder / "order.json", encode(order), durable=False)
         crash_point("attempt.ordered")

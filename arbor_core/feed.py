@@ -46,11 +46,14 @@ class Feed:
         Raises:
             InboxDamagedError: a record is not what was written.
         """
-        found = list(inbox.read(self.folder, position))
+        found = self._there(position)
         if not found and wait > 0:
             self._listen(wait)
-            found = list(inbox.read(self.folder, position))
+            found = self._there(position)
         return found
+
+    def _there(self, position: int) -> list[inbox.Record]:
+        return list(inbox.read(self.folder, position, inbox.synced(self.folder)))
 
     def _listen(self, seconds: float) -> None:
         ready, _, _ = select.select([self.socket], [], [], seconds)

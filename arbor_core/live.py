@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .records import Job
 from .rollouts import Accepted, Policy, Session
 from .store import Store
 from .types import TERMINAL, RolloutConfig
+
+log = logging.getLogger(__name__)
 
 
 class _Named(msgspec.Struct):
@@ -131,6 +134,16 @@ class LiveJobs:
         self.store, self.root = store, root
         self.open: dict[str, Live] = {}
 
+    def settle(self) -> None:
+        """Let trainers read all that is on the disk, before any client comes: after a power failure that may be more
+        than they were told. To be called before any session is open."""
+        sql = "SELECT id FROM jobs WHERE status IN ('queued','running','paused') AND json_extract(spec,'$.rollouts')"
+        for row in self.store.read(sql):
+            try:
+                inbox.Inbox(self.root / "jobs" / row["id"] / "inbox").close()
+            except (OSError, inbox.InboxDamagedError) as error:  # its trainer and its clients will hear of it
+                log.warning("the inbox of job %s: %s", row["id"], error)
+
     def of(self, job: Job) -> Live | None:
         """A job's rollouts; None where there are none to come: it learns from a file, or has ended."""
         if job.status in TERMINAL or not job.spec.rollouts:
@@ -151,7 +164,7 @@ def summaries(folder: Path) -> Iterator[tuple[int, int, Summary]]:
     for first, path in inbox.segments(folder):
         content = path.read_bytes()
         for offset, length, _, digest in inbox.headers(path):
-            begin = offset + inbox.HEADER.size
+            begin = offset + inbox.HEADER_BYTES
             yield first + offset, digest, msgspec.msgpack.decode(content[begin : begin + length], type=Summary)
 
 

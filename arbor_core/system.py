@@ -74,6 +74,7 @@ class Arbor:
         if self.default_trainer:
             chosen = self.trainers[self.default_trainer].trainer
             self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
+        await asyncio.to_thread(self.live.settle)
         tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
         for task in tasks:
             task.add_done_callback(self._ended)

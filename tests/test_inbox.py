@@ -22,6 +22,11 @@ def group(number: int, words: int = 50) -> Group:
     return Group(id=number, rollouts=(rollout, rollout), version=number, metrics={"score": 1.5})
 
 
+def record(number: int) -> bytes:
+    payload = msgspec.msgpack.encode(group(number))
+    return inbox.header(payload, number, number) + payload
+
+
 def ids(folder: Path, position: int = 0) -> list[int]:
     return [record.group.id for record in inbox.read(folder, position)]
 
@@ -48,9 +53,9 @@ def test_several_groups_in_one_append(tmp_path: Path) -> None:
 def test_a_torn_tail_is_not_read_and_cut_off(tmp_path: Path, kept: int) -> None:
     box = Inbox(tmp_path)
     (end,) = box.append([(group(0), 0)])
-    box.append([(group(1), 1)])
     box.close()
-    os.truncate(inbox.segments(tmp_path)[-1][1], end + kept)
+    with inbox.segments(tmp_path)[-1][1].open("ab") as file:
+        file.write(record(1)[:kept])
     assert ids(tmp_path) == [0]
     again = Inbox(tmp_path)
     assert again.end == end
@@ -69,6 +74,53 @@ def test_what_a_killed_writer_did_not_sync_is_on_the_disk_before_anybody_hears_o
     Inbox(tmp_path)
     (segment,) = (path for _, path in inbox.segments(tmp_path))
     assert synced == [str(segment), str(tmp_path)]
+
+
+def test_nothing_is_read_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failing disk takes back must not have been trained on."""
+    box, reader = Inbox(tmp_path), feed.Feed(tmp_path)
+    (end,) = box.append([(group(0), 0)])
+    seen: list[tuple[list[int], int]] = []
+
+    def fail(_: int) -> None:
+        seen.append((ids(tmp_path), len(reader.take(0, 0))))
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            box.append([(group(1), 1)])
+    assert seen == [([0, 1], 1)]
+    box.append([(group(2), 2)])
+    assert [found.group.id for found in reader.take(end, 0)] == [2]
+
+
+def test_what_a_power_failure_left_beyond_the_mark_is_kept_where_it_is_whole(tmp_path: Path) -> None:
+    box = Inbox(tmp_path)
+    (first,) = box.append([(group(0), 0)])
+    (second,) = box.append([(group(1), 1)])
+    box.close()
+    (tmp_path / inbox.SYNCED).write_bytes(inbox.POSITION.pack(first))  # the newer mark had not reached the disk
+    zeros = inbox.header(bytes(100), 2, 2).ljust(500, b"\0")  # nor had the pages of the third record
+    with inbox.segments(tmp_path)[-1][1].open("ab") as file:
+        file.write(zeros)
+    again = Inbox(tmp_path)
+    assert (again.end, inbox.synced(tmp_path), ids(tmp_path)) == (second, second, [0, 1])
+
+
+@pytest.mark.parametrize("at", [0, 9, 20])
+def test_a_damaged_header_loses_nothing_that_follows(tmp_path: Path, at: int) -> None:
+    box = Inbox(tmp_path)
+    first, *_ = box.append([(group(n), n) for n in range(5)])
+    box.close()
+    path = inbox.segments(tmp_path)[0][1]
+    content = bytearray(path.read_bytes())
+    content[first + at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InboxDamagedError, match=str(first)) as caught:
+        Inbox(tmp_path)
+    assert caught.value.position == first
+    assert path.read_bytes() == content, "what can be saved is there"
 
 
 def test_a_changed_record_is_found_and_named(tmp_path: Path) -> None:
@@ -117,7 +169,7 @@ def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: 
 
     whole, box.file = box.file, Filling(box.file)  # type: ignore[assignment]
     several = [(group(n), n) for n in (1, 2, 3)]
-    size = inbox.HEADER.size + len(msgspec.msgpack.encode(group(1)))
+    size = inbox.HEADER_BYTES + len(msgspec.msgpack.encode(group(1)))
     taken = min(3, room // size)
     if taken:
         assert len(box.append(several)) == taken

@@ -36,6 +36,7 @@ SOME = ["inbox.written", "inbox.synced", "ledger.written:3"]
 SERVER = [
     "inbox.written:3",
     "inbox.synced:3",
+    "inbox.marked",
     "ledger.written",
     "checkpoint.asked",
     "forgotten.weights",
