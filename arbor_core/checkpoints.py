@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,8 @@ from .types import Checkpoint, Event
 MANIFEST = "manifest.json"
 NAMED = "named"
 """Folder of links to checkpoints that clients gave names."""
+HELD = "held"
+"""Folder of links to checkpoints that other jobs began with."""
 DAMAGED = ".damaged"
 
 
@@ -142,10 +144,10 @@ def aside(folder: Path) -> list[Path]:
 
 
 def superseded(folder: Path, count: int) -> list[Path]:
-    """All checkpoints under `folder` but those with names and the newest `count` others, and damaged ones that are not
-    newer than these."""
-    named = {path.resolve().name for path in (folder / NAMED).glob("*")}
-    committed = [path for path in newest_first(folder) if path.name not in named]
+    """All checkpoints under `folder` but those with names, those that other jobs began with and the newest `count`
+    others, and damaged ones that are not newer than these."""
+    kept = {path.resolve().name for links in (NAMED, HELD) for path in (folder / links).glob("*")}
+    committed = [path for path in newest_first(folder) if path.name not in kept]
     newest = _order(committed[0]) if committed else (-1, -1)
     return [*committed[count:], *(path for path in aside(folder) if _order(path) <= newest)]
 
@@ -172,6 +174,15 @@ def give_name(folder: Path, name: str, step: int) -> Path:
     temporary.symlink_to(Path("..") / path.name)
     temporary.replace(link)
     return path
+
+
+def hold(folder: Path) -> bool:
+    """Keep a checkpoint for good, because another job begins with it; whether it is there."""
+    link = folder.parent / HELD / folder.name
+    link.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        link.symlink_to(Path("..") / folder.name)
+    return folder.is_dir()
 
 
 def _order(path: Path) -> tuple[int, int]:

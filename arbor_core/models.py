@@ -159,7 +159,7 @@ class Models:
                 return "not a model of its own"
             user = db.execute(
                 "SELECT id FROM jobs WHERE status NOT IN ('succeeded','failed','cancelled')"
-                " AND json_extract(spec, '$.model_path')=?",
+                " AND ? IN (json_extract(spec, '$.model_path'), json_extract(spec, '$.adapter_path'))",
                 (row["path"],),
             ).fetchone()
             if user:

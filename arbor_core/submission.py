@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from . import ids, memory
+from . import checkpoints, ids, memory
 from .config import merged
 from .convert import typed
 from .errors import ApiError
@@ -20,6 +20,7 @@ from .records import JobSpec, NewJob
 from .types import ArborError, ConfigError
 
 if TYPE_CHECKING:
+    from .models import Start
     from .system import Arbor
 
 METHODS = ("supervised", "dpo", "reinforcement")
@@ -95,6 +96,7 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     start = arbor.models.trainable(body.model, owner, adapters=learner.adapters)
     check_files(arbor, body, owner, rollouts=learner.rollouts)
     check_room(arbor, body.num_gpus)
+    keep_start(arbor, start)
     spec = JobSpec(
         trainer=trainer,
         method=method,
@@ -214,6 +216,14 @@ def check_file(arbor: Arbor, id: str, owner: str, param: str) -> None:
     if file.purpose != "fine-tune":
         message = f"File '{id}' was uploaded with purpose '{file.purpose}'; a job needs 'fine-tune'."
         raise ApiError(400, message, "invalid_file_purpose", param)
+
+
+def keep_start(arbor: Arbor, start: Start) -> None:
+    """Have the checkpoint that a job begins with stay, whatever the job that wrote it keeps."""
+    for path in map(Path, filter(None, (start.path, start.adapter))):
+        made_here = path.is_relative_to(arbor.models.jobs.root / "jobs")
+        if made_here and not checkpoints.hold(path.resolve()):
+            raise ApiError(404, f"The weights of '{start.name}' were removed.", "model_not_found", "model")
 
 
 def check_room(arbor: Arbor, devices: int) -> None:

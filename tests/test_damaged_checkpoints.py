@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_calls import JOBS, call
 from live import LiveServer
 from openai import NotFoundError
 from test_lifecycle import create, events, keeper_of, until
@@ -134,6 +135,21 @@ def test_damaged_ones_do_not_take_the_place_of_whole_ones(tmp_path: Path) -> Non
         checkpoints.set_aside(tmp_path / "checkpoints" / name)
     found = [path.name for path in checkpoints.superseded(tmp_path / "checkpoints", 2)]
     assert found == ["2-1", "6-1.damaged"], "nothing newer than 8-2 is whole, so what is left of it stays"
+
+
+def test_a_checkpoint_that_another_job_began_with_is_kept(
+    start_server: Callable[..., LiveServer], chat_rows: Rows
+) -> None:
+    server = start_server("gpu.train=[0]")
+    first = create(server, chat_rows, hyperparameters={"steps": 6, "step_seconds": 0, "checkpoint_steps": 2}).id
+    server.wait(first)
+    body = {"model": offered(server, first)[2], "trainer_config": {"num_generations": 2}}
+    answer = call(server.url, "POST", "/v1/fine_tuning/grpo/initialize", body)
+    assert answer.status == 200, answer.body
+    folder = server.storage / "jobs" / first / "checkpoints"
+    assert [path.name for path in checkpoints.superseded(folder, 1)] == ["4-1"]
+    answer = call(server.url, "POST", f"{JOBS}/{answer.json['job_id']}/cancel")
+    assert answer.status == 200, answer.body
 
 
 def test_a_job_whose_checkpoints_were_all_set_aside_does_not_start_anew(tmp_path: Path, chat_rows: Rows) -> None:
