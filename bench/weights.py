@@ -4,7 +4,8 @@
 
 A real worker publishes real weights; a real dispatcher takes its events and the embedded engine loads them, all on this
 machine. `save` is writing the files, `told` from there until the server loads (event, commit), `load` until new
-completions come from them; `memcpy` is one copy of the same bytes in memory. Medians; the last line is JSON.
+completions come from them; `memcpy` is one copy of the same bytes in memory. Medians. `of_a_step` compares the tiny
+model's with a step of it, sampling and training, as bench/grpo_learning.py has measured it before. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from typing import Any
 
 from arbor_core.types import RolloutConfig
 
-STEP_SECONDS = 0.5
-"""A step of the tiny model: 128 short completions, and the training on them."""
+RESULTS = Path(__file__).parent / "results.json"
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4},
     "100MB": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
@@ -79,6 +79,14 @@ def make(folder: Path, shape: dict[str, int], full: bool) -> int:
     model.save_pretrained(folder / "update")
     (folder / "update" / "README.md").unlink(missing_ok=True)
     return next((folder / "update").glob("*.safetensors")).stat().st_size
+
+
+def step_seconds() -> float:
+    """A step of the tiny model on policy: 128 short completions, and the training on them."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if "grpo_learning" not in results:
+        raise SystemExit("bench/results.json has no step to compare with: python bench/run.py grpo_learning")
+    return float(results["grpo_learning"]["figures"]["step_seconds"]["strict"])
 
 
 def memcpy_seconds(size: int) -> float:
@@ -164,6 +172,7 @@ def main() -> None:
     versions = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
     results: Rows = {}
+    step = step_seconds()
     for size, shape in SIZES.items():
         for full in (False, True):
             with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +180,7 @@ def main() -> None:
                 found = asyncio.run(measure(Path(folder) / "models" / "base", Path(folder) / "data", full, versions))
             found |= {"bytes": count, "memcpy_ms": round(1000 * memcpy_seconds(count), 3)}
             if size == "tiny":
-                found["of_a_step"] = round(found["total_ms"] / 1000 / STEP_SECONDS, 4)
+                found["of_a_step"] = round(found["total_ms"] / 1000 / step, 4)
             results[f"{size}_{'full' if full else 'lora'}"] = found
             print(f"{size} {'full' if full else 'lora'}: {found}", flush=True)
     print(json.dumps({"weights": results}))
