@@ -5,7 +5,7 @@
 A real worker publishes real weights; a real dispatcher takes its events and the embedded engine loads them, all on this
 machine. `save` is writing the files, `told` from there until the server loads (event, commit), `load` until new
 completions come from them; `memcpy` is one copy of the same bytes in memory. Medians. `of_a_step` compares the tiny
-model's with a step of it, sampling and training, as bench/grpo_learning.py has measured it before. The last line is JSON.
+model's with a step of it, sampling and training, as bench/grpo_learning.py has measured it. The last line is JSON.
 """
 
 from __future__ import annotations
