@@ -99,6 +99,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     engines: Count
     attempts: Count
     heartbeat_seconds: Seconds
+    start_seconds: Seconds
     engine_heartbeat_seconds: Seconds
     room_seconds: Seconds
 

@@ -18,7 +18,7 @@ import msgspec
 from .attempts import Attempts
 from .bell import URGENT
 from .faults import crash_point
-from .pulse import Watch
+from .pulse import HEARTBEAT, Watch
 from .records import Job
 from .settlement import Settlement
 from .types import Desired, Executor
@@ -71,7 +71,7 @@ class Following:
     async def follow(self, job: Job) -> None:
         """Take an attempt's events until it has ended, then settle its job."""
         folder = self.attempts.attempt_dir(job)
-        followed = self.followed[job.id] = Followed(job, folder, Watch(folder / "heartbeat"))
+        followed = self.followed[job.id] = Followed(job, folder, Watch(folder / HEARTBEAT))
         try:
             while await self._goes_on(followed):
                 await followed.bell.wait()
@@ -131,7 +131,8 @@ class Following:
         for one, (news, silent) in zip(followed, await asyncio.to_thread(looked_at, followed), strict=True):
             if news or one.job.ref is None or not self.executor.poll(one.job.ref):
                 one.bell.set()
-            if silent > self.attempts.settings.limits.heartbeat_seconds:
+            limits = self.attempts.settings.limits
+            if silent > (limits.heartbeat_seconds if one.watch.begun else limits.start_seconds):
                 self.attempts.end_hung(one.job)
                 one.watch = Watch(one.watch.path)
 

@@ -1,6 +1,7 @@
 """The heartbeat of an attempt: its worker touches a file when training makes progress, its server watches the file.
 
-The first beat comes with the first step, so importing and loading may take as long as they like.
+The first beat comes with the first step, or when the trainer is ready and waits for rollouts: importing and loading
+have a time of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import contextlib
 import time
 from pathlib import Path
 
+HEARTBEAT = "heartbeat"
+"""The file, in the attempt's directory."""
 BEAT_SECONDS = 1.0
 """The file is touched at most so often."""
 
@@ -42,13 +45,18 @@ class Watch:
         self.beat: int | None = None
         self.since = time.monotonic()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a beat was seen."""
+        return self.beat is not None
+
     def silent(self) -> float:
-        """Seconds since the heartbeat was last seen to move; 0 before the first beat."""
+        """Seconds since the heartbeat was last seen to move, or since this watch began if it never was."""
+        now = time.monotonic()
         try:
             beat = self.path.stat().st_mtime_ns
         except FileNotFoundError:
-            return 0.0
-        now = time.monotonic()
+            return now - self.since
         if beat != self.beat:
             self.beat, self.since = beat, now
         return now - self.since

@@ -20,6 +20,7 @@ from .keeper import claimed
 from .leftovers import end_strays, reconciled, sweep
 from .logs import tail
 from .models import add_model
+from .pulse import HEARTBEAT
 from .records import Job, JobError
 from .room import is_full
 from .types import Event, Exit
@@ -165,7 +166,7 @@ class Settlement:
         hung = self.attempts.hung(job).exists()
         how = "its keeper was lost" if ended is None else exit_words(ended.code)
         if hung:
-            how = f"it made no progress for {self.attempts.settings.limits.heartbeat_seconds:g} seconds and was ended"
+            how = self._silence(job)
         crashes = job.crashes + 1
         if crashes >= self.attempts.settings.limits.attempts:
             error = JobError(
@@ -177,6 +178,13 @@ class Settlement:
             return
         text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where(job)}"
         await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
+
+    def _silence(self, job: Job) -> str:
+        """What was missed of an attempt that hung."""
+        limits = self.attempts.settings.limits
+        if (self.attempts.attempt_dir(job) / HEARTBEAT).exists():
+            return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
+        return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
 
     async def not_started(self, job: Job, error: OSError) -> None:
         """The attempt's process could not be made: that is the machine's fault, and will not mend itself."""

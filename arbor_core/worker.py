@@ -27,7 +27,7 @@ from .inbox import Record
 from .logs import Log, decode
 from .papers import WorkOrder, desired, imported
 from .prctl import PR_SET_PDEATHSIG, prctl
-from .pulse import Pulse
+from .pulse import HEARTBEAT, Pulse
 from .room import FIRST_WAIT, LONGEST_WAIT, is_full, print_anyway, wait_for_room
 from .types import (
     PROTOCOL,
@@ -75,7 +75,7 @@ class WorkerRun(Generic[ConfigT]):
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
         self.adapter = self.order.adapter
-        self.pulse = Pulse(self.attempt_dir / "heartbeat")
+        self.pulse = Pulse(self.attempt_dir / HEARTBEAT)
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
@@ -175,7 +175,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def groups(self, position: int, wait: float) -> list[Record]:
         self.feed = self.feed or Feed(self.dir / "inbox")
-        self.pulse.go_on()  # nobody may send anything for days
+        self.pulse.beat()  # ready, though nobody may send anything for days
         return self.feed.take(position, wait)
 
     @contextmanager
