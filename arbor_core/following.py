@@ -122,21 +122,29 @@ class Following:
         while True:
             await asyncio.sleep(PATROL_SECONDS)
             try:
-                await self._go_round()
+                await self.go_round()
             except Exception:  # one that cannot be looked at, say: the others are looked at in the next round
                 log.exception("the attempts could not be looked after")
 
-    async def _go_round(self) -> None:
+    async def go_round(self) -> None:
+        """Look at every attempt once."""
         followed = list(self.followed.values())
-        for one, (news, silent) in zip(followed, await asyncio.to_thread(looked_at, followed), strict=True):
+        for one, news in zip(followed, await asyncio.to_thread(looked_at, followed), strict=True):
             if news or one.job.ref is None or not self.executor.poll(one.job.ref):
                 one.bell.set()
-            limits = self.attempts.settings.limits
-            if silent > (limits.heartbeat_seconds if one.watch.begun else limits.start_seconds):
+            if self._hangs(one.watch):
                 self.attempts.end_hung(one.job)
                 one.watch = Watch(one.watch.path)
 
+    def _hangs(self, watch: Watch) -> bool:
+        """Whether an attempt has shown no sign of life for too long. One look is too few: it may have come late."""
+        limits = self.attempts.settings.limits
+        allowed = limits.heartbeat_seconds if watch.begun else limits.start_seconds
+        return watch.missed * PATROL_SECONDS > max(allowed, PATROL_SECONDS)
 
-def looked_at(followed: Iterable[Followed]) -> list[tuple[bool, float]]:
-    """Of each: whether it has news, and for how many seconds it has made no progress."""
-    return [(one.has_news(), one.watch.silent()) for one in followed]
+
+def looked_at(followed: Iterable[Followed]) -> list[bool]:
+    """Look at the heartbeat of each; whether it has news."""
+    for one in followed:
+        one.watch.look()
+    return [one.has_news() for one in followed]

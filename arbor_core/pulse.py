@@ -38,25 +38,25 @@ class Pulse:
 
 
 class Watch:
-    """The server's end. It goes by its own monotonic clock: a clock that is set ends nobody."""
+    """The server's end. It counts looks and compares no clocks: a clock that is set ends nobody, and after this server
+    or the machine stood still a trainer has missed one look, however long that was."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.beat: int | None = None
-        self.since = time.monotonic()
+        self.missed = 0
+        """Looks in a row that found no new beat."""
 
     @property
     def begun(self) -> bool:
         """Whether a beat was seen."""
         return self.beat is not None
 
-    def silent(self) -> float:
-        """Seconds since the heartbeat was last seen to move, or since this watch began if it never was."""
-        now = time.monotonic()
+    def look(self) -> None:
+        """Look whether the heartbeat has moved."""
         try:
             beat = self.path.stat().st_mtime_ns
         except FileNotFoundError:
-            return now - self.since
-        if beat != self.beat:
-            self.beat, self.since = beat, now
-        return now - self.since
+            beat = None
+        self.missed = self.missed + 1 if beat == self.beat else 0
+        self.beat = beat

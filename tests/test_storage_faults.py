@@ -29,7 +29,6 @@ from arbor_core.leftovers import end_strays, reconciled, sweep
 from arbor_core.logs import Log, tail
 from arbor_core.onlookers import Onlookers
 from arbor_core.plugins import Plugins
-from arbor_core.pulse import Pulse, Watch
 from arbor_core.records import JobSpec, NewJob
 from arbor_core.room import RoomError, is_full, wait_for_room
 from arbor_core.settlement import Settlement
@@ -232,22 +231,6 @@ def test_row_90_a_trainer_that_keeps_hanging_fails(
     found = server.wait(job, "failed")
     assert found.error.code == "worker_hung"
     check_and_stop(server)
-
-
-def test_row_112_the_heartbeat_is_timed_by_the_watch_and_not_by_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "heartbeat"
-    watch = Watch(path)
-    assert not watch.begun
-    assert watch.silent() < 1
-    pulse = Pulse(path)
-    pulse.go_on()
-    assert not path.exists()
-    pulse.beat()
-    os.utime(path, (1, 1))  # a clock that was an age behind
-    assert watch.silent() < 1
-    until(lambda: watch.silent() > 0.05)
-    os.utime(path, (1 << 33, 1 << 33))
-    assert watch.silent() < 0.05
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
