@@ -25,7 +25,7 @@ from .jobs import Jobs
 from .leftovers import sweep
 from .line import Line, claim_of
 from .records import Job, JobError
-from .room import is_full
+from .room import is_full, shortage
 from .types import (
     Allocator,
     ArborError,
@@ -256,19 +256,23 @@ class Dispatcher:
             await self._follow(noted)
 
     async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
-        """Start the attempt, and wait for room on a full disk; its ref, or None: something else is wanted meanwhile.
+        """Start the attempt, and wait for what the machine is short of: room on a disk, descriptors, processes, memory.
+
+        Returns:
+            Its ref, or None: something else is wanted meanwhile.
 
         Raises:
-            OSError: it cannot be started, or there was no room for `limits.room_seconds`.
+            OSError: it cannot be started, or the shortage has lasted for `limits.room_seconds`.
         """
         until = time.monotonic() + self.attempts.settings.limits.room_seconds
         while True:
             try:
                 return await self.attempts.start(job, trainer, lease, self.bell)
             except OSError as error:
-                if not is_full(error, self.attempts.root) or time.monotonic() > until:
+                may_pass = is_full(error, self.attempts.root) or shortage(error)
+                if not may_pass or time.monotonic() > until:
                     raise
-                log.warning("job %s: attempt %d waits for room on the disk: %s", job.id, job.attempt, error)
+                log.warning("job %s: attempt %d waits to be started: %s", job.id, job.attempt, error)
             await asyncio.sleep(POLL_SECONDS)
             fresh = self.jobs.get(job.id)
             if fresh is None or fresh.wanted != "run":

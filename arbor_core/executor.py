@@ -20,6 +20,7 @@ from .bell import short
 from .engine_process import end
 from .environment import clean_env, threads_env
 from .keeper import ref_of
+from .room import shortage
 from .types import ExecutorSettings, Order, Placement
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class LocalExecutor:
                 pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
                 return ref_of(pid)
             except OSError as error:  # the template has died, or never came up
+                if shortage(error):  # of ours: that is no fault of the template, and a cold start would fail too
+                    raise
                 self._discard(key)
                 log.warning("starting cold: the template of %s is not usable: %s", order.preload, error)
             except TemplateError as error:

@@ -1,4 +1,7 @@
-"""Disks that are full: waiting for room, and knowing a full disk from other faults."""
+"""What a machine runs short of and may have again later: room on a disk, descriptors, processes, memory.
+
+Waiting for room, and knowing such a shortage from other faults.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SCARCE = {
+    errno.EMFILE: "this server may open no more files (ulimit -n)",
+    errno.ENFILE: "this machine may open no more files (sysctl fs.file-max)",
+    errno.EAGAIN: "no more processes may be started (ulimit -u, or the pids limit of a container)",
+    errno.ENOMEM: "there is not enough memory",
+}
+"""What a process that is started may lack, and where it is limited."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
 """Seconds between two looks: twice as long each time."""
 LITTLE = 1 << 16
@@ -65,3 +75,8 @@ def is_full(error: BaseException, folder: Path) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(folder).free < LITTLE
+
+
+def shortage(error: OSError) -> str | None:
+    """What the machine is short of, other than room on a disk, if that is behind an error."""
+    return SCARCE.get(error.errno or 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
 import signal
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +24,7 @@ from .logs import tail
 from .models import add_model
 from .pulse import HEARTBEAT
 from .records import Job, JobError
-from .room import is_full
+from .room import is_full, shortage
 from .types import Event, Exit
 
 
@@ -187,10 +189,18 @@ class Settlement:
         return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
 
     async def not_started(self, job: Job, error: OSError) -> None:
-        """The attempt's process could not be made: that is the machine's fault, and will not mend itself."""
+        """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
+        Any other fault of it will not mend itself."""
+        await asyncio.to_thread(give_up, self.attempts.attempt_dir(job))
+        code = None
         if is_full(error, self.attempts.root):
+            code = "insufficient_storage"
             message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
-            data = {"code": "insufficient_storage", "message": message}
+        elif what := shortage(error):
+            code = "insufficient_resources"
+            message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
+        if code:
+            data = {"code": code, "message": message}
             await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job))
             return
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
@@ -210,6 +220,13 @@ class Settlement:
         for step in sorted(rows):
             writer.writerow([step, *(rows[step].get(column, "") for column in columns)])
         return text.getvalue().encode()
+
+
+def give_up(attempt_dir: Path) -> None:
+    """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already."""
+    with contextlib.suppress(OSError):  # for want of a descriptor it cannot be seen whether it has
+        if keeper := claimed(attempt_dir, ""):
+            end_strays(keeper)
 
 
 def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
