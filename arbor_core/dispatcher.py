@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -232,7 +231,7 @@ class Dispatcher:
                 only_if=job.desired,
                 also=lambda db: keep_lease(db, lease),
             )
-        except sqlite3.Error:  # a full disk, say: it waits for the next look, and so do the devices
+        except BaseException:  # a full disk, say: it waits for the next look, and so do the devices
             self.release(job.id)
             raise
         if moved is None:
@@ -245,7 +244,7 @@ class Dispatcher:
     async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
         try:
             ref = await self._started(job, trainer, lease)
-        except OSError as error:
+        except Exception as error:  # an executor may raise anything, and would do so again
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
             await self.following.settlement.not_started(job, error)
             self.release(job.id)

@@ -188,15 +188,15 @@ class Settlement:
             return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
         return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
 
-    async def not_started(self, job: Job, error: OSError) -> None:
+    async def not_started(self, job: Job, error: Exception) -> None:
         """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
         Any other fault of it will not mend itself."""
         await asyncio.to_thread(give_up, self.attempts.attempt_dir(job))
         code = None
-        if is_full(error, self.attempts.root):
+        if isinstance(error, OSError) and is_full(error, self.attempts.root):
             code = "insufficient_storage"
             message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
-        elif what := shortage(error):
+        elif isinstance(error, OSError) and (what := shortage(error)):
             code = "insufficient_resources"
             message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
         if code:

@@ -42,7 +42,7 @@ class Desk:
     dispatcher: Dispatcher
     job: Job
     lease: Lease
-    faults: Iterator[OSError] = field(default_factory=lambda: iter(()))
+    faults: Iterator[Exception] = field(default_factory=lambda: iter(()))
     starts: int = 0
     followed: list[str] = field(default_factory=list)
 
@@ -151,3 +151,14 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
         assert template.process.returncode is None
     finally:
         await executor.close()
+
+
+async def test_a_start_that_fails_in_an_unknown_way_is_not_tried_for_ever(desk: Desk) -> None:
+    desk.faults = repeat(RuntimeError("the cluster is gone"))
+    job = await desk.launch()
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error.code == "worker_not_started"
+    assert "the cluster is gone" in job.error.message
+    assert desk.starts == 1
+    assert not desk.followed
