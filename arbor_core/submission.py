@@ -28,6 +28,8 @@ METHODS = ("supervised", "dpo", "reinforcement")
 SHOWN = ("n_epochs", "batch_size", "learning_rate_multiplier")
 """Hyperparameters that a job shows even when its author did not set them."""
 MAX_SEED = 2_147_483_647
+METADATA_PAIRS = 16
+"""Most pairs that a job's metadata may have, and that a list may be asked for."""
 _SUFFIX = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -46,7 +48,8 @@ class Integration(msgspec.Struct, forbid_unknown_fields=True):
 
 
 Metadata = Annotated[
-    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+    Meta(max_length=METADATA_PAIRS),
 ]
 Method = Annotated[
     dict[str, Any],

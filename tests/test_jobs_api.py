@@ -148,6 +148,14 @@ def test_jobs_by_metadata(server: LiveServer, file: str) -> None:
     assert with_key not in null
 
 
+@pytest.mark.parametrize(("pairs", "status"), [(16, 200), (17, 400), (1100, 400)])
+def test_row_49_jobs_by_more_metadata_than_they_can_have(server: LiveServer, pairs: int, status: int) -> None:
+    answer = call(server.url, "GET", f"{JOBS}?" + "&".join(f"metadata[k{n}]=v" for n in range(pairs)))
+    assert answer.status == status, answer.body
+    if status == 400:
+        answer.error(400, "invalid_value", "metadata")
+
+
 def test_row_45_ids_that_cannot_be(server: LiveServer) -> None:
     for name in ("%00", "..", "..%5c..%5cetc", "x" * 10_000, "%F0%9F%8C%B3", "ftjob-nope"):
         for tail in ("", "/events", "/checkpoints"):

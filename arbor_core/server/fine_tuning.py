@@ -10,7 +10,7 @@ from litestar import get, post
 
 from arbor_core.records import Job
 from arbor_core.repeats import Repeatable, RepeatedError
-from arbor_core.submission import CreateFineTuningJobRequest, prepare
+from arbor_core.submission import METADATA_PAIRS, CreateFineTuningJobRequest, prepare
 from arbor_core.system import Arbor
 from arbor_core.types import TERMINAL, Desired
 
@@ -126,7 +126,11 @@ async def list_jobs(request: AnyRequest, arbor: Arbor, owner: str) -> wire.FineT
 
 
 def metadata_filter(request: AnyRequest) -> dict[str, str] | str | None:
-    """`metadata[k]=v` pairs; None for `metadata=null`, "" for neither."""
+    """`metadata[k]=v` pairs; None for `metadata=null`, "" for neither.
+
+    Raises:
+        ApiError: more pairs than a job can have.
+    """
     if request.query_params.get("metadata") == "null":
         return None
     pairs = {
@@ -134,6 +138,9 @@ def metadata_filter(request: AnyRequest) -> dict[str, str] | str | None:
         for name, value in request.query_params.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
+    if len(pairs) > METADATA_PAIRS:
+        message = f"Invalid 'metadata': expected at most {METADATA_PAIRS} pairs, got {len(pairs)}."
+        raise ApiError(400, message, "invalid_value", "metadata")
     return pairs or ""
 
 
