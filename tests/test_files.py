@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +169,38 @@ async def test_row_29_a_file_expires_only_when_no_job_needs_it(files: Files) -> 
     assert files.get(file.id, "me") is None
     await files.expire()
     assert not files.path(file.id).exists()
+
+
+async def add_expired(files: Files, owner: str) -> str:
+    file_id, insert = await files.add_bytes(owner, "old", b"1", "fine-tune")
+    await files.store.write(insert)
+    await files.store.write(lambda db: db.execute("UPDATE files SET expires_at=1 WHERE id=?", (file_id,)))
+    return file_id
+
+
+async def test_row_29_expiry_is_nobodys_fault(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    old = [await add_expired(files, owner) for owner in ("me", "you")]
+    await asyncio.gather(*(files.expire() for _ in range(3)))
+    assert not any(files.path(file_id).exists() for file_id in old)
+    old = [await add_expired(files, "you")]
+    files.path(old[0]).unlink()
+    files.path(old[0]).mkdir()  # no file that could be unlinked
+    await files.expire()
+    assert files.page("you", 10) == []
+    assert "were not removed" in caplog.text
+
+
+async def test_row_29_a_job_may_be_faster_than_expiry(files: Files) -> None:
+    old, jobs, go = await add_expired(files, "you"), Jobs(files.store), threading.Event()
+    spec = JobSpec(trainer="t", method="supervised", config={}, model="m", model_path="m", seed=1)
+    held = asyncio.create_task(files.store.write(lambda _: go.wait(30)))
+    creating = asyncio.create_task(jobs.create(NewJob("you", old, None, None, {}, spec)))
+    expiring = asyncio.create_task(files.expire())
+    await asyncio.sleep(0)  # all three wait for the writer, in this order
+    go.set()
+    await asyncio.gather(held, creating, expiring)
+    assert files.get(old, "you") is not None
+    assert files.path(old).exists()
 
 
 async def half_an_upload(files: Files, error: Exception) -> None:
