@@ -158,7 +158,8 @@ class Store:
                 raise
 
     def read(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        """Rows of a query; sees everything that was committed before the call."""
+        """Rows of a query; sees everything that was committed before the call, and inside a change what its transaction
+        has changed so far."""
         return self._connection().execute(sql, values).fetchall()
 
     def one(self, sql: str, *values: object) -> sqlite3.Row | None:

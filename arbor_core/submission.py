@@ -98,7 +98,8 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
         raise ApiError(400, message, "missing_required_parameter", "training_file")
     start = arbor.models.trainable(body.model, owner, adapters=learner.adapters)
     check_files(arbor, body, owner, rollouts=learner.rollouts)
-    check_room(arbor, body.num_gpus)
+    check_devices(arbor, body.num_gpus)
+    check_queue(arbor, arbor.jobs.waiting() + 1)
     keep_start(arbor, start)
     spec = JobSpec(
         trainer=trainer,
@@ -116,6 +117,19 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     shown = {name: config[name] for name in SHOWN if name in config} | given
     job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
     return job, [*warnings(body), *memory_warnings(arbor, spec)]
+
+
+def check_again(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
+    """What may have changed since `prepare`: called in the transaction that makes the job, the job being made already,
+    so that of a job and the deletion of what it needs only one is answered well.
+
+    Raises:
+        ApiError: as `prepare`.
+    """
+    if body.model.startswith("ft:"):  # a base model is the operator's, and a job's checkpoints stay
+        arbor.models.trainable(body.model, owner, adapters=True)
+    check_files(arbor, body, owner, rollouts=rollouts)
+    check_queue(arbor, arbor.jobs.waiting())
 
 
 def chosen(arbor: Arbor, body: CreateFineTuningJobRequest) -> tuple[str, str]:
@@ -229,14 +243,18 @@ def keep_start(arbor: Arbor, start: Start) -> None:
             raise ApiError(404, f"The weights of '{start.name}' were removed.", "model_not_found", "model")
 
 
-def check_room(arbor: Arbor, devices: int) -> None:
-    """Refuse what can never run, and what would make the queue too long."""
+def check_devices(arbor: Arbor, devices: int) -> None:
+    """Refuse what can never run."""
     pool = len(arbor.allocator.inventory().get("train", ()))
     if devices > pool:
         message = f"Invalid 'num_gpus': {devices} are asked for, this server trains on {pool}."
         raise ApiError(400, message, "invalid_gpu", "num_gpus")
+
+
+def check_queue(arbor: Arbor, waiting: int) -> None:
+    """Refuse what makes the queue too long. `waiting`: how many jobs wait, the new one included."""
     limit = arbor.settings.limits.queued_jobs
-    if arbor.jobs.waiting() >= limit:
+    if waiting > limit:
         message = f"{limit} jobs are waiting already (limits.queued_jobs). Try again when some have begun."
         raise ApiError(429, message, "queue_full", headers={"retry-after": "30"})
 

@@ -10,7 +10,7 @@ from litestar import get, post
 
 from arbor_core.records import Job
 from arbor_core.repeats import Repeatable, RepeatedError
-from arbor_core.submission import METADATA_PAIRS, CreateFineTuningJobRequest, prepare
+from arbor_core.submission import METADATA_PAIRS, CreateFineTuningJobRequest, check_again, prepare
 from arbor_core.system import Arbor
 from arbor_core.types import TERMINAL, Desired
 
@@ -63,6 +63,7 @@ async def submit(
     def note(db: sqlite3.Connection, job: Job) -> None:
         if sent:
             sent.remember(db, msgspec.json.encode(shown(arbor, job)))
+        check_again(arbor, request, owner, rollouts=job.spec.rollouts)
 
     try:
         job = await arbor.jobs.create(new, [*warnings, *remarks], note)
