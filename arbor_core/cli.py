@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import gc
 import os
 import re
 import signal
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 EXIT_CONFIG = 78
 """sysexits.h: a configuration error."""
-KEEP_ALIVE = 75
-"""Seconds that an idle connection stays open: longer than clients keep theirs (5 to 60), so that a request is never
-sent into a connection that is being closed."""
 
 
 def serve() -> None:
@@ -129,31 +125,10 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
     os.umask(0o077)  # what it writes, and what its processes write, is for its own user
     system = open_system(settings, loaded, chosen)
 
-    import uvicorn
-
     from .server.app import create_app
+    from .server.serving import Server
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                gc.freeze()  # what is here now stays: looking through it again would hold up every request
-                host, port = listener.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                print(f"arbor: listening on http://{shown}:{port}", flush=True)
-
-    app = create_app(system)
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            lifespan="on",
-            timeout_graceful_shutdown=30,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            h11_max_incomplete_event_size=65536,
-        )
-    )
+    server = Server(create_app(system), listener, settings.limits)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has shut down: that is success
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])

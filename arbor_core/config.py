@@ -102,6 +102,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     start_seconds: Seconds
     engine_heartbeat_seconds: Seconds
     room_seconds: Seconds
+    shutdown_seconds: Seconds
 
 
 class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):

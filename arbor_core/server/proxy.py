@@ -17,6 +17,7 @@ from arbor_core.errors import NO_RETRY, RETRY_SOON, ApiError, without_paths
 from arbor_core.made import Resolved
 from arbor_core.types import Engine
 
+from .ending import shutting_down
 from .errors import envelope, request_id
 
 if TYPE_CHECKING:
@@ -85,6 +86,12 @@ class Relay:
             if not events.opened:
                 raise
             await events.fail(in_band(error, events.begun))
+        except asyncio.CancelledError:
+            pings.cancel()
+            if events.opened:  # the server ends; where it was the client that went, nobody hears it
+                await events.fail(shutting_down())
+                await events.close()
+            raise
         finally:
             pings.cancel()
         await events.close()
