@@ -88,6 +88,7 @@ class PluginsConfig(msgspec.Struct, forbid_unknown_fields=True):
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     upload_bytes: Count
     json_bytes: Count
+    head_seconds: Seconds
     upload_idle_seconds: Seconds
     upload_bytes_per_second: Annotated[float, Meta(ge=0)]
     upload_seconds: Seconds

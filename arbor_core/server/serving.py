@@ -12,6 +12,7 @@ from litestar.types import ASGIApp
 
 from arbor_core.config import LimitsConfig
 
+from .connection import PromptProtocol
 from .ending import Ending
 
 KEEP_ALIVE = 75
@@ -33,6 +34,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.ending,
+                http=type("Connection", (PromptProtocol,), {"seconds": limits.head_seconds}),
                 log_level="warning",
                 lifespan="on",
                 timeout_graceful_shutdown=math.ceil(self.grace) + LAST_WORDS,
