@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,18 @@ LOOK = settings(
     print_blob=True,
 )
 AS_DOCUMENTED = [content_type_conformance, response_schema_conformance]
-OPERATIONS = sorted(
-    f"{min(handler.http_methods)} {re.sub(r':[a-z]+}', '}', path)}"
+
+
+def labels(handlers: Iterable[Any]) -> list[str]:
+    """What schemathesis calls the operations of route handlers."""
+    paths = ((min(handler.http_methods), path) for handler in handlers for path in handler.paths)
+    return sorted(f"{method} {re.sub(r':[a-z]+}', '}', path)}" for method, path in paths)
+
+
+OPERATIONS = labels(
+    handler
     for room in ROOMS
     for handler in room.ROUTES
-    for path in handler.paths
     if "summary" in handler.opt and handler.operation_id != "getOpenAPIDocument"
 )
 """Those of the core, but for the document itself, which every test has to read."""
@@ -51,6 +58,9 @@ class Api:
     guarded: bool
     known: dict[str, str]
     doomed: dict[str, str]
+
+    def tame(self, case: Any) -> None:
+        """Change what would only make the server wait."""
 
     def fill_in(self, case: Any) -> None:
         """Put names of objects that are there where a generated request has its own."""
@@ -107,25 +117,33 @@ def told(status: int, headers: Any, body: bytes) -> None:
         answer.error(status, answer.json["error"]["code"], answer.json["error"]["param"])
 
 
-CASES = [
-    pytest.param(label, mode, id=f"{label} {mode.value}")
-    for label in OPERATIONS
-    for mode in schemathesis.GenerationMode
-    if mode is schemathesis.GenerationMode.POSITIVE or "/v1/" in label
-]
-"""Nothing can be wrong about a request for /health, which has no parts."""
+def cases(operations: Iterable[str]) -> list[Any]:
+    """Requests in the shape of an operation, and out of it. Nothing can be wrong about a request for /health, which has
+    no parts."""
+    return [
+        pytest.param(label, mode, id=f"{label} {mode.value}")
+        for label in operations
+        for mode in schemathesis.GenerationMode
+        if mode is schemathesis.GenerationMode.POSITIVE or "/v1/" in label
+    ]
 
 
-@pytest.mark.parametrize(("label", "mode"), CASES)
+@pytest.mark.parametrize(("label", "mode"), cases(OPERATIONS))
 def test_any_request_gets_a_proper_answer(api: Api, label: str, mode: schemathesis.GenerationMode) -> None:
+    look(api, label, mode)
+
+
+def look(api: Api, label: str, mode: schemathesis.GenerationMode, how: settings = LOOK) -> None:
+    """Ask for an operation in many ways."""
     operation = next(found.ok() for found in api.schema.get_all_operations() if found.ok().label == label)
     public = not operation.definition.raw.get("security")
 
-    @LOOK
+    @how
     @given(case=operation.as_strategy(generation_mode=mode), known=st.booleans(), keyed=st.integers(0, 3))
     def ask(case: Any, known: bool, keyed: int) -> None:
         if known:
             api.fill_in(case)
+        api.tame(case)
         headers = {"Authorization": f"Bearer {KEY}"} if keyed else {}
         response = case.call(headers=headers)
         told(response.status_code, {name: found[0] for name, found in response.headers.items()}, response.content)
@@ -149,6 +167,11 @@ QUERIES = st.lists(st.tuples(st.sampled_from(QUERY), PIECES), max_size=4)
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_odd_paths_queries_and_headers_get_a_proper_answer(api: Api, label: str) -> None:
+    look_oddly(api, label)
+
+
+def look_oddly(api: Api, label: str) -> None:
+    """Ask for an operation with what no document describes."""
     method, _, path = label.partition(" ")
     before, brace, after = path.partition("{")
     tail = after.partition("}")[2]
