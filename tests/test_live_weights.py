@@ -245,7 +245,7 @@ async def test_weights_that_cannot_be_loaded_are_not_replaced_by_old_ones(
     assert full or later is engine, "the engine of an adapter goes on: others use it"
 
 
-async def test_all_weights_are_updated_while_the_engine_runs(world: World, live: LiveWeights) -> None:
+async def test_row_132_all_weights_are_updated_while_the_engine_runs(world: World, live: LiveWeights) -> None:
     job = await world.job(lora=None)
     engine = await engine_of(live, world, job)
     assert await version_of(engine, job.id) == 0
@@ -287,7 +287,7 @@ async def test_an_engine_that_starts_late_starts_with_the_newest_weights(world: 
     assert await version_of(await engine_of(live, world, job), job.id) == 7
 
 
-async def test_requests_that_wait_for_an_update_that_fails_hear_that_a_retry_helps(
+async def test_row_132_requests_that_wait_for_an_update_that_fails_hear_that_a_retry_helps(
     world: World, live: LiveWeights
 ) -> None:
     job = await world.job(lora=None)

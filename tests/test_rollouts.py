@@ -56,8 +56,7 @@ async def test_credits_are_what_a_step_needs_times_how_far_ahead(
     session.close()
 
 
-async def test_strictly_on_policy_nothing_is_offered_before_the_step_is_made(tmp_path: Path) -> None:
-    """Row 87."""
+async def test_row_87_strictly_on_policy_nothing_is_offered_before_the_step_is_made(tmp_path: Path) -> None:
     session = Session(tmp_path, config(1, 0))
     await session.send(group(0), 1, START)
     assert session.pending(START) == []
@@ -77,8 +76,7 @@ async def test_an_offer_that_nobody_takes_is_made_again_under_another_id(
     assert not late.repeated, "whoever comes late is welcome"
 
 
-async def test_the_same_group_again_changes_nothing(session: Session) -> None:
-    """Row 87."""
+async def test_row_87_the_same_group_again_changes_nothing(session: Session) -> None:
     first = await session.send(group(0), 7, START)
     again = await session.send(group(0), 7, START)
     assert (again.id, again.position, again.repeated) == (0, first.position, True)
@@ -93,8 +91,7 @@ async def test_the_same_group_twice_at_once(session: Session) -> None:
     assert len(list(read(session.folder, 0))) == 1
 
 
-async def test_ids_that_nobody_can_have_been_offered(session: Session) -> None:
-    """Row 87."""
+async def test_row_87_ids_that_nobody_can_have_been_offered(session: Session) -> None:
     for number in (rollouts.AHEAD + 2, 1 << 60):
         with pytest.raises(ApiError, match="never offered") as caught:
             await session.send(group(number), 1, START)

@@ -222,7 +222,7 @@ def test_advantages_of_the_client_are_taken_as_they_are(job):
     assert trainer.batch["advantages"].tolist() == [2.0, -1.0]
 
 
-def test_truncated_completions_are_left_out_only_when_asked(job):
+def test_row_83_truncated_completions_are_left_out_only_when_asked(job):
     def made(truncated: bool) -> Group:
         return Group(
             rollouts=(

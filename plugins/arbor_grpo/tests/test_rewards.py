@@ -104,8 +104,7 @@ def test_trajectories_of_different_names_stay_apart(sampled: Sampled) -> None:
     assert len(group.rollouts) == 2
 
 
-def test_empty_completions_join_nothing(sampled: Sampled) -> None:
-    """Row 83."""
+def test_row_83_empty_completions_join_nothing(sampled: Sampled) -> None:
     sampled.add("a", [1, 2], [])
     sampled.add("b", [1, 2], [3])
     group = grouped(sampled, worth("a"), worth("b"))
@@ -151,8 +150,7 @@ def test_advantages_are_shared_and_of_the_whole_group(sampled: Sampled) -> None:
         ),
     ],
 )
-def test_what_is_refused(sampled: Sampled, rewards: list[Reward], code: str, param: str) -> None:
-    """Rows 78 and 85."""
+def test_row_78_row_85_what_is_refused(sampled: Sampled, rewards: list[Reward], code: str, param: str) -> None:
     for name in ("a", "b", "c", "spent"):
         sampled.add(name, [1], [2])
     sampled.add("greedy", [1], [2], temperature=0.0)

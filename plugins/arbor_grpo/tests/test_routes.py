@@ -277,24 +277,21 @@ def test_whole_numbers_that_are_too_long(server: LiveServer, job: Job) -> None:
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_json_has_not(server: LiveServer, job: Job, word: str) -> None:
-    """Row 85."""
+def test_row_85_numbers_that_json_has_not(server: LiveServer, job: Job, word: str) -> None:
     raw = f'{{"job_id":"{job.id}","batch":[{{"messages":[{{"role":"user"}}],"completion":"x","reward":{word}}}]}}'
     answer = call(server.url, "POST", f"{GRPO}/step", raw.encode())
     assert answer.status == 400
     assert job.status["groups"]["received"] == 0
 
 
-def test_true_and_false_are_1_and_0(job: Job) -> None:
-    """Row 78."""
+def test_row_78_true_and_false_are_1_and_0(job: Job) -> None:
     job.step([item(True), item(False)])
     job.handled(1)
     metrics = [event["data"] for event in job.events() if event["type"] == "metrics"]
     assert metrics[0]["reward"] == 0.5
 
 
-def test_equal_rewards_are_no_error(job: Job) -> None:
-    """Rows 81 and 82."""
+def test_row_81_equal_rewards_are_no_error(job: Job) -> None:
     for number in range(2):
         job.step([item(1.0, f"{number}"), item(1.0, f"{number}")])
     job.handled(2)
@@ -302,8 +299,7 @@ def test_equal_rewards_are_no_error(job: Job) -> None:
     assert [values["frac_reward_zero_std"] for values in metrics] == [1.0, 1.0]
 
 
-def test_empty_completions_are_taken(job: Job) -> None:
-    """Row 83."""
+def test_row_83_empty_completions_are_taken(job: Job) -> None:
     assert job.step([item(0, ""), {**item(1), "completion": {"role": "assistant", "content": None}}])["accepted"]
     job.handled(1)
 
@@ -315,8 +311,7 @@ def test_cancelling_twice(job: Job) -> None:
     assert "cancelled" in error["message"]
 
 
-def test_steps_after_the_end(job: Job) -> None:
-    """Row 86."""
+def test_row_86_steps_after_the_end(job: Job) -> None:
     job.step()
     job.handled(1)
     assert job.ok("terminate")["status"] == "succeeded"
@@ -326,7 +321,7 @@ def test_steps_after_the_end(job: Job) -> None:
     assert job.ok("checkpoint", checkpoint_name="last")["checkpoints"]["last"]["global_step"] == 1
 
 
-def test_a_job_that_has_made_its_steps(server: LiveServer) -> None:
+def test_row_86_a_job_that_has_made_its_steps(server: LiveServer) -> None:
     """A client waits for ids, for ever: it is offered new ones and hears that they are not needed."""
     job = created(server, max_steps=1)
     job.step(batch_id=0)

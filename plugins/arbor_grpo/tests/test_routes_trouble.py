@@ -107,8 +107,8 @@ def test_a_worker_that_is_killed_again_and_again_is_reported(server: LiveServer)
     assert time.monotonic() - begin < 5
 
 
-def test_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveServer) -> None:
-    """Row 89: more often than a job may crash without progress, and without any checkpoint."""
+def test_row_89_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveServer) -> None:
+    """More often than a job may crash without progress, and without any checkpoint."""
     job = created(server)
     for number in range(1, 5):
         job.step(group(str(number)))
@@ -120,8 +120,7 @@ def test_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveServer) 
     assert job.ok("terminate")["policy_version"] == 4
 
 
-def test_steps_are_taken_while_no_worker_runs(server: LiveServer) -> None:
-    """Row 89."""
+def test_row_89_steps_are_taken_while_no_worker_runs(server: LiveServer) -> None:
     job = created(server, fault="crash", fault_step=1, checkpoint_steps=1)
     for number in range(4):
         wait_for(lambda: job.status["pending_batch_ids"])
@@ -165,8 +164,8 @@ def test_another_server_offers_what_the_first_did_not(start: Callable[[], LiveSe
 
 
 @pytest.mark.parametrize("point", ["inbox.written", "inbox.synced"])
-def test_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, point: str) -> None:
-    """Row 91: what was answered is there; what was not may be sent again."""
+def test_row_91_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, point: str) -> None:
+    """What was answered is there; what was not may be sent again."""
     first = launch(tmp_path, env={"ARBOR_CRASH_AT": point})
     job = created(first)
     job.until("running")
@@ -255,8 +254,7 @@ def test_credits(server: LiveServer, staleness: int, offered: int) -> None:
     job.post("cancel")
 
 
-def test_what_is_too_old_is_taken_and_skipped(server: LiveServer) -> None:
-    """Row 87."""
+def test_row_87_what_is_too_old_is_taken_and_skipped(server: LiveServer) -> None:
     job = created(server, too_stale=0, step_seconds=0.2)
     for number in range(3):
         assert job.step(group(f"{number}"))["accepted"]

@@ -65,7 +65,9 @@ def test_the_engine_says_what_the_new_weights_say(engine: Running, world: World,
     assert not hasattr(whole, "policy_version"), "only asked for with the token ids"
 
 
-async def test_what_runs_goes_on_and_names_the_oldest_weights(engine: Running, world: World, tmp_path: Path) -> None:
+async def test_row_132_what_runs_goes_on_and_names_the_oldest_weights(
+    engine: Running, world: World, tmp_path: Path
+) -> None:
     folders = [trained(world.model, tmp_path / str(seed), seed) for seed in (3, 4)]
     update(engine, folders[0], 3)
     async with engine.aclient as client:
