@@ -106,9 +106,9 @@ class Live:
         coming.set_result(accepted)
         return accepted
 
-    def group(self, accepted: Accepted) -> Group | None:
-        """A group that was accepted, if it is remembered where it stands."""
-        return None if accepted.position is None else self.session.group(accepted.position)
+    def group(self, accepted: Accepted) -> Group:
+        """A group that was accepted."""
+        return self.session.group(accepted.position)
 
     def completion(self, id: str, index: int = 0) -> Completion | None:
         """What was sampled under an id, if it is still known."""

@@ -20,12 +20,14 @@ from . import inbox
 from .bell import ring
 from .errors import ApiError
 from .inbox import UNNUMBERED, Group, Inbox
+from .spans import Spans
 from .types import RolloutConfig
 
 AHEAD = 1024
 """Batch ids may run ahead of what was offered by so many: of a server that ended before it could say which it had."""
 REMEMBERED = 4096
-"""Batch ids whose digests are kept, to tell a repeated request from another one of the same id."""
+"""Batch ids whose digests are kept, to tell a repeated request from another one of the same id. Of older ones it is
+known that they are used, and no more."""
 WAITING = 256
 """Groups that may wait beside those that there are credits for."""
 
@@ -43,8 +45,8 @@ class Accepted(msgspec.Struct, frozen=True):
     """What became of a group that was sent."""
 
     id: int
-    position: int | None
-    """Where it begins in the inbox; None: it was so long ago that this is not remembered."""
+    position: int
+    """Where it begins in the inbox."""
     repeated: bool = False
     """It had come before."""
 
@@ -81,8 +83,10 @@ class Session:
         self.inbox = Inbox(folder)
         self.filled: dict[int, tuple[int, int]] = {}
         """Digest and position of the groups of the latest batch ids."""
+        self.used = Spans()
+        """All batch ids that a group has come for."""
         self.offered: dict[int, Offer] = {}
-        self.count = self.next_id = self.lowest = 0
+        self.count = self.next_id = 0
         self.taking: dict[int, Sending] = {}
         self.queue: list[Sending] = []
         self.writing: asyncio.Task[None] | None = None
@@ -96,11 +100,10 @@ class Session:
             return
         self.offered.pop(id, None)
         self.filled[id] = (digest, start)
+        self.used.add(id)
         self.next_id = max(self.next_id, id + 1)
         if len(self.filled) > REMEMBERED:
-            oldest = next(iter(self.filled))
-            del self.filled[oldest]
-            self.lowest = max(self.lowest, oldest + 1)
+            del self.filled[next(iter(self.filled))]  # the oldest
 
     def pending(self, policy: Policy) -> list[int]:
         """The batch ids that a group may be sent for now. One that nobody came for in `offer_seconds` is replaced."""
@@ -153,7 +156,7 @@ class Session:
         """What became of a batch that was sent before. None: it was not; a `send` that follows at once puts it in.
 
         Raises:
-            ApiError: it was another one, or the id is none of ours.
+            ApiError: it was another one, or so long ago that nobody can tell; the id is none of ours.
         """
         if not 0 <= id < self.next_id + AHEAD:
             message = f"Batch id {id} was never offered: pending_batch_ids says which are."
@@ -162,12 +165,13 @@ class Session:
         if other := self.taking.get(id):
             before = (other.digest, await asyncio.shield(other.done))
         before = before or self.filled.get(id)
-        if before is None and id >= self.lowest:
+        if before is None and id not in self.used:
             return None
-        if before and before[0] != digest:
-            message = f"Batch id {id} was used for another group: take one of pending_batch_ids."
+        if before is None or before[0] != digest:
+            what = "another group" if before else "a group that came too long ago to tell whether it was this one"
+            message = f"Batch id {id} was used for {what}: take one of pending_batch_ids."
             raise ApiError(400, message, "batch_id_reuse", "batch_id")
-        return Accepted(id, before[1] if before else None, repeated=True)
+        return Accepted(id, before[1], repeated=True)
 
     async def _write(self) -> None:
         """Write what waits, several groups with one sync, until nothing waits."""

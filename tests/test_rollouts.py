@@ -91,6 +91,31 @@ async def test_the_same_group_twice_at_once(session: Session) -> None:
     assert len(list(read(session.folder, 0))) == 1
 
 
+async def test_row_87_an_offered_id_is_taken_however_many_were_used_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "REMEMBERED", 4)
+    session = Session(tmp_path, config())
+    late = session.pending(START)[0]
+    for number in range(12):
+        policy = Policy(number, number)
+        (other,) = set(session.pending(policy)) - {late}
+        await session.send(group(other), other, policy)
+    for opened in (session, Session(tmp_path, config())):
+        with pytest.raises(ApiError, match="too long ago") as caught:
+            await opened.send(group(2), 2, policy)
+        assert (caught.value.status, caught.value.code) == (400, "batch_id_reuse")
+        assert await opened.known(late, 77) is None, "it was never used"
+        assert (await opened.send(group(12), 12, policy)).repeated
+    assert late in session.pending(policy)
+    accepted = await session.send(group(late), 77, policy)
+    assert not accepted.repeated
+    assert [record.group.id for record in read(tmp_path, accepted.position)] == [late]
+    assert (await session.send(group(late), 77, policy)).repeated
+    session.close()
+    opened.close()
+
+
 async def test_row_87_ids_that_nobody_can_have_been_offered(session: Session) -> None:
     for number in (rollouts.AHEAD + 2, 1 << 60):
         with pytest.raises(ApiError, match="never offered") as caught:

@@ -83,7 +83,7 @@ class Calls:
         """Take a group of `num_generations`."""
         digest = digest_of(asked.batch)
 
-        async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group | None]:
+        async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group]:
             if batch_id != UNNUMBERED and (before := await live.known(batch_id, digest)):
                 return before, live.group(before)
             group = group_of(asked, live, batch_id, time.time())
@@ -95,7 +95,7 @@ class Calls:
         """Take a group of completions by their ids."""
         digest = digest_of(asked.rewards)
 
-        async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group | None]:
+        async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group]:
             before = await live.labelled(asked.group, digest) if asked.group else None
             if before is None and asked.batch_id is not None:
                 before = await live.known(batch_id, digest)
@@ -112,7 +112,7 @@ class Calls:
         owner: str,
         style: Style,
         batch_id: int | None,
-        sent: Callable[[Live, int], Awaitable[tuple[Accepted, Group | None]]],
+        sent: Callable[[Live, int], Awaitable[tuple[Accepted, Group]]],
     ) -> StepAnswer:
         """Send a group to a job that takes one, and say what became of it."""
         job = await self.services.job(job_id, owner)
@@ -122,13 +122,13 @@ class Calls:
         if batch_id is None:
             batch_id = next(iter(live.pending()), UNNUMBERED)
         accepted, group = await sent(live, batch_id)
-        matched = sum(not rollout.messages for rollout in group.rollouts) if group else None
+        matched = sum(not rollout.messages for rollout in group.rollouts)
         return step_answer(
             await self.look(job_id, owner, style),
             repeated=accepted.repeated,
             batch_id=None if accepted.id == UNNUMBERED else accepted.id,
             matched=matched,
-            tokenized=None if group is None or matched is None else len(group.rollouts) - matched,
+            tokenized=len(group.rollouts) - matched,
         )
 
     async def checkpoint(self, asked: requests.CheckpointRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:

@@ -63,7 +63,7 @@ class StepAnswer(GRPOStatus, kw_only=True):
     repeated: bool = False
     batch_id: int | None = None
     matched: int | None = None
-    """Null with a group that came before, where that is too long ago to be remembered."""
+    """Null where the group was not used."""
     tokenized: int | None = None
     message: str | None = None
 
