@@ -21,7 +21,8 @@ from .requests import InitializeRequest
 METHOD = "grpo"
 WHERE = f"method.{METHOD}.hyperparameters"
 TOO_STALE = 64
-"""Groups of these clients may be so many steps old: they sample ahead of their batch ids, and throw nothing away."""
+"""Groups of clients that say nothing of staleness may be so many steps old: they sample ahead of their batch ids, and
+throw nothing away."""
 
 RENAMED = {
     "gradient_accumulation_steps": "groups_per_step",
@@ -79,8 +80,8 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
             paths.setdefault(found[0], path)
         elif key not in ("seed", "num_training_gpus", "lora"):
             unused.append(key)
-    if "too_stale" not in hyperparameters:
-        hyperparameters["too_stale"] = max(TOO_STALE, hyperparameters.get("max_staleness") or 0)
+    if not hyperparameters.keys() & {"too_stale", "max_staleness"}:
+        hyperparameters["too_stale"] = TOO_STALE
     request = {
         "model": Models.strip(body.model),
         "method": {"type": METHOD, METHOD: {"hyperparameters": hyperparameters}},
