@@ -14,6 +14,9 @@ import msgspec
 from .types import ConfigError
 
 T = TypeVar("T")
+NESTED = 64
+"""Arrays and objects within one another in JSON that others read again. Decoders give up at some 1,000, less what is on
+the stack: what one process has just read another may not be able to."""
 
 
 def typed(values: Any, type_: type[T], where: str) -> T:
@@ -74,6 +77,26 @@ def nearest(name: str, type_: Any, inside: str = "") -> str:
     known = [f.encode_name for f in msgspec.structs.fields(struct)] if struct else []
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def nested(value: Any, most: int = NESTED) -> bool:
+    """Whether there are more than so many arrays and objects within one another."""
+    within = [value]
+    for _ in range(most + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in within if isinstance(one, dict | list)]
+        if not inner:
+            return False
+        within = [value for values in inner for value in values]
+    return True
+
+
+def shallow(raw: str) -> Any:
+    """JSON that was stored, to be shown. An empty object in place of one that is nested too deeply."""
+    try:
+        value = msgspec.json.decode(raw)
+    except RecursionError:
+        return {}
+    return {} if nested(value) else value
 
 
 def choices(type_: Any) -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from . import inbox
 from .bell import short
+from .convert import NESTED, nested
 from .faults import crash_point
 from .logs import replace
 from .types import CheckpointRequest, ConfigError
@@ -98,9 +99,9 @@ def ask(job_dir: Path, request: CheckpointRequest) -> Path:
         A file that is there until the checkpoint is.
 
     Raises:
-        ConfigError: the name cannot be one.
+        ConfigError: the name cannot be one, or the metadata is nested too deeply.
     """
-    check_name(request.name)
+    check(request)
     path = job_dir / "asked" / f"{request.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, msgspec.json.encode(request))
@@ -108,17 +109,19 @@ def ask(job_dir: Path, request: CheckpointRequest) -> Path:
     return path
 
 
-def check_name(name: str) -> None:
-    """Whether a checkpoint may be called so.
+def check(request: CheckpointRequest) -> None:
+    """Whether a checkpoint may be called so, and this be kept with it.
 
     Raises:
         ConfigError: it may not.
     """
-    if not NAME.fullmatch(name) or name.startswith("."):
+    if not NAME.fullmatch(request.name) or request.name.startswith("."):
         message = (
             "Invalid 'checkpoint_name': expected 1 to 64 letters, digits, '_', '.' or '-', not beginning with '.'."
         )
         raise ConfigError(message, path="checkpoint_name")
+    if nested(request.metadata):
+        raise ConfigError(f"Invalid 'metadata': it is nested more than {NESTED} deep.", path="metadata")
 
 
 def asked(job_dir: Path) -> list[CheckpointRequest]:

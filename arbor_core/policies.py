@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from .convert import shallow
 from .rollouts import Policy
 from .store import Store
 from .types import Event, NamedCheckpoint
@@ -57,6 +58,6 @@ def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:
         job_id,
     )
     return [
-        NamedCheckpoint(row["name"], row["step"], row["model"], msgspec.json.decode(row["metadata"]), row["created_at"])
+        NamedCheckpoint(row["name"], row["step"], row["model"], shallow(row["metadata"]), row["created_at"])
         for row in rows
     ]

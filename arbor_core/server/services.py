@@ -101,7 +101,7 @@ class ServerServices:
 
     async def _name_last(self, job: Job, name: str, metadata: Mapping[str, Any]) -> None:
         """Give a name to the last checkpoint of a job that has succeeded."""
-        feed.check_name(name)
+        feed.check(CheckpointRequest(name, dict(metadata)))
         last = self.arbor.jobs.checkpoints(job.id, 1)[0]
         await self.arbor.store.write(lambda db: name_checkpoint(db, job.id, name, last.step, last.dir, metadata))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from arbor_core.convert import NESTED, nested
 from arbor_core.errors import ApiError
 from arbor_core.inbox import Group, Rollout
 from arbor_core.ledger import Completion, key_of
@@ -41,9 +42,17 @@ def number(value: Any, param: str) -> float | None:
     raise invalid(f"Invalid '{param}': expected a finite number up to {FARTHEST:g}, got {kind}.", param)
 
 
-def digest_of(content: Any) -> int:
-    """64 bits that stand for what a client sent, however it was spaced."""
-    return int.from_bytes(blake2b(msgspec.json.encode(content), digest_size=8).digest(), "little")
+def digest_of(content: Any, param: str) -> int:
+    """64 bits that stand for what a client sent, however it was spaced.
+
+    Raises:
+        ApiError: it is nested too deeply.
+    """
+    try:
+        raw = msgspec.json.encode(content)
+    except RecursionError:
+        raise invalid(f"Invalid '{param}': it is nested more than {NESTED} deep.", param) from None
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
@@ -125,8 +134,10 @@ def check_message(message: Mapping[str, Any], path: str) -> None:
     """Whether something is a message.
 
     Raises:
-        ApiError: it has no role, or its content is neither text nor parts.
+        ApiError: it has no role, its content is neither text nor parts, or it is nested too deeply.
     """
+    if nested(message):
+        raise invalid(f"Invalid '{path}': it is nested more than {NESTED} deep.", path)
     if not isinstance(message.get("role"), str):
         raise invalid(f"Invalid '{path}.role': a message has a role.", f"{path}.role")
     if not isinstance(message.get("content"), str | list | None):

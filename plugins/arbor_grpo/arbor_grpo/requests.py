@@ -65,7 +65,7 @@ class StatusRequest(JobRequest, kw_only=True):
 
 
 class CheckpointRequest(JobRequest, kw_only=True):
-    """`metadata`: whatever the client wants to find again, up to 64 KiB of JSON."""
+    """`metadata`: whatever the client wants to find again, up to 64 KiB of JSON, nested up to 64 deep."""
 
     checkpoint_name: str
     metadata: dict[str, Any] | None = None
@@ -76,7 +76,10 @@ class CheckpointRequest(JobRequest, kw_only=True):
         Raises:
             ApiError: it is too much.
         """
-        size = len(msgspec.json.encode(self.metadata))
+        try:
+            size = len(msgspec.json.encode(self.metadata))
+        except RecursionError:
+            return self.metadata or {}  # which the server refuses as too deep, like all that is deeper than it may be
         if size > METADATA_BYTES:
             message = f"Invalid 'metadata': expected at most {METADATA_BYTES} bytes of JSON, got {size}."
             raise ApiError(400, message, "invalid_value", "metadata")

@@ -81,7 +81,7 @@ class Calls:
 
     async def step(self, asked: requests.StepRequest, job_id: str, owner: str, style: Style) -> StepAnswer:
         """Take a group of `num_generations`."""
-        digest = digest_of(asked.batch)
+        digest = digest_of(asked.batch, "batch")
 
         async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group]:
             if batch_id != UNNUMBERED and (before := await live.known(batch_id, digest)):
@@ -93,7 +93,7 @@ class Calls:
 
     async def rewards(self, asked: requests.RewardsRequest, job_id: str, owner: str) -> StepAnswer:
         """Take a group of completions by their ids."""
-        digest = digest_of(asked.rewards)
+        digest = digest_of(asked.rewards, "rewards")
 
         async def sent(live: Live, batch_id: int) -> tuple[Accepted, Group]:
             before = await live.labelled(asked.group, digest) if asked.group else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
@@ -184,6 +186,7 @@ def test_a_checkpoint_can_be_gone_on_from(server: LiveServer, job: Job) -> None:
         ({"num_generations": "two"}, "trainer_config.num_generations", "invalid_type"),
         ({"gradient_accumulation_steps": 0}, "trainer_config.gradient_accumulation_steps", "invalid_value"),
         ({"temperature": 0}, "trainer_config.temperature", "invalid_value"),
+        ({"max_staleness": "x"}, "trainer_config.max_staleness", "invalid_type"),
         ({"num_training_gpus": 99}, "num_gpus", "invalid_gpu"),
         ({"num_training_gpus": "all"}, "num_gpus", "invalid_type"),
         ({"seed": "x"}, "seed", "invalid_type"),
@@ -262,6 +265,40 @@ def test_groups_that_are_refused_whole(job: Job, batch: object, param: str, code
 def test_metadata_that_every_status_would_repeat(job: Job) -> None:
     job.post("checkpoint", checkpoint_name="big", metadata={"a": "b" * 65_536}).error(400, "invalid_value", "metadata")
     assert job.ok("checkpoint", checkpoint_name="big", metadata={"a": "b" * 60_000})["checkpoints"].keys() == {"big"}
+
+
+@pytest.mark.parametrize("depth", [65, 600, 958, 965])
+def test_row_39_what_is_nested_deeper_than_every_reader_can_follow(server: LiveServer, job: Job, depth: int) -> None:
+    """Around 960 it depends on the stack whether one can."""
+    deep = "[" * depth + "]" * depth
+    named = f'{{"job_id": "{job.id}", "checkpoint_name": "deep", "metadata": {{"a": {deep}}}}}'.encode()
+    said = f'{{"messages": [{{"role": "user", "content": "say", "a": {deep}}}], "completion": "x", "reward": 1}}'
+    group = f'{{"job_id": "{job.id}", "batch": [{said}, {said}]}}'.encode()
+
+    def refused(path: str, body: bytes, code: str) -> None:
+        answer = call(server.url, "POST", f"{GRPO}/{path}", body)
+        assert (answer.status, answer.json["error"]["code"]) in [(400, code), (400, "invalid_json")], answer.body
+        assert "nested" in answer.json["error"]["message"]
+
+    refused("checkpoint", named, "invalid_value")
+    refused("step", group, "invalid_rollout")
+    assert not (job.dir / "asked").exists()
+    job.step()
+    assert job.handled(1)["checkpoints"] == {}
+    job.ok("terminate")
+    refused("checkpoint", named, "invalid_value")
+
+
+@pytest.mark.parametrize("stored", [65, 2000])
+def test_metadata_may_be_nested_and_is_shown_where_it_can_be(server: LiveServer, job: Job, stored: int) -> None:
+    deep: dict[str, object] = {}
+    for _ in range(63):
+        deep = {"a": deep}
+    assert job.ok("checkpoint", checkpoint_name="deep", metadata=deep)["checkpoints"]["deep"]["metadata"] == deep
+    with contextlib.closing(sqlite3.connect(server.storage / "arbor.db", timeout=10)) as db, db:
+        text = '{"a":' * stored + "{}" + "}" * stored
+        db.execute("UPDATE named_checkpoints SET metadata=? WHERE job_id=?", (text, job.id))
+    assert job.status["checkpoints"]["deep"]["metadata"] == {}
 
 
 def test_whole_numbers_that_are_too_long(server: LiveServer, job: Job) -> None:
