@@ -49,6 +49,16 @@ class ServerServices:
     async def job(self, job_id: str, owner: str) -> dict[str, Any]:
         return plain(shown(self.arbor, found(self.arbor, job_id, owner)))
 
+    async def learner(self, job_id: str, owner: str) -> dict[str, Any]:
+        return plain(shown(self.arbor, self._learner(job_id, owner)))
+
+    def _learner(self, job_id: str, owner: str) -> Job:
+        job = found(self.arbor, job_id, owner)
+        if job.spec.rollouts:
+            return job
+        message = f"Job {job_id} is not a job that learns from rollouts: it learns from a file."
+        raise ApiError(400, message, "invalid_job_state", "job_id")
+
     async def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
         job, seen = found(self.arbor, job_id, owner), 0
         while True:
@@ -62,17 +72,18 @@ class ServerServices:
             job = found(self.arbor, job_id, owner)
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
-        return plain(shown(self.arbor, await ask(self.arbor, found(self.arbor, job_id, owner), desired)))
+        job = self._learner(job_id, owner) if desired == "finish" else found(self.arbor, job_id, owner)
+        return plain(shown(self.arbor, await ask(self.arbor, job, desired)))
 
     def asked(self, job_id: str, owner: str) -> Desired:
         return found(self.arbor, job_id, owner).desired
 
     def rollouts(self, job_id: str, owner: str) -> Live:
-        job = found(self.arbor, job_id, owner)
+        job = self._learner(job_id, owner)
         if live := self.arbor.live.of(job):
             return live
-        why = f"it has ended ({job.status})" if job.status in TERMINAL else "it learns from a file"
-        raise ApiError(400, f"Job {job_id} takes no rollouts: {why}.", "invalid_job_state", "job_id")
+        message = f"Job {job_id} takes no rollouts: it has ended ({job.status})."
+        raise ApiError(400, message, "invalid_job_state", "job_id")
 
     def policy(self, job_id: str, owner: str) -> Policy:
         return policy_of(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
@@ -80,7 +91,7 @@ class ServerServices:
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
     ) -> NamedCheckpoint:
-        job = found(self.arbor, job_id, owner)
+        job = self._learner(job_id, owner)
         if job.status == "succeeded":
             await self._name_last(job, name, metadata)
             return next(one for one in self.checkpoints(job_id, owner) if one.name == name)

@@ -51,6 +51,14 @@ class Services(Protocol):
         """The job object."""
         ...
 
+    async def learner(self, job_id: str, owner: str) -> dict[str, Any]:
+        """The job object of a job that learns from rollouts.
+
+        Raises:
+            ArborError: 400: it learns from a file.
+        """
+        ...
+
     def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
         """The job's event objects, oldest first, as they come; ends when the job has ended."""
         ...
@@ -59,7 +67,7 @@ class Services(Protocol):
         """Ask a job to run, pause, cancel or finish; returns the job object as it is then.
 
         Raises:
-            ArborError: it has ended otherwise.
+            ArborError: it has ended otherwise, or is to finish and learns from a file.
         """
         ...
 
@@ -86,8 +94,8 @@ class Services(Protocol):
         last checkpoint named.
 
         Raises:
-            ArborError: 400: the name cannot be one, or the job has ended otherwise; 504: it took longer than `seconds`,
-                and the checkpoint comes later.
+            ArborError: 400: the name cannot be one, or the job learns from a file or has ended otherwise; 504: it took
+                longer than `seconds`, and the checkpoint comes later.
         """
         ...
 

@@ -55,7 +55,7 @@ class Calls:
         return status_of(self.services, job, owner, style)
 
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
-        return self.status(await self.services.job(job_id, owner), owner, style)
+        return self.status(await self.services.learner(job_id, owner), owner, style)
 
     async def after(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
@@ -115,7 +115,7 @@ class Calls:
         sent: Callable[[Live, int], Awaitable[tuple[Accepted, Group]]],
     ) -> StepAnswer:
         """Send a group to a job that takes one, and say what became of it."""
-        job = await self.services.job(job_id, owner)
+        job = await self.services.learner(job_id, owner)
         if text := refused(self.services, job, owner):
             return step_answer(self.status(job, owner, style), accepted=False, batch_id=batch_id, message=text)
         live = self.services.rollouts(job_id, owner)
@@ -139,6 +139,7 @@ class Calls:
 
     async def cancel(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """End a job at once; a second time changes nothing."""
+        await self.services.learner(job_id, owner)
         await self.services.ask(job_id, owner, "cancel")
         return self.status(await self.ended(job_id, owner), owner, style)
 
@@ -146,9 +147,9 @@ class Calls:
         """End a job with what it has learned. One that has ended well, or was cancelled, is left as it is.
 
         Raises:
-            ApiError: `invalid_job_state`: it has failed, so that there is no model.
+            ApiError: `invalid_job_state`: it has failed, so that there is no model; or it learns from a file.
         """
-        job = await self.services.job(job_id, owner)
+        job = await self.services.learner(job_id, owner)
         if job["status"] == "failed":
             refused(self.services, job, owner)
         if job["status"] not in ENDED:

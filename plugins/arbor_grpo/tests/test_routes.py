@@ -223,6 +223,27 @@ def test_unknown_jobs(server: LiveServer, route: str) -> None:
     call(server.url, "POST", f"{GRPO}/{route}", body).error(404, "fine_tune_not_found", "fine_tune_id")
 
 
+def test_jobs_that_learn_from_files_are_left_alone(server: LiveServer) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 10
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"steps": 1000, "step_seconds": 60}}}
+    body = {"model": MODEL, "training_file": server.upload(rows), "method": method}
+    job = Job(server, call(server.url, "POST", "/v1/fine_tuning/jobs", body).json["id"])
+
+    def refused() -> None:
+        for path in ("status", "step", "rewards", "checkpoint", "terminate", "cancel"):
+            answer = job.post(path, batch=group(), rewards=[], checkpoint_name="x")
+            error = answer.error(400, "invalid_job_state", "job_id")
+            assert "not a job that learns from rollouts" in error["message"]
+
+    server.wait(job.id, "running")
+    refused()
+    assert not (job.dir / "asked").exists()
+    assert (job.dir / "desired").read_text() == "run"
+    assert call(server.url, "POST", f"/v1/fine_tuning/jobs/{job.id}/cancel").json["status"] != "succeeded"
+    server.wait(job.id, "cancelled")
+    refused()
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", "a/b", ".hidden", "x" * 65, "a\x00"])
 def test_names_that_no_checkpoint_can_have(job: Job, name: str) -> None:
     job.post("checkpoint", checkpoint_name=name).error(400, "invalid_value", "checkpoint_name")
