@@ -24,6 +24,11 @@ TOO_STALE = 64
 """Groups of clients that say nothing of staleness may be so many steps old: they sample ahead of their batch ids, and
 throw nothing away."""
 
+MOST_KEYS = 1024
+"""Of a configuration. Each costs time in which the server does nothing else."""
+SHOWN = 20
+"""Unknown keys that are named, each with the nearest that is known."""
+
 RENAMED = {
     "gradient_accumulation_steps": "groups_per_step",
     "max_seq_len": "max_length",
@@ -66,9 +71,12 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
 
     Raises:
         ConfigError: a key that is used has a wrong type.
+        ApiError: there are far too many keys.
     """
     body = typed(dict(raw), InitializeRequest, "")
-    told = dict(flat(raw))
+    told = flat(raw)
+    if len(told) > MOST_KEYS:
+        raise ApiError(400, f"A configuration of {len(told)} keys: expected at most {MOST_KEYS}.", "invalid_value")
     hyperparameters: dict[str, Any] = {}
     paths: dict[str, str] = {}
     unused: list[str] = []
@@ -129,14 +137,19 @@ def warnings(unused: list[str], defaults: Mapping[str, Any]) -> list[str]:
     """What to tell the job's author of keys that were not used."""
     known = [*defaults, *RENAMED]
     found = []
-    for key in unused:
-        near = get_close_matches(key, known, n=1)
-        if key not in MEANINGLESS:
-            hint = f" Did you mean '{near[0]}'?" if near and near[0] != key else ""
-            found.append(f"The key '{key[:80]}' is not known here and was not used.{hint}")
+    if unknown := list(dict.fromkeys(key for key in unused if key not in MEANINGLESS)):
+        shown = ", ".join(f"'{key[:80]}'{hint(key[:80], known)}" for key in unknown[:SHOWN])
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        found.append(f"These keys are not known here and were not used: {shown}{more}.")
     if names := sorted({key for key in unused if key in MEANINGLESS}):
         found.append(f"These keys have no meaning on this server and were not used: {', '.join(names)}.")
     return found
+
+
+def hint(key: str, known: list[str]) -> str:
+    """The nearest of the keys that are known, or nothing."""
+    near = get_close_matches(key, known, n=1)
+    return f" (did you mean '{near[0]}'?)" if near and near[0] != key else ""
 
 
 def blamed(error: ConfigError | ApiError, paths: Mapping[str, str]) -> ConfigError | ApiError:

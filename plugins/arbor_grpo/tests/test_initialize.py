@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from arbor_grpo import initialize
 from arbor_grpo.initialize import METHOD, translated
-from grpo_http import MODEL, created, launch, stop
+from grpo_http import GRPO, MODEL, call, created, launch, stop
 from live import LiveServer
 
 DEFAULTS = {"max_staleness": 1, "too_stale": None, "max_length": None, "lora": {}, "temperature": 1.0}
@@ -38,6 +39,30 @@ def hyperparameters(**config: Any) -> dict[str, Any]:
 )
 def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any], too_stale: int | None) -> None:
     assert hyperparameters(**said).get("too_stale") == too_stale
+
+
+def test_of_many_unknown_keys_some_are_named() -> None:
+    keys = {f"max_lengt{number:04}": 1 for number in range(1000)}
+    (said,) = translated({"model": MODEL, "trainer_config": {**keys, "k" * 100_000: 1}}, DEFAULTS).warnings
+    assert said.startswith(
+        "These keys are not known here and were not used: 'max_lengt0000' (did you mean 'max_length'?)"
+    )
+    assert said.endswith("'max_lengt0019' (did you mean 'max_length'?) and 981 more.")
+
+
+def test_the_nearest_key_is_looked_for_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(initialize, "get_close_matches", lambda key, *_, **__: looked.append(key))
+    translated({"model": MODEL, **{f"{number}-{'k' * 1000}": 1 for number in range(1000)}}, DEFAULTS)
+    assert len(looked) == 20
+    assert max(map(len, looked)) == 80
+
+
+@pytest.mark.parametrize("where", ["trainer_config", None])
+def test_no_configuration_has_so_many_keys(server: LiveServer, where: str | None) -> None:
+    keys = {f"learning_rat{number}x": 1 for number in range(1025)}
+    body = {"model": MODEL, where: keys} if where else {"model": MODEL, **keys}
+    call(server.url, "POST", f"{GRPO}/initialize", body).error(400, "invalid_value")
 
 
 def test_row_87_strictly_on_policy_means_that_no_older_group_is_trained_on(server: LiveServer) -> None:

@@ -213,7 +213,7 @@ def test_a_run_name_is_only_shown(server: LiveServer) -> None:
     job = initialize(server, {"model": MODEL, "run_name": "z/../../escaped", "trainer_config": {"tempratur": 1}})
     shown = call(server.url, "GET", f"/v1/fine_tuning/jobs/{job.id}").json
     assert shown["metadata"] == {"run_name": "z/../../escaped"}
-    assert any("Did you mean 'temperature'?" in event["message"] for event in job.events())
+    assert any("'tempratur' (did you mean 'temperature'?)" in event["message"] for event in job.events())
     job.post("cancel")
 
 
