@@ -19,7 +19,8 @@ from arbor_core.errors import CLOSE, NO_RETRY, ApiError
 AnyRequest = Request[Any, Any, Any]
 T = TypeVar("T", bound=Struct)
 BODY_SECONDS = 120.0
-MOST_REWARDS = 65_536
+MOST_REWARDS = 16_384
+"""Of a group. They take most of a second, in which the server does nothing else."""
 METADATA_BYTES = 65_536
 """Of a checkpoint's metadata: every status shows it again."""
 

@@ -7,9 +7,8 @@ that was cut), the turns stay apart, as branches of one trajectory.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-
-from msgspec import Struct
 
 from arbor_core.errors import ApiError
 from arbor_core.inbox import Group, Rollout
@@ -18,49 +17,7 @@ from arbor_core.live import Live, name_of
 
 from .groups import SAME_TEMPERATURE, check_alike, invalid, number, numbers
 from .requests import Reward, RewardsRequest
-
-TOKEN = 4
-"""Bytes of a token's id, and of a log-probability."""
-Entry = tuple[int, Reward, Completion]
-"""Place in the request, what was said of it, and what was sampled."""
-
-
-class Turns(Struct):
-    """Turns that are one sequence: prompt, answer, what the environment said, answer, and so on."""
-
-    entries: list[Entry]
-    prompt: bytes
-    completion: bytes = b""
-    logprobs: bytes = b""
-    mask: bytes = b""
-
-    @property
-    def tokens(self) -> bytes:
-        return self.prompt + self.completion
-
-    def extend(self, entry: Entry) -> None:
-        """Go on with a turn whose prompt begins with all of this."""
-        _, _, turn = entry
-        between = turn.prompt[len(self.tokens) :]
-        count, sampled = len(between) // TOKEN, len(turn.tokens) // TOKEN
-        self.completion += between + turn.tokens
-        self.logprobs += bytes(len(between)) + turn.logprobs
-        self.mask += bytes(count) + b"\x01" * sampled
-        self.entries.append(entry)
-
-    def rollout(self, trajectory: int, reward: float | None, advantage: float | None) -> Rollout:
-        completions = [completion for _, _, completion in self.entries]
-        return Rollout(
-            trajectory=trajectory,
-            reward=reward,
-            advantage=advantage,
-            prompt=self.prompt,
-            completion=self.completion,
-            logprobs=self.logprobs,
-            mask=self.mask if 0 in self.mask else b"",
-            truncated=completions[-1].finish == "length",
-            completions=tuple(name_of(one.id, one.index) for one in completions),
-        )
+from .turns import Entry, Turns, sequences
 
 
 def group_by_ids(asked: RewardsRequest, live: Live, batch_id: int, at: float) -> Group:
@@ -75,9 +32,9 @@ def group_by_ids(asked: RewardsRequest, live: Live, batch_id: int, at: float) ->
     if len(all_of) < 2:
         message = f"Invalid 'rewards': expected at least two trajectories to compare, received {len(all_of)}."
         raise invalid(message, "rewards", "group_size_mismatch")
-    for index, sequences in enumerate(all_of):
-        reward, advantage = worth([entry for sequence in sequences for entry in sequence.entries])
-        rollouts += [sequence.rollout(index, reward, advantage) for sequence in sequences]
+    for index, made in enumerate(all_of):
+        reward, advantage = worth([entry for turns in made for entry in turns.entries])
+        rollouts += [turns.rollout(index, reward, advantage) for turns in made]
     check_alike(rollouts, "rewards")
     version = min(completion.version for _, _, completion in entries)
     return Group(
@@ -134,34 +91,12 @@ def check_usable(completion: Completion, temperature: float, path: str) -> None:
 
 def gathered(entries: Sequence[Entry]) -> list[list[Turns]]:
     """The trajectories, each with its sequences, in the order in which their first completions were listed."""
-    made: list[tuple[str | int | None, list[Turns]]] = []
-    named: dict[str | int, list[Turns]] = {}
-    for entry in sorted(entries, key=lambda entry: len(entry[2].prompt)):
-        label = entry[1].trajectory
-        if label is None:
-            mine = [sequences for other, sequences in made if other is None]
-        else:
-            mine = [named[label]] if label in named else []
-        before = longest([one for sequences in mine for one in sequences], entry[2].prompt)
-        if before is not None:
-            before.extend(entry)
-            continue
-        fresh = Turns([], entry[2].prompt)
-        fresh.extend(entry)
-        if label is not None and label in named:
-            named[label].append(fresh)
-            continue
-        made.append((label, [fresh]))
-        if label is not None:
-            named[label] = made[-1][1]
-    trajectories = [sequences for _, sequences in made]
-    return sorted(trajectories, key=lambda sequences: min(entry[0] for one in sequences for entry in one.entries))
-
-
-def longest(sequences: Sequence[Turns], prompt: bytes) -> Turns | None:
-    """The longest sequence that a prompt begins with."""
-    begun = [one for one in sequences if len(one.entries[-1][2].prompt) < len(prompt) and prompt.startswith(one.tokens)]
-    return max(begun, key=lambda one: len(one.tokens), default=None)
+    named: dict[str | int | None, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        named[entry[1].trajectory].append(entry)
+    trajectories = [[turns] for turns in sequences(named.pop(None, ()))]
+    trajectories += [sequences(of_one) for of_one in named.values()]
+    return sorted(trajectories, key=lambda made: min(entry[0] for turns in made for entry in turns.entries))
 
 
 def worth(entries: Sequence[Entry]) -> tuple[float | None, float | None]:

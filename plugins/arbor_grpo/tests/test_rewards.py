@@ -225,6 +225,11 @@ def test_rewards_for_the_choices_of_one_completion(job: Job) -> None:
     assert len(groups(job)) == 1
 
 
+def test_groups_that_are_too_large(job: Job) -> None:
+    rewards = [{"completion_id": "a", "index": 0, "reward": 1}] * 16_385
+    job.post("rewards", rewards=rewards).error(400, "invalid_value", "rewards")
+
+
 def test_two_turns_over_http(job: Job) -> None:
     told = []
     for number in range(2):
