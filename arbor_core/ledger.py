@@ -155,17 +155,31 @@ class Ledger:
         self.file.close()
 
 
-def key_of(messages: Sequence[Mapping[str, Any]], content: str | None) -> bytes:
-    """What a completion is found by where its id is not known: who said what, and what was answered."""
-    said = [[message.get("role"), _text(message.get("content"))] for message in messages]
-    return blake2b(msgspec.json.encode([said, content or ""]), digest_size=16).digest()
+def key_of(
+    messages: Sequence[Mapping[str, Any]], content: str | None, tools: Sequence[Mapping[str, Any]] | None = None
+) -> bytes:
+    """What a completion is found by where its id is not known: all that a chat template may make a prompt of, and what
+    was answered. Empty: it is nested too deeply, and found by its id alone."""
+    try:
+        said = [_told(message) | {"content": _text(message.get("content"))} for message in messages]
+        raw = msgspec.json.encode([said, content or "", _told(tools or ())], order="deterministic")
+    except RecursionError:
+        return b""
+    return blake2b(raw, digest_size=16).digest()
+
+
+def _told(value: Any) -> Any:
+    """A value without what says nothing: clients that repeat a message write other empty keys than they were told."""
+    if isinstance(value, Mapping):
+        return {key: _told(one) for key, one in value.items() if one not in (None, [], {}) and key != "weight"}
+    return [_told(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _text(content: Any) -> Any:
     """A message's content; parts of text are the text they make."""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text", "")) for part in content)
-    return content
+    return content or ""
 
 
 def packed_ids(ids: Sequence[int]) -> bytes:

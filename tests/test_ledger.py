@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,45 @@ def test_the_key_takes_parts_of_text_as_the_text_they_make() -> None:
     assert key_of(parts, "a") == key_of(ASKED, "a")
     assert key_of(ASKED, "a") != key_of([{"role": "system", "content": "say a"}], "a")
     assert key_of([], None) == key_of([], "")
+
+
+CALL = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "how is the weather?", "name": "ann"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call-1", "content": "sunny"},
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, {"name": "bob"}),
+        (1, {"tool_calls": [CALL | {"function": {"name": "weather", "arguments": '{"city": "London"}'}}]}),
+        (1, {"tool_calls": None}),
+        (1, {"reasoning_content": "Let me see."}),
+        (2, {"tool_call_id": "call-2"}),
+    ],
+)
+def test_the_key_is_of_all_that_a_prompt_is_made_of(place: int, change: dict[str, Any]) -> None:
+    other = [message | change if at == place else message for at, message in enumerate(TALK)]
+    assert key_of(other, "Sunny.") != key_of(TALK, "Sunny.")
+    assert key_of(TALK, "Sunny.", [TOOL]) != key_of(TALK, "Sunny.")
+
+
+def test_the_key_is_not_of_how_it_is_written() -> None:
+    said = [dict(reversed(message.items())) | {"refusal": None, "annotations": [], "weight": 1} for message in TALK]
+    said[1]["content"] = ""
+    assert key_of(said, "Sunny.", [dict(reversed(TOOL.items()))]) == key_of(TALK, "Sunny.", [TOOL])
+    assert key_of(said, "Sunny.", []) == key_of(TALK, "Sunny.", None)
+
+
+def test_what_is_nested_too_deeply_has_no_key() -> None:
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert key_of([{"role": "user", "content": "x", "deep": deep}], "") == b""
 
 
 def test_another_server_finds_what_was_written(tmp_path: Path) -> None:

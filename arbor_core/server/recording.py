@@ -35,6 +35,8 @@ class Choice:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish: str = ""
+    calls: bool = False
+    """It calls a tool: it is not its text alone."""
     version: int | None = None
 
 
@@ -85,6 +87,7 @@ class Recording:
         if not self.shows_logprobs:
             choice["logprobs"] = None
         message = choice.get("message") or choice.get("delta") or choice
+        noted.calls = noted.calls or bool(message.get("tool_calls"))
         noted.text += (message.get("content") if self.chat else message.get("text")) or ""
         noted.finish = choice.get("finish_reason") or noted.finish
 
@@ -117,9 +120,14 @@ class Recording:
             logprobs=packed_floats(choice.logprobs) if known else b"",
             temperature=float(self.body.get("temperature", 1.0)),
             finish=choice.finish,
-            key=key_of(self._messages(at), choice.text),
+            key=b"" if choice.calls else key_of(self._messages(at), choice.text, self._tools),
             tools=bool(self.body.get("tools")),
         )
+
+    @property
+    def _tools(self) -> list[Json] | None:
+        """Those that the template was shown."""
+        return None if self.body.get("tool_choice") == "none" else self.body.get("tools")
 
     def _messages(self, at: int) -> list[Json]:
         """What was answered; a plain prompt is nobody's message."""

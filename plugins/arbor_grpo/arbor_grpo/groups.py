@@ -180,13 +180,15 @@ def rollout_of(item: Item, path: str, live: Live, used: set[tuple[str, int]]) ->
     answer = message_of(item.completion, f"{path}.completion")
     for index, message in enumerate(item.messages):
         check_message(message, f"{path}.messages[{index}]")
+    if nested(item.tools):
+        raise invalid(f"Invalid '{path}.tools': it is nested more than {NESTED} deep.", f"{path}.tools")
     content = answer.get("content")
     if isinstance(content, str) and not answer.get("tool_calls"):
-        found = live.match(key_of(item.messages, content), frozenset(used))
+        found = live.match(key_of(item.messages, content, item.tools), frozenset(used))
         if found is not None:
             used.add((found.id, found.index))
             return sampled(found, live.config.temperature), found.version
-    return Rollout(messages=item.messages, answer=answer), None
+    return Rollout(messages=item.messages, answer=answer, tools=item.tools), None
 
 
 def sampled(found: Completion, temperature: float) -> Rollout:

@@ -260,6 +260,26 @@ def test_text_is_found_in_the_ledger_and_each_completion_once(job: Job) -> None:
     assert (second["matched"], second["tokenized"]) == (0, 2), "what was sampled once is matched once"
 
 
+def test_what_differs_in_its_calls_or_tools_is_another_prompt(server: LiveServer, job: Job) -> None:
+    def talk(city: str) -> list[dict[str, Any]]:
+        call = {"name": "weather", "arguments": f'{{"city": "{city}"}}'}
+        return [
+            {"role": "user", "content": "how is the weather?"},
+            {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+            {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+        ]
+
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    said = job.sample("", messages=talk("Paris"), tools=tools)["choices"][0]["message"]
+    item = {"messages": talk("Paris"), "completion": said, "reward": 0}
+    for other in (item, {**item, "messages": talk("Rome"), "tools": tools}):
+        answer = job.step([other, {**other, "reward": 1}])
+        assert (answer["matched"], answer["tokenized"]) == (0, 2)
+    answer = job.step([{**item, "tools": tools}, {**item, "tools": tools, "reward": 1}])
+    assert (answer["matched"], answer["tokenized"]) == (1, 1)
+    assert [rollout.tools for rollout in groups(job)[-1].rollouts] == [None, tools]
+
+
 def test_evaluations_are_refused_when_their_reward_comes(job: Job) -> None:
     told = [{"completion_id": job.sample(temperature=0)["id"], "reward": 1} for _ in range(2)]
     job.post("rewards", rewards=told).error(400, "temperature_mismatch", "rewards[0].completion_id")
