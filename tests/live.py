@@ -101,17 +101,26 @@ def process_of(folder: Path) -> int:
     raise AssertionError(f"no engine works in {folder}")
 
 
-def launch(storage: Path, *overrides: str, mock: bool = True, env: dict[str, str] | None = None) -> LiveServer:
-    """Start `arbor-serve` on a free port and wait for the line that says where it listens."""
+def launch(
+    storage: Path, *overrides: str, mock: bool = True, env: dict[str, str] | None = None, before: str = ""
+) -> LiveServer:
+    """Start `arbor-serve` on a free port and wait for the line that says where it listens.
+
+    Args:
+        before: Python to run in its process before it begins: a test may be less patient than a server.
+    """
     storage.mkdir(parents=True, exist_ok=True)
     log_file = storage / "server.log"
     variables = {**os.environ, "ARBOR_HOME": str(storage / "home"), **(env or {})}
     variables.pop("ARBOR_MOCK_GPU", None)
     if mock:
         variables["ARBOR_MOCK_GPU"] = "1"
+    program = ["-m", "arbor_core", "serve"]
+    if before:
+        program = ["-c", f"{before}; from arbor_core.cli import serve; serve()"]
     with log_file.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "arbor_core", "serve", "port=0", f"storage={storage / 'data'}", *overrides],
+            [sys.executable, *program, "port=0", f"storage={storage / 'data'}", *overrides],
             stdout=subprocess.PIPE,
             stderr=output,
             env=variables,
