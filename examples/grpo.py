@@ -16,7 +16,7 @@ if len(sys.argv) < 2:
     sys.exit(__doc__)
 model, word = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "Red"
 steps = int(sys.argv[3]) if len(sys.argv) > 3 else 40
-CONFIG = {"num_generations": 8, "groups_per_step": 2, "learning_rate": 3e-4, "lora": None, "max_steps": steps}
+CONFIG = {"num_generations": 8, "groups_per_step": 2, "learning_rate": 3e-4, "lora": False, "max_steps": steps}
 QUESTION: Any = [{"role": "user", "content": "Name a colour."}]
 client = openai.OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:7453/v1"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,13 @@ def hyperparameters(**config: Any) -> dict[str, Any]:
 )
 def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any], too_stale: int | None) -> None:
     assert hyperparameters(**said).get("too_stale") == too_stale
+
+
+def test_the_example_trains_all_weights() -> None:
+    tree = ast.parse((Path(__file__).parents[3] / "examples" / "grpo.py").read_text())
+    said: dict[str, Any] = {"steps": 1}
+    exec(next(line for line in map(ast.unparse, tree.body) if line.startswith("CONFIG")), said)
+    assert hyperparameters(**said["CONFIG"])["lora"] is None
 
 
 def test_of_many_unknown_keys_some_are_named() -> None:
