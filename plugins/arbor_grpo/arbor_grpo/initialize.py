@@ -77,17 +77,7 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     told = flat(raw)
     if len(told) > MOST_KEYS:
         raise ApiError(400, f"A configuration of {len(told)} keys: expected at most {MOST_KEYS}.", "invalid_value")
-    hyperparameters: dict[str, Any] = {}
-    paths: dict[str, str] = {}
-    unused: list[str] = []
-    for path, value in told.items():
-        key = path.rpartition(".")[2]
-        found = one(key, value)
-        if found and found[0] in defaults:
-            hyperparameters.setdefault(*found)
-            paths.setdefault(found[0], path)
-        elif key not in ("seed", "num_training_gpus", "lora"):
-            unused.append(key)
+    hyperparameters, paths, remarks = renamed(told, defaults)
     if not hyperparameters.keys() & {"too_stale", "max_staleness"}:
         hyperparameters["too_stale"] = TOO_STALE
     request = {
@@ -99,7 +89,25 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
         "seed": next((value for path, value in told.items() if path.rpartition(".")[2] == "seed"), None),
     }
     request = {key: value for key, value in request.items() if value is not None}
-    return Asked(request, list(warnings(unused, defaults)), paths)
+    return Asked(request, remarks, paths)
+
+
+def renamed(told: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What a client told as hyperparameters of ours, the path of each, and what to say of the rest."""
+    hyperparameters: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    unused: list[str] = []
+    remarks: list[str] = []
+    for path, value in told.items():
+        key = path.rpartition(".")[2]
+        found = one(key, value)
+        if found and found[0] in defaults:
+            if hyperparameters.setdefault(*found) != found[1]:
+                remarks.append(f"'{paths[found[0]]}' was used, and '{path}', which means the same, was not.")
+            paths.setdefault(found[0], path)
+        elif key not in ("seed", "num_training_gpus", "lora"):
+            unused.append(key)
+    return hyperparameters, paths, remarks + warnings(unused, defaults)
 
 
 def flat(raw: Mapping[str, Any]) -> dict[str, Any]:

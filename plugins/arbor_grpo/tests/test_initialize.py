@@ -43,6 +43,17 @@ def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any
     assert hyperparameters(**said).get("too_stale") == too_stale
 
 
+def test_keys_that_mean_the_same() -> None:
+    config = {"max_seq_len": 100, "max_length": 200, "max_context_length": 100}
+    body = {"model": MODEL, "trainer_config": config, "inference_config": {"max_seq_len": 300}}
+    asked = translated(body, DEFAULTS)
+    assert asked.request["method"][METHOD]["hyperparameters"]["max_length"] == 100
+    unused = ("trainer_config.max_length", "inference_config.max_seq_len")
+    assert asked.warnings == [
+        f"'trainer_config.max_seq_len' was used, and '{path}', which means the same, was not." for path in unused
+    ]
+
+
 def test_the_example_trains_all_weights() -> None:
     tree = ast.parse((Path(__file__).parents[3] / "examples" / "grpo.py").read_text())
     said: dict[str, Any] = {"steps": 1}
