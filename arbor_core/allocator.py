@@ -1,18 +1,21 @@
 """The allocator `local`: the GPUs of this machine, or CPU slots where there are none.
 
 Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it is
-leased once.
+leased once. A device that a job has lost is set aside until the server starts again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from . import ids
 from .scheduler import needs
-from .types import AllocatorSettings, ArborError, Claim, Device, Lease
+from .types import AllocatorSettings, ArborError, Claim, Device, DevicesLostError, Lease
+
+log = logging.getLogger(__name__)
 
 
 class PoolAllocator:
@@ -20,12 +23,25 @@ class PoolAllocator:
 
     def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
         self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
+        self.gone: dict[str, tuple[Device, ...]] = dict.fromkeys(self.pools, ())
         self.leases: dict[str, Lease] = {}
         self.held: dict[str, set[str]] = {pool: set() for pool in self.pools}
         self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
 
     def inventory(self) -> Mapping[str, Sequence[Device]]:
         return self.pools
+
+    def lost(self) -> Mapping[str, Sequence[Device]]:
+        return self.gone
+
+    def set_aside(self, devices: Collection[str]) -> None:
+        for pool, there in self.pools.items():
+            self.gone[pool] += tuple(device for device in there if device.id in devices)
+            self.pools[pool] = tuple(device for device in there if device.id not in devices)
+        for claim, granted in self.waiting:
+            if not granted.done() and (refusal := self._refusal(claim)):
+                granted.set_exception(refusal)
+        self._grant()
 
     def free(self) -> Mapping[str, int]:
         return {pool: len(self._free(pool)) for pool in self.pools}
@@ -43,10 +59,8 @@ class PoolAllocator:
             self.held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
 
     async def acquire(self, claim: Claim) -> Lease:
-        for pool, count in needs(claim).items():
-            have = len(self.pools.get(pool, ()))
-            if count > have:
-                raise ArborError(f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}")
+        if refusal := self._refusal(claim):
+            raise refusal
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self.waiting.append((claim, granted))
         self._grant()
@@ -54,9 +68,20 @@ class PoolAllocator:
             return await granted
         except asyncio.CancelledError:
             self.waiting = [entry for entry in self.waiting if entry[1] is not granted]
-            if granted.done() and not granted.cancelled():
+            if granted.done() and not granted.cancelled() and not granted.exception():
                 self.release(granted.result())
             raise
+
+    def _refusal(self, claim: Claim) -> ArborError | None:
+        """Why a claim does not fit these pools, however long it waits; None: it does."""
+        for pool, count in needs(claim).items():
+            have, gone = len(self.pools.get(pool, ())), self.gone.get(pool, ())
+            if count > have:
+                text = f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}"
+                if count > have + len(gone):
+                    return ArborError(text)
+                return DevicesLostError(f"{text}: {', '.join(device.id for device in gone)} is lost")
+        return None
 
     def release(self, lease: Lease) -> None:
         if self.leases.pop(lease.id, None):
@@ -134,7 +159,7 @@ def pick(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device
 
 
 def find_gpus() -> list[Device]:
-    """The GPUs that NVML shows, by UUID; none where there is no driver."""
+    """The GPUs that NVML shows, by UUID, without those that are lost; none where there is no driver."""
     try:
         import pynvml
     except ImportError:
@@ -146,9 +171,13 @@ def find_gpus() -> list[Device]:
     with closing_nvml(pynvml):
         found = []
         for index in range(pynvml.nvmlDeviceGetCount()):
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = pynvml.nvmlDeviceGetUUID(gpu)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu).total
+            try:
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+                uuid = pynvml.nvmlDeviceGetUUID(gpu)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(gpu).total
+            except pynvml.NVMLError as error:
+                log.warning("GPU %d cannot be used: %s", index, error)
+                continue
             found.append(Device(uuid if isinstance(uuid, str) else uuid.decode(), "cuda", index, memory))
         return found
 

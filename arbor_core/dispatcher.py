@@ -28,6 +28,7 @@ from .room import is_full, shortage
 from .types import (
     Allocator,
     ArborError,
+    DevicesLostError,
     Event,
     Executor,
     Lease,
@@ -64,7 +65,7 @@ class Dispatcher:
         self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
         self.line = Line(jobs.store)
         self.checking = Checking(jobs, attempts, executor, trainers)
-        self.following = Following(attempts, executor)
+        self.following = Following(attempts, executor, allocator.set_aside)
         self.leases: dict[str, Lease] = {}
         self.running: dict[str, RunningJob] = {}
         """The jobs whose status is `running`, and those that have left it a moment ago."""
@@ -212,7 +213,7 @@ class Dispatcher:
         try:
             async with asyncio.timeout(POLL_SECONDS):
                 lease = await self.allocator.acquire(claim_of(job.id, job.spec.devices))
-        except TimeoutError:  # somebody else took the devices: plan again
+        except (TimeoutError, DevicesLostError):  # somebody else took the devices, or they are gone: plan again
             return
         except ArborError as error:
             failed = JobError("insufficient_devices", str(error))
@@ -255,10 +256,8 @@ class Dispatcher:
             await self._follow(noted)
 
     async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
-        """Start the attempt, and wait for what the machine is short of: room on a disk, descriptors, processes, memory.
-
-        Returns:
-            Its ref, or None: something else is wanted meanwhile.
+        """Start the attempt, and wait for what the machine lacks: room on a disk, descriptors, processes, memory.
+        Returns its ref, or None: something else is wanted meanwhile.
 
         Raises:
             OSError: it cannot be started, or the shortage has lasted for `limits.room_seconds`.

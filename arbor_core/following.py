@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class Followed:
 class Following:
     """The attempts that are followed."""
 
-    def __init__(self, attempts: Attempts, executor: Executor) -> None:
+    def __init__(self, attempts: Attempts, executor: Executor, set_aside: Callable[[Sequence[str]], object]) -> None:
         self.attempts, self.executor = attempts, executor
-        self.settlement = Settlement(attempts)
+        self.settlement = Settlement(attempts, set_aside)
         self.followed: dict[str, Followed] = {}
 
     def ring(self, said: str) -> None:

@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import csv
 import io
+import logging
 import signal
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from . import memory
+from . import checkpoints, lost, memory
 from .attempts import Attempts
-from .checkpoints import set_aside
 from .faults import crash_point
 from .keeper import claimed
 from .leftovers import end_strays, reconciled, sweep
@@ -27,12 +27,14 @@ from .records import Job, JobError
 from .room import is_full, shortage
 from .types import Event, Exit
 
+log = logging.getLogger(__name__)
+
 
 class Settlement:
     """Settles jobs whose attempts are over."""
 
-    def __init__(self, attempts: Attempts) -> None:
-        self.attempts = attempts
+    def __init__(self, attempts: Attempts, set_aside: Callable[[Sequence[str]], object] = lambda devices: None) -> None:
+        self.attempts, self.set_aside = attempts, set_aside
 
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
@@ -80,7 +82,8 @@ class Settlement:
             await self.attempts.jobs.reconcile(job, missed, self.attempts.model_name(job))
             for event in missed:
                 if event.type == "withdrawn":  # after that was written down: what is offered is there
-                    await asyncio.to_thread(set_aside, self.attempts.dir(job) / "checkpoints" / event.data["dir"])
+                    damaged = self.attempts.dir(job) / "checkpoints" / event.data["dir"]
+                    await asyncio.to_thread(checkpoints.set_aside, damaged)
             job = self.attempts.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
@@ -91,9 +94,12 @@ class Settlement:
         for _, event in tail(self.attempts.attempt_dir(job) / "events.jsonl", 0, Event):
             if event.type in ("result", "error", "paused"):
                 last = event
-        consequence = last is None or last.data.get("code") == "worker_error"
-        if consequence and (message := memory.left_word(self.attempts.attempt_dir(job))):
-            return Event("error", message, "error", data={"code": memory.CODE, "message": message})
+        if last is None or last.data.get("code") == "worker_error":  # it may only follow from what another rank says
+            folder = self.attempts.attempt_dir(job)
+            if word := lost.left_word(folder):
+                return Event("error", word.message, "error", data={"code": lost.CODE, "message": word.message})
+            if message := memory.left_word(folder):
+                return Event("error", message, "error", data={"code": memory.CODE, "message": message})
         return last
 
     async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
@@ -154,10 +160,30 @@ class Settlement:
             )
             await self._end(job, "queued", Event("message", text, "warn"), memory_retries=1)
             return
+        if error.code == lost.CODE:
+            await self._lost(job, error)
+            return
         if error.code == memory.CODE:
             what = f"{error.message.rstrip('.')}. The memory does not do: {memory.advice(job.spec.config)}"
             error = JobError(error.code, what, error.param)
         await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+
+    async def _lost(self, job: Job, error: JobError) -> None:
+        """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
+        word = lost.left_word(self.attempts.attempt_dir(job))
+        devices = word.devices if word else []
+        names = ", ".join(devices) or "a device"
+        log.warning("job %s lost %s, which nobody gets before this server starts again", job.id, names)
+        self.set_aside(devices)
+        crashes = job.crashes + 1
+        text = f"The training process lost {names} ({error.message.rstrip('.')})"
+        if crashes >= self.attempts.settings.limits.attempts or job.desired == "cancel":
+            failed = JobError(error.code, f"{text}. It died {crashes} times without progress")
+            await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+            return
+        text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {from_where(job)}"
+        data = {"code": lost.CODE, "devices": devices}
+        await self._end(job, "queued", Event("message", text, "warn", data=data), crashes=crashes)
 
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""

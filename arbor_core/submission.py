@@ -116,7 +116,7 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     )
     shown = {name: config[name] for name in SHOWN if name in config} | given
     job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
-    return job, [*warnings(body), *memory_warnings(arbor, spec)]
+    return job, [*warnings(body), *device_warnings(arbor, spec)]
 
 
 def check_again(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
@@ -245,7 +245,8 @@ def keep_start(arbor: Arbor, start: Start) -> None:
 
 def check_devices(arbor: Arbor, devices: int) -> None:
     """Refuse what can never run."""
-    pool = len(arbor.allocator.inventory().get("train", ()))
+    there, lost = arbor.allocator.inventory(), arbor.allocator.lost()
+    pool = len(there.get("train", ())) + len(lost.get("train", ()))  # the job waits for those that are lost
     if devices > pool:
         message = f"Invalid 'num_gpus': {devices} are asked for, this server trains on {pool}."
         raise ApiError(400, message, "invalid_gpu", "num_gpus")
@@ -259,11 +260,18 @@ def check_queue(arbor: Arbor, waiting: int) -> None:
         raise ApiError(429, message, "queue_full", headers={"retry-after": "30"})
 
 
-def memory_warnings(arbor: Arbor, spec: JobSpec) -> list[str]:
-    """Whether the job needs more memory than a device has, as far as the size of the model tells."""
-    sizes = [device.memory for device in arbor.allocator.inventory().get("train", ())]
-    found = memory.shortfall(Path(spec.model_path), spec.config, min(sizes, default=0))
-    return [found] if found else []
+def device_warnings(arbor: Arbor, spec: JobSpec) -> list[str]:
+    """Whether the job needs more memory than a device has, as far as the size of the model tells, or more devices than
+    are left."""
+    there = arbor.allocator.inventory().get("train", ())
+    found = memory.shortfall(Path(spec.model_path), spec.config, min((device.memory for device in there), default=0))
+    said = [found] if found else []
+    if spec.devices > len(there):
+        gone = ", ".join(device.id for device in arbor.allocator.lost().get("train", ()))
+        said.append(
+            f"This job waits: it needs {spec.devices} devices, and this server has {len(there)}; {gone} is lost."
+        )
+    return said
 
 
 def warnings(body: CreateFineTuningJobRequest) -> list[str]:

@@ -19,8 +19,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from . import checkpoints, memory
+from . import checkpoints
 from .bell import URGENT, ring
+from .causes import explain, fail
 from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
 from .inbox import Record
@@ -274,24 +275,6 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
     if made and made != here:
         text = f"This job was made on a processor with {made}; this one computes with {here}: last digits may differ"
         run.message(text, "warn", made=made, here=here)
-
-
-def explain(run: WorkerRun[Any], error: Exception) -> int:
-    """Say what an exception means: a full disk pauses the job, anything else ends it. Returns the exit status."""
-    if run.rank == 0 and is_full(error, run.dir):
-        shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
-        text = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
-        run.emit(Event("paused", text, "error", data={"code": "insufficient_storage", "message": text}))
-        return 0
-    message = f"{type(error).__name__}: {error}"[:2000]
-    if (hungry := memory.is_out_of_memory(error)) and run.rank:
-        memory.leave_word(run.attempt_dir, f"rank {run.rank}: {message}")
-    fail(run, message, memory.CODE if hungry else "worker_error", None)
-    return 1
-
-
-def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:
-    run.emit(Event("error", message, "error", data={"code": code, "message": message, "param": param}))
 
 
 if __name__ == "__main__":

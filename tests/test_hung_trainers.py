@@ -81,7 +81,7 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
     seconds = (allowed, 1e9) if begun else (1e9, allowed)
     limits = SimpleNamespace(heartbeat_seconds=seconds[0], start_seconds=seconds[1])
     attempts = SimpleNamespace(settings=SimpleNamespace(limits=limits), end_hung=lambda job: ended.append(job.id))
-    following = Following(cast("Any", attempts), cast("Any", SimpleNamespace(poll=lambda ref: True)))
+    following = Following(cast("Any", attempts), cast("Any", SimpleNamespace(poll=lambda ref: True)), list)
     job = cast("Any", SimpleNamespace(id="ftjob-x", ref="1", offset=0))
     following.followed[job.id] = Followed(job, tmp_path, Watch(tmp_path / HEARTBEAT))
     if begun:

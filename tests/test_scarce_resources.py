@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from arbor_core import ExecutorSettings, Lease, Order, Placement, dispatcher
+from arbor_core import ExecutorSettings, Lease, Order, Placement, PoolAllocator, dispatcher
 from arbor_core.attempts import Attempts
 from arbor_core.dispatcher import Dispatcher
 from arbor_core.executor import LocalExecutor, TemplateKey
@@ -65,7 +65,7 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     settings: Any = SimpleNamespace(limits=SimpleNamespace(room_seconds=60))
     nobody: Any = None
     attempts = Attempts(jobs, nobody, nobody, Onlookers(plugins), tmp_path, settings, 1)
-    made = Dispatcher(jobs, attempts, {}, nobody, nobody, nobody, tmp_path / "bell")
+    made = Dispatcher(jobs, attempts, {}, nobody, PoolAllocator({}), nobody, tmp_path / "bell")
     job = await jobs.create(
         NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
     )

@@ -17,9 +17,13 @@ from .document import described
 from .errors import not_found
 
 
-@get("/health", operation_id="getHealth", opt=described("Whether the server works.", public=True))
-async def health() -> wire.Health:
-    return wire.Health("ok")
+@get(
+    "/health",
+    operation_id="getHealth",
+    opt=described("Whether the server works: `ok`, or `degraded` while a device is lost.", public=True),
+)
+async def health(arbor: Arbor) -> wire.Health:
+    return wire.Health("degraded" if any(arbor.allocator.lost().values()) else "ok")
 
 
 @get("/ready", operation_id="getReady", opt=described("Whether the server takes requests.", public=True))

@@ -9,7 +9,18 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from arbor_core.scheduler import needs
-from arbor_core.types import Allocator, ArborError, Bundle, Claim, Lease, QueuedJob, RunningJob, Scheduler, Snapshot
+from arbor_core.types import (
+    Allocator,
+    ArborError,
+    Bundle,
+    Claim,
+    DevicesLostError,
+    Lease,
+    QueuedJob,
+    RunningJob,
+    Scheduler,
+    Snapshot,
+)
 
 ROUNDS = 300
 MOST_JOBS, MOST_DEVICES = 8, 8
@@ -96,6 +107,7 @@ async def _check_allocator(factory: Callable[[], Allocator], pool: str) -> None:
     await _check_waiting(allocator, pool, leases)
     assert allocator.free()[pool] == size, f"all is given back, {allocator.free()[pool]} of {size} are free"
     await _check_restored(factory, pool, size)
+    await _check_lost(factory, pool, size)
 
 
 async def _check_too_much(allocator: Allocator, pool: str, size: int) -> None:
@@ -132,6 +144,22 @@ async def _check_restored(factory: Callable[[], Allocator], pool: str, size: int
     assert allocator.free()[pool] == 0, "a restored lease does not hold its devices"
     allocator.release(lease)
     assert allocator.free()[pool] == size, "a restored lease cannot be released"
+
+
+async def _check_lost(factory: Callable[[], Allocator], pool: str, size: int) -> None:
+    """A device that is lost while somebody holds it: nobody gets it any more, and nobody waits for it."""
+    allocator = factory()
+    lease = await _soon(allocator.acquire(_claim(pool, "unlucky", size)))
+    waits = asyncio.create_task(allocator.acquire(_claim(pool, "waits", size)))
+    await asyncio.sleep(0)
+    gone = lease.of(pool)[0].id
+    allocator.set_aside([gone])
+    assert [device.id for device in allocator.lost()[pool]] == [gone], "a device that was set aside is not lost"
+    assert gone not in {device.id for device in allocator.inventory()[pool]}, "a lost device is in the inventory"
+    outcome = (await asyncio.gather(_soon(waits), return_exceptions=True))[0]
+    assert isinstance(outcome, DevicesLostError), "a claim that waits for a lost device is not refused"
+    allocator.release(lease)
+    assert allocator.free()[pool] == size - 1, "a lost device that is given back is free"
 
 
 def _claim(pool: str, owner: str, count: int) -> Claim:

@@ -3,7 +3,7 @@
 from .attempts import Executor, Exit, Order, Placement
 from .devices import Allocator, Bundle, Claim, Device, Lease
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
-from .errors import ArborError, ConfigError, JobFailed, JobStopped, UnknownModelError
+from .errors import ArborError, ConfigError, DevicesLostError, JobFailed, JobStopped, UnknownModelError
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
 from .plugins import (
     AllocatorFactory,
@@ -36,6 +36,7 @@ __all__ = [
     "ConfigT_co",
     "Desired",
     "Device",
+    "DevicesLostError",
     "Engine",
     "EngineSpec",
     "Event",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
 from msgspec import Struct
@@ -54,7 +54,16 @@ class Allocator(Protocol):
     """Grants leases. `inventory` may change while the server runs (a GPU that falls off the bus)."""
 
     def inventory(self) -> Mapping[str, Sequence[Device]]:
-        """Devices by pool: `train` and `engine`."""
+        """Devices by pool: `train` and `engine`, without those that are lost."""
+        ...
+
+    def lost(self) -> Mapping[str, Sequence[Device]]:
+        """Devices that were set aside, by the pool that they belong to."""
+        ...
+
+    def set_aside(self, devices: Collection[str]) -> None:
+        """Grant the devices with these ids to nobody any more: they are lost. Leases that hold them stay until they are
+        released."""
         ...
 
     def free(self) -> Mapping[str, int]:
@@ -69,7 +78,7 @@ class Allocator(Protocol):
         """Wait until the whole claim fits and hold it. Cancelling the call leaves nothing held.
 
         Raises:
-            ArborError: the claim can never fit this inventory.
+            ArborError: the claim can never fit this inventory; DevicesLostError: it could, if nothing had been lost.
         """
         ...
 

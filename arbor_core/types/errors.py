@@ -21,6 +21,10 @@ class UnknownModelError(ArborError):
     """There is no model where one was said to be. The message says where it was looked for."""
 
 
+class DevicesLostError(ArborError):
+    """A claim that cannot be granted because devices were lost; it can when they are back."""
+
+
 class JobFailed(ArborError):
     """Raised by a trainer to end its job as `failed`; becomes the job's `error` object.
 

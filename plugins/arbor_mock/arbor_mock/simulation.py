@@ -20,11 +20,12 @@ import msgspec
 
 from arbor_core import Checkpoint, Event, ExecutorSettings, JobFailed, JobStopped, Order, Placement
 from arbor_core.bell import ring
+from arbor_core.causes import explain, fail
 from arbor_core.checkpoints import MANIFEST, Manifest, manifest, newest_first
 from arbor_core.keeper import claimed
 from arbor_core.logs import replace
 from arbor_core.types import Exit
-from arbor_core.worker import WorkerRun, fail, open_run
+from arbor_core.worker import WorkerRun, open_run
 
 from . import MockConfig
 from .train import steps
@@ -153,7 +154,7 @@ class SimulatedExecutor:
         except JobFailed as error:
             fail(run, str(error), error.code, error.param)
         except Exception as error:  # as in a real worker
-            fail(run, f"{type(error).__name__}: {error}", "worker_error", None)
+            return explain(run, error)
         else:
             return 0
         return 1

@@ -82,7 +82,7 @@ def test_lose_gpu(job):
     lost = job(steps=5, fault="lose_gpu", fault_step=2)
     assert lost.run() == 1
     error = lost.events("error")[0].data
-    assert error["code"] == "worker_error"
+    assert error["code"] == "device_lost"
     assert "CUDA error: GPU is lost" in error["message"]
 
 
