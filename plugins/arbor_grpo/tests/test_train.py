@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,18 +84,41 @@ def vars_of(each: Group) -> dict[str, Any]:
     return {name: getattr(each, name) for name in each.__struct_fields__}
 
 
+@pytest.fixture
+def adapter(job: Any) -> Path:
+    """What another job has learned."""
+    first = job("first", max_steps=1, **QUICK | {"lora": {"dropout": 0.0}})
+    first.send(*groups(2))
+    first.must()
+    (result,) = first.events("result")
+    return first.dir / "checkpoints" / str(result.data["dir"])
+
+
 @pytest.mark.parametrize(
     "more",
     [{}, {"num_iterations": 2}, FULL, FULL | MOVING],
     ids=["lora", "iterations", "full", "moving_reference"],
 )
 def test_a_paused_job_goes_on_as_if_it_had_not_been(job, more):
+    paused_goes_on(job, more)
+
+
+def test_a_paused_job_that_began_from_an_adapter_goes_on_as_if_it_had_not_been(job, adapter):
+    """Its reference is the adapter that it began with, before and after."""
+    paused = paused_goes_on(job, {}, adapter)
+    kept = [path for path in (paused.dir / "checkpoints").iterdir() if path.is_dir()]
+    assert kept
+    assert not [folder for path in kept for folder in path.iterdir() if folder.is_dir()]
+
+
+def paused_goes_on(job: Any, more: dict[str, Any], adapter: Path | None = None) -> Any:
+    """Pause a job after half of its batches and let it go on; compare it with one that was never paused."""
     keys = {"max_steps": 6, **QUICK, "beta": 0.05, **more}
     half = 3 if "num_iterations" not in more else 2
-    whole = job("whole", **keys)
+    whole = job("whole", adapter, **keys)
     whole.send(*groups(12))
     whole.must()
-    paused = job("paused", **keys)
+    paused = job("paused", adapter, **keys)
     paused.send(*groups(2 * half))
     attempt = Background(paused)
     attempt.until("metrics", half * more.get("num_iterations", 1))
@@ -106,8 +130,10 @@ def test_a_paused_job_goes_on_as_if_it_had_not_been(job, more):
     paused.must()
     assert paused.digests() == whole.digests()
     assert len(whole.digests()) == 6
-    fed = [event.data["fed"] for event in (*paused.events("metrics", attempt=1), *paused.events("metrics"))]
-    assert fed == [event.data["fed"] for event in whole.events("metrics")]
+    for name in ("fed", "kl"):
+        found = [event.data[name] for event in (*paused.events("metrics", attempt=1), *paused.events("metrics"))]
+        assert found == [event.data[name] for event in whole.events("metrics")]
+    return paused
 
 
 @pytest.mark.slow
@@ -207,12 +233,7 @@ def test_stale_groups_are_skipped_and_counted(job):
     assert [event.data["groups_skipped"] for event in made.events("metrics")] == [0, 1]
 
 
-def test_training_goes_on_from_another_jobs_adapter(job):
-    first = job("first", max_steps=1, **QUICK | {"lora": {"dropout": 0.0}})
-    first.send(*groups(2))
-    first.must()
-    (result,) = first.events("result")
-    adapter = first.dir / "checkpoints" / result.data["dir"]
+def test_training_goes_on_from_another_jobs_adapter(job, adapter):
     second = job("second", adapter=adapter, max_steps=2, **QUICK, beta=0.1)
     second.send(*groups(4))
     second.must()

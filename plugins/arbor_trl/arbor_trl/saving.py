@@ -38,6 +38,16 @@ class Saving:
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder or self.args.output_dir)  # type: ignore[attr-defined]
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Leave out TRL's frozen copy of the adapter that training began with. PEFT saves it in a folder of its own,
+        and transformers, which resumes from such folders if there are any, would load nothing but that copy. A resumed
+        run makes it anew from the adapter that it is given."""
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        trainer: Any = self
+        for name in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}):
+            if name != "default" and output_dir:
+                shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint of the present step; every rank calls it."""
         trainer: Any = self
