@@ -19,6 +19,9 @@ import msgspec
 Message = dict[str, Any]
 Span = tuple[int, int]
 
+DEEPEST = 64
+"""Levels of lists and objects in a message or tool. Where Python's own limit is met depends on who reads them."""
+
 
 class AddedToken(Protocol):
     """What tokenizers say of a token that is not made of pieces."""
@@ -69,7 +72,11 @@ class Chats:
         self.control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def conversation(self, messages: Iterable[Mapping[str, Any]], tools: Sequence[Any] | None) -> Conversation:
-        """Messages and tools of OpenAI's API, ready for the template."""
+        """Messages and tools of OpenAI's API, ready for the template.
+
+        Raises:
+            ValueError: one of them is nested too deeply.
+        """
         return Conversation(self.control, [self.message(said) for said in messages], list(tools or []) or None)
 
     def message(self, said: Mapping[str, Any]) -> Message:
@@ -110,11 +117,17 @@ class Conversation:
 
     Args:
         control: Matches the control tokens.
+
+    Raises:
+        ValueError: a message or tool is nested too deeply.
     """
 
     def __init__(self, control: re.Pattern[str] | None, messages: list[Message], tools: list[Any] | None) -> None:
         self.control, self.secret = control, secrets.token_hex(12)
         self.found: list[str] = []
+        for name, values in (("messages", messages), ("tools", tools or ())):
+            for index, value in enumerate(values):
+                check_depth(value, f"{name}[{index}]")
         self.messages: list[Message] = self._cover(messages)
         self.tools: list[Any] | None = self._cover(tools)
 
@@ -161,12 +174,29 @@ def spoken(said: Mapping[str, Any]) -> str:
     return str(content or said.get("refusal") or "")
 
 
+def check_depth(value: Any, what: str) -> None:
+    """Whether lists and objects are nested in a value no more than `DEEPEST` levels deep.
+
+    Raises:
+        ValueError: they are; `what` says where.
+    """
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        nested = [each for each in level if isinstance(each, Mapping | list | tuple)]
+        if not nested:
+            return
+        level = [item for each in nested for item in (each.values() if isinstance(each, Mapping) else each)]
+    raise ValueError(f"{what} is nested too deeply: more than {DEEPEST} levels")
+
+
 def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object. A model may have written what is no JSON object: that stays text."""
+    """A tool call whose arguments are an object. A model may have written what is no JSON object, or one that is nested
+    too deeply: that stays text."""
     function = dict(call.get("function") or {})
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+        check_depth(parsed, "arguments")
     except (ValueError, RecursionError):
         parsed = None
     return {**call, "function": {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .chats import check_depth
 from .types import JobFailed
 
 LINE_BYTES = 16 << 20
@@ -120,6 +121,7 @@ def check_message(message: Any, where: str) -> None:
     """One chat message of a training row."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object")
+    check_depth(message, where)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")

@@ -93,6 +93,11 @@ def messages(*pairs: tuple) -> dict:
         ),
         pytest.param({"messages": [{"role": "assistant", "content": "b", "weight": 2}]}, "weight", id="row-62-weight"),
         pytest.param({**GOOD, "tools": "all"}, "tools", id="row-62-tools"),
+        pytest.param(
+            {"messages": [{"role": "assistant", "content": "b", "more": json.loads("[" * 64 + "]" * 64)}]},
+            r"messages\[0\] is nested too deeply",
+            id="row-8-message",
+        ),
     ],
 )
 def test_rows_that_supervised_fine_tuning_cannot_use(row, says):

@@ -141,7 +141,7 @@ class Reader:
         try:
             conversation = self.chat.chats.conversation(messages, rollout.tools)
             (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages))])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"its messages are no messages of a chat: {error!r}") from None
         first = next((at for at, label in enumerate(sample.labels) if label != IGNORED), len(sample.ids))
         last = max((at for at, label in enumerate(sample.labels) if label != IGNORED), default=first - 1)

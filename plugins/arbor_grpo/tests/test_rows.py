@@ -9,8 +9,11 @@ import pytest
 from arbor_grpo import GrpoConfig
 from arbor_grpo.intake import Gathering
 from arbor_grpo.rows import Reader, RejectedError, shaped, with_advantages
+from arbor_sft.tiny import tokenizer
+from arbor_trl.chat import ChatFormat
 from grpo_jobs import floats, group, rollout
 
+from arbor_core.chats import DEEPEST
 from arbor_core.config import merged
 from arbor_core.convert import typed
 from arbor_core.inbox import Group, Record, Rollout
@@ -52,6 +55,28 @@ def one(**more: Any) -> Group:
 def test_a_group_that_cannot_be_used_is_rejected_with_a_reason(bad, why):
     with pytest.raises(RejectedError, match=why):
         reader().read(bad)
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def told(levels: int) -> Group:
+    """Text with so many lists and objects around one another."""
+    said = [{"role": "user", "content": "a", "more": nested(levels - 1)}]
+    return Group(rollouts=(Rollout(reward=1, messages=said, answer={"content": "b"}),), version=0)
+
+
+def test_messages_are_nested_so_deeply_and_no_deeper():
+    """However deep the trainer itself is when it reads them."""
+    chatting = Reader(config(), ChatFormat(tokenizer()), vocabulary=1000, longest=64)
+    assert chatting.read(told(DEEPEST)).rollouts[0].tokens
+    for levels in (DEEPEST + 1, 600, 5000):
+        with pytest.raises(RejectedError, match=r"rollout 0: messages\[0\] is nested too deeply: more than 64 levels"):
+            chatting.read(told(levels))
 
 
 def advantages(*groups: Group, **more: Any) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from grpo_jobs import FULL, Background, group, rollout, two_ranks
 from safetensors.torch import load_file
 
-from arbor_core.inbox import Group
+from arbor_core.inbox import Group, Rollout
 from arbor_core.testing import check_trainer
 
 QUICK: dict[str, Any] = {"learning_rate": 3e-3, "max_staleness": 64, "groups_per_step": 2, "lora": {"dropout": 0.1}}
@@ -209,9 +209,19 @@ def test_a_cancelled_job_stops_without_a_checkpoint(job):
     assert not made.events("checkpoint", "result", "error", "paused")
 
 
-def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job):
+def deep() -> Group:
+    """Its message is nested deeper than Python can follow."""
+    said: dict[str, Any] = {"role": "user", "content": "a"}
+    for _ in range(700):
+        said = {"role": "user", "content": "a", "more": said}
+    return Group(id=7, rollouts=(Rollout(reward=1.0, messages=[said], answer={"content": "b"}),), version=0)
+
+
+@pytest.mark.parametrize(
+    "bad", [Group(id=7, rollouts=(rollout(0, [97], [9999], 1.0),), version=0), deep()], ids=["tokens", "nested"]
+)
+def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job, bad):
     made = job(max_steps=1, **QUICK | {"groups_per_step": 1})
-    bad = Group(id=7, rollouts=(rollout(0, [97], [9999], 1.0),), version=0)
     made.send(bad)
     attempt = Background(made)
     attempt.until("weights")
