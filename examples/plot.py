@@ -62,7 +62,7 @@ def draw_rewards(steps: Sequence[Mapping[str, Any]], scores: Mapping[int, float]
     learning.set(ylabel="reward, accuracy", ylim=(-0.05, 1.05), title="Reversing words, learned from rewards")
     staleness.plot(at, values("staleness_mean"), color="tab:blue", label="mean")
     staleness.plot(at, values("staleness_max"), color="0.6", linewidth=1, label="greatest")
-    staleness.set(ylabel="staleness (steps)", ylim=(-0.1, None))
+    staleness.set(ylabel="staleness (batches)", ylim=(-0.1, None))
     parts = [values(name) for name in ("wait_time", "train_time", "publish_time")]
     times.stackplot(at, *parts, labels=["waiting for groups", "training", "publishing"], alpha=0.7)
     times.set(xlabel="step", ylabel="time (s)", ylim=(0, None))

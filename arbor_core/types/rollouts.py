@@ -13,13 +13,13 @@ class RolloutConfig(Struct, frozen=True, kw_only=True):
     num_generations: Annotated[int, Meta(ge=2, le=1024)]
     """Rollouts of a group that a client sends whole."""
     groups_per_step: Annotated[int, Meta(ge=1, le=4096)]
-    """Groups of an optimizer step."""
+    """Groups of a batch, which a trainer makes one or several optimizer steps of."""
     max_staleness: Annotated[int, Meta(ge=0, le=64)]
-    """Optimizer steps that a group may be older than the policy it trains: 0 is strictly on policy, 1 lets clients
-    sample while a step is made. Clients are offered credits for so many."""
+    """Batches that a group may be older than the policy it trains: 0 is strictly on policy, 1 lets clients sample while
+    a batch is trained. Clients are offered credits for so many."""
     too_stale: Annotated[int, Meta(ge=0)] | None
-    """Groups that are older are skipped; None: as `max_staleness` says. More lets clients that sample ahead of their
-    credits train on older groups."""
+    """Groups that are more batches older are skipped; None: as `max_staleness` says. More lets clients that sample
+    ahead of their credits train on older groups."""
     temperature: Annotated[float, Meta(gt=0, le=2)]
     """What rollouts are sampled at."""
     offer_seconds: Annotated[float, Meta(gt=0)]

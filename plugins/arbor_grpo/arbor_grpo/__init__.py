@@ -77,12 +77,18 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
         penalty, longest = self.soft_completion_penalty_length, self.max_completion_length
         if penalty is not None and (longest is None or longest <= penalty):
             raise ValueError("soft_completion_penalty_length needs a max_completion_length above it")
-        limit = self.max_staleness if self.too_stale is None else self.too_stale
-        if limit < self.publish_steps * self.num_iterations - self.num_iterations:
+        if self.oldest < self.publish_steps - 1:
             raise ValueError(
-                f"with publish_steps {self.publish_steps} and num_iterations {self.num_iterations} groups are up to "
-                f"{(self.publish_steps - 1) * self.num_iterations} steps old when they are sampled: raise max_staleness"
+                f"with publish_steps {self.publish_steps} groups are up to {self.publish_steps - 1} batches old when "
+                "they are sampled: raise too_stale"
             )
+
+    @property
+    def oldest(self) -> int:
+        """Batches that a group may be older than the policy. Without `too_stale` as many as those become that are sent
+        in the order of their credits: they are sampled up to `max_staleness` batches ahead, from a policy that up to
+        `publish_steps` - 1 batches have not reached."""
+        return self.max_staleness + self.publish_steps - 1 if self.too_stale is None else self.too_stale
 
     def _check_ratio(self) -> None:
         mode, bounds = (

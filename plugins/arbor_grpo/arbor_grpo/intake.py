@@ -18,10 +18,12 @@ class Gathering:
     Args:
         position: Where in the inbox to go on.
         step: Optimizer steps done: how old a group is depends on it.
+        iterations: Optimizer steps on each batch.
     """
 
     position: int
     step: int
+    iterations: int = 1
     used: list[tuple[Record, Reading]] = field(default_factory=list)
     stale: list[Record] = field(default_factory=list)
     rejected: list[tuple[Record, str]] = field(default_factory=list)
@@ -38,7 +40,12 @@ class Gathering:
 
     @property
     def ages(self) -> list[int]:
-        return [max(0, self.step - record.group.version) for record, _ in self.used]
+        """In batches, of the groups that are used."""
+        return [self.age(record) for record, _ in self.used]
+
+    def age(self, record: Record) -> int:
+        """How many batches the policy has learned from since the group was sampled: the unit of credits."""
+        return max(0, self.step - record.group.version) // self.iterations
 
     @property
     def fed(self) -> Fed:
@@ -48,12 +55,11 @@ class Gathering:
     def take(self, records: Iterable[Record], reader: Reader) -> bool:
         """Use records until there are enough for a step; whether there are."""
         config = reader.config
-        limit = config.max_staleness if config.too_stale is None else config.too_stale
         for record in records:
             if len(self.used) == config.groups_per_step:
                 break
             self.position = record.end
-            if self.step - record.group.version > limit:
+            if self.age(record) > config.oldest:
                 self.stale.append(record)
                 continue
             try:

@@ -96,7 +96,7 @@ class Session:
             Finished: the client has said that it is enough.
         """
         began = time.perf_counter()
-        gathering = Gathering(self.place.position, self.step)
+        gathering = Gathering(self.place.position, self.step, self.run.config.num_iterations)
         complete = False
         while not complete:
             self.attend()

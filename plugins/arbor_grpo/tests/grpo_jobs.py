@@ -22,6 +22,8 @@ from arbor_core.worker import WorkerRun, main, open_run
 
 LETTERS = range(97, 123)
 FULL: dict[str, Any] = {"lora": None}
+QUICK: dict[str, Any] = {"learning_rate": 3e-3, "max_staleness": 64, "groups_per_step": 2, "lora": {"dropout": 0.1}}
+"""A high rate, so that steps differ; dropout, so that random states matter."""
 WAIT_SECONDS = 60
 
 
@@ -50,6 +52,10 @@ def group(seed: int, *, size: int = 4, version: int = 0, **more: Any) -> Group:
         mask = bytes(at % 3 != 1 for at in range(len(completion))) if number % 3 == 2 else b""
         rollouts.append(rollout(number, prompt, completion, dice.random(), mask=mask, truncated=number == 1))
     return Group(id=seed, rollouts=tuple(rollouts), version=version, **more)
+
+
+def groups(count: int, start: int = 0) -> list[Group]:
+    return [group(n) for n in range(start, start + count)]
 
 
 class Job(JobDirectory):

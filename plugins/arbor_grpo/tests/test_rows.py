@@ -147,13 +147,35 @@ def test_more_stale_groups_may_be_used_than_there_are_credits_for():
 
 
 @pytest.mark.parametrize(
+    ("keys", "oldest"),
+    [
+        ({}, 1),
+        ({"num_iterations": 3}, 3),
+        ({"publish_steps": 3}, 3),
+        ({"num_iterations": 3, "publish_steps": 3}, 9),
+        ({"num_iterations": 3, "too_stale": 4}, 12),
+    ],
+)
+def test_age_is_counted_in_batches(keys, oldest):
+    """`oldest`: of the steps between batches the last at which a group of the first policy is used."""
+    found = reader(max_staleness=1, **keys)
+    iterations = found.config.num_iterations
+    used = [
+        step
+        for step in range(0, 30, iterations)
+        if Gathering(0, step, iterations).take(records(group(1, version=0)), found)
+    ]
+    assert used == list(range(0, oldest + 1, iterations))
+
+
+@pytest.mark.parametrize(
     ("keys", "word"),
     [
         ({"lr_scheduler_type": "cosine"}, "max_steps"),
         ({"importance_sampling_mode": "token_mask"}, "ratio"),
         ({"sync_ref_model": True}, "beta"),
         ({"soft_completion_penalty_length": 5}, "max_completion_length"),
-        ({"publish_steps": 3, "max_staleness": 1}, "max_staleness"),
+        ({"publish_steps": 3, "too_stale": 1}, "too_stale"),
         ({"num_generation": 4}, "num_generations"),
         ({"temperature": 0}, "temperature"),
     ],

@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_jobs import FULL, Background, group, rollout, two_ranks
+from grpo_jobs import FULL, QUICK, Background, group, groups, two_ranks
 from safetensors.torch import load_file
 
-from arbor_core.inbox import Group, Rollout
+from arbor_core.inbox import Group
 from arbor_core.testing import check_trainer
 
-QUICK: dict[str, Any] = {"learning_rate": 3e-3, "max_staleness": 64, "groups_per_step": 2, "lora": {"dropout": 0.1}}
-"""A high rate, so that steps differ; dropout, so that random states matter."""
-
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
-
-
-def groups(count: int, start: int = 0) -> list[Group]:
-    return [group(n) for n in range(start, start + count)]
 
 
 def weights(job: Any) -> dict[str, torch.Tensor]:
@@ -207,40 +200,6 @@ def test_a_cancelled_job_stops_without_a_checkpoint(job):
     made.ask("cancel")
     assert attempt.end() == 0
     assert not made.events("checkpoint", "result", "error", "paused")
-
-
-def deep() -> Group:
-    """Its message is nested deeper than Python can follow."""
-    said: dict[str, Any] = {"role": "user", "content": "a"}
-    for _ in range(700):
-        said = {"role": "user", "content": "a", "more": said}
-    return Group(id=7, rollouts=(Rollout(reward=1.0, messages=[said], answer={"content": "b"}),), version=0)
-
-
-@pytest.mark.parametrize(
-    "bad", [Group(id=7, rollouts=(rollout(0, [97], [9999], 1.0),), version=0), deep()], ids=["tokens", "nested"]
-)
-def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job, bad):
-    made = job(max_steps=1, **QUICK | {"groups_per_step": 1})
-    made.send(bad)
-    attempt = Background(made)
-    attempt.until("weights")
-    (said,) = [event for event in made.events("message") if event.level == "warn"]
-    assert said.data["batch_id"] == 7
-    assert made.events("weights")[0].data == {"handled": 1}
-    made.send(*groups(1))
-    assert attempt.end() == 0
-    (metrics,) = made.events("metrics")
-    assert metrics.data["groups_rejected"] == 1
-    assert metrics.data["fed"]["skipped"] == [0]
-    assert made.events("weights")[-1].data["handled"] == 2
-
-
-def test_stale_groups_are_skipped_and_counted(job):
-    made = job(max_steps=2, **QUICK | {"groups_per_step": 1, "max_staleness": 0})
-    made.send(group(1), group(2), group(3, version=1))
-    made.must()
-    assert [event.data["groups_skipped"] for event in made.events("metrics")] == [0, 1]
 
 
 def test_training_goes_on_from_another_jobs_adapter(job, adapter):

@@ -1,0 +1,64 @@
+"""Jobs: which groups become batches, and what is said of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from grpo_jobs import QUICK, Background, group, groups, rollout
+
+from arbor_core.inbox import Group, Rollout
+
+
+def deep() -> Group:
+    """Its message is nested deeper than Python can follow."""
+    said: dict[str, Any] = {"role": "user", "content": "a"}
+    for _ in range(700):
+        said = {"role": "user", "content": "a", "more": said}
+    return Group(id=7, rollouts=(Rollout(reward=1.0, messages=[said], answer={"content": "b"}),), version=0)
+
+
+@pytest.mark.parametrize(
+    "bad", [Group(id=7, rollouts=(rollout(0, [97], [9999], 1.0),), version=0), deep()], ids=["tokens", "nested"]
+)
+def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job, bad):
+    made = job(max_steps=1, **QUICK | {"groups_per_step": 1})
+    made.send(bad)
+    attempt = Background(made)
+    attempt.until("weights")
+    (said,) = [event for event in made.events("message") if event.level == "warn"]
+    assert said.data["batch_id"] == 7
+    assert made.events("weights")[0].data == {"handled": 1}
+    made.send(*groups(1))
+    assert attempt.end() == 0
+    (metrics,) = made.events("metrics")
+    assert metrics.data["groups_rejected"] == 1
+    assert metrics.data["fed"]["skipped"] == [0]
+    assert made.events("weights")[-1].data["handled"] == 2
+
+
+def test_stale_groups_are_skipped_and_counted(job):
+    made = job(max_steps=2, **QUICK | {"groups_per_step": 1, "max_staleness": 0})
+    made.send(group(1), group(2), group(3, version=1))
+    made.must()
+    assert [event.data["groups_skipped"] for event in made.events("metrics")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "versions", "ages"),
+    [
+        ({"num_iterations": 2, "max_steps": 6}, (0, 0, 2), [0, 0, 1, 1, 1, 1]),
+        ({"publish_steps": 2, "max_steps": 4}, (0, 0, 0, 2), [0, 1, 2, 1]),
+    ],
+    ids=["iterations", "publish_steps"],
+)
+def test_groups_that_credits_asked_for_are_used(job, more, versions, ages):
+    """Each was sampled from the newest policy that was out when its credit was given, one batch ahead."""
+    made = job(**QUICK | {"groups_per_step": 1, "max_staleness": 1} | more)
+    made.send(*(group(n, version=version) for n, version in enumerate(versions)))
+    attempt = Background(made)
+    attempt.until("metrics", len(ages))
+    assert attempt.end() == 0
+    metrics = [event.data for event in made.events("metrics")]
+    assert [step["groups_skipped"] for step in metrics] == [0] * len(ages)
+    assert [step["staleness_max"] for step in metrics] == ages
