@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from arbor_grpo.trainer import GroupTrainer
-from grpo_jobs import FULL, floats, group, rollout
+from grpo_jobs import FULL, Job, floats, group, rollout
+from grpo_reference import reference, token_logps, tokens
 from transformers import AutoModelForCausalLM
 
 from arbor_core.inbox import Group, Rollout
@@ -41,10 +40,6 @@ def sampled(tiny: Path) -> tuple[Group, ...]:
     return tuple(msgspec.structs.replace(g, rollouts=tuple(map(near, g.rollouts))) for g in GROUPS)
 
 
-def tokens(raw: bytes) -> torch.Tensor:
-    return torch.tensor(np.frombuffer(raw, dtype="<i4").tolist(), dtype=torch.long)
-
-
 def perturbed(trainer: GroupTrainer) -> None:
     """Move the policy away from the reference, and an adapter away from its zeros."""
     torch.manual_seed(1)
@@ -61,87 +56,84 @@ def step(trainer: GroupTrainer) -> tuple[float, dict[str, torch.Tensor]]:
     return loss, {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
 
-def token_logps(model: Any, prompt: torch.Tensor, completion: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0].float() / temperature
-    found = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return found.gather(1, completion[:, None])[:, 0]
-
-
-def reference(model: Any, base: Any, groups: tuple[Group, ...], config: Any) -> torch.Tensor:
-    """The loss of a step, row by row."""
-    rows = []
-    for each in groups:
-        rewards = torch.tensor([r.reward for r in each.rollouts], dtype=torch.float64)
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        for said, advantage in zip(each.rollouts, advantages.float(), strict=True):
-            prompt, completion = tokens(said.prompt), tokens(said.completion)
-            old = torch.frombuffer(bytearray(said.logprobs), dtype=torch.float32) if said.logprobs else torch.zeros(0)
-            mask = torch.tensor(list(said.mask) or [1.0] * len(completion))
-            if not len(completion):
-                rows.append((torch.zeros(0), mask))
-                continue
-            logps = token_logps(model, prompt, completion, config.temperature)
-            loss = token_losses(logps, old, mask, advantage, config)
-            if config.beta:
-                with torch.no_grad():
-                    apart = token_logps(base, prompt, completion, config.temperature)
-                loss = loss + config.beta * (torch.exp(apart - logps) - (apart - logps) - 1)
-            rows.append((loss, mask))
-    sums = torch.stack([(loss * mask).sum() for loss, mask in rows])
-    counts = torch.stack([mask.sum() for _, mask in rows])
-    if config.loss_type in ("grpo", "sapo"):
-        return (sums / counts.clamp(min=1)).mean()
-    if config.loss_type == "luspo":
-        return sums.mean()
-    return sums.sum() / (len(rows) * LENGTH if config.loss_type == "dr_grpo" else counts.sum())
-
-
-def token_losses(logps: Any, old: Any, mask: Any, advantage: Any, config: Any) -> torch.Tensor:
-    """Of one row, before it is averaged."""
-    ratio = logps - old
-    weight = (ratio * mask).sum() / mask.sum() if config.importance_sampling_level == "sequence" else ratio
-    weight = torch.exp(weight).expand_as(ratio)
-    if config.loss_type == "cispo":
-        return -weight.clamp(max=5.0).detach() * advantage * logps
-    if config.loss_type == "sapo":
-        t = config.sapo_temperature_pos if advantage > 0 else config.sapo_temperature_neg
-        return -torch.sigmoid(t * (weight - 1)) * 4 / t * advantage
-    if config.loss_type == "vespo":
-        k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
-        whole = (ratio.clamp(-20, 20) * mask).sum().clamp(math.log(1e-8), 20)
-        return -torch.exp(decay + k * whole - decay * whole.exp()).detach() * advantage * logps
-    return -torch.min(weight * advantage, weight.clamp(0.8, 1.2) * advantage)
-
-
-@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, ("token", "sequence"))))
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_the_loss_of_ragged_micro_batches_is_the_references(job, tiny, sampled, loss_type, level, beta, weights):
-    made = job(
-        loss_type=loss_type,
-        importance_sampling_level=level,
-        beta=beta,
-        groups_per_step=len(GROUPS),
-        micro_batch_size=3,
-        max_completion_length=LENGTH,
-        temperature=TEMPERATURE,
-        **(FULL if weights == "full" else {}),
-    )
+def is_the_references(made: Job, sampled: tuple[Group, ...]) -> None:
+    """Loss and gradient of a step on these groups, in ragged micro-batches."""
     made.send(*sampled)
     trainer = made.composed()
     perturbed(trainer)
     loss, gradients = step(trainer)
-    assert len(trainer.parts) > 3
+    assert len(trainer.parts) > 1
     assert trainer.shares
     trainer.policy.zero_grad()
-    expected = reference(trainer.policy, AutoModelForCausalLM.from_pretrained(tiny), sampled, trainer.run.config)
+    base = AutoModelForCausalLM.from_pretrained(made.model)
+    expected = reference(trainer.policy, base, sampled, trainer.run.config)
     expected.backward()
-    assert loss == pytest.approx(float(expected), abs=TOLERANCE, rel=TOLERANCE)
+    assert loss == pytest.approx(expected.item(), abs=TOLERANCE, rel=TOLERANCE)
     largest = max(float(p.grad.abs().max()) for p in trainer.policy.parameters() if p.grad is not None)
     assert largest > 1e-3
     for name, parameter in trainer.policy.named_parameters():
         if parameter.grad is not None:
             assert float((gradients[name] - parameter.grad).abs().max()) < TOLERANCE * max(1.0, largest), name
+
+
+RAGGED = {
+    "groups_per_step": len(GROUPS),
+    "micro_batch_size": 3,
+    "max_completion_length": LENGTH,
+    "temperature": TEMPERATURE,
+}
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, ("token", "sequence"))))
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_loss_of_ragged_micro_batches_is_the_references(job, sampled, loss_type, level, beta, weights):
+    more = FULL if weights == "full" else {}
+    made = job(loss_type=loss_type, importance_sampling_level=level, beta=beta, **RAGGED, **more)
+    is_the_references(made, sampled)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_truncated_completions_are_left_out_when_asked(job, sampled, loss_type):
+    """Of the loss and of the tokens that it is divided by, but not of the rows."""
+    assert any(said.truncated and said.completion for each in sampled for said in each.rollouts)
+    is_the_references(job(loss_type=loss_type, beta=0.1, mask_truncated_completions=True, **RAGGED), sampled)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"epsilon": 0.05},
+        {"epsilon_high": 0.05},
+        {"delta": 1.02},
+        {"off_policy_mask_threshold": 0.01},
+        {"loss_type": "cispo", "epsilon_high": 1.02},
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0},
+        {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+        {"loss_type": "vespo", "vespo_k_pos": 1.0},
+        {"loss_type": "vespo", "vespo_lambda_pos": 2.0},
+        {"loss_type": "vespo", "vespo_k_neg": 1.0},
+        {"loss_type": "vespo", "vespo_lambda_neg": 3.0},
+        {"beta": 0.1, "use_bias_correction_kl": True},
+    ],
+    ids=lambda keys: "-".join(map(str, keys)),
+)
+def test_what_is_not_the_default_reaches_the_loss(job, sampled, keys):
+    is_the_references(job(**RAGGED, **keys), sampled)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 2.0), (None, 1.2), (0.2, None)], ids=["both", "max", "min"])
+@pytest.mark.parametrize(
+    ("mode", "loss_type"),
+    [
+        *itertools.product(("token_truncate", "token_mask"), ("dapo", "vespo")),
+        *itertools.product(("sequence_truncate", "sequence_mask"), ("dapo", "grpo")),
+    ],
+)
+def test_importance_sampling_corrects_recomputed_ratios(job, sampled, mode, loss_type, bounds):
+    low, high = bounds
+    keys = {"importance_sampling_clip_min": low, "importance_sampling_clip_max": high, "loss_type": loss_type}
+    is_the_references(job(ratio="recomputed", importance_sampling_mode=mode, **keys, **RAGGED), sampled)
 
 
 @pytest.mark.parametrize("way", [{"share_prompts": False}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}])
@@ -190,16 +182,6 @@ def test_recomputed_ratios_do_without_the_samplers(job):
     before = gradient(job, "before", two(logprobs=floats([-3.0, 0.0, -3.0])), ratio="recomputed")
     after = gradient(job, "after", two(logprobs=floats([-3.5, 0.0, -3.5])), ratio="recomputed")
     assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_importance_sampling_corrects_recomputed_ratios(job, mode):
-    base = {"ratio": "recomputed", "importance_sampling_clip_max": 1e6}
-    plain = gradient(job, "plain", two(), **base)
-    corrected = gradient(job, "corrected", two(), importance_sampling_mode=mode, **base)
-    other = gradient(job, "other", two(logprobs=floats([-9, 0, -9])), importance_sampling_mode=mode, **base)
-    assert float((plain - corrected).abs().max()) > 1e-4
-    assert float((other - corrected).abs().max()) > 1e-4
 
 
 def test_tokens_of_the_environment_are_not_in_the_loss(job):
