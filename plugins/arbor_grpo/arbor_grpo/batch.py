@@ -102,6 +102,11 @@ def weight(loss_type: str, micro: Batch, rows: int, tokens: int, ranks: int) -> 
     return ranks * len(micro["advantages"]) / rows
 
 
+def share(rows: Sequence[int | None], running: int, ranks: int) -> float:
+    """A micro-batch's share of the rows that run through the model: what a loss that is a mean over them counts."""
+    return ranks * sum(row is not None for row in rows) / max(1, running)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What decides how rows are cut: of each row its prompt (which of the distinct ones), and the lengths."""

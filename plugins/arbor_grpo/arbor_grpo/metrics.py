@@ -17,6 +17,9 @@ from .rows import Row
 OF_SEQUENCES = ("clip_ratio", "cispo_clip_ratio", "vespo")
 """TRL's metrics that are means over sequences where the ratio is one of sequences."""
 
+OF_ROUTERS = "aux_loss"
+"""TRL's metric of mixtures of experts: how unequally a micro-batch's tokens are spread over them."""
+
 
 class Parts:
     """Collects over a step's micro-batches, and leaves one number of each metric.
@@ -67,7 +70,8 @@ class Parts:
             return min(value for value, _, _ in real)
         if name.endswith("_max"):
             return max(value for value, _, _ in real)
-        weights = [rows if self.by_rows and name.startswith(OF_SEQUENCES) else tokens for _, tokens, rows in real]
+        by_rows = name == OF_ROUTERS or (self.by_rows and name.startswith(OF_SEQUENCES))
+        weights = [rows if by_rows else tokens for _, tokens, rows in real]
         return sum(v * w for (v, _, _), w in zip(real, weights, strict=True)) / max(1.0, sum(weights))
 
 

@@ -28,7 +28,8 @@ from trl.trainer.utils import use_adapter
 from arbor_core import Run
 
 from . import GrpoConfig, metrics, prompts
-from .batch import Batch, Sizes, cut, dealt, part, sizes, tensors, weight
+from .batch import Batch, Sizes, cut, dealt, part, share, sizes, tensors, weight
+from .ratios import correction
 from .rows import Row
 from .session import PLACE, REFERENCE, Session
 
@@ -54,14 +55,18 @@ class GroupTrainer(Saving, GRPOTrainer):
         self.shares: bool | None = None
         if not run.config.share_prompts or run.world_size > 1 or self.args.gradient_checkpointing:
             self.shares = False
+        self.aux_coefficient = 0.0
         if self.aux_loss_enabled:
             self.shares = False
+            # TRL would add the whole of it for each micro-batch, so that it grew with their number: see `micro_step`
+            self.aux_coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
         self.policy: Any = self.model  # typed too loosely by transformers to be used
         self.batch: Batch = {}
         self.parts: list[list[int | None]] = []
-        self.count = self.tokens = 0
+        self.count = self.tokens = self.running = 0
         self.micro: Batch = {}
         self.logps: Tensor | None = None
+        self.aux: Tensor | None = None
 
     def get_train_dataloader(self) -> Any:
         """Nothing but a clock: the batches come from the session. Draws no random number."""
@@ -93,7 +98,7 @@ class GroupTrainer(Saving, GRPOTrainer):
         learned = [number for number, row in enumerate(rows) if self.matters(row)]
         if learned and self.shares is None:
             self.shares = self.can_share(batch, learned)
-        self.parts = self.cut(found, learned)
+        self.parts, self.running = self.cut(found, learned), len(learned)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.policy, checkpointing):
             self.add_old(batch, rows)
@@ -143,22 +148,7 @@ class GroupTrainer(Saving, GRPOTrainer):
         elif self.num_iterations > 1 or config.importance_sampling_mode:
             batch["old_per_token_logps"] = self.over_parts(batch, self.model)[0]
         if config.importance_sampling_mode:
-            batch["importance_sampling_ratio"] = self.correction(batch, config.importance_sampling_mode)
-
-    def correction(self, batch: Batch, mode: str) -> Tensor:
-        """Weights for what the sampler and the trainer disagree on, as TRL has them: B x C, or B x 1 for sequences.
-        Tokens whose sampler is not known weigh 1."""
-        old, mask = batch["old_per_token_logps"], batch["completion_mask"] * batch["tool_mask"]
-        sampling = batch.get("sampling_per_token_logps", old)
-        difference = torch.nan_to_num((old - sampling) * mask, nan=0.0)
-        if mode.startswith("sequence"):
-            difference = difference.sum(dim=-1, keepdim=True)
-        ratio = torch.exp(difference)
-        low, high = self.run.config.importance_sampling_clip_min, self.run.config.importance_sampling_clip_max
-        if mode.endswith("truncate"):
-            return torch.clamp(ratio, min=low, max=high)
-        outside = (ratio < (low or 0.0)) | (ratio > (high or float("inf")))
-        return ratio.masked_fill(outside, 0.0)
+            batch["importance_sampling_ratio"] = correction(batch, config)
 
     def reference(self, batch: Batch) -> Tensor:
         """Log-probabilities of the reference: a model of its own, the adapter that training began with, or none."""
@@ -214,6 +204,8 @@ class GroupTrainer(Saving, GRPOTrainer):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self.micro)
             loss = loss * weight(self.loss_type, self.micro, self.count, self.tokens, self.run.world_size)
+            if self.aux is not None:
+                loss = loss + self.aux_coefficient * share(rows, self.running, self.run.world_size) * self.aux
             options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **options)
         gathered.add(self.micro, self.logps)
@@ -266,7 +258,7 @@ class GroupTrainer(Saving, GRPOTrainer):
                 compute_aux_loss,
                 **images,
             )
-        self.logps = logps.detach()
+        self.logps, self.aux = logps.detach(), aux
         return logps, entropies if compute_entropy else None, aux
 
     def can_share(self, batch: Batch, learned: list[int]) -> bool:

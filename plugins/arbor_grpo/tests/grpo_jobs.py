@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from arbor_grpo.train import compose
 from arbor_grpo.trainer import GroupTrainer
 
@@ -81,6 +82,13 @@ class Job(JobDirectory):
         for attempt in range(1, self.attempts + 1):
             found |= {event.step: event.data["digest"] for event in self.events("metrics", attempt=attempt)}
         return found
+
+
+def step(trainer: GroupTrainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the next batch."""
+    trainer.policy.zero_grad()
+    loss = float(trainer.training_step(trainer.model, []))
+    return loss, {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
 
 def two_ranks(job: Job) -> None:

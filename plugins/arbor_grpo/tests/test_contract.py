@@ -30,6 +30,7 @@ def test_the_replaced_methods_have_the_signatures_that_they_had():
     assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:8] == [*first, *rest]
     assert parameters(Trainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
     assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(GRPOTrainer._save) == ["self", "output_dir", "state_dict"]
 
 
 def test_the_loss_reads_what_the_ready_batch_holds():
@@ -64,6 +65,7 @@ def test_trl_has_the_attributes_that_are_used(job):
     trainer = job().composed()
     for name in (
         "aux_loss_enabled",
+        "router_aux_loss_coef",
         "beta",
         "num_iterations",
         "loss_type",

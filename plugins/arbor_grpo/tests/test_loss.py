@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from arbor_grpo.trainer import GroupTrainer
-from grpo_jobs import FULL, Job, floats, group, rollout
+from grpo_jobs import FULL, Job, floats, group, rollout, step
 from grpo_reference import reference, token_logps, tokens
 from transformers import AutoModelForCausalLM
 
@@ -47,13 +47,6 @@ def perturbed(trainer: GroupTrainer) -> None:
         for parameter in trainer.policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-
-
-def step(trainer: GroupTrainer) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the next batch."""
-    trainer.policy.zero_grad()
-    loss = float(trainer.training_step(trainer.model, []))
-    return loss, {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
 
 def is_the_references(made: Job, sampled: tuple[Group, ...]) -> None:
