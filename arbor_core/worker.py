@@ -127,11 +127,11 @@ class WorkerRun(Generic[ConfigT]):
         return self.dir / "checkpoints"
 
     @contextmanager
-    def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
+    def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
         with self._committing(step, metrics, self.room_seconds) as folder:
             yield folder
 
-    def write_checkpoint(self, step: int, write: Callable[[Path], None], **metrics: float) -> None:
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> None:
         pause, until = FIRST_WAIT, time.monotonic() + self.room_seconds
         while True:
             try:

@@ -116,11 +116,11 @@ class Run(Protocol[ConfigT_co]):
         """The numbers that stand for `"auto"`; the job reports them from now on."""
         ...
 
-    def checkpoint(self, step: int, **metrics: float) -> AbstractContextManager[Path]:
+    def checkpoint(self, step: int, /, **metrics: float) -> AbstractContextManager[Path]:
         """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all."""
         ...
 
-    def write_checkpoint(self, step: int, write: Callable[[Path], None], **metrics: float) -> None:
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> None:
         """The same by a function that can be called again: it is, with an empty folder, while the disk is full.
 
         Raises:

@@ -20,6 +20,15 @@ OF_SEQUENCES = ("clip_ratio", "cispo_clip_ratio", "vespo")
 OF_ROUTERS = "aux_loss"
 """TRL's metric of mixtures of experts: how unequally a micro-batch's tokens are spread over them."""
 
+OF_EVENTS = ("step", "total_steps", "epoch", "fed", "digest", "num_tokens")
+OF_STEPS = ("loss", "train_loss", "grad_norm", "learning_rate", "kl", "entropy", "cispo_clip_ratio", OF_ROUTERS)
+OF_GROUPS = ("reward", "reward_std", "frac_reward_zero_std", "rows_cut", "groups_skipped", "groups_rejected")
+OF_TIME = ("staleness_mean", "staleness_max", "wait_time", "train_time", "step_time", "publish_time", "publish_bytes")
+OURS = frozenset((*OF_EVENTS, *OF_STEPS, *OF_GROUPS, *OF_TIME))
+OUR_FOLDERS = ("client", "completions", "clip_ratio", "vespo", "sampling", "sampling_logp_difference")
+"""What metrics of a step are called, alone or before a slash. A client's of such a name is put into `client/`, also in
+steps and jobs that have none of their own: who reads it there knows who says so."""
+
 
 class Parts:
     """Collects over a step's micro-batches, and leaves one number of each metric.
@@ -50,9 +59,11 @@ class Parts:
         """Once for a step, on all ranks."""
         counts = torch.tensor([self.tokens, self.rows], device=accelerator.device)
         self.tokens, self.rows = accelerator.reduce(counts, "sum").tolist()
-        for name, values in self.found.items():
+        for name, values in list(self.found.items()):
             start = self.before.get(name, 0)
-            if len(values) - start == len(self.tokens):
+            if not sum(self.tokens):  # nothing ran that has an entropy, or that could be clipped
+                self.found[name] = values[:start]
+            elif len(values) - start == len(self.tokens):
                 values[start:] = [self.combined(name, values[start:])]
         apart = torch.cat([*self.apart, torch.zeros(1, device=accelerator.device)])  # a zero changes neither number
         known = torch.tensor(float(len(apart) - 1), device=accelerator.device)
@@ -88,9 +99,10 @@ def of_rows(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def of_clients(groups: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means of what clients measured, by name."""
+    """Means of what clients measured, by name; none of them is called as one of ours."""
     found = defaultdict(list)
     for group in groups:
         for name, value in group.items():
-            found[name].append(value)
+            ours = name in OURS or name.partition("/")[0] in OUR_FOLDERS
+            found[f"client/{name}" if ours else name].append(value)
     return {name: fmean(values) for name, values in found.items() if all(map(math.isfinite, values))}

@@ -62,3 +62,19 @@ def test_groups_that_credits_asked_for_are_used(job, more, versions, ages):
     metrics = [event.data for event in made.events("metrics")]
     assert [step["groups_skipped"] for step in metrics] == [0] * len(ages)
     assert [step["staleness_max"] for step in metrics] == ages
+
+
+def equal(seed: int) -> Group:
+    """A group that teaches nothing."""
+    return Group(rollouts=tuple(rollout(n, [97, 98], [99, seed], 0.5) for n in range(2)), version=0)
+
+
+def test_a_step_in_which_nothing_runs_has_no_entropy(job):
+    made = job(max_steps=2, **QUICK | {"groups_per_step": 1})
+    made.send(equal(97), group(1))
+    made.must()
+    nothing, something = (event.data for event in made.events("metrics"))
+    assert (nothing["train_loss"], nothing["frac_reward_zero_std"]) == (0, 1)
+    assert not [name for name in nothing if name == "entropy" or name.startswith("clip_ratio")]
+    assert something["entropy"] > 0
+    assert "clip_ratio/region_mean" in something

@@ -224,6 +224,7 @@ def test_a_step_without_anything_to_learn_is_a_step(job):
     assert gradients
     assert all(float(g.abs().max()) == 0 for g in gradients.values())
     assert trainer.session.measured["frac_reward_zero_std"] == 1
+    assert not [values for values in trainer._metrics["train"].values() if values], "of nothing that ran"
 
 
 def test_text_is_tokenised_as_an_engine_would(job):

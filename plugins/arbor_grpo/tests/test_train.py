@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from arbor_grpo.metrics import OUR_FOLDERS, OURS
 from grpo_jobs import FULL, QUICK, Background, group, groups, two_ranks
 from safetensors.torch import load_file
 
 from arbor_core.inbox import Group
 from arbor_core.testing import check_trainer
+
+CLAIMED = ("train_loss", "kl", "step", "digest", "fed", "reward", "clip_ratio/region_mean", "client/kl")
+"""Names of our metrics, not all of which such a job has."""
 
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
 
@@ -31,7 +35,8 @@ def test_the_configuration_is_sound():
 @pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
 def test_a_job_trains_publishes_and_ends(job, more):
     made = job(max_steps=3, **QUICK | more)
-    made.send(*(Group(**{**vars_of(each), "metrics": {"validation_score": 2.0}}) for each in groups(6)))
+    said = {"validation_score": 2.0, "write": 2.0, "self": 2.0, **dict.fromkeys(CLAIMED, 777.0)}
+    made.send(*(Group(**{**vars_of(each), "metrics": said}) for each in groups(6)))
     made.must()
     metrics = made.events("metrics")
     assert [event.data["step"] for event in metrics] == [1, 2, 3]
@@ -58,6 +63,9 @@ def test_a_job_trains_publishes_and_ends(job, more):
     ):
         assert isinstance(first[name], float | int), name
     assert first["validation_score"] == 2.0
+    assert {name for name, value in first.items() if value == 777.0} == {f"client/{name}" for name in CLAIMED}
+    theirs = {"validation_score", "write", "self", *(f"client/{name}" for name in CLAIMED)}
+    assert all(name in OURS or name.partition("/")[0] in OUR_FOLDERS for name in first.keys() - theirs)
     published = made.events("weights")
     assert [(event.data["version"], event.data["handled"]) for event in published] == [(1, 2), (2, 4), (3, 6)]
     newest = made.dir / "weights" / published[-1].data["dir"]

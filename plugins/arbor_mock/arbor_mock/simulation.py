@@ -58,7 +58,7 @@ class SimulatedRun(WorkerRun[MockConfig]):
         ring(self.bell, self.job_id)
 
     @contextmanager
-    def checkpoint(self, step: int, **metrics: float) -> Iterator[Path]:
+    def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
         folder = self.dir / "checkpoints" / name
         temporary = folder.with_name(f"{name}.tmp")
