@@ -28,6 +28,10 @@ WAIT = 1.0
 """Seconds after which rank 0 looks up from an empty inbox even if nobody rang."""
 PLACE = "inbox.json"
 """File in a checkpoint: where in the inbox to go on."""
+BARREN = 10
+"""After so many batches on end that teach nothing a warning says so."""
+NOISE = 1e-6
+"""Advantages up to here are rounding errors of equal rewards."""
 REFERENCE = "reference.safetensors"
 """File in a checkpoint: the reference model, where it moves."""
 
@@ -67,6 +71,8 @@ class Session:
         self.fed: Fed | None = None
         self.measured: dict[str, float] = {}
         """Of the step, to be reported with it."""
+        self.barren = 0
+        """Batches on end that taught nothing."""
         self.reported: dict[str, float] = {}
         """Of the last step that was reported."""
 
@@ -107,6 +113,7 @@ class Session:
                 self.say_skipped(gathering, rejected)
         waited = time.perf_counter() - began
         rows, rewards = with_advantages([reading for _, reading in gathering.used], self.reader.config)
+        self.look_for_differences(rows)
         self.place.position = gathering.position
         self.place.handled += gathering.handled
         self.place.tokens += sum(len(row.prompt) + len(row.completion) for row in rows)
@@ -130,6 +137,16 @@ class Session:
             text = f"The group of batch {record.group.id} cannot be trained on: {why}"
             self.run.message(text, "warn", group_rejected=record.start, batch_id=record.group.id, reason=why)
         self.run.passed_over(self.place.handled + gathering.passed)
+
+    def look_for_differences(self, rows: list[Row]) -> None:
+        """Say once that nothing is being learned from rewards, until there is something again."""
+        self.barren = 0 if any(abs(row.advantage) > NOISE for row in rows) else self.barren + 1
+        if self.barren == BARREN:
+            text = (
+                f"In the last {BARREN} batches no answer was better or worse than the others of its group: nothing is "
+                "learned from rewards. Are the prompts far too hard or too easy, or do rewards not tell answers apart?"
+            )
+            self.run.message(text, "warn", batches_without_differences=BARREN)
 
     def shared(self, found: Any) -> Any:
         """What rank 0 has found, on every rank."""
