@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,38 +91,39 @@ class ServerServices:
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
     ) -> NamedCheckpoint:
-        job = self._learner(job_id, owner)
-        if job.status == "succeeded":
-            await self._name_last(job, name, metadata)
-            return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
-        since = self._asked_for(job, name, metadata)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while True:
-                    job = found(self.arbor, job_id, owner)  # before its checkpoints: after its end there are no more
-                    there = {one.name: one for one in self.checkpoints(job_id, owner)}
-                    if name in there and not since.exists():
-                        return there[name]
-                    if job.status in TERMINAL:
-                        message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."
-                        raise ApiError(400, message, "invalid_job_state", "job_id")
-                    await asyncio.sleep(POLL_SECONDS)
-        message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
-        raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
+        job, request = self._learner(job_id, owner), CheckpointRequest(name, dict(metadata))
+        feed.check(request)
+        until = time.monotonic() + seconds
+        asked = None if job.status == "succeeded" else self._ask_for(job, request)
+        while asked and job.status != "succeeded":
+            job = found(self.arbor, job_id, owner)  # before its checkpoints: after its end there are no more
+            there = {one.name: one for one in self.checkpoints(job_id, owner)}
+            if name in there and not asked.exists():
+                return there[name]
+            if job.status in TERMINAL - {"succeeded"}:
+                message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."
+                raise ApiError(400, message, "invalid_job_state", "job_id")
+            if time.monotonic() > until:
+                message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
+                raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
+            await asyncio.sleep(POLL_SECONDS)
+        await self._name_last(job, request)
+        return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
 
-    async def _name_last(self, job: Job, name: str, metadata: Mapping[str, Any]) -> None:
+    async def _name_last(self, job: Job, request: CheckpointRequest) -> None:
         """Give a name to the last checkpoint of a job that has succeeded."""
-        feed.check(CheckpointRequest(name, dict(metadata)))
         last = self.arbor.jobs.checkpoints(job.id, 1)[0]
-        await self.arbor.store.write(lambda db: name_checkpoint(db, job.id, name, last.step, last.dir, metadata))
+        await self.arbor.store.write(
+            lambda db: name_checkpoint(db, job.id, request.name, last.step, last.dir, request.metadata)
+        )
 
-    def _asked_for(self, job: Job, name: str, metadata: Mapping[str, Any]) -> Path:
+    def _ask_for(self, job: Job, request: CheckpointRequest) -> Path:
         """Write a request down; returns the file that is there until it is answered."""
         if job.status in TERMINAL:
             message = f"Job {job.id} has ended ({job.status}): it writes no more checkpoints."
             raise ApiError(400, message, "invalid_job_state", "job_id")
         folder = self.arbor.dispatcher.attempts.dir(job)
-        path = feed.ask(folder, CheckpointRequest(name, dict(metadata)))
+        path = feed.ask(folder, request)
         ring(folder / "inbox" / "bell", "")
         return path
 

@@ -84,6 +84,20 @@ def test_a_checkpoint_of_a_job_that_dies_for_good_is_refused(server: LiveServer)
         answer.error(400, "invalid_job_state", "job_id")
 
 
+def test_a_checkpoint_that_is_asked_for_in_the_last_step_is_the_result(server: LiveServer) -> None:
+    job = created(server, max_steps=1)
+    job.until("running")
+    signal_worker(job, signal.SIGSTOP)
+    job.step()
+    asking = Asking(job, "checkpoint", checkpoint_name="best", metadata={"a": 1})
+    wait_for((job.dir / "asked" / "best.json").exists)
+    signal_worker(job, signal.SIGCONT)
+    answer = asking.get()
+    assert (answer.status, answer.json["status"]) == (200, "succeeded"), answer.body
+    assert answer.json["checkpoints"]["best"]["global_step"] == 1
+    assert answer.json["checkpoints"]["best"]["metadata"] == {"a": 1}
+
+
 def test_terminating_survives_the_worker(server: LiveServer) -> None:
     job = created(server, checkpoint_steps=1)
     job.until("running")
