@@ -11,7 +11,7 @@ import select
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -128,6 +128,15 @@ def asked(job_dir: Path) -> list[CheckpointRequest]:
     """What was asked for and not yet answered, oldest first."""
     paths = sorted((job_dir / "asked").glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return [msgspec.json.decode(path.read_bytes(), type=CheckpointRequest) for path in paths]
+
+
+def sizes(job_dir: Path) -> dict[str, int]:
+    """How much each request that is not yet answered holds, by its checkpoint's name."""
+    found = {}
+    for path in (job_dir / "asked").glob("[!.]*.json"):
+        with suppress(FileNotFoundError):  # it was answered
+            found[path.stem] = path.stat().st_size
+    return found
 
 
 def answered(job_dir: Path, name: str) -> None:

@@ -50,6 +50,12 @@ def name_checkpoint(
     )
 
 
+def named_sizes(store: Store, job_id: str) -> dict[str, int]:
+    """How much is kept with each checkpoint of a job that has a name."""
+    sql = "SELECT name, length(metadata) AS size FROM named_checkpoints WHERE job_id=?"
+    return {row["name"]: row["size"] for row in store.read(sql, job_id)}
+
+
 def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:
     """The checkpoints of a job that clients gave names, oldest first."""
     rows = store.read(

@@ -15,7 +15,7 @@ from arbor_core.bell import ring
 from arbor_core.convert import typed
 from arbor_core.errors import NO_RETRY, ApiError
 from arbor_core.live import Live
-from arbor_core.policies import name_checkpoint, named_checkpoints, policy_of
+from arbor_core.policies import name_checkpoint, named_checkpoints, named_sizes, policy_of
 from arbor_core.records import Job
 from arbor_core.rollouts import Policy
 from arbor_core.submission import CreateFineTuningJobRequest
@@ -26,6 +26,8 @@ from . import wire
 from .fine_tuning import ask, found, shown, submit
 
 POLL_SECONDS = 0.2
+NAMED, NAMED_BYTES = 256, 1 << 20
+"""Checkpoints of a job that have names, and bytes of JSON that are kept with all of them: each status shows it all."""
 
 
 class ServerServices:
@@ -93,6 +95,7 @@ class ServerServices:
     ) -> NamedCheckpoint:
         job, request = self._learner(job_id, owner), CheckpointRequest(name, dict(metadata))
         feed.check(request)
+        self._check_room(job, request)
         until = time.monotonic() + seconds
         asked = None if job.status == "succeeded" else self._ask_for(job, request)
         while asked and job.status != "succeeded":
@@ -116,6 +119,21 @@ class ServerServices:
         await self.arbor.store.write(
             lambda db: name_checkpoint(db, job.id, request.name, last.step, last.dir, request.metadata)
         )
+
+    def _check_room(self, job: Job, request: CheckpointRequest) -> None:
+        """Whether a job's status can go on to show all of its named checkpoints.
+
+        Raises:
+            ApiError: 400: there are too many, or too much is kept with them.
+        """
+        sizes = named_sizes(self.arbor.store, job.id) | feed.sizes(self.arbor.dispatcher.attempts.dir(job))
+        sizes[request.name] = len(msgspec.json.encode(request.metadata))
+        if len(sizes) > NAMED:
+            message = f"Invalid 'checkpoint_name': job {job.id} has {NAMED} named checkpoints. Give one of them anew."
+            raise ApiError(400, message, "invalid_value", "checkpoint_name")
+        if sum(sizes.values()) > NAMED_BYTES:
+            message = f"Invalid 'metadata': with this, more than {NAMED_BYTES} bytes are kept with job {job.id}."
+            raise ApiError(400, message, "invalid_value", "metadata")
 
     def _ask_for(self, job: Job, request: CheckpointRequest) -> Path:
         """Write a request down; returns the file that is there until it is answered."""

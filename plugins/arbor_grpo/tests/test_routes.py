@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sqlite3
 from collections.abc import Iterator
 
 import pytest
-from grpo_http import GRPO, MODEL, Job, call, created, group, item, launch, stop, wait_for
+from grpo_http import GRPO, MODEL, Job, call, created, group, item, launch, signal_worker, stop, wait_for
 from live import LiveServer
 
 STATUS = {
@@ -308,6 +309,30 @@ def test_row_39_what_is_nested_deeper_than_every_reader_can_follow(server: LiveS
     assert job.handled(1)["checkpoints"] == {}
     job.ok("terminate")
     refused("checkpoint", named, "invalid_value")
+
+
+def test_as_many_names_as_every_status_can_repeat(server: LiveServer) -> None:
+    few, many = created(server), created(server)
+    for job in (few, many):
+        job.until("running")
+        assert job.ok("terminate")["status"] == "succeeded"
+    for number in range(256):
+        many.ok("checkpoint", checkpoint_name=f"n{number}")
+    many.post("checkpoint", checkpoint_name="one-more").error(400, "invalid_value", "checkpoint_name")
+    assert many.ok("checkpoint", checkpoint_name="n7", metadata={"again": 1})["last_checkpoint"] == "n7"
+    for number in range(17):
+        few.ok("checkpoint", checkpoint_name=f"n{number}", metadata={"a": "b" * 60_000})
+    few.post("checkpoint", checkpoint_name="n17", metadata={"a": "b" * 60_000}).error(400, "invalid_value", "metadata")
+    assert few.ok("checkpoint", checkpoint_name="n3", metadata={"a": "b" * 50_000})["last_checkpoint"] == "n3"
+
+
+def test_names_that_are_asked_for_count(server: LiveServer, job: Job) -> None:
+    job.until("running")
+    signal_worker(job, signal.SIGSTOP)
+    (job.dir / "asked").mkdir()
+    for number in range(256):
+        (job.dir / "asked" / f"n{number}.json").write_text('{"name": "n", "metadata": {}}')
+    job.post("checkpoint", checkpoint_name="one-more").error(400, "invalid_value", "checkpoint_name")
 
 
 @pytest.mark.parametrize("stored", [65, 2000])
