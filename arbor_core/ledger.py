@@ -41,7 +41,8 @@ class Completion(msgspec.Struct, omit_defaults=True, kw_only=True):
     finish: str = "stop"
     key: bytes
     """See `key_of`."""
-    tools: bool = False
+    tools: bytes = b""
+    """See `key_of_tools`; empty: it was asked for with none."""
 
 
 Place = tuple[int, int, int]
@@ -101,11 +102,16 @@ class Ledger:
             file.seek(offset)
             return msgspec.msgpack.decode(file.read(length), type=Completion)
 
-    def match(self, key: bytes, without: frozenset[tuple[str, int]] = frozenset()) -> Completion | None:
-        """The newest unspent completion with this key that is not among `without`."""
+    def match(
+        self, key: bytes, without: frozenset[tuple[str, int]] = frozenset(), tools: bytes | None = None
+    ) -> Completion | None:
+        """The newest unspent completion with this key that is not among `without`. `tools`: those that it was
+        asked for with; None: whichever, because older clients do not say."""
         for known in reversed(self.by_key.get(key, ())):
-            if known not in self.spent and known not in without:
-                return self.get(*known)
+            if known in self.spent or known in without:
+                continue
+            if (found := self.get(*known)) and tools in (None, found.tools):
+                return found
         return None
 
     def spend(self, *completions: tuple[str, int]) -> None:
@@ -155,17 +161,26 @@ class Ledger:
         self.file.close()
 
 
-def key_of(
-    messages: Sequence[Mapping[str, Any]], content: str | None, tools: Sequence[Mapping[str, Any]] | None = None
-) -> bytes:
-    """What a completion is found by where its id is not known: all that a chat template may make a prompt of, and what
-    was answered. Empty: it is nested too deeply, and found by its id alone."""
+def key_of(messages: Sequence[Mapping[str, Any]], content: str | None) -> bytes:
+    """What a completion is found by where its id is not known: all that messages say to a chat template, and what was
+    answered. Empty: it is nested too deeply, and found by its id alone."""
     try:
         said = [_told(message) | {"content": _text(message.get("content"))} for message in messages]
-        raw = msgspec.json.encode([said, content or "", _told(tools or ())], order="deterministic")
     except RecursionError:
         return b""
-    return blake2b(raw, digest_size=16).digest()
+    return _hash([said, content or ""])
+
+
+def key_of_tools(tools: Sequence[Mapping[str, Any]] | None) -> bytes:
+    """Stands for the tools that a template was shown; empty: none."""
+    return _hash(_told(tools)) if tools else b""
+
+
+def _hash(value: Any) -> bytes:
+    try:
+        return blake2b(msgspec.json.encode(value, order="deterministic"), digest_size=16).digest()
+    except RecursionError:
+        return b""
 
 
 def _told(value: Any) -> Any:

@@ -118,9 +118,12 @@ class Live:
         """Whether a completion was rewarded already."""
         return (id, index) in self.ledger.spent
 
-    def match(self, key: bytes, without: frozenset[tuple[str, int]] = frozenset()) -> Completion | None:
-        """The newest completion with such messages and answer that is neither spent nor among `without`."""
-        return self.ledger.match(key, without)
+    def match(
+        self, key: bytes, without: frozenset[tuple[str, int]] = frozenset(), tools: bytes | None = None
+    ) -> Completion | None:
+        """The newest completion with such messages and answer that is neither spent nor among `without`; see
+        `Ledger.match`."""
+        return self.ledger.match(key, without, tools)
 
     def close(self) -> None:
         self.session.close()

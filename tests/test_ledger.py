@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arbor_core.ledger import Completion, Ledger, key_of, packed_floats, packed_ids
+from arbor_core.ledger import Completion, Ledger, key_of, key_of_tools, packed_floats, packed_ids
 
 ASKED = [{"role": "user", "content": "say a"}]
 
@@ -82,14 +82,15 @@ TALK: list[dict[str, Any]] = [
 def test_the_key_is_of_all_that_a_prompt_is_made_of(place: int, change: dict[str, Any]) -> None:
     other = [message | change if at == place else message for at, message in enumerate(TALK)]
     assert key_of(other, "Sunny.") != key_of(TALK, "Sunny.")
-    assert key_of(TALK, "Sunny.", [TOOL]) != key_of(TALK, "Sunny.")
+    assert key_of_tools([TOOL]) != key_of_tools([]) == b""
 
 
 def test_the_key_is_not_of_how_it_is_written() -> None:
     said = [dict(reversed(message.items())) | {"refusal": None, "annotations": [], "weight": 1} for message in TALK]
     said[1]["content"] = ""
-    assert key_of(said, "Sunny.", [dict(reversed(TOOL.items()))]) == key_of(TALK, "Sunny.", [TOOL])
-    assert key_of(said, "Sunny.", []) == key_of(TALK, "Sunny.", None)
+    assert key_of(said, "Sunny.") == key_of(TALK, "Sunny.")
+    assert key_of_tools([dict(reversed(TOOL.items()))]) == key_of_tools([TOOL])
+    assert key_of_tools([]) == key_of_tools(None)
 
 
 def test_what_is_nested_too_deeply_has_no_key() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from arbor_core.engines import Engines
-from arbor_core.ledger import Completion, Ledger, key_of, packed_floats, packed_ids
+from arbor_core.ledger import Completion, Ledger, key_of, key_of_tools, packed_floats, packed_ids
 from arbor_core.made import Resolved
 
 from .proxy import Header, Relay
@@ -120,8 +120,8 @@ class Recording:
             logprobs=packed_floats(choice.logprobs) if known else b"",
             temperature=float(self.body.get("temperature", 1.0)),
             finish=choice.finish,
-            key=b"" if choice.calls else key_of(self._messages(at), choice.text, self._tools),
-            tools=bool(self.body.get("tools")),
+            key=b"" if choice.calls else key_of(self._messages(at), choice.text),
+            tools=key_of_tools(self._tools),
         )
 
     @property

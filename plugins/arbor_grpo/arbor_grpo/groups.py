@@ -11,7 +11,7 @@ import msgspec
 from arbor_core.convert import NESTED, nested
 from arbor_core.errors import ApiError
 from arbor_core.inbox import Group, Rollout
-from arbor_core.ledger import Completion, key_of
+from arbor_core.ledger import Completion, key_of, key_of_tools
 from arbor_core.live import Live, name_of
 
 from .requests import Item, StepRequest
@@ -184,7 +184,8 @@ def rollout_of(item: Item, path: str, live: Live, used: set[tuple[str, int]]) ->
         raise invalid(f"Invalid '{path}.tools': it is nested more than {NESTED} deep.", f"{path}.tools")
     content = answer.get("content")
     if isinstance(content, str) and not answer.get("tool_calls"):
-        found = live.match(key_of(item.messages, content, item.tools), frozenset(used))
+        tools = None if item.tools is None else key_of_tools(item.tools)
+        found = live.match(key_of(item.messages, content), frozenset(used), tools)
         if found is not None:
             used.add((found.id, found.index))
             return sampled(found, live.config.temperature), found.version

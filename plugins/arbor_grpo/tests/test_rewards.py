@@ -272,12 +272,15 @@ def test_what_differs_in_its_calls_or_tools_is_another_prompt(server: LiveServer
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     said = job.sample("", messages=talk("Paris"), tools=tools)["choices"][0]["message"]
     item = {"messages": talk("Paris"), "completion": said, "reward": 0}
-    for other in (item, {**item, "messages": talk("Rome"), "tools": tools}):
+    for other in ({**item, "tools": []}, {**item, "messages": talk("Rome"), "tools": tools}):
         answer = job.step([other, {**other, "reward": 1}])
         assert (answer["matched"], answer["tokenized"]) == (0, 2)
     answer = job.step([{**item, "tools": tools}, {**item, "tools": tools, "reward": 1}])
     assert (answer["matched"], answer["tokenized"]) == (1, 1)
     assert [rollout.tools for rollout in groups(job)[-1].rollouts] == [None, tools]
+    job.sample("", messages=talk("Paris"), tools=tools)
+    answer = job.step([item, {**item, "reward": 1}])
+    assert answer["matched"] == 1, "clients that know no tools in groups do not say which there were"
 
 
 def test_evaluations_are_refused_when_their_reward_comes(job: Job) -> None:
