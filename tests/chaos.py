@@ -43,8 +43,9 @@ MOCK: list[Kind] = [
     ("mock", {"steps": 30, "step_seconds": 0.02, "checkpoint_steps": 10, "fault": "crash", "fault_step": 12}),
     ("mock", {"steps": 20, "step_seconds": 0.1, "checkpoint_steps": 3, "fault": "bad_checkpoint", "fault_step": 8}),
 ]
-HANG = "limits.engine_heartbeat_seconds=4"
-OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000", HANG)
+HANG = ("limits.engine_heartbeat_seconds=4", "limits.heartbeat_seconds=15", "limits.start_seconds=40")
+"""What stands still is ended so soon; what works on a machine that others load is not."""
+OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000", *HANG)
 PAUSE_SECONDS = 0.2
 """Mean time between two deeds."""
 PATIENCE = 120.0
@@ -100,12 +101,12 @@ class Chaos(Clients):
                 os.kill(self.draw.choice(found), number)
                 self.counts[f"{what} {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
 
-    def kill_worker(self) -> None:
+    def kill_worker(self, number: int = signal.SIGKILL) -> None:
         workers = []
         for keeper in keepers(self.server.storage):
             with contextlib.suppress(OSError):
                 workers += map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
-        self.kill("worker", workers)
+        self.kill("worker", workers, number)
 
     def kill_module(self, module: str, number: int = signal.SIGKILL) -> None:
         named = {pid: line for pid, line in processes(self.server.storage).items() if module in line}
@@ -151,6 +152,7 @@ class Chaos(Clients):
             (0.5, lambda: self.end_server(signal.SIGTERM)),
             (4, lambda: self.kill("keeper", keepers(self.server.storage))),
             (8, self.kill_worker),
+            (1.5, lambda: self.kill_worker(signal.SIGSTOP)),
             (0.8, lambda: self.kill_module("arbor_core.template")),
             (3, lambda: self.kill_module("arbor_core.validate")),
             (4, lambda: self.kill_module("arbor_mock.engine")),
