@@ -64,6 +64,7 @@ WORKERS = [
     "paused.event",
     "metrics.event:3",
     "resolved.event",
+    "message.event",
     "keeper.claimed",
     "keeper.forked",
     "keeper.told",

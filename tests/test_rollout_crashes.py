@@ -39,6 +39,7 @@ SERVER = [
     "inbox.marked",
     "ledger.written",
     "checkpoint.asked",
+    "job.finish",
     "forgotten.weights",
     "forgotten.ledger",
     "forgotten.asked",
@@ -189,7 +190,10 @@ for n in range(int(sys.argv[2]), 4):
 """
 
 
-@pytest.mark.parametrize("point", ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"])
+ROTATED = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
+
+
+@pytest.mark.parametrize("point", ROTATED)
 def test_a_server_that_dies_between_two_segments(point: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SEGMENTS, str(tmp_path)]
     died = subprocess.run([*command, "0"], env={**os.environ, "ARBOR_CRASH_AT": point}, check=False)
