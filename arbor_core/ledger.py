@@ -41,8 +41,8 @@ class Completion(msgspec.Struct, omit_defaults=True, kw_only=True):
     finish: str = "stop"
     key: bytes
     """See `key_of`."""
-    tools: bytes = b""
-    """See `key_of_tools`; empty: it was asked for with none."""
+    toolset: bytes = b""
+    """See `key_of_tools`; empty: it was asked for with none. Older records have a `tools` of another type."""
 
 
 Place = tuple[int, int, int]
@@ -110,7 +110,7 @@ class Ledger:
         for known in reversed(self.by_key.get(key, ())):
             if known in self.spent or known in without:
                 continue
-            if (found := self.get(*known)) and tools in (None, found.tools):
+            if (found := self.get(*known)) and tools in (None, found.toolset):
                 return found
         return None
 
@@ -164,21 +164,18 @@ class Ledger:
 def key_of(messages: Sequence[Mapping[str, Any]], content: str | None) -> bytes:
     """What a completion is found by where its id is not known: all that messages say to a chat template, and what was
     answered. Empty: it is nested too deeply, and found by its id alone."""
-    try:
-        said = [_told(message) | {"content": _text(message.get("content"))} for message in messages]
-    except RecursionError:
-        return b""
+    said = [{**message, "content": _text(message.get("content")), "weight": None} for message in messages]
     return _hash([said, content or ""])
 
 
 def key_of_tools(tools: Sequence[Mapping[str, Any]] | None) -> bytes:
-    """Stands for the tools that a template was shown; empty: none."""
-    return _hash(_told(tools)) if tools else b""
+    """Stands for the tools that a template was shown; empty: none, or they are nested too deeply."""
+    return _hash(tools) if tools else b""
 
 
 def _hash(value: Any) -> bytes:
     try:
-        return blake2b(msgspec.json.encode(value, order="deterministic"), digest_size=16).digest()
+        return blake2b(msgspec.json.encode(_told(value), order="deterministic"), digest_size=16).digest()
     except RecursionError:
         return b""
 
@@ -186,7 +183,7 @@ def _hash(value: Any) -> bytes:
 def _told(value: Any) -> Any:
     """A value without what says nothing: clients that repeat a message write other empty keys than they were told."""
     if isinstance(value, Mapping):
-        return {key: _told(one) for key, one in value.items() if one not in (None, [], {}) and key != "weight"}
+        return {key: _told(one) for key, one in value.items() if one not in (None, [], {})}
     return [_told(one) for one in value] if isinstance(value, list | tuple) else value
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from arbor_core.ledger import Completion, Ledger, key_of, key_of_tools, packed_floats, packed_ids
+from arbor_core.ledger import HEADER, Completion, Ledger, key_of, key_of_tools, packed_floats, packed_ids
 
 ASKED = [{"role": "user", "content": "say a"}]
 
@@ -98,6 +100,23 @@ def test_what_is_nested_too_deeply_has_no_key() -> None:
     for _ in range(10_000):
         deep = [deep]
     assert key_of([{"role": "user", "content": "x", "deep": deep}], "") == b""
+    assert key_of_tools([{"type": "function", "function": {"name": "x", "parameters": {"deep": deep}}}]) == b""
+
+
+def test_tools_that_differ_in_a_parameter() -> None:
+    def tool(*names: str) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {name: {"type": "number"} for name in names}}
+        return {"type": "function", "function": {"name": "send", "parameters": parameters}}
+
+    assert key_of_tools([tool("height", "weight")]) != key_of_tools([tool("height")])
+
+
+def test_records_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """They said only whether there were tools."""
+    record = {**msgspec.to_builtins(completion(7), builtin_types=(bytes,)), "tools": True}
+    payload = msgspec.msgpack.encode(record)
+    (tmp_path / "0.log").write_bytes(HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+    assert Ledger(tmp_path).get("chatcmpl-7") == completion(7)
 
 
 def test_another_server_finds_what_was_written(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_completion_is_recorded_and_its_answer_says_no_more_than_was_asked_for
     content = live.json["choices"][0]["message"]["content"]
     assert (text_of(found.tokens), text_of(found.prompt)) == (content, "user: hello wörld out there\n")
     assert len(found.logprobs) == len(found.tokens)
-    assert (found.version, found.temperature, found.finish, found.tools) == (0, 1.0, "stop", b"")
+    assert (found.version, found.temperature, found.finish, found.toolset) == (0, 1.0, "stop", b"")
     assert found.key == key_of(HELLO, content)
 
 

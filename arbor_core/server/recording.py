@@ -121,7 +121,7 @@ class Recording:
             temperature=float(self.body.get("temperature", 1.0)),
             finish=choice.finish,
             key=b"" if choice.calls else key_of(self._messages(at), choice.text),
-            tools=key_of_tools(self._tools),
+            toolset=key_of_tools(self._tools),
         )
 
     @property
