@@ -3,16 +3,77 @@
 The prompt but for its last token goes through the model once; its keys and values, gradient included, are then
 repeated for each completion, and the rest of the sequence goes through the model on top of them. The numbers are those
 of the whole sequences; a group of eight costs one prompt instead of eight.
+
+With gradient checkpointing each layer runs a second time in the backward pass. What is kept of the prompt is therefore
+written once and read otherwise, so that the second time is as the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class Prompt(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's keys and values of the distinct prompts, D x heads x P x size, as they were first computed."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
+        return key_states, value_states
+
+
+class Repeated(DynamicLayer):  # type: ignore[no-untyped-call]
+    """The same for each of B rows, before whatever follows; remembers nothing of that.
+
+    Args:
+        of: The prompt of each row: B numbers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, of: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self.of = keys, values, of
+        self.prompts = keys, values
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        new = key_states, value_states
+        keys, values = (
+            torch.cat([kept.index_select(0, self.of), more], dim=-2)
+            for kept, more in zip(self.prompts, new, strict=True)
+        )
+        return keys, values
+
+
+def cache(layers: Sequence[Repeated] = ()) -> DynamicCache:
+    """Of these layers, or of prompts that are still to be computed."""
+    made = DynamicCache()
+    made.layers, made.layer_class_to_replicate = list(layers), None if layers else Prompt
+    return made
+
+
+def allow_caches(model: Any) -> None:
+    """Let layers that are checkpointed have such a cache. Transformers takes caches away from them, because others
+    would be written a second time."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._can_checkpoint_with_cache = True
+
+
+def for_a_trial(model: Any) -> None:
+    """Let nothing be random, but all that can be checkpointed take the path that it takes in training."""
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
 
 
 def scored(
@@ -32,18 +93,15 @@ def scored(
     prompts, mask = input_ids[:, :-completion], attention_mask[:, :-completion]
     first, of = distinct(torch.cat([prompts, mask], dim=1))
     prefix, prefix_mask = prompts[first, :-1], mask[first, :-1]
-    cache = DynamicCache()
+    kept = cache()
     backbone(unwrapped)(
         input_ids=prefix,
         attention_mask=prefix_mask,
         position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
+        past_key_values=kept,
         use_cache=True,
     )
-    repeated = DynamicCache()
-    layers: list[Any] = list(cache.layers)
-    for number, layer in enumerate(layers):
-        repeated.update(layer.keys.index_select(0, of), layer.values.index_select(0, of), number)
+    layers: list[Any] = kept.layers
     rest, rest_mask = input_ids[:, -completion - 1 :], attention_mask[:, -completion - 1 :]
     labels = rest.masked_fill(rest_mask == 0, -100)
     labels[:, 0] = -100
@@ -52,7 +110,7 @@ def scored(
         input_ids=rest,
         attention_mask=torch.cat([prefix_mask[of], rest_mask], dim=1),
         position_ids=starts + torch.arange(completion + 1, device=rest.device),
-        past_key_values=repeated,
+        past_key_values=cache([Repeated(layer.keys, layer.values, of) for layer in layers]),
         labels=labels,
         fused_lm_head=True,
     )

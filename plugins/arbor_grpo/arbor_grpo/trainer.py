@@ -53,7 +53,7 @@ class GroupTrainer(Saving, GRPOTrainer):
             self.use_vllm = True  # TRL applies the ratio of `importance_sampling_mode` only then
         self.current_gradient_accumulation_steps = 1  # TRL divides its losses by it
         self.shares: bool | None = None
-        if not run.config.share_prompts or run.world_size > 1 or self.args.gradient_checkpointing:
+        if not run.config.share_prompts or run.world_size > 1:
             self.shares = False
         self.aux_coefficient = 0.0
         if self.aux_loss_enabled:
@@ -268,7 +268,8 @@ class GroupTrainer(Saving, GRPOTrainer):
         mask = torch.cat([micro["prompt_mask"], micro["completion_mask"]], dim=1)
         length = micro["completion_ids"].size(1)
         found: list[Tensor] = []
-        self.policy.eval()
+        prompts.allow_caches(self.policy)
+        prompts.for_a_trial(self.policy)
         try:
             for shares in (False, True):
                 self.shares = shares

@@ -129,15 +129,44 @@ def test_importance_sampling_corrects_recomputed_ratios(job, sampled, mode, loss
     is_the_references(job(ratio="recomputed", importance_sampling_mode=mode, **keys, **RAGGED), sampled)
 
 
-@pytest.mark.parametrize("way", [{"share_prompts": False}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "way", [{}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, **FULL}]
+)
 def test_the_gradient_is_the_same_however_it_is_computed(job, way):
     found = []
-    for name, more in (("plain", {}), ("other", way)):
-        made = job(name, groups_per_step=len(GROUPS), loss_type="grpo", **more)
-        made.send(*GROUPS)
-        trainer = made.composed()
-        perturbed(trainer)
+    plain = {key: value for key, value in way.items() if key == "lora"}
+    for name, more in (("plain", {"share_prompts": False, **plain}), ("other", way)):
+        trainer = ready(job(name, groups_per_step=len(GROUPS), loss_type="grpo", **more))
         found.append(step(trainer))
+        assert trainer.shares == (name == "other")
+    assert found[0][0] == pytest.approx(found[1][0], abs=TOLERANCE)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], atol=TOLERANCE), name
+
+
+def ready(made: Job) -> GroupTrainer:
+    """A trainer before its first step, which `train` would have told to checkpoint gradients."""
+    made.send(*GROUPS)
+    trainer = made.composed()
+    if trainer.args.gradient_checkpointing:
+        trainer.policy.gradient_checkpointing_enable()
+    perturbed(trainer)
+    return trainer
+
+
+def test_layers_that_run_twice_drop_out_the_same_and_read_the_same_prompts(job):
+    ran, found = [], []
+    for name in (False, True):
+        keys = {"groups_per_step": len(GROUPS), "lora": {"dropout": 0.3}, "micro_batch_size": 3}
+        trainer = ready(job(str(name), gradient_checkpointing=name, **keys))
+        (first,) = (module for path, module in trainer.policy.named_modules() if path.endswith("layers.0.self_attn"))
+        times: list[int] = []
+        first.register_forward_hook(lambda *_, times=times: times.append(1))
+        torch.manual_seed(5)
+        found.append(step(trainer))
+        ran.append(len(times))
+        assert trainer.shares
+    assert ran[1] == ran[0] + 2 * len(trainer.parts)
     assert found[0][0] == pytest.approx(found[1][0], abs=TOLERANCE)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], atol=TOLERANCE), name

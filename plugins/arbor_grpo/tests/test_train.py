@@ -163,7 +163,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(job):
     assert killed.digests() == whole.digests()
 
 
-@pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("more", [{}, FULL, {"gradient_checkpointing": True}], ids=["lora", "full", "checkpointing"])
 def test_shared_prompts_train_the_same_weights(job, more):
     found = []
     for name, share in (("shared", True), ("plain", False)):

@@ -23,6 +23,9 @@ CPU_SHARE, CUDA_SHARE = 0.125, 0.5
 KEPT = 17
 """Numbers kept for the backward pass, per token, layer and hidden unit (Korthikanti et al. 2022, equation 1)."""
 
+KEPT_OF_SHARED = 3
+"""The same with gradient checkpointing, of prompts that several rows share: their keys and values too."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -37,7 +40,9 @@ class Budget:
 def budget(run: Run[Any], model: PreTrainedModel) -> Budget:
     """How large the run's micro-batches may get."""
     config = model.config.get_text_config()
-    kept = 1 if run.config.gradient_checkpointing else KEPT
+    kept = KEPT
+    if run.config.gradient_checkpointing:
+        kept = KEPT_OF_SHARED if getattr(run.config, "share_prompts", False) else 1
     per_token = config.num_hidden_layers * config.hidden_size * kept * (2 if autocast(run) else 4)
     if uses_cuda(run):
         memory, overhead = CUDA_SHARE * torch.cuda.get_device_properties(0).total_memory, CUDA_OVERHEAD
