@@ -85,7 +85,7 @@ def ref_of(pid: int) -> str:
     try:
         state, *fields = stat_of(Path(f"/proc/{pid}/stat"))
         return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot_id()}"
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):  # for want of a descriptor, say, it is not known: that is an error
         return ""
 
 
