@@ -113,6 +113,13 @@ class Chaos(Clients):
         parents = {pid for pid in named if parent_of(pid) == self.server.process.pid}  # not what a template has forked
         self.kill(module.rpartition(".")[2], sorted(parents), number)
 
+    def let_engines_go_on(self) -> None:
+        """One that was stopped while it started is given minutes, and what waits for it stays as long."""
+        for pid, line in processes(self.server.storage).items():
+            if "arbor_mock.engine" in line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def fill_disk(self) -> None:
         if not self.disk_is_full():
             seconds = self.draw.uniform(0.2, 4.0)
@@ -175,6 +182,7 @@ class Chaos(Clients):
             time.sleep(self.draw.expovariate(1 / PAUSE_SECONDS))
         if self.filling:
             self.filling.join()
+        self.let_engines_go_on()
         self.wait_for(self.all_ended, "the jobs")
         told = {job_id: lesson.told for job_id, lesson in self.lessons.items()}
         found = violations(self.server, self.ledger, self.counts, told)
