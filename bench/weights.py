@@ -122,7 +122,8 @@ async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict
         entry="weights:train",
         preload=("weights", "torch", "safetensors.torch"),
     )
-    system.dispatcher.trainers = {**system.dispatcher.trainers, "mock_grpo": worker}
+    known = {**system.dispatcher.trainers, "mock_grpo": worker}
+    system.dispatcher.trainers = system.dispatcher.checking.trainers = known
     values = {**system.trainers["mock_grpo"].values, "lora": None if full else 16}
     values = {name: values[name] for name in Settings.__struct_fields__}
     spec = JobSpec("mock_grpo", "grpo", values, "base", str(model), 0, rollouts=True)

@@ -18,7 +18,7 @@ NOT_TOLD = ("loss", "epoch", "num_tokens", "step_time")
 
 
 class Reporting(TrainerCallback):
-    """Order within a step is transformers': on_step_end (publish), on_log (report)."""
+    """Order within a step is transformers': on_optimizer_step, on_step_end (publish), on_log (report)."""
 
     def __init__(self, run: Run[GrpoConfig], session: Session) -> None:
         self.run, self.session = run, session
@@ -31,6 +31,11 @@ class Reporting(TrainerCallback):
         if self.run.adapter or state.global_step:
             self.session.publish()
         self.began = time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.session.measured["train_time"] = time.perf_counter() - self.session.began
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.session.after_step()

@@ -71,6 +71,8 @@ class Session:
         self.fed: Fed | None = None
         self.measured: dict[str, float] = {}
         """Of the step, to be reported with it."""
+        self.began = 0.0
+        """When the step's batch was ready and its training began."""
         self.barren = 0
         """Batches on end that taught nothing."""
         self.reported: dict[str, float] = {}

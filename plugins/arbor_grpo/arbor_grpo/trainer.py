@@ -184,7 +184,7 @@ class GroupTrainer(Saving, GRPOTrainer):
         model.train()
         if self._step % self.num_iterations == 0:
             self.batch = self._generate_and_score_completions(inputs)
-        began = time.perf_counter()
+        self.session.began = time.perf_counter()
         if self.top_entropy_quantile < 1.0:
             self.batch["entropy_mask"] = self.highest_entropies()
         gathered = metrics.Parts(self._metrics["train"], self.importance_sampling_level)
@@ -193,7 +193,6 @@ class GroupTrainer(Saving, GRPOTrainer):
             loss += self.micro_step(model, rows, gathered, last=number == len(self.parts) - 1)
         gathered.combine(self.accelerator)
         self._step += 1
-        self.session.measured["train_time"] = time.perf_counter() - began
         return loss
 
     def micro_step(self, model: Any, rows: list[int | None], gathered: metrics.Parts, *, last: bool) -> Tensor:
