@@ -3,6 +3,7 @@
 # make test   set up and run the tests
 # make clients  run another project's GRPO client against this server, in an environment of its own
 # make crash  kill a server and its processes at every fault point, one after the other
+# make short-chaos  a quarter of a minute of chaos, of each kind
 # make lint   set up and run ruff, mypy and the import walls
 # make chaos  set up, then kill and disturb a server for CHAOS_MINUTES (1), and see whether anything was lost;
 #             CHAOS_FLAGS=--disk also fills its disk now and then (needs root)
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-grpo test test-minimal clients crash lint format chaos bench docs clean
+.PHONY: setup demo demo-grpo test test-minimal clients crash short-chaos lint format chaos bench docs clean
 
 setup: $(STAMP)
 
@@ -38,13 +39,13 @@ demo-grpo: $(STAMP)
 	$(BIN)/python examples/demo_grpo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash" --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not crash and not chaos" --cov --cov-report=term:skip-covered --cov-fail-under=85 tests $(foreach plugin,$(PLUGINS),$(plugin)/tests)
 
 # The core and the mock plugin alone, in an environment without any machine-learning library.
 test-minimal:
 	test -x $(VENV)-minimal/bin/python || $(PYTHON) -m venv $(VENV)-minimal
 	$(VENV)-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' -e plugins/arbor_mock
-	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile -m "not ml and not crash" tests plugins/arbor_mock/tests
+	$(VENV)-minimal/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ml and not crash" tests plugins/arbor_mock/tests
 
 # Another project's GRPO client, unchanged, in an environment of its own (its package alone: what it needs is a server's).
 clients: $(STAMP)
@@ -55,6 +56,9 @@ clients: $(STAMP)
 
 crash: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m crash tests
+
+short-chaos: $(STAMP)
+	$(BIN)/python -m pytest -m chaos tests/test_chaos.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

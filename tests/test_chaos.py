@@ -10,7 +10,7 @@ pytest.importorskip("arbor_sft")
 from chaos import MOCK, REAL, Chaos
 from chaos_rollouts import LEARNING, LEARNING_REAL
 
-pytestmark = [pytest.mark.ml, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.ml, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_nothing_is_lost(tmp_path: Path) -> None:

@@ -23,7 +23,13 @@ from arbor_core.logs import encode, tail
 from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
 
-ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # else each question to a hub that is not there is asked again and again
+}
 DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
 FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
 
