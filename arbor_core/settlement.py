@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import csv
 import io
 import logging
@@ -249,10 +248,18 @@ class Settlement:
 
 
 def give_up(attempt_dir: Path) -> None:
-    """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already."""
-    with contextlib.suppress(OSError):  # for want of a descriptor it cannot be seen whether it has
+    """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already.
+
+    Raises:
+        TimeoutError: one does not end.
+    """
+    try:
         if keeper := claimed(attempt_dir, ""):
             end_strays(keeper)
+    except TimeoutError:  # it may still hold a device: nobody else may have that yet
+        raise
+    except OSError as error:
+        log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt_dir, error)
 
 
 def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:

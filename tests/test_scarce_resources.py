@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from arbor_core import ExecutorSettings, Lease, Order, Placement, PoolAllocator, dispatcher
+from arbor_core import ExecutorSettings, Lease, Order, Placement, PoolAllocator, dispatcher, settlement
 from arbor_core.attempts import Attempts
 from arbor_core.dispatcher import Dispatcher
 from arbor_core.executor import LocalExecutor, TemplateKey
@@ -162,3 +162,22 @@ async def test_a_start_that_fails_in_an_unknown_way_is_not_tried_for_ever(desk: 
     assert "the cluster is gone" in job.error.message
     assert desk.starts == 1
     assert not desk.followed
+
+
+async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_does_not_end(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(_: str) -> None:
+        raise TimeoutError("the processes [1] were killed and do not end")
+
+    released: list[str] = []
+    monkeypatch.setattr(settlement, "claimed", lambda *_: "1:1:boot")
+    monkeypatch.setattr(settlement, "end_strays", stuck)
+    monkeypatch.setattr(desk.dispatcher, "release", released.append)
+    desk.faults = repeat(RuntimeError("no"))
+    with pytest.raises(TimeoutError):
+        await desk.launch()
+    assert not released
+    found = desk.dispatcher.jobs.get(desk.job.id)
+    assert found is not None
+    assert found.status == "running"
