@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 
@@ -277,6 +277,22 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=made, here=here)
 
 
+def leave(attempt_dir: Path) -> NoReturn:
+    """Run the trainer as the last thing that this process does. It ends at once then: an interpreter that goes its usual
+    way is aborted by threads that libraries have left running."""
+    status = 1
+    try:
+        status = main(attempt_dir)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()  # into worker.log
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
     print_anyway()
-    sys.exit(main(Path(sys.argv[1])))
+    leave(Path(sys.argv[1]))

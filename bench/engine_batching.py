@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from arbor_core import Device
+from arbor_core.testing import device
 
 logging.set_verbosity_error()
 
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(tiny_model(Path(folder)))
         # A model each: the engine and continuous batching both change how it computes attention.
-        mine, second, third = (load(path, Device("cpu:0"), options) for _ in range(3))
+        mine, second, third = (load(path, device(), options) for _ in range(3))
     loops = {
         "engine": own_engine(mine, options),
         "continuous_batching": continuous_batching(second),

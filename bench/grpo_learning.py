@@ -58,7 +58,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--steps", type=int, default=120)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--dir", type=Path, help="work here and leave everything there")
+    parse.add_argument("--dir", type=Path, help="work here, from models/start if it is there, and leave everything")
     parse.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     given = parse.parse_args()
     if given.trl:
@@ -81,6 +81,8 @@ def main() -> None:
 
 def prepare(folder: Path, seed: int) -> None:
     """The checkpoint that all runs start from: `models/start`."""
+    if (folder / "models" / "start").is_dir():
+        return
     (folder / "models").mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", folder / "models" / "tiny"], check=True)
     storage = folder / "prepared"
@@ -98,7 +100,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def trl_alone(model: Path, steps: int, seed: int) -> Curve:
-    """TRL's own trainer, as its documentation has it, on this machine's CPU."""
+    """TRL's own trainer, as its documentation has it, on this machine's GPU or CPU."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -130,8 +132,8 @@ def trl_alone(model: Path, steps: int, seed: int) -> Curve:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
         disable_tqdm=True,
         seed=seed,

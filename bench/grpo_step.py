@@ -1,6 +1,7 @@
 """A step of `arbor-grpo` against one of TRL's own `GRPOTrainer` on the same ready batches, in one process.
 
     python bench/grpo_step.py [--steps 30] [--rounds 3] [--threads 2] [--full]
+    ARBOR_TEST_DEVICE=cuda python bench/grpo_step.py --shape 0.4B --prompt 256 --completion 128
 
 A step is 16 prompts of about 60 tokens with 8 completions of 8 to 24 tokens each, on the tiny model. TRL gets its batch
 as tensors, so nothing is generated on either side; ours reads, checks and pads its groups inside the step. The time is
@@ -27,12 +28,12 @@ for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZ
     os.environ.setdefault(name, value)
 
 import numpy as np
+import shapes
 import torch
 from arbor_grpo.batch import Batch, tensors
 from arbor_grpo.rows import with_advantages
 from arbor_grpo.train import arguments, compose, sent_rewards
 from arbor_grpo.trainer import GroupTrainer
-from arbor_sft.tiny import make
 from arbor_trl.model import adapter, load_model, load_tokenizer
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -47,12 +48,14 @@ PROMPTS, SIZE = 16, 8
 RATE = 1e-4
 
 
-def group(dice: random.Random) -> Group:
+def group(dice: random.Random, prompt_tokens: int, completion_tokens: int) -> Group:
+    """Lengths of the prompt vary by a tenth, those of completions from a third of the longest on."""
     letters = range(97, 123)
-    prompt = np.array(dice.choices(letters, k=dice.randrange(55, 66)), dtype="<i4").tobytes()
+    length = dice.randrange(prompt_tokens * 9 // 10, prompt_tokens * 11 // 10)
+    prompt = np.array(dice.choices(letters, k=length), dtype="<i4").tobytes()
     rollouts = []
     for number in range(SIZE):
-        completion = dice.choices(letters, k=dice.randrange(8, 25))
+        completion = dice.choices(letters, k=dice.randrange(completion_tokens // 3, completion_tokens + 1))
         logps = np.array([-5.6 - dice.random() / 10 for _ in completion], dtype="<f4")
         words = np.array(completion, dtype="<i4").tobytes()
         made = Rollout(
@@ -60,6 +63,12 @@ def group(dice: random.Random) -> Group:
         )
         rollouts.append(made)
     return Group(rollouts=tuple(rollouts), version=0)
+
+
+def finish() -> None:
+    """Wait for what a GPU has still to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass
@@ -70,9 +79,11 @@ class Clock(TrainerCallback):
     cpu: list[float] = field(default_factory=list)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        finish()
         self.began = time.perf_counter(), time.process_time()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        finish()
         self.wall.append(time.perf_counter() - self.began[0])
         self.cpu.append(time.process_time() - self.began[1])
 
@@ -142,7 +153,9 @@ def theirs(run: WorkerRun[Any], groups: list[Group], steps: int) -> tuple[Clock,
     trainer.batches = []
     for step in range(steps):
         readings = [reader.read(each) for each in groups[step * PROMPTS : (step + 1) * PROMPTS]]
-        batch = tensors(with_advantages(readings, run.config)[0], trainer._tokenizer.pad_token_id, torch.device("cpu"))
+        batch = tensors(
+            with_advantages(readings, run.config)[0], trainer._tokenizer.pad_token_id, trainer.accelerator.device
+        )
         batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
         trainer.batches.append(batch)
     trainer.train()
@@ -161,22 +174,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shape", default="tiny", help="of bench/shapes.py")
+    parser.add_argument("--prompt", type=int, default=60, help="tokens of a prompt, about")
+    parser.add_argument("--completion", type=int, default=24, help="tokens of the longest completion")
     parser.add_argument("--full", action="store_true", help="all weights instead of an adapter")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     dice = random.Random(0)
-    groups = [group(dice) for _ in range(options.steps * PROMPTS)]
+    groups = [group(dice, options.prompt, options.completion) for _ in range(options.steps * PROMPTS)]
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make(root / "tiny")
+        shapes.make(root / "base", options.shape)
         for number in range(options.rounds):
-            clock, mine, publish = ours(open_job(root / f"ours-{number}", root / "tiny", groups, options))
+            clock, mine, publish = ours(open_job(root / f"ours-{number}", root / "base", groups, options))
             found["ours"].append(clock.seconds())
             clock, other = theirs(
-                open_job(root / f"trl-{number}", root / "tiny", groups, options), groups, options.steps
+                open_job(root / f"trl-{number}", root / "base", groups, options), groups, options.steps
             )
             found["trl"].append(clock.seconds())
             print(number, {side: f"{rounds[-1][0] * 1e3:.1f} ms" for side, rounds in found.items()}, flush=True)

@@ -1,6 +1,9 @@
 """`make bench`: runs every measurement, compares it with its aim, and writes `bench/results.json`.
 
     python bench/run.py [NAME ...]
+    ARBOR_TEST_DEVICE=cuda python bench/run.py grpo_learning grpo_step sft_throughput weights
+
+With a GPU the models are larger where that matters, and the figures go to `bench/results-gpu.json`.
 
 Figures are ratios of things taken in one run, because the machine is shared; a time stands alone only where the aim is
 a time.
@@ -18,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
+ON_GPU = os.environ.get("ARBOR_TEST_DEVICE") == "cuda"
+RESULTS = HERE / ("results-gpu.json" if ON_GPU else "results.json")
 
 # What is measured -> [(path in its JSON, "at least" or "at most", aim)]
 AIMS: dict[str, list[tuple[str, str, float]]] = {
@@ -52,6 +56,11 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
 }
 OPTIONS = {"simulation": ["--full"]}
 """The aims are for 20,000 jobs and 1,000 devices."""
+GPU_OPTIONS = {
+    "grpo_step": ["--shape", "0.4B", "--prompt", "256", "--completion", "128", "--steps", "8"],
+    "sft_throughput": ["--shape", "0.4B"],
+    "weights": ["--shapes", "tiny,0.4B"],
+}
 
 
 def main() -> int:
@@ -74,7 +83,10 @@ def main() -> int:
 def measure(name: str) -> dict[str, Any]:
     """The JSON on the last line that a script prints."""
     done = subprocess.run(
-        [sys.executable, HERE / f"{name}.py", *OPTIONS.get(name, [])], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, HERE / f"{name}.py", *(GPU_OPTIONS if ON_GPU else OPTIONS).get(name, [])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
@@ -87,7 +99,17 @@ def found(figures: Any, path: str) -> float:
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    found = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return ", ".join([found, *gpus()])
+
+
+def gpus() -> list[str]:
+    """The GPU that was used, if one was."""
+    if not ON_GPU:
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(0)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tokens per second of `arbor-sft` against a plain TRL script, on the same model, data and machine, in one run.
 
-    python bench/sft_throughput.py [--steps 12] [--rounds 3] [--threads 2]
+    python bench/sft_throughput.py [--steps 12] [--rounds 3] [--threads 2] [--shape tiny]
 
 Two kinds of rows: all of one length, where the trainers should do the same work (same settings, at least 0.97 of TRL),
 and log-normal lengths from 20 to 1,000 tokens (our defaults, at least 1.5 times). Both sides take the same rows in each
@@ -29,11 +29,11 @@ from typing import Any
 for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 
+import shapes
 import torch
 from arbor_sft import SftConfig as ArborConfig
 from arbor_sft import plan
 from arbor_sft.rows import load
-from arbor_sft.tiny import make
 from arbor_sft.train import train
 from arbor_trl.chat import ChatFormat
 from datasets import Dataset
@@ -45,7 +45,8 @@ from arbor_core.config import load_yaml, merged
 from arbor_core.convert import typed
 from arbor_core.logs import encode
 from arbor_core.papers import WorkOrder
-from arbor_core.types import PROTOCOL, Device, Order, Placement
+from arbor_core.testing import device
+from arbor_core.types import PROTOCOL, Order, Placement
 from arbor_core.worker import WorkerRun, open_run
 
 BATCH = 16
@@ -109,8 +110,8 @@ def plain(model: Path, rows: Path, folder: Path, steps: int) -> Run:
             warmup_steps=0,
             max_length=None,
             gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
             train_sampling_strategy="sequential",
             logging_steps=1,
@@ -168,7 +169,7 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
         cpu="",
     )
     (folder / "job.json").write_bytes(encode(order))
-    (attempt / "placement.json").write_bytes(encode(Placement((Device("cpu:0"),), threads)))
+    (attempt / "placement.json").write_bytes(encode(Placement((device(),), threads)))
     (attempt / "order.json").write_bytes(encode(Order(attempt, (), {}, sys.executable)))
     job, run = open_run(attempt, WorkerRun), Run()
     report = job.metrics
@@ -183,7 +184,7 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
 
 
 def compare(kind: str, steps: int, rounds: int, threads: int, folder: Path) -> dict[str, float]:
-    model = folder / "tiny"
+    model = folder / "base"
     rows = write_rows(folder / f"{kind}.jsonl", kind, BATCH * steps)
     samples = load(rows, ChatFormat(AutoTokenizer.from_pretrained(model)), 2048, "truncate", "training_file")
     made = schedule(samples.lengths, steps)
@@ -216,13 +217,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shape", default="tiny", help="of bench/shapes.py")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder / "tiny")
+        shapes.make(folder / "base", given.shape)
         results = {
             f"sft_{kind}": compare(kind, given.steps, given.rounds, given.threads, folder)
             for kind in ("equal", "lognormal")

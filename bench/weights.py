@@ -1,6 +1,6 @@
 """How long a policy takes from the trainer's memory until it answers: LoRA and full weights, a tiny model and 100 MB.
 
-    python bench/weights.py [VERSIONS]
+    python bench/weights.py [--versions 20] [--shapes tiny,100MB]
 
 A real worker publishes real weights; a real dispatcher takes its events and the embedded engine loads them, all on this
 machine. `save` is writing the files, `told` from there until the server loads (event, commit), `load` until new
@@ -10,25 +10,22 @@ model's with a step of it, sampling and training, as bench/grpo_learning.py has 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from run import RESULTS
+
 from arbor_core.types import RolloutConfig
 
-RESULTS = Path(__file__).parent / "results.json"
-SIZES = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4},
-    "100MB": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
-}
 Rows = dict[str, dict[str, float]]
 
 
@@ -44,7 +41,8 @@ def train(run: Any) -> None:
 
     update = Path(run.model) / "update"
     weights = next(update.glob("*.safetensors"))
-    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    place = "cuda" if any(device.kind == "cuda" for device in run.devices) else "cpu"
+    tensors = {name: tensor.to(place, copy=True) for name, tensor in load_file(weights).items()}
     version = 0
     while run.desired() == "run":
         asked = json.loads((update / "asked").read_text() or "0") if (update / "asked").exists() else 0
@@ -60,19 +58,13 @@ def train(run: Any) -> None:
         (update / f"saved-{version}").write_text(json.dumps([began, time.time()]))
 
 
-def make(folder: Path, shape: dict[str, int], full: bool) -> int:
+def make(folder: Path, shape: str, full: bool) -> int:
     """A base model, and what its trainer publishes; returns the bytes of that."""
-    import torch
-    from arbor_sft import tiny
+    import shapes
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    tiny.make(folder)
-    if shape["hidden_size"] != 128:
-        config = Qwen2Config.from_pretrained(folder, **shape)
-        config.layer_types = ["full_attention"] * shape["num_hidden_layers"]
-        torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+    shapes.make(folder, shape)
     model = AutoModelForCausalLM.from_pretrained(folder)
     if not full:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
@@ -170,15 +162,20 @@ async def one(system: Any, job_id: str, update: Path, version: int) -> dict[str,
 
 
 def main() -> None:
-    versions = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", type=int, default=20, help="how many are published")
+    parser.add_argument("--shapes", default="tiny,100MB", help="of bench/shapes.py")
+    given = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
     results: Rows = {}
-    step = step_seconds()
-    for size, shape in SIZES.items():
+    shapes = given.shapes.split(",")
+    step = step_seconds() if "tiny" in shapes else 0.0
+    for size in shapes:
         for full in (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                count = make(Path(folder) / "models" / "base", shape, full)
-                found = asyncio.run(measure(Path(folder) / "models" / "base", Path(folder) / "data", full, versions))
+                count = make(Path(folder) / "models" / "base", size, full)
+                base, storage = Path(folder) / "models" / "base", Path(folder) / "data"
+                found = asyncio.run(measure(base, storage, full, given.versions))
             found |= {"bytes": count, "memcpy_ms": round(1000 * memcpy_seconds(count), 3)}
             if size == "tiny":
                 found["of_a_step"] = round(found["total_ms"] / 1000 / step, 4)

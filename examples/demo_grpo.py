@@ -1,9 +1,10 @@
 """Reinforcement learning driven by a client, all through the `openai` package: `make demo-grpo`.
 
-The task is that of demo.py: write a made-up word backwards. Supervised fine-tuning is stopped early, where the model is
-right about four times of ten; from there it learns from rewards alone. The trainer never samples: this script asks the
-model for answers through the chat API, grades them, and sends the rewards. The server looks up what was sampled, token
-by token, and trains on exactly that, while the next answers are being sampled from the newest policy.
+The task is that of demo.py: write a made-up word backwards. Of its supervised fine-tuning an early checkpoint is taken,
+where the model is right about four times of ten; from there it learns from rewards alone. The trainer never samples:
+this script asks the model for answers through the chat API, grades them, and sends the rewards. The server looks up
+what was sampled, token by token, and trains on exactly that, while the next answers are being sampled from the newest
+policy.
 
     python examples/demo_grpo.py [--seed 0] [--steps 400] [--lead 1]
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import json
 import random
 import shutil
@@ -29,11 +31,11 @@ from plot import draw_rewards
 from tqdm import tqdm
 
 OUT = Path(__file__).resolve().parent.parent / "demo-out" / "grpo"
-SFT = {**HYPERPARAMETERS, "checkpoint_steps": 5, "eval_steps": None}
-SFT_FROM = 50
-"""The first checkpoint that is tried."""
+SFT = {**HYPERPARAMETERS, "checkpoint_steps": 2, "eval_steps": None}
 START_ABOVE = 0.3
-"""Where supervised learning stops: the first checkpoint that is right so often."""
+"""Where reinforcement begins: at the first checkpoint that is right so often."""
+LEARNED_BELOW = 0.1
+"""Supervised learning need not go on with such a loss."""
 GROUPS, ANSWERS = 16, 8
 """Words of a step, and answers to each of them."""
 GRPO: dict[str, Any] = {
@@ -84,25 +86,28 @@ def main() -> int:
 
 
 def starting_point(client: openai.OpenAI, out: Path, seed: int) -> str:
-    """The first checkpoint of demo.py's job that is right often enough to learn from its own answers; that job is
-    cancelled then, and its checkpoints stay."""
+    """The first checkpoint of demo.py's job that is right often enough to learn from its own answers. Accuracy rises
+    with the steps, so that few of them have to be tried."""
     path = out / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows("train", COUNTS["train"], seed)))
     file = client.files.create(file=path, purpose="fine-tune")
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": SFT}}
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, seed=seed, method=method)
-    checks, tried = rows("valid", 128, seed), SFT_FROM - 1
+    print(f"Supervised fine-tuning: {job.id}")
     while client.fine_tuning.jobs.retrieve(job.id).finished_at is None:
-        checkpoints = sorted(client.fine_tuning.jobs.checkpoints.list(job.id), key=lambda one: one.step_number)
-        for checkpoint in checkpoints:
-            if checkpoint.step_number <= tried:
-                continue
-            tried, model = checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint
-            if exact_match(client, model, checks, f"step {tried} (validation)") >= START_ABOVE:
-                client.fine_tuning.jobs.cancel(job.id)
-                return model
+        losses = [step["train_loss"] for step in metrics(client, job.id)]
+        if losses and losses[-1] < LEARNED_BELOW:
+            client.fine_tuning.jobs.cancel(job.id)
         time.sleep(0.5)
-    raise SystemExit(f"No checkpoint was right in {START_ABOVE:.0%} of the words")
+    checkpoints = sorted(client.fine_tuning.jobs.checkpoints.list(job.id), key=lambda one: one.step_number)
+    names = {one.fine_tuned_model_checkpoint: f"step {one.step_number} (validation)" for one in checkpoints}
+    checks = rows("valid", 128, seed)
+    found = bisect.bisect_left(
+        list(names), START_ABOVE, key=lambda name: exact_match(client, name, checks, names[name])
+    )
+    if found == len(names):
+        raise SystemExit(f"No checkpoint of {job.id} was right in {START_ABOVE:.0%} of the words")
+    return list(names)[found]
 
 
 async def reinforce(base_url: str, job_id: str, seed: int, steps: int) -> dict[int, float]:

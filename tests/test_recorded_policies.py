@@ -30,7 +30,7 @@ HELLO = [{"role": "user", "content": "say something"}]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     root = tmp_path_factory.mktemp("real")
     tiny.make(root / "models" / "tiny")
-    live = launch(root, f"models.dirs=[{root / 'models'}]", "threads=1", mock=False)
+    live = launch(root, f"models.dirs=[{root / 'models'}]", "threads=1", "engine.dtype=float32", mock=False)
     yield live
     live.cancel_all()
     live.stop()

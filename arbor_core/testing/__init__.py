@@ -10,7 +10,8 @@ Each check raises an AssertionError that says what was expected. None needs a se
 
 from .devices import check_allocator, check_scheduler
 from .engine import check_backend
+from .hardware import device
 from .job_directory import JobDirectory
 from .trainer import check_trainer
 
-__all__ = ["JobDirectory", "check_allocator", "check_backend", "check_scheduler", "check_trainer"]
+__all__ = ["JobDirectory", "check_allocator", "check_backend", "check_scheduler", "check_trainer", "device"]

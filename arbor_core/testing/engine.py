@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbor_core.types import ArborError, Device, Engine, EngineSpec, InferenceBackend, UnknownModelError
+from arbor_core.types import ArborError, Engine, EngineSpec, InferenceBackend, UnknownModelError
+
+from .hardware import device
 
 if TYPE_CHECKING:
     import aiohttp
@@ -58,7 +60,7 @@ async def _check_backend(
 
 
 def _spec(folder: Path, model: str, options: Mapping[str, Any]) -> EngineSpec:
-    return EngineSpec("base", model, folder, (Device("cpu:0"),), 1, TOKEN, dict(options))
+    return EngineSpec("base", model, folder, (device(),), 1, TOKEN, dict(options))
 
 
 async def _check_refusal(factory: Callable[[], InferenceBackend], spec: EngineSpec) -> None:

@@ -22,6 +22,8 @@ from arbor_core.logs import encode, replace, tail
 from arbor_core.papers import WorkOrder
 from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Order, Placement
 
+from .hardware import device
+
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 """One thread and none that spins: the same numbers each time, on a machine that has other work to do."""
 ATTEMPT_SECONDS = 300
@@ -38,7 +40,7 @@ class JobDirectory:
         model: Directory, hub id or whatever the trainer takes as a base model.
         hyperparameters: Laid over the trainer's YAML, as a request's are.
         validation_rows: The validation file's rows; None: there is no validation file.
-        devices: The devices of all ranks.
+        devices: The devices of all ranks; default: the one that tests run on (`device`).
         adapter: Adapter to start from.
 
     Raises:
@@ -52,7 +54,7 @@ class JobDirectory:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     validation_rows: Sequence[Mapping[str, Any]] | None = None
     seed: int = 1
-    devices: tuple[Device, ...] = (Device("cpu:0"),)
+    devices: tuple[Device, ...] = field(default_factory=lambda: (device(),))
     adapter: Path | None = None
     attempts: int = 0
 

@@ -49,6 +49,7 @@ def job(tiny: Path, tmp_path: Path) -> Callable[..., Job]:
     """`job("name", max_steps=3)` makes a job's directory."""
 
     def make(name: str = "job", adapter: Path | None = None, **hyperparameters: Any) -> Job:
-        return Job(tmp_path / name, "grpo", [], str(tiny), hyperparameters, adapter=adapter)
+        keys = {"dtype": "float32", **hyperparameters}  # so that a GPU computes what the reference does
+        return Job(tmp_path / name, "grpo", [], str(tiny), keys, adapter=adapter)
 
     return make

@@ -40,7 +40,9 @@ def tokens(raw: bytes) -> Tensor:
 
 
 def token_logps(model: Any, prompt: Tensor, completion: Tensor, temperature: float) -> Tensor:
-    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0].float() / temperature
+    """On the CPU, wherever the model is."""
+    ids = torch.cat([prompt, completion])[None].to(model.device)
+    logits = model(input_ids=ids).logits[0].float().cpu() / temperature
     found = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return found.gather(1, completion[:, None])[:, 0]
 

@@ -41,12 +41,12 @@ def sampled(tiny: Path) -> tuple[Group, ...]:
 
 
 def perturbed(trainer: GroupTrainer) -> None:
-    """Move the policy away from the reference, and an adapter away from its zeros."""
+    """Move the policy away from the reference, and an adapter away from its zeros, by the same on every device."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+                parameter.add_(torch.randn(parameter.shape).to(parameter.device) * 0.05)
 
 
 def is_the_references(made: Job, sampled: tuple[Group, ...]) -> None:

@@ -51,7 +51,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job(experts: Path, tmp_path: Path) -> Callable[..., Job]:
     def make(name: str, **hyperparameters: Any) -> Job:
-        return Job(tmp_path / name, "grpo", [], str(experts), {**FULL, **hyperparameters})
+        return Job(tmp_path / name, "grpo", [], str(experts), {**FULL, "dtype": "float32", **hyperparameters})
 
     return make
 
@@ -77,8 +77,9 @@ def test_every_row_counts_as_much(job, experts, loss_type):
     loss, gradients = step(trainer)
     trainer.policy.zero_grad()
     sequences = [tokens(said.prompt + said.completion) for each in groups for said in each.rollouts if said.completion]
-    spreads = [trainer.policy(input_ids=ids[None], output_router_logits=True).aux_loss for ids in sequences]
-    spread = torch.stack(spreads).mean()
+    place = trainer.policy.device
+    spreads = [trainer.policy(input_ids=ids[None].to(place), output_router_logits=True).aux_loss for ids in sequences]
+    spread = torch.stack(spreads).mean().cpu()
     expected = reference(trainer.policy, base, groups, trainer.run.config) + COEFFICIENT * spread
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=TOLERANCE)

@@ -13,7 +13,7 @@ from grpo_jobs import FULL, QUICK, Background, group, groups, two_ranks
 from safetensors.torch import load_file
 
 from arbor_core.inbox import Group
-from arbor_core.testing import check_trainer
+from arbor_core.testing import check_trainer, device
 
 CLAIMED = ("train_loss", "kl", "step", "digest", "fed", "reward", "clip_ratio/region_mean", "client/kl")
 """Names of our metrics, not all of which such a job has."""
@@ -235,6 +235,7 @@ def test_an_adapter_cannot_be_trained_as_full_weights(job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(device().kind == "cuda", reason="one GPU, and NCCL wants one for each rank")
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
 def test_two_ranks_train_what_one_does(job, loss_type):
     """Seven rows for two ranks, in micro-batches of two rows; one group is no good, one request for a checkpoint."""

@@ -21,7 +21,8 @@ from arbor_core.config import load_yaml, merged
 from arbor_core.convert import typed
 from arbor_core.logs import encode, tail
 from arbor_core.papers import WorkOrder
-from arbor_core.types import PROTOCOL, Device, Event, Order, Placement
+from arbor_core.testing import device
+from arbor_core.types import PROTOCOL, Event, Order, Placement
 
 ENV = {
     "OMP_NUM_THREADS": "1",
@@ -30,7 +31,7 @@ ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # else each question to a hub that is not there is asked again and again
 }
-DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml")))
+DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml"))) | {"dtype": "float32"}
 FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
 
 
@@ -88,7 +89,7 @@ class Job:
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
-        placement = Placement((Device("cpu:0"),), 1, self.share)
+        placement = Placement((device(),), 1, self.share)
         (folder / "placement.json").write_bytes(encode(placement))
         (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
         return Cold(folder, ranks) if cold or ranks > 1 else Fork(folder)

@@ -20,6 +20,7 @@ from sft_jobs import DEFAULTS, FULL, Job, chat, config, until, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from arbor_core import ConfigError
+from arbor_core.testing import device
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2, "batch_size": 4, "n_epochs": 1}
 
@@ -160,6 +161,7 @@ def test_packing_is_for_models_that_tell_rows_apart(tiny: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(device().kind == "cuda", reason="one GPU, and NCCL wants one for each rank")
 def test_two_ranks(job: Any) -> None:
     settings = {**FULL, "batch_size": 8, "checkpoint_steps": 3}
     one, two = job("one", valid=True, **settings).run(), job("two", valid=True, **settings)

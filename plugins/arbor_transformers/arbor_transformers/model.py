@@ -159,7 +159,10 @@ def make_batch(loaded: Loaded, lora: AdapterRows, options: Options) -> tuple[Bat
 def slot_forward(model: PreTrainedModel) -> SlotForward | None:
     """How to run a model over slots; None where its layers keep something else than keys and values by position."""
     config = model.config.get_text_config(decoder=True)
-    types, details = get_layer_types_and_kwargs(config)
+    found: tuple[list[str], Any] = get_layer_types_and_kwargs(config)
+    types, details = found
+    if isinstance(details, dict):  # transformers before 5.19 tells it of all layers at once
+        details = [details]
     scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     # These stretch positions by the longest row of a batch: rows would depend on one another.
     stretched = any(kind in str(scaling) for kind in ("'dynamic'", "'longrope'"))

@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from arbor_core import Device, EngineSpec
+from arbor_core import EngineSpec
+from arbor_core.testing import device
 
 OPTIONS = Path(__file__).parents[1] / "arbor_transformers" / "conf" / "backend" / "transformers.yaml"
 TEMPLATE = (
@@ -102,13 +103,13 @@ class Running:
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    return {**yaml.safe_load(OPTIONS.read_text()), "max_cached_tokens": 16384, **changes}
+    return {**yaml.safe_load(OPTIONS.read_text()), "max_cached_tokens": 16384, "dtype": "float32", **changes}
 
 
 def launch(model: Path, folder: Path, token: str = "secret", **changes: Any) -> subprocess.Popen[bytes]:
     """Start the process as the core does, without waiting for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec = EngineSpec("base", str(model), folder, (Device("cpu:0"),), 1, token, options(**changes))
+    spec = EngineSpec("base", str(model), folder, (device(),), 1, token, options(**changes))
     (folder / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
     with (folder / "engine.log").open("wb") as log:
         return subprocess.Popen(

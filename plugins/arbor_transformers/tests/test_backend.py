@@ -17,7 +17,8 @@ from arbor_transformers.prompts import Prompts
 from embedded import OPTIONS, World, launch, make_tokenizer, options
 from safetensors.torch import load_file, save_file
 
-from arbor_core import ArborError, Device, EngineSpec, Weights
+from arbor_core import ArborError, EngineSpec, Weights
+from arbor_core.testing import device
 
 
 def test_options_and_yaml_have_the_same_keys() -> None:
@@ -42,7 +43,7 @@ def test_the_plugin_is_light() -> None:
 
 async def test_the_core_starts_loads_and_stops_an_engine(world: World, tmp_path: Path) -> None:
     backend = arbor_transformers.arbor_inference_backends()["transformers"]()
-    spec = EngineSpec("base", str(world.model), tmp_path, (Device("cpu:0"),), 1, "t", options())
+    spec = EngineSpec("base", str(world.model), tmp_path, (device(),), 1, "t", options())
     engine = await backend.start(spec)
     try:
         assert await engine.health()
@@ -56,7 +57,7 @@ async def test_the_core_starts_loads_and_stops_an_engine(world: World, tmp_path:
 
 
 def serve(path: Path, chosen: arbor_transformers.Options) -> None:
-    loaded = load(str(path), Device("cpu:0"), chosen)
+    loaded = load(str(path), device(), chosen)
     make_batch(loaded, AdapterRows(loaded.model), chosen)
 
 
@@ -100,7 +101,7 @@ def test_a_model_that_cannot_be_served_is_refused_with_its_path(world: World, tm
 async def test_the_process_says_why_in_one_line_and_exits_with_3(world: World, tmp_path: Path) -> None:
     backend = arbor_transformers.arbor_inference_backends()["transformers"]()
     torn = broken_models(world, tmp_path)["torn"]
-    spec = EngineSpec("base", str(torn), tmp_path / "a", (Device("cpu:0"),), 1, "", options())
+    spec = EngineSpec("base", str(torn), tmp_path / "a", (device(),), 1, "", options())
     process = launch(torn, tmp_path / "b")
     with pytest.raises(ArborError, match=f"cannot load a model from {torn}"):
         await backend.start(spec)

@@ -18,7 +18,7 @@ from arbor_transformers.sampler import Sampling
 from arbor_transformers.text import Detokenizer, StopStrings, TokenText
 from embedded import make_adapter, make_tokenizer, options
 
-from arbor_core import Device
+from arbor_core.testing import device
 
 TOKENIZER = make_tokenizer()
 SHAPE: dict[str, Any] = {
@@ -115,7 +115,7 @@ def test_greedy_is_generate(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     chosen = Options(**options(prefill_tokens=32))
-    loaded = load(str(tmp_path), Device("cpu:0"), chosen)
+    loaded = load(str(tmp_path), device(), chosen)
     batch, _ = make_batch(loaded, AdapterRows(loaded.model), chosen)
     assert type(batch) is kind
     draw = torch.Generator().manual_seed(1)
@@ -142,7 +142,7 @@ def test_eager_attention_and_bfloat16_serve_too(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     for change in ({"attention": "eager"}, {"dtype": "bfloat16"}):
         chosen = Options(**options(**change))
-        loaded = load(str(tmp_path), Device("cpu:0"), chosen)
+        loaded = load(str(tmp_path), device(), chosen)
         assert type(make_batch(loaded, AdapterRows(loaded.model), chosen)[0]) is SlotBatch
 
 
@@ -152,7 +152,7 @@ def test_a_batch_that_fails_fails_its_own_rows_only(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     chosen = Options(**options())
-    loaded = load(str(tmp_path), Device("cpu:0"), chosen)
+    loaded = load(str(tmp_path), device(), chosen)
     batch, _ = make_batch(loaded, AdapterRows(loaded.model), chosen)
     engine = Engine(batch, 4, 100, 64, deliver, lambda: None)
     engine.start()
@@ -184,7 +184,7 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     chosen = Options(**options(max_cached_tokens=512))
-    loaded = load(str(tmp_path), Device("cpu:0"), chosen)
+    loaded = load(str(tmp_path), device(), chosen)
     batch, context = make_batch(loaded, AdapterRows(loaded.model), chosen)
     assert isinstance(batch, SlotBatch) and context == 256
     sent_back, cells = 0, [0]
@@ -223,7 +223,7 @@ def test_an_adapter_is_freed_with_its_last_sequence(tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
-    loaded = load(str(tmp_path / "base"), Device("cpu:0"), Options(**options()))
+    loaded = load(str(tmp_path / "base"), device(), Options(**options()))
     path = make_adapter(tmp_path / "base", tmp_path / "a", 1, r=2, target_modules=["q_proj"])
     rows = AdapterRows(loaded.model)
     adapter = load_adapter("a", str(path), loaded.model)

@@ -19,7 +19,8 @@ from arbor_transformers.pulse import Pulse, beat_with
 from embedded import World, options
 from transformers import LlamaForCausalLM
 
-from arbor_core import Device, UnknownModelError
+from arbor_core import UnknownModelError
+from arbor_core.testing import device
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -30,7 +31,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_a_loop_without_work_is_never_stuck_and_one_with_a_call_that_hangs_is(world: World) -> None:
-    loaded = load(str(world.model), Device("cpu:0"), Options(**options()))
+    loaded = load(str(world.model), device(), Options(**options()))
     batch, _ = make_batch(loaded, AdapterRows(loaded.model), Options(**options()))
     engine = Engine(batch, 4, 100, 32, lambda _: None, lambda: None)
     engine.start()

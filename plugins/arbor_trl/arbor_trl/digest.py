@@ -12,13 +12,13 @@ MOST_PARAMETERS = 50_000_000
 
 
 def digest(parameters: Iterable[torch.nn.Parameter]) -> str | None:
-    """XXH3-128 of those that are trained, on a CPU, in hexadecimal; None where computing it would be felt."""
+    """XXH3-128 of those that are trained, in hexadecimal; None where computing it would be felt."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained or sum(parameter.numel() for parameter in trained) > MOST_PARAMETERS:
         return None
-    if any(parameter.device.type != "cpu" for parameter in trained):
+    if any(type(parameter.data) is not torch.Tensor for parameter in trained):  # sharded: each rank has a part
         return None
     found = xxh3_128()
     for parameter in trained:
-        found.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
