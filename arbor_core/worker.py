@@ -278,8 +278,8 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
 
 
 def leave(attempt_dir: Path) -> NoReturn:
-    """Run the trainer as the last thing that this process does. It ends at once then: an interpreter that goes its usual
-    way is aborted by threads that libraries have left running."""
+    """Run the trainer as the last thing that this process does. It ends at once then: threads that libraries have left
+    running abort an interpreter that goes its usual way."""
     status = 1
     try:
         status = main(attempt_dir)
