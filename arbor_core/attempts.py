@@ -27,6 +27,7 @@ from .logs import decode, encode, replace, tail
 from .models import ft_name
 from .onlookers import Onlookers
 from .papers import WorkOrder
+from .policies import policy_of
 from .records import Job, encoded
 from .types import (
     PROTOCOL,
@@ -143,6 +144,7 @@ class Attempts:
             launcher=self.settings.launcher,
             bell=str(bell),
             room_seconds=self.settings.limits.room_seconds,
+            handled=policy_of(self.jobs.store, job.id)[0].handled,
         )
         if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from . import ids
+from .changes import Changes
 from .faults import crash_point
 from .history import add_events, add_told, holds_checkpoint
 from .records import (
@@ -34,6 +35,7 @@ class Jobs:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.changes = Changes()
 
     async def create(
         self,
@@ -196,7 +198,9 @@ class Jobs:
                 also(db)
             return row_of(db, job.id)
 
-        return await self.store.write(swap)
+        moved = await self.store.write(swap)
+        self.changes.tell(job.id)
+        return moved
 
     async def note(self, event: Event, *job_ids: str) -> None:
         """Add an event that the server itself has to report of these jobs."""
@@ -223,6 +227,7 @@ class Jobs:
             )
 
         await self.store.write(change)
+        self.changes.tell(job_id)
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
@@ -246,7 +251,9 @@ class Jobs:
             add_told(db, job, events, model)
             return row_of(db, job.id)
 
-        return await self.store.write(take)
+        taken = await self.store.write(take)
+        self.changes.tell(job.id)
+        return taken
 
     async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
         """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.

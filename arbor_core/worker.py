@@ -66,6 +66,9 @@ class WorkerRun(Generic[ConfigT]):
     room_seconds: float = 60.0
     rank: int = 0
     world_size: int = 1
+    to_catch_up: int = 0
+    """Groups of rollouts that earlier attempts have handled. What came of them was told, so that it comes again before
+    the job may finish: this attempt began where the last checkpoint is."""
     log: Log | None = field(init=False, default=None)
     feed: Feed | None = field(init=False, default=None)
 
@@ -177,7 +180,10 @@ class WorkerRun(Generic[ConfigT]):
     def groups(self, position: int, wait: float) -> list[Record]:
         self.feed = self.feed or Feed(self.dir / "inbox")
         self.pulse.beat()  # ready, though nobody may send anything for days
-        return self.feed.take(position, wait)
+        found = self.feed.take(position, wait)
+        if not found:
+            self.to_catch_up = 0
+        return found
 
     @contextmanager
     def publish(self, version: int, handled: int) -> Iterator[Path]:
@@ -186,9 +192,15 @@ class WorkerRun(Generic[ConfigT]):
             yield folder
         data = {"dir": name, "version": version, "handled": handled}
         self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
+        self._caught_up(handled)
 
     def passed_over(self, handled: int) -> None:
         self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
+        self._caught_up(handled)
+
+    def _caught_up(self, handled: int) -> None:
+        if handled >= self.to_catch_up:
+            self.to_catch_up = 0
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         return asked(self.dir)
@@ -212,7 +224,8 @@ class WorkerRun(Generic[ConfigT]):
             raise JobStopped(wanted)
 
     def desired(self) -> Desired:
-        return desired(self.dir)
+        wanted = desired(self.dir)
+        return "run" if wanted == "finish" and self.to_catch_up else wanted
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
         data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
@@ -240,6 +253,7 @@ def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
         placement=placement,
         bell=papers.bell,
         room_seconds=papers.room_seconds,
+        to_catch_up=papers.handled,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )

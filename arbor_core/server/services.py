@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -70,8 +69,11 @@ class ServerServices:
                 seen = row.seq
             if ended:
                 return
-            await asyncio.sleep(POLL_SECONDS)
+            await self.changed(job_id, owner, POLL_SECONDS)
             job = found(self.arbor, job_id, owner)
+
+    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+        await self.arbor.jobs.changes.wait(found(self.arbor, job_id, owner).id, seconds)
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
         job = self._learner(job_id, owner) if desired == "finish" else found(self.arbor, job_id, owner)
@@ -109,7 +111,7 @@ class ServerServices:
             if time.monotonic() > until:
                 message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
                 raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
-            await asyncio.sleep(POLL_SECONDS)
+            await self.changed(job_id, owner, POLL_SECONDS)
         await self._name_last(job, request)
         return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
 

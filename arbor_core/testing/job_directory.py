@@ -113,7 +113,9 @@ class JobDirectory:
         folder = self.attempt_dir
         folder.mkdir(parents=True)
         (folder / "placement.json").write_bytes(encode(Placement(self.devices, 1)))
-        (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
+        told = [e.data["handled"] for n in range(1, self.attempts) for e in self.events("weights", attempt=n)]
+        order = Order(folder, (), {}, sys.executable, handled=max(told, default=0))
+        (folder / "order.json").write_bytes(encode(order))
         return folder
 
     def start(self) -> subprocess.Popen[bytes]:

@@ -26,14 +26,15 @@ POLL_SECONDS = 0.05
 
 
 def check_learning(make: Callable[[str], JobDirectory]) -> None:
-    """Run a job to its end, one that is paused and resumed, and one that is cancelled.
+    """Run a job to its end, one that is paused and resumed, one that is killed, and one that is cancelled.
 
     Args:
         make: A new job of a name, with `SIZE` among its hyperparameters.
     """
-    whole, paused, cancelled = make("whole"), make("paused"), make("cancelled")
+    whole, paused, killed, cancelled = (make(name) for name in ("whole", "paused", "killed", "cancelled"))
     check_to_the_end(whole)
     check_resumed(paused, whole)
+    check_killed(killed, whole)
     cancelled.send(*groups(1))
     check_cancel(cancelled)
 
@@ -210,6 +211,22 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
     check_result(job)
     said = [event.type for event in job.events(*LAST_WORDS)]
     assert said == ["result"], f"the resumed run reported {said}; expected a result"
+
+
+def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
+    """Killed, and asked to finish before it runs again: what it had learned is in its result."""
+    with running(job) as attempt:
+        for step in range(1, STEPS):
+            attempt.learn(step)
+    job.ask("finish")
+    with running(job) as attempt:
+        attempt.end("killed, and asked to finish")
+    result = check_result(job)
+    assert result.step == STEPS - 1, (
+        f"killed after step {STEPS - 1} and asked to finish, the result is that of step {result.step}: ask "
+        "run.desired() after groups are taken, and say with run.publish or run.passed_over how many are handled"
+    )
+    check_same(job.events("metrics"), [event for event in whole.events("metrics") if event.data["step"] < STEPS])
 
 
 def check_same(mine: list[Event], theirs: list[Event]) -> None:

@@ -38,6 +38,8 @@ class Order(Struct, frozen=True):
     """Datagram socket that is rung when the attempt has written something."""
     room_seconds: float = 60.0
     """How long a checkpoint waits for room on a full disk before the job is paused."""
+    handled: int = 0
+    """Groups of rollouts that earlier attempts have handled."""
 
 
 class Exit(Struct, frozen=True):

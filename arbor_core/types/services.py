@@ -63,6 +63,10 @@ class Services(Protocol):
         """The job's event objects, oldest first, as they come; ends when the job has ended."""
         ...
 
+    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+        """Return when the job has another status, or its trainer has reported something; or after so many seconds."""
+        ...
+
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
         """Ask a job to run, pause, cancel or finish; returns the job object as it is then.
 

@@ -8,34 +8,36 @@ from collections.abc import Awaitable, Callable
 
 from .status import GRPOStatus, Style
 
-SOONEST_SECONDS, LATEST_SECONDS = 0.01, 0.1
-"""Between two looks: the longer nothing has changed, the less does it matter to hear of it at once."""
-SHARE = 0.05
-"""News come late by so much of the time that was waited for them."""
+LATEST_SECONDS = 0.1
+"""Between two looks, if nothing is heard of the job: groups that others send are no news of its trainer."""
 
 Key = tuple[str, str, Style]
 """Job, owner, and how checkpoints are shown."""
+Look = Callable[[str, str, Style], Awaitable[GRPOStatus]]
+Changed = Callable[[str, str, float], Awaitable[None]]
 
 
 class Watch:
     """Of one job, for the clients that wait at the same time.
 
     Args:
+        look: Tells how the job is.
+        changed: Returns when something was heard of it, or after so many seconds.
         before: The state that they know.
         until: When the last of them has waited enough.
     """
 
-    def __init__(self, look: Callable[[], Awaitable[GRPOStatus]], before: GRPOStatus, until: float) -> None:
-        self.look, self.until = look, until
+    def __init__(self, look: Look, changed: Changed, key: Key, before: GRPOStatus, until: float) -> None:
+        self.look, self.changed, self.key, self.until = look, changed, key, until
         self.change = asyncio.create_task(self._change(before))
         self.change.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits for it
 
     async def _change(self, before: GRPOStatus) -> GRPOStatus:
         """The next state that differs from `before`; the last one looked at, when nobody waits any longer."""
-        began = time.monotonic()
         while (now := time.monotonic()) < self.until:
-            await asyncio.sleep(min(max(SOONEST_SECONDS, SHARE * (now - began)), LATEST_SECONDS, self.until - now))
-            found = await self.look()
+            job_id, owner, _ = self.key
+            await self.changed(job_id, owner, min(LATEST_SECONDS, self.until - now))
+            found = await self.look(*self.key)
             if any(getattr(found, name) != getattr(before, name) for name in ("status", "policy_version")):
                 return found
             if found.pending_batch_ids != before.pending_batch_ids:
@@ -47,8 +49,8 @@ class Watch:
 class News:
     """The watches of a server."""
 
-    def __init__(self, look: Callable[[str, str, Style], Awaitable[GRPOStatus]]) -> None:
-        self.look = look
+    def __init__(self, look: Look, changed: Changed) -> None:
+        self.look, self.changed = look, changed
         self.watches: dict[Key, Watch] = {}
 
     async def next(self, key: Key, before: GRPOStatus, seconds: float) -> GRPOStatus | None:
@@ -60,7 +62,7 @@ class News:
         until = time.monotonic() + seconds
         watch = self.watches.get(key)
         if watch is None:
-            watch = self.watches[key] = Watch(lambda: self.look(*key), before, until)
+            watch = self.watches[key] = Watch(self.look, self.changed, key, before, until)
             watch.change.add_done_callback(lambda _: self.watches.pop(key))
         watch.until = max(watch.until, until)
         found, _ = await asyncio.wait({watch.change}, timeout=seconds)  # which leaves it running for the others

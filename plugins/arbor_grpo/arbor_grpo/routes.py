@@ -49,7 +49,7 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.news = News(self.look)
+        self.news = News(self.look, services.changed)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)

@@ -21,7 +21,7 @@ class World:
         self.looks = 0
         self.version, self.pending = 0, [0]
         self.gone = False
-        self.news = News(self.look)
+        self.news = News(self.look, self.changed)
 
     def now(self) -> GRPOStatus:
         return GRPOStatus(
@@ -34,6 +34,10 @@ class World:
             policy_version=self.version,
             groups=Groups(0, 0, 0),
         )
+
+    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+        assert (job_id, owner) == KEY[:2]
+        await asyncio.sleep(min(seconds, 0.01))
 
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         assert (job_id, owner, style) == KEY
