@@ -11,6 +11,7 @@ written once and read otherwise, so that the second time is as the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,6 +116,20 @@ def scored(
         fused_lm_head=True,
     )
     return out.log_probs, out.entropy
+
+
+def placed(model: Any, unwrapped: Any) -> Any:
+    """The model, told where each token stands in its own sequence. Prompts are padded on the left, and a model whose
+    positions are learned would count the padding."""
+    base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+    if "position_ids" not in signature(type(base).forward).parameters:
+        return model
+
+    def forward(*, attention_mask: Tensor, **inputs: Any) -> Any:
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+
+    return forward
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -240,15 +240,15 @@ class GroupTrainer(Saving, GRPOTrainer):
         **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """B x C each. With each distinct prompt computed once where that is possible, else TRL's way."""
-        if self.shares and input_ids.size(1) - logits_to_keep > 1 and not any(v is not None for v in images.values()):
+        unwrapped = self.accelerator.unwrap_model(model)
+        text = all(value is None for value in images.values())
+        if self.shares and input_ids.size(1) - logits_to_keep > 1 and text:
             with self.accelerator.autocast():
-                logps, entropies = prompts.scored(
-                    model, self.accelerator.unwrap_model(model), input_ids, attention_mask, logits_to_keep
-                )
+                logps, entropies = prompts.scored(model, unwrapped, input_ids, attention_mask, logits_to_keep)
             aux = None
         else:
             logps, entropies, aux = super()._get_per_token_logps_and_entropies(
-                model,
+                prompts.placed(model, unwrapped) if text else model,
                 input_ids,
                 attention_mask,
                 logits_to_keep,

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 import torch
 from arbor_grpo.trainer import GroupTrainer
+from arbor_sft.tiny import tokenizer
 from grpo_jobs import FULL, Job, floats, group, rollout, step
 from grpo_reference import reference, token_logps, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from arbor_core.inbox import Group, Rollout
 
@@ -26,7 +27,11 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def sampled(tiny: Path) -> tuple[Group, ...]:
     """The groups as if the base model, or one near it, had sampled them."""
-    base = AutoModelForCausalLM.from_pretrained(tiny)
+    return near_samples(tiny)
+
+
+def near_samples(path: Path) -> tuple[Group, ...]:
+    base = AutoModelForCausalLM.from_pretrained(path)
     torch.manual_seed(2)
 
     def near(said: Rollout) -> Rollout:
@@ -56,7 +61,7 @@ def is_the_references(made: Job, sampled: tuple[Group, ...]) -> None:
     perturbed(trainer)
     loss, gradients = step(trainer)
     assert len(trainer.parts) > 1
-    assert trainer.shares
+    assert trainer.shares == trainer.run.config.share_prompts
     trainer.policy.zero_grad()
     base = AutoModelForCausalLM.from_pretrained(made.model)
     expected = reference(trainer.policy, base, sampled, trainer.run.config)
@@ -127,6 +132,22 @@ def test_importance_sampling_corrects_recomputed_ratios(job, sampled, mode, loss
     low, high = bounds
     keys = {"importance_sampling_clip_min": low, "importance_sampling_clip_max": high, "loss_type": loss_type}
     is_the_references(job(ratio="recomputed", importance_sampling_mode=mode, **keys, **RAGGED), sampled)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_learned_positions_count_from_the_beginning_of_a_prompt(tmp_path, share):
+    words = tokenizer(256)
+    config = GPT2Config(
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    keys = {**RAGGED, **FULL, "dtype": "float32", "share_prompts": share, "beta": 0.1}
+    made = Job(tmp_path / "job", "grpo", [], str(tmp_path / "model"), keys)
+    is_the_references(made, near_samples(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
