@@ -40,21 +40,22 @@ class Feed:
         with short(self.bell) as address:
             self.socket.bind(address)
 
-    def take(self, position: int, wait: float) -> list[inbox.Record]:
-        """The records from a position on; waits up to `wait` seconds for the first, or until the bell rings for
-        something else.
+    def take(self, position: int, wait: float, until: int | None = None) -> list[inbox.Record]:
+        """The records from a position on, and before `until`; waits up to `wait` seconds for the first, or until the
+        bell rings for something else.
 
         Raises:
             InboxDamagedError: a record is not what was written.
         """
-        found = self._there(position)
+        found = self._there(position, until)
         if not found and wait > 0:
             self._listen(wait)
-            found = self._there(position)
+            found = self._there(position, until)
         return found
 
-    def _there(self, position: int) -> list[inbox.Record]:
-        return list(inbox.read(self.folder, position, inbox.synced(self.folder)))
+    def _there(self, position: int, until: int | None) -> list[inbox.Record]:
+        ends = [end for end in (inbox.synced(self.folder), until) if end is not None]
+        return list(inbox.read(self.folder, position, min(ends, default=None)))
 
     def _listen(self, seconds: float) -> None:
         ready, _, _ = select.select([self.socket], [], [], seconds)

@@ -262,6 +262,17 @@ def headers(path: Path) -> Iterator[tuple[int, int, int, int]]:
             file.seek(offset)
 
 
+def end_of(folder: Path, count: int) -> int:
+    """The position after the first `count` records, or after the last one if there are fewer."""
+    end = 0
+    for start, path in segments(folder):
+        for offset, length, _, _ in headers(path):
+            if count == 0:
+                return end
+            count, end = count - 1, start + offset + HEADER_BYTES + length
+    return end
+
+
 def segments(folder: Path) -> list[tuple[int, Path]]:
     """The segments with their starts, oldest first."""
     return sorted((int(path.stem), path) for path in folder.glob("*.log") if path.stem.isdigit())

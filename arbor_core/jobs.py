@@ -210,6 +210,8 @@ class Jobs:
                 add_events(db, job_id, [event])
 
         await self.store.write(change)
+        for job_id in job_ids:
+            self.changes.tell(job_id)
 
     async def preempt(self, job_id: str) -> None:
         """Have a running job make room: it writes a checkpoint, ends its attempt and is queued again."""
@@ -265,6 +267,7 @@ class Jobs:
                     add_told(db, job, [event], model)
 
         await self.store.write(change)
+        self.changes.tell(job.id)
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
         """Events newest first, older than `before` (a `seq`)."""

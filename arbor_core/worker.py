@@ -21,6 +21,7 @@ import msgspec
 
 from . import checkpoints
 from .bell import URGENT, ring
+from .catching_up import CatchingUp
 from .causes import explain, fail
 from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
@@ -66,9 +67,8 @@ class WorkerRun(Generic[ConfigT]):
     room_seconds: float = 60.0
     rank: int = 0
     world_size: int = 1
-    to_catch_up: int = 0
-    """Groups of rollouts that earlier attempts have handled. What came of them was told, so that it comes again before
-    the job may finish: this attempt began where the last checkpoint is."""
+    handled_before: int = 0
+    """Groups of rollouts that earlier attempts have handled."""
     log: Log | None = field(init=False, default=None)
     feed: Feed | None = field(init=False, default=None)
 
@@ -79,6 +79,7 @@ class WorkerRun(Generic[ConfigT]):
         self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
         self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
         self.adapter = self.order.adapter
+        self.catching_up = CatchingUp(self.dir / "inbox", self.handled_before)
         self.pulse = Pulse(self.attempt_dir / HEARTBEAT)
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
@@ -180,9 +181,12 @@ class WorkerRun(Generic[ConfigT]):
     def groups(self, position: int, wait: float) -> list[Record]:
         self.feed = self.feed or Feed(self.dir / "inbox")
         self.pulse.beat()  # ready, though nobody may send anything for days
-        found = self.feed.take(position, wait)
-        if not found:
-            self.to_catch_up = 0
+        until = None
+        if not self.catching_up.done and desired(self.dir) == "finish":
+            until = self.catching_up.end
+            wait = wait if position < until else 0
+        found = self.feed.take(position, wait, until)
+        self.catching_up.done |= not found
         return found
 
     @contextmanager
@@ -192,15 +196,11 @@ class WorkerRun(Generic[ConfigT]):
             yield folder
         data = {"dir": name, "version": version, "handled": handled}
         self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
-        self._caught_up(handled)
+        self.catching_up.handled(handled)
 
     def passed_over(self, handled: int) -> None:
         self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
-        self._caught_up(handled)
-
-    def _caught_up(self, handled: int) -> None:
-        if handled >= self.to_catch_up:
-            self.to_catch_up = 0
+        self.catching_up.handled(handled)
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         return asked(self.dir)
@@ -225,7 +225,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def desired(self) -> Desired:
         wanted = desired(self.dir)
-        return "run" if wanted == "finish" and self.to_catch_up else wanted
+        return "run" if wanted == "finish" and not self.catching_up.done else wanted
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
         data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
@@ -253,7 +253,7 @@ def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
         placement=placement,
         bell=papers.bell,
         room_seconds=papers.room_seconds,
-        to_catch_up=papers.handled,
+        handled_before=papers.handled,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
@@ -291,6 +291,13 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=made, here=here)
 
 
+def exit_status(stop: SystemExit) -> int:
+    """What an interpreter that goes its usual way would make of it."""
+    if isinstance(stop.code, str):
+        print(stop.code, file=sys.stderr)
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
 def leave(attempt_dir: Path) -> NoReturn:
     """Run the trainer as the last thing that this process does. It ends at once then: threads that libraries have left
     running abort an interpreter that goes its usual way."""
@@ -298,7 +305,7 @@ def leave(attempt_dir: Path) -> NoReturn:
     try:
         status = main(attempt_dir)
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
+        status = exit_status(stop)
     except BaseException:
         traceback.print_exc()  # into worker.log
     finally:

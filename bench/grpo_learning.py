@@ -36,6 +36,8 @@ sys.path.insert(0, str(EXAMPLES))
 from demo_grpo import ANSWERS, GROUPS, metrics, question, reward, starting_point
 from letters import words
 
+from arbor_core.testing import device
+
 SHARED: dict[str, Any] = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
@@ -91,9 +93,9 @@ def prepare(folder: Path, seed: int) -> None:
         name = starting_point(client, folder, seed)
     step = name.rpartition("-")[2]
     (found,) = storage.glob(f"**/checkpoints/{step}-*")
-    shutil.copytree(found, folder / "models" / "start", dirs_exist_ok=True)
-    for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
-        (folder / "models" / "start" / state).unlink(missing_ok=True)
+    states = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    draft = shutil.copytree(found, folder / "start", ignore=states)
+    draft.rename(folder / "models" / "start")
 
 
 # --- TRL alone --------------------------------------------------------------------------------------------------------
@@ -132,8 +134,8 @@ def trl_alone(model: Path, steps: int, seed: int) -> Curve:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
+        use_cpu=device().kind == "cpu",
+        bf16=device().kind == "cuda",
         gradient_checkpointing=False,
         disable_tqdm=True,
         seed=seed,

@@ -83,7 +83,7 @@ def main() -> int:
 def measure(name: str) -> dict[str, Any]:
     """The JSON on the last line that a script prints."""
     done = subprocess.run(
-        [sys.executable, HERE / f"{name}.py", *(GPU_OPTIONS if ON_GPU else OPTIONS).get(name, [])],
+        [sys.executable, HERE / f"{name}.py", *(OPTIONS | (GPU_OPTIONS if ON_GPU else {})).get(name, [])],
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -1,7 +1,7 @@
 """Reinforcement learning driven by a client, all through the `openai` package: `make demo-grpo`.
 
 The task is that of demo.py: write a made-up word backwards. Of its supervised fine-tuning an early checkpoint is taken,
-where the model is right about four times of ten; from there it learns from rewards alone. The trainer never samples:
+where the model is right about one time in three; from there it learns from rewards alone. The trainer never samples:
 this script asks the model for answers through the chat API, grades them, and sends the rewards. The server looks up
 what was sampled, token by token, and trains on exactly that, while the next answers are being sampled from the newest
 policy.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
+import contextlib
 import json
 import random
 import shutil
@@ -33,7 +34,7 @@ from tqdm import tqdm
 OUT = Path(__file__).resolve().parent.parent / "demo-out" / "grpo"
 SFT = {**HYPERPARAMETERS, "checkpoint_steps": 2, "eval_steps": None}
 START_ABOVE = 0.3
-"""Where reinforcement begins: at the first checkpoint that is right so often."""
+"""Where reinforcement begins: at a checkpoint that is right so often, and the one before it is not."""
 LEARNED_BELOW = 0.1
 """Supervised learning need not go on with such a loss."""
 GROUPS, ANSWERS = 16, 8
@@ -86,8 +87,8 @@ def main() -> int:
 
 
 def starting_point(client: openai.OpenAI, out: Path, seed: int) -> str:
-    """The first checkpoint of demo.py's job that is right often enough to learn from its own answers. Accuracy rises
-    with the steps, so that few of them have to be tried."""
+    """A checkpoint of demo.py's job that is only just right often enough to learn from its own answers. Accuracy rises
+    with the steps by and large, so that few of them have to be tried."""
     path = out / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows("train", COUNTS["train"], seed)))
     file = client.files.create(file=path, purpose="fine-tune")
@@ -97,7 +98,8 @@ def starting_point(client: openai.OpenAI, out: Path, seed: int) -> str:
     while client.fine_tuning.jobs.retrieve(job.id).finished_at is None:
         losses = [step["train_loss"] for step in metrics(client, job.id)]
         if losses and losses[-1] < LEARNED_BELOW:
-            client.fine_tuning.jobs.cancel(job.id)
+            with contextlib.suppress(openai.BadRequestError):  # it has just ended
+                client.fine_tuning.jobs.cancel(job.id)
         time.sleep(0.5)
     checkpoints = sorted(client.fine_tuning.jobs.checkpoints.list(job.id), key=lambda one: one.step_number)
     names = {one.fine_tuned_model_checkpoint: f"step {one.step_number} (validation)" for one in checkpoints}

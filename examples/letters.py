@@ -4,8 +4,8 @@
 
 The split is by word, decided by a checksum of the word itself: a word belongs to one split for ever, so none that is
 tested (or validated on) was trained on, whatever the counts and seeds. Words are 3 to 6 random letters; there are about
-321 million of them, so that learning them by heart does not help. Most of them are long: each place further from the
-end of a word has to be found anew, so that who writes half of the words right has found every place.
+321 million of them, so that learning them by heart does not help. Most of them are long: a model has to find
+each place of a word anew, the first letter of six last of all, and is right about few words before it has.
 """
 
 from __future__ import annotations

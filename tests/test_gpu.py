@@ -93,10 +93,13 @@ def test_row_89_a_trainer_killed_on_a_gpu_goes_on_from_its_checkpoint(server: Li
     undisturbed = server.wait(supervised(server, lora=None, checkpoint_steps=10).id, seconds=200)
     job = supervised(server, lora=None, checkpoint_steps=10)
     folder = server.storage / "jobs" / job.id
-    while not list(folder.glob("checkpoints/10-*")):
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "10-1").is_dir():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(worker_of(folder), signal.SIGKILL)
     job = server.wait(job.id, seconds=200)
+    assert (folder / "attempts" / "2").is_dir()
     assert job.status == "succeeded", job.error
     one, other = losses(server, undisturbed.id), losses(server, job.id)
     assert sorted(one) == sorted(other) == list(range(1, 73))

@@ -39,7 +39,7 @@ def check_trainer(
     Always: that its configuration's struct and YAML agree and refuse what they should, that the functions it names
     exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
     in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled. For a trainer that
-    learns from rollouts `model` is enough: groups are made up (see `rollouts`).
+    learns from rollouts `model` is enough: groups are made up, and jobs are killed and finished too (see `rollouts`).
 
     Args:
         rows: Rows that it can be trained on, enough for two steps and few enough for seconds.

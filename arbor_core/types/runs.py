@@ -187,8 +187,8 @@ class Run(Protocol[ConfigT_co]):
 
     def desired(self) -> Desired:
         """What the job is asked to do now. `finish`, for trainers that learn from rollouts: make no more steps, write a
-        checkpoint if the last step has none, and call `Run.finish`. An attempt that follows one that died is asked so
-        only after it has handled the groups again that were handled before."""
+        checkpoint if the last step has none, and call `Run.finish`. An attempt that follows others is asked so only
+        when it has handled what they had handled, and is given no more groups than those."""
         ...
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from .status import GRPOStatus, Style
 
-LATEST_SECONDS = 0.1
+LATEST_SECONDS = 0.25
 """Between two looks, if nothing is heard of the job: groups that others send are no news of its trainer."""
 
 Key = tuple[str, str, Style]

@@ -6,7 +6,6 @@ With `job_id` in the body (arbor-ai 0.2.5, 0.2.9 and later), with it in the path
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -49,10 +48,13 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.news = News(self.look, services.changed)
+        self.news = News(self.look, self.changed)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
+
+    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+        await self.services.changed(job_id, owner, seconds)
 
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         return self.status(await self.services.learner(job_id, owner), owner, style)
@@ -163,7 +165,7 @@ class Calls:
             job = await self.services.job(job_id, owner)
             if job["status"] in ENDED or time.monotonic() > until:
                 return job
-            await asyncio.sleep(LOOK_SECONDS)
+            await self.services.changed(job_id, owner, LOOK_SECONDS)
 
     def chosen(self, asked: JobRequest, owner: str) -> tuple[str, Style]:
         """The job that a body names, or the newest, and how its client wants to see checkpoints."""
