@@ -93,7 +93,7 @@ def violations(
 
 
 def of_lesson(storage: Path, job_id: str, lesson: Told, counts: Counter[str]) -> Iterator[str]:
-    """Groups that were taken are in the inbox once, and named checkpoints are there."""
+    """Groups that were taken are in the inbox once, named checkpoints are there, results hold what was learned."""
     records = list(read_inbox(storage / "jobs" / job_id / "inbox", 0))
     counts["groups in inboxes"] += len(records)
     ids = Counter(record.group.id for record in records)
@@ -107,6 +107,10 @@ def of_lesson(storage: Path, job_id: str, lesson: Told, counts: Counter[str]) ->
             yield f"{job_id}: the group of batch {batch_id} was {sorted(names)}, and is {sorted(kept)}"
     rejected = "SELECT message FROM events WHERE job_id=? AND message LIKE '%cannot be trained on%'"
     yield from (f"{job_id}: {message}" for (message,) in read(storage, rejected, job_id))
+    last = "SELECT max(c.step) FROM jobs j JOIN checkpoints c ON c.job_id=j.id WHERE j.id=? AND j.status='succeeded'"
+    for (step,) in read(storage, last, job_id):
+        if step is not None and step < lesson.version:
+            yield f"{job_id}: version {lesson.version} of its policy was answered, and its result is of step {step}"
     for name in lesson.names:
         sql = (
             "SELECT c.dir FROM named_checkpoints n JOIN checkpoints c ON c.job_id=n.job_id AND c.step=n.step"

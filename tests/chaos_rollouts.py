@@ -56,6 +56,8 @@ class Told:
     """By batch id: the completions, or nothing where the group was sent as text."""
     names: set[str] = field(default_factory=set)
     """Of checkpoints."""
+    version: int = 0
+    """Newest version of the policy that was answered."""
 
 
 class Lesson(threading.Thread):
@@ -85,6 +87,7 @@ class Lesson(threading.Thread):
             self.rest.wait(RETRY_SECONDS)
             return
         pending = status.json["pending_batch_ids"]
+        self.told.version = max(self.told.version, status.json["policy_version"])
         if again := self.told.groups.keys() & set(pending):
             self.fault(f"batch ids {sorted(again)} are offered again")
         if self.hurry.is_set() or status.json["policy_version"] >= self.steps:
