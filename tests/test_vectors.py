@@ -89,7 +89,8 @@ def test_row_102_a_job_made_with_narrower_instructions_goes_on_with_them(
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     twin, job = create(server, chat_rows), create(server, chat_rows)
     assert server.wait(twin).status == "succeeded"
-    until(lambda: digests(server, job), 120)
+    told = server.storage / "jobs" / job / "attempts" / "1" / "events.jsonl"  # it would end while pages are asked for
+    until(lambda: told.exists() and '"metrics"' in told.read_text(), 120)
     client.fine_tuning.jobs.pause(job)
     until(lambda: client.fine_tuning.jobs.retrieve(job).status in ("paused", "succeeded"))
     assert client.fine_tuning.jobs.retrieve(job).status == "paused"
