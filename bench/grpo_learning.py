@@ -73,12 +73,16 @@ def main() -> None:
         command += ["--steps", str(given.steps), "--seed", str(given.seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         curves: dict[str, Curve] = {"trl": json.loads(done.stdout.splitlines()[-1])}
-        ahead, _ = through_server(folder, given.steps, given.seed, 1)
-        strict, overhead = through_server(folder, given.steps, given.seed, 0)
-        curves |= {"ahead": ahead, "strict": strict}
-    if given.dir:
-        (given.dir / "curves.json").write_text(json.dumps(curves))
+        print("trl:", brief(curves["trl"]), flush=True)
+        curves["ahead"], _ = through_server(folder, given.steps, given.seed, 1)
+        print("ahead:", brief(curves["ahead"]), flush=True)
+        curves["strict"], overhead = through_server(folder, given.steps, given.seed, 0)
     print(json.dumps({**compared(curves), "overhead": overhead}))
+
+
+def brief(curve: Curve) -> str:
+    """Of a run that is done, should there be no time for the others."""
+    return ", ".join(f"{reward:.3f} after {at:.1f} s" for at, reward in curve[SMOOTH - 1 :: SMOOTH])
 
 
 def prepare(folder: Path, seed: int) -> None:

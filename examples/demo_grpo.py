@@ -6,9 +6,9 @@ this script asks the model for answers through the chat API, grades them, and se
 what was sampled, token by token, and trains on exactly that, while the next answers are being sampled from the newest
 policy.
 
-    python examples/demo_grpo.py [--seed 0] [--steps 400] [--lead 1]
+    python examples/demo_grpo.py [--seed 0] [--steps 250] [--lead 1]
 
-Under six minutes on two cores, no network, no GPU. Everything is written below demo-out/grpo/.
+Two minutes on two cores, no network, no GPU. Everything is written below demo-out/grpo/.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
     """The whole story, in order. Returns the exit status."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--steps", type=int, default=400)
+    parse.add_argument("--steps", type=int, default=250)
     parse.add_argument("--rate", type=float, default=GRPO["learning_rate"], help="learning rate")
     parse.add_argument("--lead", type=int, default=1, help="max_staleness: 0 is strictly on policy")
     parse.add_argument("--out", type=Path, default=OUT)
