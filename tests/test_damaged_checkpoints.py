@@ -140,6 +140,7 @@ def test_damaged_ones_do_not_take_the_place_of_whole_ones(tmp_path: Path) -> Non
 def test_a_checkpoint_that_another_job_began_with_is_kept(
     start_server: Callable[..., LiveServer], chat_rows: Rows
 ) -> None:
+    pytest.importorskip("arbor_grpo", reason="brings the route")
     server = start_server("gpu.train=[0]")
     first = create(server, chat_rows, hyperparameters={"steps": 6, "step_seconds": 0, "checkpoint_steps": 2}).id
     server.wait(first)

@@ -29,6 +29,7 @@ from arbor_core.worker import WorkerRun, open_run
 def test_row_90_a_trainer_that_hangs_before_its_first_step_is_ended_and_tried_again(
     start_server: Callable[..., LiveServer],
 ) -> None:
+    pytest.importorskip("arbor_grpo", reason="brings the route")
     server = start_server("limits.start_seconds=3", "limits.heartbeat_seconds=100", "limits.attempts=9")
     client = server.new_client(_strict_response_validation=False)
     config = {"num_generations": 2, "fault": "hang", "fault_step": 0}

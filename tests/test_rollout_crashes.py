@@ -31,6 +31,8 @@ from arbor_core import checkpoints, inbox
 from arbor_core.ledger import Ledger
 from arbor_core.testing.invariants import Seen, check_invariants
 
+pytest.importorskip("arbor_grpo", reason="brings the routes")
+
 STEPS, SIZE = 4, 2
 SOME = ["inbox.written", "inbox.synced", "ledger.written:3"]
 SERVER = [

@@ -17,6 +17,8 @@ from test_storage_faults import check_and_stop, fill, small_disk, until  # noqa:
 
 from arbor_core import inbox
 
+pytest.importorskip("arbor_grpo", reason="brings the routes")
+
 LONG = "word " * 700
 """More than what is left of a page."""
 
