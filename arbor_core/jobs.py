@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from . import ids
 from .changes import Changes
@@ -29,6 +29,8 @@ from .records import (
 from .store import Store
 from .types import TERMINAL, Desired, Event, Status
 
+T = TypeVar("T")
+
 
 class Jobs:
     """The jobs of one database."""
@@ -36,6 +38,13 @@ class Jobs:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.changes = Changes()
+
+    async def _write(self, change: Callable[[sqlite3.Connection], T], *job_ids: str) -> T:
+        """Change these jobs, then wake who waits for them."""
+        result = await self.store.write(change)
+        for job_id in job_ids:
+            self.changes.tell(job_id)
+        return result
 
     async def create(
         self,
@@ -182,14 +191,7 @@ class Jobs:
             swapped = db.execute(
                 f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
                 " AND desired=coalesce(:_only_if,desired)",
-                {
-                    **values,
-                    "_to": to,
-                    "_id": job.id,
-                    "_from": job.status,
-                    "_attempt": job.attempt,
-                    "_only_if": only_if,
-                },
+                values | {"_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt, "_only_if": only_if},
             )
             if swapped.rowcount == 0:
                 return None
@@ -198,9 +200,7 @@ class Jobs:
                 also(db)
             return row_of(db, job.id)
 
-        moved = await self.store.write(swap)
-        self.changes.tell(job.id)
-        return moved
+        return await self._write(swap, job.id)
 
     async def note(self, event: Event, *job_ids: str) -> None:
         """Add an event that the server itself has to report of these jobs."""
@@ -209,9 +209,7 @@ class Jobs:
             for job_id in job_ids:
                 add_events(db, job_id, [event])
 
-        await self.store.write(change)
-        for job_id in job_ids:
-            self.changes.tell(job_id)
+        await self._write(change, *job_ids)
 
     async def preempt(self, job_id: str) -> None:
         """Have a running job make room: it writes a checkpoint, ends its attempt and is queued again."""
@@ -228,8 +226,7 @@ class Jobs:
                 (desired, job_id),
             )
 
-        await self.store.write(change)
-        self.changes.tell(job_id)
+        await self._write(change, job_id)
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
@@ -253,9 +250,7 @@ class Jobs:
             add_told(db, job, events, model)
             return row_of(db, job.id)
 
-        taken = await self.store.write(take)
-        self.changes.tell(job.id)
-        return taken
+        return await self._write(take, job.id)
 
     async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
         """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.
@@ -266,8 +261,7 @@ class Jobs:
                 if holds_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
                     add_told(db, job, [event], model)
 
-        await self.store.write(change)
-        self.changes.tell(job.id)
+        await self._write(change, job.id)
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
         """Events newest first, older than `before` (a `seq`)."""

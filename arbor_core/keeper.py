@@ -23,6 +23,7 @@ import msgspec
 
 from .bell import ring
 from .faults import crash_point
+from .leaving import leave
 from .logs import decode, replace
 from .prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from .room import print_anyway
@@ -46,7 +47,7 @@ def keep(attempt_dir: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
-        _become_worker(attempt_dir, order, me)
+        leave(lambda: _work(attempt_dir, order, me))
     crash_point("keeper.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
@@ -103,28 +104,18 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _become_worker(attempt_dir: Path, order: Order, keeper: int) -> None:
-    """The child's side of the fork; never returns."""
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
-        if os.getppid() != keeper:  # it was killed before we said so
-            raise SystemExit(-signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
-        if order.argv:
-            os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
-        from .worker import main
+def _work(attempt_dir: Path, order: Order, keeper: int) -> int:
+    """The child's side of the fork; the exit status."""
+    os.setpgid(0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
+    if os.getppid() != keeper:  # it was killed before we said so
+        return -signal.SIGKILL
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
+    if order.argv:
+        os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
+    from .worker import main
 
-        status = main(attempt_dir)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()  # into worker.log
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    return main(attempt_dir)
 
 
 def _wait(worker: int, grace: float) -> int:

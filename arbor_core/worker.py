@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -26,6 +26,7 @@ from .causes import explain, fail
 from .faults import crash_point
 from .feed import Feed, answered, asked, publishing
 from .inbox import Record
+from .leaving import leave
 from .logs import Log, decode
 from .papers import WorkOrder, desired, imported
 from .prctl import PR_SET_PDEATHSIG, prctl
@@ -291,29 +292,6 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=made, here=here)
 
 
-def exit_status(stop: SystemExit) -> int:
-    """What an interpreter that goes its usual way would make of it."""
-    if isinstance(stop.code, str):
-        print(stop.code, file=sys.stderr)
-    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-
-
-def leave(attempt_dir: Path) -> NoReturn:
-    """Run the trainer as the last thing that this process does. It ends at once then: threads that libraries have left
-    running abort an interpreter that goes its usual way."""
-    status = 1
-    try:
-        status = main(attempt_dir)
-    except SystemExit as stop:
-        status = exit_status(stop)
-    except BaseException:
-        traceback.print_exc()  # into worker.log
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 if __name__ == "__main__":
     print_anyway()
-    leave(Path(sys.argv[1]))
+    leave(lambda: main(Path(sys.argv[1])))

@@ -48,13 +48,10 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.news = News(self.look, self.changed)
+        self.news = News(self.look, services.changed)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
-
-    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
-        await self.services.changed(job_id, owner, seconds)
 
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         return self.status(await self.services.learner(job_id, owner), owner, style)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import settings
 from live import LiveServer, launch
 from test_schemathesis import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
 
-OPERATIONS = labels(routes(None))  # type: ignore[arg-type]
+OPERATIONS = labels(routes(SimpleNamespace(changed=None)))  # type: ignore[arg-type]
 ENDING = ("checkpoint", "cancel", "terminate")
 """Operations that wait for a job."""
 LOOK = settings(test_schemathesis.LOOK, max_examples=EXAMPLES or 8)
