@@ -58,7 +58,7 @@ crash: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m crash tests
 
 short-chaos: $(STAMP)
-	$(BIN)/python -m pytest -m chaos tests/test_chaos.py
+	$(BIN)/python -m pytest -m chaos tests/system/test_chaos.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -71,8 +71,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 chaos: $(STAMP)
-	STATE_EXAMPLES=50 $(BIN)/python -m pytest -q tests/test_state_machine.py
-	$(BIN)/python tests/chaos.py $(CHAOS_FLAGS)
+	STATE_EXAMPLES=50 $(BIN)/python -m pytest -q tests/dispatch/test_state_machine.py
+	$(BIN)/python tests/support/chaos.py $(CHAOS_FLAGS)
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py

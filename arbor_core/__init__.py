@@ -1,16 +1,21 @@
-"""Arbor's face: everything that a plugin may import.
+"""Arbor's face, the first of the four doors: what trainers, schedulers, allocators and executors import.
 
 A plugin is a module named under the entry-point group `arbor` with functions marked `@hookimpl`; the hooks are in
-`arbor_core.hookspecs`. See docs/plugins.md.
+`arbor_core.hookspecs`. The other doors are `arbor_core.http` (routes), `arbor_core.engine` (engine processes) and
+`arbor_core.testing`. See docs/plugins.md.
+
+For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
+their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the worker's side of a job
+directory (`open_run`, `explain`, `fail`), its files (`claimed`, `manifest`, `newest_first`, `replace`) and its
+server's bell (`ring`).
 """
 
-from pluggy import HookimplMarker
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .allocator import PoolAllocator
-from .chats import Chats, ChatText, Conversation
-from .engine_process import EngineProcess
-from .inbox import Group, Record, Rollout
+from .hookspecs import hookimpl
 from .types import (
+    Accepted,
     Allocator,
     AllocatorSettings,
     ArborError,
@@ -18,23 +23,31 @@ from .types import (
     Checkpoint,
     CheckpointRequest,
     Claim,
+    Completion,
     ConfigError,
+    Desired,
     Device,
     Engine,
     EngineSpec,
     Event,
     Executor,
     ExecutorSettings,
+    Exit,
     Fed,
+    Group,
     InferenceBackend,
     JobFailed,
     JobStopped,
     JobView,
     Lease,
+    NamedCheckpoint,
     Order,
     Placement,
     Plan,
+    Policy,
     QueuedJob,
+    Record,
+    Rollout,
     RolloutConfig,
     Run,
     RunningJob,
@@ -46,9 +59,51 @@ from .types import (
     Weights,
 )
 
-hookimpl = HookimplMarker("arbor")
+if TYPE_CHECKING:
+    from .builtin.allocator import PoolAllocator
+    from .data.chat_format import Chats, ChatText, Conversation
+    from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
+    from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
+    from .jobdir.layout import claimed
+    from .process.wakeup import ring
+    from .storage.atomic import replace
+    from .worker.failures import explain, fail
+    from .worker.run import WorkerRun, open_run
+
+LAZY = {
+    "PoolAllocator": "builtin.allocator",
+    "ChatText": "data.chat_format",
+    "Chats": "data.chat_format",
+    "Conversation": "data.chat_format",
+    "RowError": "data.rows",
+    "check_chat_row": "data.rows",
+    "check_message": "data.rows",
+    "excerpt": "data.rows",
+    "read_rows": "data.rows",
+    "MANIFEST": "jobdir.checkpoints",
+    "Manifest": "jobdir.checkpoints",
+    "manifest": "jobdir.checkpoints",
+    "newest_first": "jobdir.checkpoints",
+    "claimed": "jobdir.layout",
+    "ring": "process.wakeup",
+    "replace": "storage.atomic",
+    "explain": "worker.failures",
+    "fail": "worker.failures",
+    "WorkerRun": "worker.run",
+    "open_run": "worker.run",
+}
+"""Where the names are that are imported when they are first asked for: nouns are wanted by all, these by few."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'arbor_core' has no attribute '{name}'")
+    return getattr(import_module(f"arbor_core.{LAZY[name]}"), name)
+
 
 __all__ = [
+    "MANIFEST",
+    "Accepted",
     "Allocator",
     "AllocatorSettings",
     "ArborError",
@@ -58,15 +113,17 @@ __all__ = [
     "Checkpoint",
     "CheckpointRequest",
     "Claim",
+    "Completion",
     "ConfigError",
     "Conversation",
+    "Desired",
     "Device",
     "Engine",
-    "EngineProcess",
     "EngineSpec",
     "Event",
     "Executor",
     "ExecutorSettings",
+    "Exit",
     "Fed",
     "Group",
     "InferenceBackend",
@@ -74,14 +131,18 @@ __all__ = [
     "JobStopped",
     "JobView",
     "Lease",
+    "Manifest",
+    "NamedCheckpoint",
     "Order",
     "Placement",
     "Plan",
+    "Policy",
     "PoolAllocator",
     "QueuedJob",
     "Record",
     "Rollout",
     "RolloutConfig",
+    "RowError",
     "Run",
     "RunningJob",
     "Scheduler",
@@ -90,5 +151,18 @@ __all__ = [
     "Trainer",
     "UnknownModelError",
     "Weights",
+    "WorkerRun",
+    "check_chat_row",
+    "check_message",
+    "claimed",
+    "excerpt",
+    "explain",
+    "fail",
     "hookimpl",
+    "manifest",
+    "newest_first",
+    "open_run",
+    "read_rows",
+    "replace",
+    "ring",
 ]

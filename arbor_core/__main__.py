@@ -2,7 +2,8 @@
 
 import sys
 
-from .cli import main, serve
+from .cli.main import main
+from .cli.serve import serve
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:

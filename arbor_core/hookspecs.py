@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pluggy import HookspecMarker
+from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
     from .types import (
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         Trainer,
     )
 
-hookspec = HookspecMarker("arbor")
+hookspec, hookimpl = HookspecMarker("arbor"), HookimplMarker("arbor")
 
 
 @hookspec

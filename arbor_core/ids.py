@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 
+from .types import not_found
+
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 LENGTH = 24
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -23,3 +25,14 @@ def new(prefix: str) -> str:
 def plausible(text: str) -> bool:
     """Whether `text` could be an id of ours."""
     return _ID.fullmatch(text) is not None and ".." not in text
+
+
+def require(id: str, what: str, code: str = "not_found", param: str | None = "id") -> str:
+    """An id that may be looked up.
+
+    Raises:
+        ApiError: 404: nothing of ours looks like that.
+    """
+    if not plausible(id):
+        raise not_found(what, id, code, param)
+    return id

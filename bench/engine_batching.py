@@ -23,12 +23,12 @@ import arbor_transformers
 import torch
 import yaml
 from arbor_transformers import Options
-from arbor_transformers.engine import Engine
-from arbor_transformers.generation import Delta, Generation, Sink
-from arbor_transformers.lora import AdapterRows
-from arbor_transformers.model import Loaded, load, make_batch
-from arbor_transformers.sampler import Sampling
-from arbor_transformers.text import Detokenizer, StopStrings, TokenText
+from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
+from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.sampler import Sampling
+from arbor_transformers.generation.sequence import Delta, Generation, Sink
+from arbor_transformers.model.loading import Loaded, load, make_batch
+from arbor_transformers.model.lora import AdapterRows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging

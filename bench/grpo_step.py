@@ -30,19 +30,19 @@ for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZ
 import numpy as np
 import shapes
 import torch
-from arbor_grpo.batch import Batch, tensors
-from arbor_grpo.rows import with_advantages
 from arbor_grpo.train import arguments, compose, sent_rewards
-from arbor_grpo.trainer import GroupTrainer
+from arbor_grpo.training.micro_batches import Batch, tensors
+from arbor_grpo.training.rows import with_advantages
+from arbor_grpo.training.trainer import GroupTrainer
 from arbor_trl.model import adapter, load_model, load_tokenizer
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from arbor_core.inbox import Group, Rollout
 from arbor_core.testing import JobDirectory
-from arbor_core.worker import WorkerRun, open_run
+from arbor_core.types import Group, Rollout
+from arbor_core.worker.run import WorkerRun, open_run
 
 PROMPTS, SIZE = 16, 8
 RATE = 1e-4

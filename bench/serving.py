@@ -14,7 +14,7 @@ from pathlib import Path
 
 from proxy import serving, throughputs
 
-from arbor_core.system import tiny_model
+from arbor_core.cli.main import tiny_model
 
 
 def main() -> None:

@@ -41,13 +41,13 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from arbor_core.config import load_yaml, merged
-from arbor_core.convert import typed
-from arbor_core.logs import encode
-from arbor_core.papers import WorkOrder
+from arbor_core.config.compose import load_yaml, merged
+from arbor_core.config.convert import typed
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.storage.codec import encode
 from arbor_core.testing import device
 from arbor_core.types import PROTOCOL, Order, Placement
-from arbor_core.worker import WorkerRun, open_run
+from arbor_core.worker.run import WorkerRun, open_run
 
 BATCH = 16
 RATE = 1e-3
@@ -156,7 +156,7 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
         entry="arbor_sft.train:train",
         config_type="arbor_sft:SftConfig",
         config=config,
-        check_row="arbor_core.data:check_chat_row",
+        check_row="arbor_core.data.rows:check_chat_row",
         min_rows=1,
         model=str(model),
         model_name="tiny",

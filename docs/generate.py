@@ -140,7 +140,7 @@ def row_tests() -> dict[str, list[str]]:
     """By the number of a row: each file whose tests hold it, with their names. Read from the sources, so that none of
     their libraries is needed."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in [*sorted(ROOT.glob("tests/test_*.py")), *sorted(ROOT.glob("plugins/*/tests/test_*.py"))]:
+    for path in [*sorted(ROOT.glob("tests/**/test_*.py")), *sorted(ROOT.glob("plugins/*/tests/test_*.py"))]:
         names: dict[str, list[str]] = defaultdict(list)
         for name, numbers in rows_of(ast.parse(path.read_text())):
             for number in sorted(numbers):

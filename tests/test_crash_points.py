@@ -12,14 +12,14 @@ from typing import Any, get_args
 
 import pytest
 import test_crash_matrix as jobs
-import test_rollout_crashes as rollouts
+import test_session_crashes as rollouts
 import test_uploads_in_parts as uploads
 from live import LiveServer
 from test_damaged_checkpoints import offered
 from test_lifecycle import create, events, until
 
-from arbor_core import checkpoints
-from arbor_core.leftovers import LIVE, reconciled
+from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir.cleanup import LIVE, reconciled
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import Seen
 from arbor_core.types import Desired, EventType

@@ -12,7 +12,7 @@ import pytest
 
 from arbor_core import ArborError, Event, JobView, Trainer, hookspecs
 from arbor_core import plugins as loading
-from arbor_core.onlookers import Onlookers
+from arbor_core.dispatch.observers import Onlookers
 
 ANY = Trainer(config=msgspec.Struct, entry="x:y")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("arbor_")]
@@ -53,7 +53,7 @@ def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
 def test_a_plugin_that_hangs_loses_events_but_stops_nobody(plugins, plugin, monkeypatch):
     import threading
 
-    monkeypatch.setattr("arbor_core.onlookers.CAPACITY", 4)
+    monkeypatch.setattr("arbor_core.dispatch.observers.CAPACITY", 4)
     held = threading.Event()
     plugin("slow 1.0", arbor_job_event=lambda job: held.wait())
     onlookers = Onlookers(plugins)
@@ -149,7 +149,7 @@ def test_every_hook_says_what_it_is_for():
 
 
 def test_every_hook_has_a_test():
-    sources = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    sources = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     tested = " ".join(re.findall(r"def test_hook_(\w+)", sources))
     for name in HOOKS:
         assert name.removeprefix("arbor_") in tested, f"no test called test_hook_{name}"

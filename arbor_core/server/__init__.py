@@ -1,1 +1,1 @@
-"""The HTTP server: one file per resource of the API."""
+"""The HTTP server: its routes, what they share, and the way to engines."""

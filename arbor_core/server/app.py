@@ -10,15 +10,16 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import Message, Scope
 
-from arbor_core.keys import entries
-from arbor_core.system import Arbor
+from arbor_core.application.services import ServerServices
+from arbor_core.application.system import Arbor
+from arbor_core.config.api_keys import entries
 
-from . import about, chat, completions, document, files, fine_tuning, models, uploads
-from .auth import guard, owner
-from .errors import HANDLERS, request_id
-from .services import ServerServices
+from .http import openapi
+from .http.auth import guard, owner
+from .http.errors import HANDLERS, request_id
+from .routes import chat, completions, files, fine_tuning, models, status, uploads
 
-ROOMS = (about, chat, completions, files, uploads, fine_tuning, models, document)
+ROOMS = (status, chat, completions, files, uploads, fine_tuning, models, openapi)
 
 
 def create_app(arbor: Arbor) -> Litestar:

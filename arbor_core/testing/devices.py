@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from arbor_core.scheduler import needs
 from arbor_core.types import (
     Allocator,
     ArborError,
@@ -20,6 +19,7 @@ from arbor_core.types import (
     RunningJob,
     Scheduler,
     Snapshot,
+    needs,
 )
 
 ROUNDS = 300

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from arbor_core.allocator import find_gpus
+from arbor_core.builtin.allocator import find_gpus
 from arbor_core.types import Device
 
 VARIABLE = "ARBOR_TEST_DEVICE"

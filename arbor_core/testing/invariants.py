@@ -19,10 +19,10 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import checkpoints, inbox
-from arbor_core.logs import tail
-from arbor_core.replay import reported
-from arbor_core.types import TERMINAL, Event, Lease
+from arbor_core.jobdir import checkpoints, inbox
+from arbor_core.storage.event_log import tail
+from arbor_core.types import TERMINAL, Event, Lease, rollouts
+from arbor_core.worker.replay import reported
 
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
 """Events of a run that its followers see."""
@@ -127,7 +127,7 @@ def check_rollouts(job_dir: Path) -> None:
     """Every group stands in the inbox once, no completion is in two of them, and the steps took all of them in order:
     each step those that follow the step before."""
     records = list(inbox.read(job_dir / "inbox", 0))
-    ids = Counter(record.group.id for record in records if record.group.id != inbox.UNNUMBERED)
+    ids = Counter(record.group.id for record in records if record.group.id != rollouts.UNNUMBERED)
     labels = Counter(record.group.label for record in records if record.group.label is not None)
     sampled = Counter(n for record in records for rollout in record.group.rollouts for n in rollout.completions)
     twice = [key for found in (ids, labels, sampled) for key, count in found.items() if count > 1]

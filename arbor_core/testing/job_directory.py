@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import config, convert, plugins
-from arbor_core.bell import ring
-from arbor_core.feed import ask
-from arbor_core.inbox import Group, Inbox
-from arbor_core.logs import encode, replace, tail
-from arbor_core.papers import WorkOrder
-from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Order, Placement
+from arbor_core import plugins
+from arbor_core.config import compose, convert
+from arbor_core.jobdir.checkpoint_requests import ask
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.inbox import Inbox
+from arbor_core.process.wakeup import ring
+from arbor_core.storage.atomic import replace
+from arbor_core.storage.codec import encode
+from arbor_core.storage.event_log import tail
+from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Group, Order, Placement
 
 from .hardware import device
 
@@ -61,7 +64,7 @@ class JobDirectory:
     def __post_init__(self) -> None:
         found = plugins.load().get("trainers", self.trainer)
         self.dir.mkdir(parents=True)
-        values = config.merged(yaml_of(self.trainer), self.hyperparameters)
+        values = compose.merged(yaml_of(self.trainer), self.hyperparameters)
         typed = convert.typed(values, found.config, "hyperparameters")
         order = WorkOrder(
             protocol=PROTOCOL,
@@ -122,7 +125,7 @@ class JobDirectory:
         """Begin a new attempt, in a new Python."""
         folder = self.prepare()
         with (folder / "worker.log").open("wb") as log:
-            command = [sys.executable, "-m", "arbor_core.worker", str(folder)]
+            command = [sys.executable, "-m", "arbor_core.worker.main", str(folder)]
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
 
     def attempt(self) -> int:
@@ -160,4 +163,4 @@ def yaml_of(trainer: str) -> dict[str, Any]:
     paths = [folder / "trainer" / f"{trainer}.yaml" for folder in folders if folder]
     found = [path for path in paths if path.is_file()]
     assert found, f"no plugin has conf/trainer/{trainer}.yaml inside its package: the defaults of its keys go there"
-    return config.load_yaml(found[0])
+    return compose.load_yaml(found[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from arbor_core import checkpoints
+from arbor_core.jobdir import checkpoints
 from arbor_core.types import Event, EventType
 
 from .job_directory import JobDirectory

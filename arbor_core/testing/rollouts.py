@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from arbor_core import checkpoints
-from arbor_core.inbox import Group, Rollout, read
-from arbor_core.types import Event
+from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir.inbox import read
+from arbor_core.types import Event, Group, Rollout
 
 from .hardware import device
 from .job_directory import ATTEMPT_SECONDS, JobDirectory

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import convert, plugins
-from arbor_core.papers import imported
+from arbor_core import plugins
+from arbor_core.config import convert
+from arbor_core.jobdir.documents import imported
 from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
 
 from . import rollouts

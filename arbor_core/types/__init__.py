@@ -1,9 +1,21 @@
 """The nouns of Arbor. Imports nothing heavy: the server, every worker and every plugin share them."""
 
 from .attempts import Executor, Exit, Order, Placement
-from .devices import Allocator, Bundle, Claim, Device, Lease
+from .devices import Allocator, Bundle, Claim, Device, Lease, needs, pool_of
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
-from .errors import ArborError, ConfigError, DevicesLostError, JobFailed, JobStopped, UnknownModelError
+from .errors import (
+    CLOSE,
+    NO_RETRY,
+    RETRY_SOON,
+    ApiError,
+    ArborError,
+    ConfigError,
+    DevicesLostError,
+    JobFailed,
+    JobStopped,
+    UnknownModelError,
+    not_found,
+)
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
 from .plugins import (
     AllocatorFactory,
@@ -14,23 +26,42 @@ from .plugins import (
     SchedulerFactory,
     Trainer,
 )
-from .rollouts import Fed, RolloutConfig
+from .rollouts import (
+    UNNUMBERED,
+    Accepted,
+    Completion,
+    Fed,
+    Group,
+    Policy,
+    Record,
+    Rollout,
+    RolloutConfig,
+    name_of,
+    reference,
+)
 from .runs import Checkpoint, CheckpointRequest, ConfigT, ConfigT_co, Event, EventType, Level, Run
 from .scheduling import Plan, QueuedJob, RunningJob, Scheduler, Snapshot
-from .services import NamedCheckpoint, Services
+from .services import NamedCheckpoint, RolloutSession, Services
 
 __all__ = [
+    "CLOSE",
+    "NO_RETRY",
     "PROTOCOL",
+    "RETRY_SOON",
     "TERMINAL",
+    "UNNUMBERED",
+    "Accepted",
     "Allocator",
     "AllocatorFactory",
     "AllocatorSettings",
+    "ApiError",
     "ArborError",
     "BackendFactory",
     "Bundle",
     "Checkpoint",
     "CheckpointRequest",
     "Claim",
+    "Completion",
     "ConfigError",
     "ConfigT",
     "ConfigT_co",
@@ -46,6 +77,7 @@ __all__ = [
     "ExecutorSettings",
     "Exit",
     "Fed",
+    "Group",
     "InferenceBackend",
     "JobFailed",
     "JobStopped",
@@ -56,8 +88,12 @@ __all__ = [
     "Order",
     "Placement",
     "Plan",
+    "Policy",
     "QueuedJob",
+    "Record",
+    "Rollout",
     "RolloutConfig",
+    "RolloutSession",
     "Run",
     "RunningJob",
     "Scheduler",
@@ -68,4 +104,9 @@ __all__ = [
     "Trainer",
     "UnknownModelError",
     "Weights",
+    "name_of",
+    "needs",
+    "not_found",
+    "pool_of",
+    "reference",
 ]

@@ -85,3 +85,17 @@ class Allocator(Protocol):
     def release(self, lease: Lease) -> None:
         """Give the devices back; releasing twice is harmless."""
         ...
+
+
+def pool_of(role: str) -> str:
+    """`engine:Qwen/Qwen3-0.6B` is served from the pool `engine`."""
+    return role.partition(":")[0]
+
+
+def needs(claim: Claim) -> dict[str, int]:
+    """How many devices of each pool a claim takes."""
+    counts: dict[str, int] = {}
+    for bundle in claim.bundles:
+        pool = bundle.role.partition(":")[0]
+        counts[pool] = counts.get(pool, 0) + bundle.count
+    return counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .jobs import Desired
 
 
@@ -45,3 +47,45 @@ class JobStopped(ArborError):
     def __init__(self, desired: Desired) -> None:
         super().__init__(f"the job is asked to {desired}")
         self.desired = desired
+
+
+class ApiError(ArborError):
+    """What a request deserves when it cannot be served.
+
+    Args:
+        status: HTTP status. OpenAI's client repeats a request on 408, 409, 429 and from 500 on, so an error that would
+            only come again carries `NO_RETRY`.
+        message: What was tried, what was expected, what to do.
+        code: OpenAI's word where there is one (`model_not_found`), ours otherwise.
+        param: The request's field at fault, as a path (`messages[0].role`).
+        headers: More response headers, `retry-after` for one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+
+
+NO_RETRY = {"x-should-retry": "false"}
+"""Tells OpenAI's client that the same request would fail in the same way."""
+
+
+RETRY_SOON = {"retry-after": "1"}
+"""Tells clients that the same request may well succeed in a moment."""
+
+
+CLOSE = {"connection": "close"}
+"""For an answer given before the body was read: what is still being sent is not wanted."""
+
+
+def not_found(what: str, id: str, code: str = "not_found", param: str | None = "id") -> ApiError:
+    """404 for an id that names nothing of the caller's."""
+    shown = id if len(id) <= 80 else id[:80] + "…"
+    return ApiError(404, f"Could not find {what}: {shown}", code, param)

@@ -38,7 +38,7 @@ class Trainer:
     config: type[Struct]
     entry: str
     methods: tuple[str, ...] = ()
-    check_row: str = "arbor_core.data:check_chat_row"
+    check_row: str = "arbor_core.data.rows:check_chat_row"
     preload: tuple[str, ...] = ()
     prove: str | None = None
     min_rows: int = 10

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 
@@ -35,3 +36,115 @@ class Fed(Struct, frozen=True):
     """Position and CRC-32 of each group that was trained on."""
     skipped: tuple[int, ...] = ()
     """Positions of groups that were too old or could not be used."""
+
+
+UNNUMBERED = -1
+"""Batch id of a group that its sender gave none."""
+
+
+class Rollout(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One sequence to learn from: as the tokens that were sampled, or as text that the trainer tokenises.
+
+    Tokens are little-endian int32, log-probabilities little-endian float32. A trajectory of several turns is one
+    rollout where each prompt extends what came before, else several that share `trajectory`.
+    """
+
+    trajectory: int = 0
+    """Which of the group's trajectories it belongs to. All rollouts of one carry the same reward and advantage."""
+    reward: float | None = None
+    advantage: float | None = None
+    """Set by the client; None: computed from the rewards of the group."""
+    prompt: bytes = b""
+    completion: bytes = b""
+    logprobs: bytes = b""
+    """The sampler's, after temperature and before truncation; one per completion token, 0 where the mask is. Empty: not
+    known."""
+    mask: bytes = b""
+    """One byte per completion token: 1 where the policy sampled it, 0 where the environment wrote it. Empty: all 1."""
+    messages: list[dict[str, Any]] | None = None
+    """The prompt as messages, where the tokens are not known."""
+    answer: dict[str, Any] | None = None
+    """The completion as a message, where the tokens are not known."""
+    tools: list[dict[str, Any]] | None = None
+    truncated: bool = False
+    """It ended because it was long enough."""
+    completions: tuple[str, ...] = ()
+    """Ids of the chat completions it was made of."""
+
+
+class Group(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """Rollouts whose rewards are compared with each other."""
+
+    id: int = UNNUMBERED
+    """Batch id: the credit it used up."""
+    rollouts: tuple[Rollout, ...]
+    version: int
+    """Oldest policy version that sampled any of it."""
+    label: str | None = None
+    """The client's name for it."""
+    metrics: dict[str, float] = {}
+    """What the client measured meanwhile; shown among the step's metrics."""
+    at: float = 0.0
+    """When it arrived, in seconds since the epoch."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A group where it stands in the inbox."""
+
+    start: int
+    """Position of its first byte."""
+    end: int
+    """Position that follows it."""
+    crc: int
+    digest: int
+    """Of what the client sent (see `Inbox.append`)."""
+    group: Group
+
+
+class Completion(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One choice of a chat completion. Tokens are little-endian int32, log-probabilities little-endian float32."""
+
+    id: str
+    index: int = 0
+    version: int
+    """Policy version that sampled it; the oldest one where weights changed meanwhile."""
+    prompt: bytes
+    tokens: bytes
+    logprobs: bytes
+    """After temperature, before truncation. Empty: the engine could not tell."""
+    temperature: float
+    finish: str = "stop"
+    key: bytes
+    """See `key_of`."""
+    toolset: bytes = b""
+    """See `key_of_tools`; empty: it was asked for with none. Older records have a `tools` of another type."""
+
+
+def name_of(id: str, index: int) -> str:
+    """A choice of a completion as a rollout names it."""
+    return f"{id}#{index}" if index else id
+
+
+def reference(name: str) -> tuple[str, int]:
+    """What `name_of` was made of."""
+    id, _, index = name.partition("#")  # noqa: A001
+    return id, int(index or 0)
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the trainer of a job has published and handled, as its events say."""
+
+    version: int = 0
+    """Optimizer steps behind the weights that new completions are sampled from."""
+    handled: int = 0
+    """Groups that were trained on or skipped."""
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """What became of a group that was sent."""
+
+    id: int
+    position: int
+    """Where it begins in the inbox."""
+    repeated: bool = False
+    """It had come before."""

@@ -14,7 +14,7 @@ from .jobs import Desired
 from .rollouts import Fed
 
 if TYPE_CHECKING:
-    from arbor_core.inbox import Record
+    from .rollouts import Record
 
 ConfigT = TypeVar("ConfigT", bound=Struct)
 ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)

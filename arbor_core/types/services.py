@@ -10,8 +10,7 @@ from msgspec import Struct
 from .jobs import Desired
 
 if TYPE_CHECKING:
-    from arbor_core.live import Live
-    from arbor_core.rollouts import Policy
+    from .rollouts import Accepted, Completion, Group, Policy, RolloutConfig
 
 
 class NamedCheckpoint(Struct, frozen=True):
@@ -23,6 +22,84 @@ class NamedCheckpoint(Struct, frozen=True):
     """What it is called in completions, and as the `model` of another job."""
     metadata: dict[str, Any]
     created_at: int
+
+
+class RolloutSession(Protocol):
+    """What a job that learns from rollouts takes from clients, and what its model has sampled."""
+
+    @property
+    def config(self) -> RolloutConfig:
+        """The job's configuration, as far as the server must know it."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """What the trainer has published and handled."""
+        ...
+
+    @property
+    def received(self) -> int:
+        """How many groups have come."""
+        ...
+
+    def pending(self) -> list[int]:
+        """The batch ids that a group may be sent for now."""
+        ...
+
+    def sampled_at(self, batch_id: int) -> int:
+        """The policy version of a group that does not say: that of its credit."""
+        ...
+
+    async def known(self, batch_id: int, digest: int) -> Accepted | None:
+        """What became of a group that was sent before under a batch id. None: it was not; a `send` that follows at once
+        puts it in.
+
+        Raises:
+            ApiError: it was another one, or so long ago that nobody can tell; the id is none of this job's.
+        """
+        ...
+
+    async def labelled(self, label: str, digest: int) -> Accepted | None:
+        """What became of a group that was sent before under a name. None: it was not; a `send` that follows at once
+        puts it in.
+
+        Raises:
+            ApiError: it was another one.
+        """
+        ...
+
+    async def send(self, group: Group, digest: int) -> Accepted:
+        """Put a group into the inbox; it is on the disk when this returns. The same group again changes nothing. The
+        completions in it are spent from now on.
+
+        Args:
+            group: Its batch id is a credit, or UNNUMBERED: it takes the lowest that is offered, if one is.
+            digest: 64 bits that stand for what the client sent.
+
+        Raises:
+            ApiError: the batch id was used for another group or is none of this job's; too many groups wait.
+            OSError: it could not be written.
+        """
+        ...
+
+    def group(self, accepted: Accepted) -> Group:
+        """A group that was accepted."""
+        ...
+
+    def completion(self, id: str, index: int = 0) -> Completion | None:
+        """What was sampled under an id, if it is still known."""
+        ...
+
+    def is_spent(self, id: str, index: int = 0) -> bool:
+        """Whether a completion was rewarded already."""
+        ...
+
+    def match(
+        self, key: bytes, without: frozenset[tuple[str, int]] = frozenset(), tools: bytes | None = None
+    ) -> Completion | None:
+        """The newest completion with this key (`key_of`) that is neither spent nor among `without`. `tools`: those that
+        it was asked for with (`key_of_tools`); None: whichever, because older clients do not say."""
+        ...
 
 
 class Services(Protocol):
@@ -79,7 +156,7 @@ class Services(Protocol):
         """What was asked of a job last."""
         ...
 
-    def rollouts(self, job_id: str, owner: str) -> Live:
+    def rollouts(self, job_id: str, owner: str) -> RolloutSession:
         """Where to send groups of a job that learns from rollouts, and what its model has sampled.
 
         Raises:

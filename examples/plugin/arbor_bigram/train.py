@@ -5,8 +5,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 
-from arbor_core import JobStopped, Run
-from arbor_core.data import read_rows
+from arbor_core import JobStopped, Run, read_rows
 
 from . import BigramConfig
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from arbor_trl import PRELOAD, Attention, Auto, Count, Dtype, LoraSettings, Positive
 from msgspec import Meta
 
-from arbor_core import Trainer, hookimpl
-from arbor_core.types import RolloutConfig
+from arbor_core import RolloutConfig, Trainer, hookimpl
 
 if TYPE_CHECKING:
     from arbor_core import Services
@@ -127,6 +126,6 @@ def arbor_trainers() -> Mapping[str, Trainer]:
 @hookimpl
 def arbor_routes(services: Services) -> Sequence[Any]:
     """GRPO's own routes, under `/v1/fine_tuning/grpo`."""
-    from .routes import routes  # the server's libraries: a worker has no use for them
+    from .api.routes import routes  # the server's libraries: a worker has no use for them
 
     return routes(services)

@@ -21,11 +21,12 @@ from trl.trainer.grpo_config import GRPOConfig as TrlConfig
 from arbor_core import JobFailed, Run
 
 from . import GrpoConfig
-from .publishing import Publisher
-from .reporting import Reporting
-from .rows import Reader
-from .session import Finished, Session
-from .trainer import NO_END, GroupTrainer
+from .training.publishing import Publisher
+from .training.reporting import Reporting
+from .training.rows import Reader
+from .training.session import Session
+from .training.state import Finished
+from .training.trainer import NO_END, GroupTrainer
 
 if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
     import_module("deepspeed")

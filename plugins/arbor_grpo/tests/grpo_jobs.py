@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from arbor_grpo.train import compose
-from arbor_grpo.trainer import GroupTrainer
+from arbor_grpo.training.trainer import GroupTrainer
 
-from arbor_core.inbox import Group, Rollout
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.job_directory import ENV
-from arbor_core.worker import WorkerRun, main, open_run
+from arbor_core.types import Group, Rollout
+from arbor_core.worker.main import main
+from arbor_core.worker.run import WorkerRun, open_run
 
 LETTERS = range(97, 123)
 FULL: dict[str, Any] = {"lora": None}
@@ -95,7 +96,7 @@ def two_ranks(job: Job) -> None:
     """A new attempt of two processes on this machine; it must succeed."""
     folder = job.prepare()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "arbor_core.worker", str(folder)]
+    command = [*torchrun, "-m", "arbor_core.worker.main", str(folder)]
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
     try:

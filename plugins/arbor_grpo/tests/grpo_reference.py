@@ -12,7 +12,7 @@ import torch
 from arbor_grpo import GrpoConfig
 from torch import Tensor
 
-from arbor_core.inbox import Group, Rollout
+from arbor_core.types import Group, Rollout
 
 CISPO_HIGH = 5.0
 

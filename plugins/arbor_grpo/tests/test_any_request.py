@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import schemathesis
 import test_schemathesis
-from arbor_grpo.routes import routes
+from arbor_grpo.api.routes import routes
 from grpo_http import GRPO, MODEL, item
 from http_calls import call, supervised
 from hypothesis import settings

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from arbor_grpo.session import BARREN
+from arbor_grpo.training.session import BARREN
 from grpo_jobs import QUICK, Background, group, groups, rollout
 
-from arbor_core.inbox import Group, Rollout
+from arbor_core.types import Group, Rollout
 
 
 def deep() -> Group:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import trl
 from arbor_grpo import LossType
-from arbor_grpo.trainer import GroupTrainer
+from arbor_grpo.training.trainer import GroupTrainer
 from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer

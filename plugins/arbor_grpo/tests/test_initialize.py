@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arbor_grpo import initialize
-from arbor_grpo.initialize import METHOD, translated
+from arbor_grpo.api import initialize
+from arbor_grpo.api.initialize import METHOD, translated
 from grpo_http import GRPO, MODEL, call, created, launch, stop
 from live import LiveServer
 

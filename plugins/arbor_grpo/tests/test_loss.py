@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from arbor_grpo.trainer import GroupTrainer
+from arbor_grpo.training.trainer import GroupTrainer
 from arbor_sft.tiny import tokenizer
 from grpo_jobs import FULL, Job, floats, group, rollout, step
 from grpo_reference import reference, token_logps, tokens
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from arbor_core.inbox import Group, Rollout
+from arbor_core.types import Group, Rollout
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 GROUPS = (group(1), group(2, size=3), group(3, size=2), group(4, size=5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arbor_grpo.batch import Sizes, cut, tokens_of
+from arbor_grpo.training.micro_batches import Sizes, cut, tokens_of
 from arbor_trl.budget import Budget
 from hypothesis import given
 from hypothesis import strategies as st

@@ -13,7 +13,7 @@ from grpo_jobs import group as ragged
 from grpo_reference import reference, token_logps, tokens
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from arbor_core.inbox import Group
+from arbor_core.types import Group
 
 LOSSES = ("grpo", "bnpo", "dapo", "cispo", "vespo")
 COEFFICIENT = 0.1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from arbor_grpo.news import News
-from arbor_grpo.status import Groups, GRPOStatus, Style
+from arbor_grpo.api.long_poll import News
+from arbor_grpo.api.status import Groups, GRPOStatus, Style
 
-from arbor_core.errors import ApiError
+from arbor_core.types import ApiError
 
 pytestmark = pytest.mark.asyncio
 KEY = ("job", "owner", "records")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from grpo_jobs import QUICK, Background, Job, group, groups
 
-from arbor_core.replay import replay
+from arbor_core.worker.replay import replay
 
 pytestmark = pytest.mark.ml
 

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from arbor_grpo.requests import Reward, RewardsRequest
-from arbor_grpo.rewards import group_by_ids
+from arbor_grpo.api.requests import Reward, RewardsRequest
+from arbor_grpo.api.rewards import group_by_ids
 from grpo_http import Job, created, launch, stop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import LiveServer
 
-from arbor_core.errors import ApiError
-from arbor_core.inbox import Group, read
-from arbor_core.ledger import Completion, packed_floats, packed_ids
-from arbor_core.live import Live
+from arbor_core.jobdir.inbox import read
+from arbor_core.rollouts.ledger import packed_floats, packed_ids
+from arbor_core.rollouts.session import Live
+from arbor_core.types import ApiError, Completion, Group
 
 
 class Sampled:

@@ -20,8 +20,8 @@ from grpo_http import Job, call, created, group, launch, signal_worker, stop, wa
 from live import LiveServer, engine_dir, process_of
 
 HEARTBEAT = 3
-IMPATIENT = "import arbor_grpo.routes as r; r.END_SECONDS = 1.0; r.CHECKPOINT_SECONDS = 1.0"
-LOADING = "from arbor_core.engines import Engines; Engines.__init__.__kwdefaults__['load_wait'] = 2.0"
+IMPATIENT = "import arbor_grpo.api.routes as r; r.END_SECONDS = 1.0; r.CHECKPOINT_SECONDS = 1.0"
+LOADING = "from arbor_core.inference.engines import Engines; Engines.__init__.__kwdefaults__['load_wait'] = 2.0"
 BOUND = 30.0
 """No answer may take so long; the client gives up then."""
 

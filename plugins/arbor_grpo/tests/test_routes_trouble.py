@@ -16,7 +16,7 @@ from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, sign
 from http_calls import Answer
 from live import LiveServer
 
-from arbor_core.inbox import read
+from arbor_core.jobdir.inbox import read
 
 BOUND = 30.0
 """No answer may take so long."""

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 from arbor_grpo import GrpoConfig
-from arbor_grpo.intake import Gathering
-from arbor_grpo.rows import Reader, RejectedError, shaped, with_advantages
+from arbor_grpo.training.intake import Gathering
+from arbor_grpo.training.rows import Reader, RejectedError, shaped, with_advantages
 from arbor_sft.tiny import tokenizer
 from arbor_trl.chat import ChatFormat
 from grpo_jobs import floats, group, rollout
 
-from arbor_core.chats import DEEPEST
-from arbor_core.config import merged
-from arbor_core.convert import typed
-from arbor_core.inbox import Group, Record, Rollout
+from arbor_core.config.compose import merged
+from arbor_core.config.convert import typed
+from arbor_core.storage.codec import DEEPEST
 from arbor_core.testing.job_directory import yaml_of
-from arbor_core.types import ConfigError
+from arbor_core.types import ConfigError, Group, Record, Rollout
 
 
 def config(**more: Any) -> GrpoConfig:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from arbor_grpo.metrics import OUR_FOLDERS, OURS
+from arbor_grpo.training.metrics import OUR_FOLDERS, OURS
 from grpo_jobs import FULL, QUICK, Background, group, groups, two_ranks
 from safetensors.torch import load_file
 
-from arbor_core.inbox import Group
 from arbor_core.testing import check_trainer, device
+from arbor_core.types import Group
 
 CLAIMED = ("train_loss", "kl", "step", "digest", "fed", "reward", "clip_ratio/region_mean", "client/kl")
 """Names of our metrics, not all of which such a job has."""

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from arbor_grpo.requests import MOST_REWARDS, Reward
-from arbor_grpo.turns import Entry, sequences
+from arbor_grpo.api.requests import MOST_REWARDS, Reward
+from arbor_grpo.api.turns import Entry, sequences
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arbor_core.ledger import Completion, packed_floats, packed_ids
+from arbor_core.rollouts.ledger import packed_floats, packed_ids
+from arbor_core.types import Completion
 
 
 def entry(place: int, prompt: Sequence[int], answer: Sequence[int]) -> Entry:

@@ -14,16 +14,16 @@ from arbor_core import (
     AllocatorSettings,
     Device,
     Engine,
-    EngineProcess,
     EngineSpec,
     Executor,
     ExecutorSettings,
     InferenceBackend,
     PoolAllocator,
+    RolloutConfig,
     Trainer,
     hookimpl,
 )
-from arbor_core.types import RolloutConfig
+from arbor_core.engine import EngineProcess
 
 GPUS, SERVING = 4, 1
 """Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
@@ -140,7 +140,7 @@ def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocat
 
 def simulated_executor(settings: ExecutorSettings) -> Executor:
     """An executor without processes; imported only where it is asked for."""
-    from .simulation import SimulatedExecutor
+    from .executor import SimulatedExecutor
 
     return SimulatedExecutor(settings)
 

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, Run
-from arbor_core.inbox import Record
-from arbor_core.types import Fed
+from arbor_core import Checkpoint, Fed, JobFailed, JobStopped, Record, Run
 
 from . import MockGrpoConfig
 from .train import ADAPTER, STATE, strike, tensor_file

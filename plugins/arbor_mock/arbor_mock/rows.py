@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from arbor_core.data import check_chat_row, check_message
+from arbor_core import check_chat_row, check_message
 
 CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, Run
-from arbor_core.data import RowError, read_rows
+from arbor_core import Checkpoint, JobFailed, JobStopped, RowError, Run, read_rows
 
 from . import MockConfig, MockGrpoConfig
 from .rows import words

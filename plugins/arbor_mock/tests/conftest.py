@@ -17,10 +17,11 @@ import msgspec
 import pytest
 from arbor_mock import arbor_trainers
 
-from arbor_core import Device, EngineProcess, EngineSpec, Event, Order, Placement
-from arbor_core.config import load_yaml
-from arbor_core.logs import tail
-from arbor_core.papers import WorkOrder
+from arbor_core import Device, EngineSpec, Event, Order, Placement
+from arbor_core.config.compose import load_yaml
+from arbor_core.engine import EngineProcess
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.storage.event_log import tail
 from arbor_core.types import PROTOCOL
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
@@ -48,7 +49,9 @@ class JobFolder:
         placement = Placement((Device("mock:0", "mock"),), 1)
         (folder / "placement.json").write_bytes(msgspec.json.encode(placement))
         with (folder / "worker.log").open("wb") as log:
-            return subprocess.Popen([sys.executable, "-m", "arbor_core.worker", str(folder)], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [sys.executable, "-m", "arbor_core.worker.main", str(folder)], stdout=log, stderr=log
+            )
 
     def run(self) -> int:
         """One attempt from beginning to end; returns its exit status."""

@@ -10,9 +10,9 @@ import pytest
 from arbor_mock.grpo import Learned
 from arbor_mock.train import STATE
 
-from arbor_core.feed import ask
-from arbor_core.inbox import Group, Inbox, Rollout
-from arbor_core.types import CheckpointRequest
+from arbor_core.jobdir.checkpoint_requests import ask
+from arbor_core.jobdir.inbox import Inbox
+from arbor_core.types import CheckpointRequest, Group, Rollout
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from arbor_core.checkpoints import fault
+from arbor_core.jobdir.checkpoints import fault
 
 
 def losses(job, attempt=None):

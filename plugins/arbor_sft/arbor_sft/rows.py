@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from arbor_trl.chat import ChatFormat, Rendered, Sample
 
-from arbor_core import JobFailed
-from arbor_core.data import RowError, check_chat_row, excerpt, read_rows
+from arbor_core import JobFailed, RowError, check_chat_row, excerpt, read_rows
 
 BATCH = 1000
 """Texts that are tokenised at once."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arbor_sft import arbor_trainers
 
-from arbor_core.worker import main
+from arbor_core.worker.main import main
 
 
 def start(folder: Path) -> int:

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, Protocol
 
 from arbor_sft import SftConfig
 
-from arbor_core.config import load_yaml, merged
-from arbor_core.convert import typed
-from arbor_core.logs import encode, tail
-from arbor_core.papers import WorkOrder
+from arbor_core.config.compose import load_yaml, merged
+from arbor_core.config.convert import typed
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.storage.codec import encode
+from arbor_core.storage.event_log import tail
 from arbor_core.testing import device
 from arbor_core.types import PROTOCOL, Event, Order, Placement
 
@@ -70,7 +71,7 @@ class Job:
             entry=self.entry,
             config_type="arbor_sft:SftConfig",
             config=merged(DEFAULTS, self.hyperparameters),
-            check_row="arbor_core.data:check_chat_row",
+            check_row="arbor_core.data.rows:check_chat_row",
             min_rows=1,
             model=str(self.model),
             model_name="tiny",
@@ -140,11 +141,11 @@ class Worker(Protocol):
 
 
 class Cold:
-    """`python -m arbor_core.worker`, by torchrun if there are several ranks."""
+    """`python -m arbor_core.worker.main`, by torchrun if there are several ranks."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *torchrun, "-m", "arbor_core.worker", str(folder)]
+        command = [sys.executable, *torchrun, "-m", "arbor_core.worker.main", str(folder)]
         with (folder / "worker.log").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
 

@@ -7,7 +7,8 @@ from itertools import combinations, pairwise
 
 import pytest
 from arbor_sft import auto, plan
-from arbor_sft.plan import Budget, Layout, Plan
+from arbor_sft.plan import Layout, Plan
+from arbor_trl.budget import Budget
 from hypothesis import given
 from hypothesis import strategies as st
 from sft_jobs import config

@@ -1,4 +1,4 @@
-"""Whole jobs: `python -m arbor_core.worker` on a job directory, with the tiny model."""
+"""Whole jobs: `python -m arbor_core.worker.main` on a job directory, with the tiny model."""
 
 from __future__ import annotations
 

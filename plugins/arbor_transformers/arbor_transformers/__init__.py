@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from arbor_core import Engine, EngineProcess, EngineSpec, InferenceBackend, UnknownModelError, hookimpl
-from arbor_core.environment import clean_env
+from arbor_core import hookimpl
+from arbor_core.engine import Engine, EngineProcess, EngineSpec, InferenceBackend, UnknownModelError, clean_env
 
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""

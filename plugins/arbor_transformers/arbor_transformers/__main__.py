@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 
-from arbor_core.prctl import PR_SET_PDEATHSIG, prctl
+from arbor_core.engine import PR_SET_PDEATHSIG, prctl
 
 
 def end_with_parent() -> None:

@@ -14,16 +14,17 @@ import torch
 from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
-from arbor_core import ArborError, EngineSpec
+from arbor_core import ArborError
+from arbor_core.engine import EngineSpec
 
 from . import Options
-from .engine import Engine
-from .generation import Delta, Sink
-from .http import Face
-from .lora import AdapterRows
-from .model import Loaded, load, make_batch
-from .pulse import beat_with
-from .service import Service
+from .api.app import Face
+from .api.service import Service
+from .generation.loop import Engine
+from .generation.progress import beat_with
+from .generation.sequence import Delta, Sink
+from .model.loading import Loaded, load, make_batch
+from .model.lora import AdapterRows
 
 UNUSABLE_MODEL = 3
 LOST_DEVICE = 4

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from arbor_core import EngineSpec
+from arbor_core.engine import EngineSpec
 from arbor_core.testing import device
 
 OPTIONS = Path(__file__).parents[1] / "arbor_transformers" / "conf" / "backend" / "transformers.yaml"

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from arbor_transformers import Options
-from arbor_transformers.batch import EvenBatch, SlotBatch
-from arbor_transformers.engine import Engine
-from arbor_transformers.generation import Delta, Generation, Sink
-from arbor_transformers.lora import AdapterRows, load_adapter
-from arbor_transformers.model import Loaded, load, make_batch
-from arbor_transformers.sampler import Sampling
-from arbor_transformers.text import Detokenizer, StopStrings, TokenText
+from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
+from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.sampler import Sampling
+from arbor_transformers.generation.sequence import Delta, Generation, Sink
+from arbor_transformers.model.batch import EvenBatch, SlotBatch
+from arbor_transformers.model.loading import Loaded, load, make_batch
+from arbor_transformers.model.lora import AdapterRows, load_adapter
 from embedded import make_adapter, make_tokenizer, options
 
 from arbor_core.testing import device

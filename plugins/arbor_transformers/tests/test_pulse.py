@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from arbor_transformers import NOT_THERE, Options, TransformersBackend, hub
-from arbor_transformers.engine import Engine
-from arbor_transformers.lora import AdapterRows
-from arbor_transformers.model import load, make_batch
-from arbor_transformers.pulse import Pulse, beat_with
+from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.progress import Pulse, beat_with
+from arbor_transformers.model.loading import load, make_batch
+from arbor_transformers.model.lora import AdapterRows
 from embedded import World, options
 from transformers import LlamaForCausalLM
 
-from arbor_core import UnknownModelError
+from arbor_core.engine import UnknownModelError
 from arbor_core.testing import device
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from arbor_transformers.sampler import History, Sampling, sample, uniform
+from arbor_transformers.generation.sampler import History, Sampling, sample, uniform
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 VOCABULARY = 50

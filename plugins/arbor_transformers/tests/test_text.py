@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from arbor_transformers.text import Detokenizer, StopStrings, TokenText
+from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
 from embedded import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st

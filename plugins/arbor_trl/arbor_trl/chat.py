@@ -2,7 +2,7 @@
 
 A template is code, so what an assistant's turn looks like is found by rendering, not by parsing: the turn is what
 `messages[:i + 1]` adds to `messages[:i]` with a generation prompt. The prompt is then, to the letter, what an engine
-will send (`arbor_core.chats` prepares messages for both), and the answer ends with the token that stops it.
+will send (`arbor_core.data.chat_format` prepares messages for both), and the answer ends with the token that stops it.
 
 Most templates render a conversation so that each turn is a prefix of the next, and the row becomes one sequence. Some
 rewrite earlier turns (they drop old reasoning, or move the system prompt to the last question); those rows become one

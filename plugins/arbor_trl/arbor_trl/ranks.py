@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from arbor_core import JobStopped, Run
-from arbor_core.types import Desired
+from arbor_core import Desired, JobStopped, Run
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""What plugins' routes may use of the server (`arbor_core.types.Services`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core.config.convert import typed
+from arbor_core.jobdir import checkpoint_requests
+from arbor_core.jobs.policies import name_checkpoint, named_checkpoints, named_sizes, policy_of
+from arbor_core.jobs.records import Job
+from arbor_core.models.catalog import strip_provider
+from arbor_core.process.wakeup import ring
+from arbor_core.rollouts.session import Live
+from arbor_core.types import NO_RETRY, TERMINAL, ApiError, CheckpointRequest, Desired, NamedCheckpoint, Policy
+
+from . import objects
+from .job_service import ask, found, shown, submit
+from .submission import CreateFineTuningJobRequest
+from .system import Arbor
+
+POLL_SECONDS = 0.2
+NAMED, NAMED_BYTES = 256, 1 << 20
+"""Checkpoints of a job that have names, and bytes of JSON that are kept with all of them: each status shows it all."""
+
+
+class ServerServices:
+    """Jobs, for plugins: with the same checks and the same objects as over HTTP."""
+
+    def __init__(self, arbor: Arbor) -> None:
+        self.arbor = arbor
+
+    async def create_job(self, request: Mapping[str, Any], owner: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
+        body = typed(dict(request), CreateFineTuningJobRequest, "")
+        return plain(await submit(self.arbor, body, owner, remarks=warnings))
+
+    def defaults(self, method: str) -> Mapping[str, Any]:
+        return self.arbor.trainers[self.arbor.plugins.trainer_for(method, self.arbor.default_trainer)].values
+
+    def newest(self, owner: str) -> str:
+        if job_id := self.arbor.jobs.newest_learner(owner):
+            return job_id
+        raise ApiError(400, "There is no job that learns from rollouts: initialize one.", "invalid_job_state", "job_id")
+
+    async def job(self, job_id: str, owner: str) -> dict[str, Any]:
+        return plain(shown(self.arbor, found(self.arbor, job_id, owner)))
+
+    async def learner(self, job_id: str, owner: str) -> dict[str, Any]:
+        return plain(shown(self.arbor, self._learner(job_id, owner)))
+
+    def _learner(self, job_id: str, owner: str) -> Job:
+        job = found(self.arbor, job_id, owner)
+        if job.spec.rollouts:
+            return job
+        message = f"Job {job_id} is not a job that learns from rollouts: it learns from a file."
+        raise ApiError(400, message, "invalid_job_state", "job_id")
+
+    async def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
+        job, seen = found(self.arbor, job_id, owner), 0
+        while True:
+            ended = job.status in TERMINAL  # before the events: after a job's end there are no more
+            for row in self.arbor.jobs.events_after(job.id, seen):
+                yield plain(objects.event_object(row))
+                seen = row.seq
+            if ended:
+                return
+            await self.changed(job_id, owner, POLL_SECONDS)
+            job = found(self.arbor, job_id, owner)
+
+    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+        await self.arbor.jobs.changes.wait(found(self.arbor, job_id, owner).id, seconds)
+
+    async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
+        job = self._learner(job_id, owner) if desired == "finish" else found(self.arbor, job_id, owner)
+        return plain(shown(self.arbor, await ask(self.arbor, job, desired)))
+
+    def asked(self, job_id: str, owner: str) -> Desired:
+        return found(self.arbor, job_id, owner).desired
+
+    def rollouts(self, job_id: str, owner: str) -> Live:
+        job = self._learner(job_id, owner)
+        if live := self.arbor.live.of(job):
+            return live
+        message = f"Job {job_id} takes no rollouts: it has ended ({job.status})."
+        raise ApiError(400, message, "invalid_job_state", "job_id")
+
+    def policy(self, job_id: str, owner: str) -> Policy:
+        return policy_of(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
+
+    async def checkpoint(
+        self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
+    ) -> NamedCheckpoint:
+        job, request = self._learner(job_id, owner), CheckpointRequest(name, dict(metadata))
+        checkpoint_requests.check(request)
+        self._check_room(job, request)
+        until = time.monotonic() + seconds
+        asked = None if job.status == "succeeded" else self._ask_for(job, request)
+        while asked and job.status != "succeeded":
+            job = found(self.arbor, job_id, owner)  # before its checkpoints: after its end there are no more
+            there = {one.name: one for one in self.checkpoints(job_id, owner)}
+            if name in there and not asked.exists():
+                return there[name]
+            if job.status in TERMINAL - {"succeeded"}:
+                message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."
+                raise ApiError(400, message, "invalid_job_state", "job_id")
+            if time.monotonic() > until:
+                message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
+                raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
+            await self.changed(job_id, owner, POLL_SECONDS)
+        await self._name_last(job, request)
+        return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
+
+    async def _name_last(self, job: Job, request: CheckpointRequest) -> None:
+        """Give a name to the last checkpoint of a job that has succeeded."""
+        last = self.arbor.jobs.checkpoints(job.id, 1)[0]
+        await self.arbor.store.write(
+            lambda db: name_checkpoint(db, job.id, request.name, last.step, last.dir, request.metadata)
+        )
+
+    def _check_room(self, job: Job, request: CheckpointRequest) -> None:
+        """Whether a job's status can go on to show all of its named checkpoints.
+
+        Raises:
+            ApiError: 400: there are too many, or too much is kept with them.
+        """
+        folder = self.arbor.dispatcher.attempts.dir(job)
+        sizes = named_sizes(self.arbor.store, job.id) | checkpoint_requests.sizes(folder)
+        sizes[request.name] = len(msgspec.json.encode(request.metadata))
+        if len(sizes) > NAMED:
+            message = f"Invalid 'checkpoint_name': job {job.id} has {NAMED} named checkpoints. Give one of them anew."
+            raise ApiError(400, message, "invalid_value", "checkpoint_name")
+        if sum(sizes.values()) > NAMED_BYTES:
+            message = f"Invalid 'metadata': with this, more than {NAMED_BYTES} bytes are kept with job {job.id}."
+            raise ApiError(400, message, "invalid_value", "metadata")
+
+    def _ask_for(self, job: Job, request: CheckpointRequest) -> Path:
+        """Write a request down; returns the file that is there until it is answered."""
+        if job.status in TERMINAL:
+            message = f"Job {job.id} has ended ({job.status}): it writes no more checkpoints."
+            raise ApiError(400, message, "invalid_job_state", "job_id")
+        folder = self.arbor.dispatcher.attempts.dir(job)
+        path = checkpoint_requests.ask(folder, request)
+        ring(folder / "inbox" / "bell", "")
+        return path
+
+    def checkpoints(self, job_id: str, owner: str) -> list[NamedCheckpoint]:
+        return named_checkpoints(self.arbor.store, found(self.arbor, job_id, owner).id)
+
+    async def warm(self, model: str, owner: str) -> None:
+        name = strip_provider(model)
+        async with self.arbor.engines.using(self.arbor.models.resolve(name, owner)):
+            pass
+
+
+def plain(value: msgspec.Struct) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(value))

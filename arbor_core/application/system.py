@@ -1,0 +1,193 @@
+"""The composition root: everything a server consists of, wired once, from its configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+from arbor_core.config import compose, convert
+from arbor_core.config.settings import ServeConfig
+from arbor_core.dispatch.attempts import Attempts
+from arbor_core.dispatch.dispatcher import Dispatcher
+from arbor_core.dispatch.observers import Onlookers
+from arbor_core.files.repository import Files
+from arbor_core.files.uploads import Uploads
+from arbor_core.inference.engines import Engines
+from arbor_core.inference.process import end_engines
+from arbor_core.inference.weight_sync import LiveWeights
+from arbor_core.jobs.repository import Jobs
+from arbor_core.models.catalog import Models
+from arbor_core.plugins import Plugins
+from arbor_core.rollouts.session import LiveJobs
+from arbor_core.storage.database import Store
+from arbor_core.storage.directory import locked, make_private
+from arbor_core.types import Allocator, AllocatorSettings, Executor, ExecutorSettings, Trainer
+
+log = logging.getLogger(__name__)
+TICK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TrainerDefaults:
+    """A trainer and what its configuration is before a client says anything."""
+
+    trainer: Trainer
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Arbor:
+    """A server's parts."""
+
+    settings: ServeConfig
+    plugins: Plugins
+    trainers: Mapping[str, TrainerDefaults]
+    default_trainer: str | None
+    store: Store
+    jobs: Jobs
+    files: Files
+    uploads: Uploads
+    models: Models
+    engines: Engines
+    allocator: Allocator
+    executor: Executor
+    onlookers: Onlookers
+    dispatcher: Dispatcher
+    live: LiveJobs
+    live_weights: LiveWeights
+    lock: IO[str]
+    failed: bool = False
+    """It had to end by itself."""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Dispatch jobs and look after engines; on the way out engines end and trainers go on."""
+        if self.default_trainer:
+            chosen = self.trainers[self.default_trainer].trainer
+            self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
+        await asyncio.to_thread(self.live.settle)
+        tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
+        for task in tasks:
+            task.add_done_callback(self._ended)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.engines.close()
+            await self.executor.close()
+            self.onlookers.close()
+            self.live.close()
+            self.store.close()
+            self.lock.close()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """End the server when what it lives for has ended: one that only looks alive would be left so."""
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("the server cannot go on and ends; running jobs go on without it", exc_info=error)
+            self.failed = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    async def _tick(self) -> None:
+        works = (self.engines.tick, self._close_ended, self.live_weights.tick, self.uploads.expire)
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            for work in works:
+                try:
+                    await work()
+                except Exception:  # a full disk, say: the others go on, and the next tick tries again
+                    log.exception("%s failed", work.__qualname__)
+
+    async def _close_ended(self) -> None:
+        """Close the rollouts of jobs that have ended, though nobody asks for them any more."""
+        for job_id in list(self.live.open):
+            if job := self.jobs.get(job_id):
+                self.live.of(job)
+
+
+def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
+    """Wire a server together.
+
+    Raises:
+        ArborError: a name that no plugin brings, a device that is not there, a storage directory that cannot be used.
+    """
+    trainers = trainer_defaults(settings, plugins, default_trainer)
+    scheduler = plugins.get("schedulers", settings.scheduler)()
+    allocator = plugins.get("allocators", settings.allocator)(
+        AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
+    )
+    backend = plugins.get("inference_backends", settings.inference)()
+    root = settings.storage.absolute()
+    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.launcher, root / "run"))
+    engine_options = compose.merged(compose.defaults("backend", settings.inference), settings.engine)
+    convert.typed(engine_options, backend.options, where="engine")
+    lock = locked(root)
+    make_private(root)
+    store = Store(root / "arbor.db")
+    jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
+    models = Models(store, settings.models, root)
+    slots = max(1, len(allocator.inventory().get("train", ())))
+    cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
+    onlookers = Onlookers(plugins)
+    end_engines(root / "engines")
+    engines = Engines(
+        backend,
+        allocator,
+        root / "engines",
+        options=engine_options,
+        threads=settings.threads or os.cpu_count() or 1,
+        idle_seconds=settings.limits.engine_idle_seconds,
+        hang_seconds=settings.limits.engine_heartbeat_seconds,
+    )
+    live_weights = LiveWeights(models.jobs, engines, jobs)
+    attempts = Attempts(jobs, files, executor, onlookers, root, settings, cores, live_weights.published)
+    by_name = {name: entry.trainer for name, entry in trainers.items()}
+    dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
+    return Arbor(
+        settings,
+        plugins,
+        trainers,
+        default_trainer,
+        store,
+        jobs,
+        files,
+        Uploads(files),
+        models,
+        engines,
+        allocator,
+        executor,
+        onlookers,
+        dispatcher,
+        LiveJobs(store, root),
+        live_weights,
+        lock,
+    )
+
+
+def trainer_defaults(
+    settings: ServeConfig, plugins: Plugins, default_trainer: str | None
+) -> dict[str, TrainerDefaults]:
+    """Every installed trainer with its YAML, under what the command line said of it; all of it type-checked.
+
+    Raises:
+        ConfigError: a value that the trainer's struct does not take.
+    """
+    found = {}
+    for name, trainer in plugins.all("trainers").items():
+        values = compose.defaults("trainer", name)
+        where = f"trainers.{name}"
+        if name == default_trainer and settings.trainer:
+            values, where = settings.trainer, "trainer"
+        values = compose.merged(values, settings.trainers.get(name, {}))
+        convert.typed(values, trainer.config, where=where)
+        found[name] = TrainerDefaults(trainer, values)
+    for name in settings.trainers:
+        plugins.get("trainers", name)  # says which name is near
+    return found

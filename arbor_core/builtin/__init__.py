@@ -1,0 +1,1 @@
+"""The core's own plugin: schedulers, the allocator and the executor of this machine."""

@@ -1,0 +1,184 @@
+"""The allocator `local`: the GPUs of this machine, or CPU slots where there are none.
+
+Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it is
+leased once. A device that a job has lost is set aside until the server starts again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from arbor_core import ids
+from arbor_core.types import AllocatorSettings, ArborError, Claim, Device, DevicesLostError, Lease, needs, pool_of
+
+log = logging.getLogger(__name__)
+
+
+class PoolAllocator:
+    """Leases whole devices from fixed pools, in the order of asking: a claim is granted as a whole or waits."""
+
+    def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
+        self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
+        self.gone: dict[str, tuple[Device, ...]] = dict.fromkeys(self.pools, ())
+        self.leases: dict[str, Lease] = {}
+        self.held: dict[str, set[str]] = {pool: set() for pool in self.pools}
+        self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
+
+    def inventory(self) -> Mapping[str, Sequence[Device]]:
+        return self.pools
+
+    def lost(self) -> Mapping[str, Sequence[Device]]:
+        return self.gone
+
+    def set_aside(self, devices: Collection[str]) -> None:
+        for pool, there in self.pools.items():
+            self.gone[pool] += tuple(device for device in there if device.id in devices)
+            self.pools[pool] = tuple(device for device in there if device.id not in devices)
+        for claim, granted in self.waiting:
+            if not granted.done() and (refusal := self._refusal(claim)):
+                granted.set_exception(refusal)
+        self._grant()
+
+    def free(self) -> Mapping[str, int]:
+        return {pool: len(self._free(pool)) for pool in self.pools}
+
+    def _free(self, pool: str) -> list[Device]:
+        held = self.held.get(pool, set[str]())
+        return [device for device in self.pools.get(pool, ()) if device.id not in held]
+
+    def restore(self, lease: Lease) -> None:
+        self._hold(lease)
+
+    def _hold(self, lease: Lease) -> None:
+        self.leases[lease.id] = lease
+        for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
+            self.held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
+
+    async def acquire(self, claim: Claim) -> Lease:
+        if refusal := self._refusal(claim):
+            raise refusal
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self.waiting.append((claim, granted))
+        self._grant()
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            self.waiting = [entry for entry in self.waiting if entry[1] is not granted]
+            if granted.done() and not granted.cancelled() and not granted.exception():
+                self.release(granted.result())
+            raise
+
+    def _refusal(self, claim: Claim) -> ArborError | None:
+        """Why a claim does not fit these pools, however long it waits; None: it does."""
+        for pool, count in needs(claim).items():
+            have, gone = len(self.pools.get(pool, ())), self.gone.get(pool, ())
+            if count > have:
+                text = f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}"
+                if count > have + len(gone):
+                    return ArborError(text)
+                return DevicesLostError(f"{text}: {', '.join(device.id for device in gone)} is lost")
+        return None
+
+    def release(self, lease: Lease) -> None:
+        if self.leases.pop(lease.id, None):
+            for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
+                self.held[pool_of(bundle.role)].difference_update(device.id for device in devices)
+            self._grant()
+
+    def _grant(self) -> None:
+        left = []
+        for claim, granted in self.waiting:
+            if granted.done():
+                continue
+            lease = self._fit(claim)
+            if lease is None:
+                left.append((claim, granted))
+                continue
+            self._hold(lease)
+            granted.set_result(lease)
+        self.waiting = left
+
+    def _fit(self, claim: Claim) -> Lease | None:
+        free: dict[str, list[Device]] = {}
+        chosen: list[tuple[Device, ...]] = []
+        for bundle in claim.bundles:
+            name = pool_of(bundle.role)
+            pool = free.setdefault(name, self._free(name))
+            fitting = [device for device in pool if bundle.kind in (None, device.kind)][: bundle.count]
+            if len(fitting) < bundle.count:
+                return None
+            for device in fitting:
+                pool.remove(device)
+            chosen.append(tuple(fitting))
+        return Lease(ids.new("lease-"), claim, tuple(chosen))
+
+
+class LocalAllocator(PoolAllocator):
+    """The devices of this machine."""
+
+    @classmethod
+    def from_settings(cls, settings: AllocatorSettings) -> LocalAllocator:
+        """Pools from `gpu.train` and `gpu.inference`.
+
+        With GPUs and nothing set: all but the last train, the last serves; one alone does both.
+
+        Raises:
+            ArborError: a GPU id is asked for that is not there.
+        """
+        gpus = find_gpus()
+        if not gpus:
+            train = settings.train if settings.train is not None else [0]
+            serve = settings.inference if settings.inference is not None else range(settings.engines)
+            return cls({"train": cpu_slots(train), "engine": cpu_slots(serve)})
+        train = settings.train if settings.train is not None else [gpu.index for gpu in (gpus[:-1] or gpus)]
+        serve = settings.inference if settings.inference is not None else [gpus[-1].index]
+        return cls({"train": pick(gpus, train, "train"), "engine": pick(gpus, serve, "inference")})
+
+
+def cpu_slots(indices: Sequence[int]) -> list[Device]:
+    return [Device(f"cpu:{index}", "cpu", index) for index in indices]
+
+
+def pick(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device]:
+    """The GPUs with these indices."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    for index in wanted:
+        if index not in by_index:
+            have = ", ".join(str(gpu.index) for gpu in gpus)
+            raise ArborError(f"gpu.{key}: GPU {index} not found (have {have})")
+    return [by_index[index] for index in wanted]
+
+
+def find_gpus() -> list[Device]:
+    """The GPUs that NVML shows, by UUID, without those that are lost; none where there is no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    with closing_nvml(pynvml):
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+                uuid = pynvml.nvmlDeviceGetUUID(gpu)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(gpu).total
+            except pynvml.NVMLError as error:
+                log.warning("GPU %d cannot be used: %s", index, error)
+                continue
+            found.append(Device(uuid if isinstance(uuid, str) else uuid.decode(), "cuda", index, memory))
+        return found
+
+
+@contextlib.contextmanager
+def closing_nvml(pynvml: object) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()  # type: ignore[attr-defined]

@@ -1,0 +1,205 @@
+"""The executor `local`: attempts as processes of this machine, each under a keeper that outlives the server.
+
+A ref is `pid:start time:boot id` of the keeper, so that a pid that was given to another process is never mistaken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from arbor_core.process.environment import clean_env, threads_env
+from arbor_core.process.lifecycle import end, ref_of
+from arbor_core.process.resources import shortage
+from arbor_core.process.wakeup import short
+from arbor_core.types import ExecutorSettings, Order, Placement
+
+log = logging.getLogger(__name__)
+TEMPLATE_SECONDS = 300.0
+"""How long importing and proving may take."""
+
+
+@dataclass(frozen=True)
+class TemplateKey:
+    """One template per interpreter and set of libraries."""
+
+    python: str
+    preload: tuple[str, ...]
+    prove: str | None
+
+
+@dataclass
+class Template:
+    """A live template process, and how many threads its environment was made for."""
+
+    process: asyncio.subprocess.Process
+    socket: Path
+
+
+class LocalExecutor:
+    """Starts attempts by forking a template (`launcher=warm`) or a new interpreter (`cold`)."""
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self.launcher, self.runtime = settings.launcher, settings.runtime
+        self.templates: dict[TemplateKey, asyncio.Task[Template]] = {}
+        self.faults: dict[TemplateKey, str] = {}
+        self.children: set[asyncio.Task[int]] = set()
+        self.started = 0
+
+    def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
+        """Start to warm up for a trainer, without waiting."""
+        key = TemplateKey(python or sys.executable, preload, prove)
+        if self.launcher == "warm" and preload and key not in self.faults:
+            self.template(key)
+
+    async def start(self, order: Order, placement: Placement) -> str:
+        """Start an attempt whose directory holds its papers; returns its ref."""
+        env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
+        key = TemplateKey(order.python, order.preload, order.prove)
+        forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
+        if self.launcher == "warm" and forkable and key not in self.faults:
+            try:
+                pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
+                return ref_of(pid)
+            except OSError as error:  # the template has died, or never came up
+                if shortage(error):  # of ours: that is no fault of the template, and a cold start would fail too
+                    raise
+                self._discard(key)
+                log.warning("starting cold: the template of %s is not usable: %s", order.preload, error)
+            except TemplateError as error:
+                self.faults[key] = str(error)
+                log.warning("starting cold from now on: %s", error)
+        return await self._cold(order, env)
+
+    async def _cold(self, order: Order, env: Mapping[str, str]) -> str:
+        with (order.dir / "worker.log").open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                order.python,
+                "-m",
+                "arbor_core.worker.supervisor",
+                str(order.dir),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=env,
+                cwd=order.dir,
+                start_new_session=True,
+            )
+        waiter = asyncio.create_task(process.wait())  # so that it is reaped
+        self.children.add(waiter)
+        waiter.add_done_callback(self.children.discard)
+        return ref_of(process.pid)
+
+    def template(self, key: TemplateKey) -> asyncio.Task[Template]:
+        task = self.templates.get(key)
+        if task is None or lost(task):
+            task = self.templates[key] = asyncio.create_task(self._start_template(key))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whoever waits
+        return task
+
+    def _discard(self, key: TemplateKey) -> None:
+        """Have no more to do with a template that failed us: the next attempt starts another."""
+        task = self.templates.pop(key, None)
+        if task and not lost(task) and task.done():
+            task.result().process.terminate()
+
+    async def _start_template(self, key: TemplateKey) -> Template:
+        self.runtime.mkdir(parents=True, exist_ok=True)
+        self.started += 1  # a number of its own: the socket of one that lives must stay
+        socket = self.runtime / f"template-{self.started}.sock"
+        report = self.runtime / f"template-{self.started}.log"
+        extra = {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        with report.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                key.python,
+                "-m",
+                "arbor_core.worker.forkserver",
+                str(socket),
+                key.prove or "",
+                *key.preload,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=output,
+                env={**clean_env(), **threads_env(os.cpu_count() or 1), **extra},
+                start_new_session=True,
+            )
+        assert process.stdout is not None
+        try:
+            said = await asyncio.wait_for(process.stdout.readline(), TEMPLATE_SECONDS)
+        except TimeoutError:
+            said = b""
+        if said != b"ready\n":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 1.0)  # it closed its output: it ends by itself
+            await end(process)
+            if process.returncode == -signal.SIGKILL:  # somebody's deed, and no fault of the libraries
+                raise ConnectionResetError(f"the template of {', '.join(key.preload)} was killed")
+            lines = report.read_text(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"it was not ready after {TEMPLATE_SECONDS:.0f} s"
+            raise TemplateError(f"the template of {', '.join(key.preload)} failed: {why}")
+        return Template(process, socket)
+
+    async def _fork(self, template: Template, order: Order, env: Mapping[str, str]) -> int:
+        with short(template.socket) as address:
+            reader, writer = await asyncio.open_unix_connection(address)
+        try:
+            request = {"dir": str(order.dir), "env": dict(env), "log": str(order.dir / "worker.log")}
+            writer.write(json.dumps(request).encode() + b"\n")
+            await writer.drain()
+            answer = await asyncio.wait_for(reader.readline(), 30)
+            if not answer:
+                raise ConnectionResetError("the template hung up")
+            return int(answer)
+        finally:
+            writer.close()
+
+    def poll(self, ref: str) -> bool:
+        """Whether the attempt's keeper lives."""
+        pid, _, _ = ref.partition(":")
+        return bool(ref) and ref_of(int(pid)) == ref
+
+    def signal(self, ref: str, number: int) -> None:
+        if self.poll(ref):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(ref.partition(":")[0]), number)
+
+    def adopt(self, ref: str) -> bool:
+        return self.poll(ref)
+
+    async def close(self) -> None:
+        """End the templates; attempts go on under their keepers."""
+        for task in self.templates.values():
+            if not task.done():
+                task.cancel()
+            elif not task.cancelled() and not task.exception():
+                process = task.result().process
+                if process.returncode is None:
+                    process.send_signal(signal.SIGTERM)
+                    await process.wait()
+        for waiter in list(self.children):
+            waiter.cancel()
+
+
+def lost(task: asyncio.Task[Template]) -> bool:
+    """Whether a template's start has failed, or the template has ended since."""
+    if not task.done():
+        return False
+    return task.cancelled() or task.exception() is not None or task.result().process.returncode is not None
+
+
+class TemplateError(Exception):
+    """The libraries cannot be preloaded; the message says why."""
+
+
+def devices_env(placement: Placement) -> dict[str, str]:
+    """Which GPUs a process may see."""
+    gpus = [device.id for device in placement.devices if device.kind == "cuda"]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}

@@ -1,0 +1,1 @@
+"""The commands `arbor-serve` and `arbor`."""

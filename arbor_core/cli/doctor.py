@@ -1,0 +1,43 @@
+"""`arbor doctor`: does every trainer's warm start work here?"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from arbor_core import plugins
+from arbor_core.builtin.executor import LocalExecutor, TemplateError, TemplateKey
+from arbor_core.types import ExecutorSettings, Trainer
+
+
+def examine() -> int:
+    """Try each set of libraries in a template; returns 1 if one has to start cold, or a plugin does not load."""
+    loaded = plugins.load()
+    for reason in loaded.broken.values():
+        print(f"broken   {reason}")
+    trainers = loaded.all("trainers")
+    results = [asyncio.run(warm(name, trainer)) for name, trainer in trainers.items() if trainer.preload]
+    for name, trainer in trainers.items():
+        if not trainer.preload:
+            print(f"ok       trainer {name}: has nothing to preload")
+    return 0 if all(results) and not loaded.broken else 1
+
+
+async def warm(name: str, trainer: Trainer) -> bool:
+    """Start the trainer's template once and say how it went."""
+    with tempfile.TemporaryDirectory() as folder:
+        executor = LocalExecutor(ExecutorSettings("warm", Path(folder)))
+        key = TemplateKey(trainer.python or sys.executable, trainer.preload, trainer.prove)
+        began = time.monotonic()
+        try:
+            await executor.template(key)
+        except TemplateError as error:
+            print(f"cold     trainer {name}: {error}")
+            return False
+        finally:
+            await executor.close()
+    print(f"ok       trainer {name}: warm after {time.monotonic() - began:.1f} s")
+    return True

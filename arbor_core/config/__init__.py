@@ -1,0 +1,1 @@
+"""Configuration: YAML composed by Hydra, structs that type it, keys of the API."""

@@ -1,0 +1,85 @@
+"""`~/.arbor/config.yaml`, laid between `conf/serve.yaml` and the command line, the original Arbor's keys included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import msgspec
+
+from arbor_core.types import ConfigError
+
+from .compose import arbor_home, load_yaml
+from .settings import ServeConfig
+
+
+def overrides(environ: Mapping[str, str]) -> list[str]:
+    """What comes before the user's own arguments, as Hydra overrides: a later one wins.
+
+    Raises:
+        ConfigError: the file is not YAML, or has a key that means nothing.
+    """
+    before = []
+    if environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):
+        before += ["allocator=mock", "inference=mock"]
+    path = arbor_home() / "config.yaml"
+    if path.exists():
+        values = translated(load_yaml(path))
+        known = [field.name for field in msgspec.structs.fields(ServeConfig)]
+        for key in values:
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; expected one of {', '.join(known)}"
+                raise ConfigError(f"{path}: unknown key '{key}'{hint}")
+        before += list(flat(values))
+    return before
+
+
+def translated(values: dict[str, Any]) -> dict[str, Any]:
+    """The original Arbor's keys as ours; ours as they are."""
+    ours = dict(values)
+    gpu: dict[str, Any] = dict(ours.pop("gpu", None) or {})
+    if ids := ours.pop("gpu_ids", None):  # one list for both: the last serves, as with `gpu.train: null`
+        gpu.setdefault("train", ids[:-1] or ids)
+        gpu.setdefault("inference", ids[-1:])
+    if (training := ours.pop("training", None)) is not None:
+        if not isinstance(training, Mapping) or set(training) != {"gpu_ids"}:
+            raise ConfigError(f"config.yaml: 'training' may hold gpu_ids and nothing else, but it is {training!r}")
+        gpu["train"] = training.get("gpu_ids")
+    if isinstance(ours.get("inference"), Mapping):
+        gpu["inference"] = ours.pop("inference").get("gpu_ids")
+    if gpu:
+        ours["gpu"] = gpu
+    if "storage_path" in ours:
+        ours["storage"] = ours.pop("storage_path")
+    if "inactivity_timeout" in ours:
+        limits = ours.get("limits")
+        ours["limits"] = {**(limits or {}), "engine_idle_seconds": ours.pop("inactivity_timeout")}
+    return ours
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested values as `a.b=value`; `trainer: NAME` chooses the group."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name == "trainer" and isinstance(value, str):
+            yield f"+trainer={value}"
+        elif isinstance(value, Mapping) and value:
+            added = "+" if name in ("trainers", "engine") else ""
+            yield from (f"{added}{line}" for line in flat(value, f"{name}."))
+        else:
+            yield f"{name}={literal(value)}"
+
+
+def literal(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, list):
+        return "[" + ",".join(literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{quoted}'"
+    return json.dumps(value)

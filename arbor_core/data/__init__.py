@@ -1,0 +1,1 @@
+"""Training files and conversations: rows that are read and checked, and chat formats."""

@@ -1,0 +1,99 @@
+"""Reads a job's files row by row, before the job is queued: `python -m arbor_core.data.validator <job.json>`.
+
+A process of its own with limits on memory and time, because the rows are a stranger's. Says what it found as one JSON
+object on standard output.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core.jobdir.documents import WorkOrder, imported
+from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
+from arbor_core.storage.codec import decode
+from arbor_core.types import JobFailed
+
+from .rows import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
+
+MEMORY_BYTES = 4 << 30
+CPU_SECONDS = 3600
+
+
+class Report(msgspec.Struct):
+    """What the validator found."""
+
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+
+def check(order: WorkOrder) -> Report:
+    """Check both files against what the trainer accepts."""
+    report = Report()
+    check_row: Callable[[dict[str, Any]], None] = imported(order.check_row)
+    files = [("training_file", order.training_file, order.min_rows)]
+    if order.validation_file:
+        files.append(("validation_file", order.validation_file, 1))
+    try:
+        for param, path, minimum in files:
+            report.rows[param] = check_file(path, param, check_row, report.warnings)
+            require_rows(report.rows[param], minimum, param)
+    except JobFailed as error:
+        report.error = {"code": error.code, "message": str(error), "param": error.param}
+    return report
+
+
+def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], None], warnings: list[str]) -> int:
+    """Count the rows of a file.
+
+    Raises:
+        JobFailed: `invalid_<param>` with the first `MAX_REPORTED` lines that cannot be used.
+    """
+    seen: Counter[str] = Counter()
+    first: dict[str, int] = {}
+
+    def warn(line: int, reason: str) -> None:
+        seen[reason] += 1
+        first.setdefault(reason, line)
+
+    count, faults = 0, []
+    for line, row in parse_lines(path, warn):
+        if isinstance(row, RowError):
+            faults.append(str(row))
+        else:
+            count += 1
+            try:
+                check_row(row)
+            except ValueError as error:
+                faults.append(str(RowError(line, str(error), excerpt(msgspec.json.encode(row)))))
+        if len(faults) >= MAX_REPORTED:
+            break
+    warnings += [f"{param}: {why} ({n} time(s), first at line {first[why]})" for why, n in seen.items()]
+    if faults:
+        more = f" (the first {MAX_REPORTED} are shown)" if len(faults) >= MAX_REPORTED else ""
+        raise JobFailed(
+            f"{len(faults)} line(s) of the {param.replace('_', ' ')} cannot be used{more}: " + "; ".join(faults),
+            code=f"invalid_{param}",
+            param=param,
+        )
+    return count
+
+
+def main(job_json: Path) -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the server nobody wants to know
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))  # SIGXCPU, which is no SIGKILL
+    report = check(decode(job_json.read_bytes(), WorkOrder))
+    sys.stdout.write(msgspec.json.encode(report).decode())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

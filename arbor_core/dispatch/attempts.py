@@ -1,0 +1,236 @@
+"""One attempt of a job: its papers, its start, its events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from arbor_core.config.settings import ServeConfig
+from arbor_core.crash_points import crash_point
+from arbor_core.files.repository import Files
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.layout import claimed
+from arbor_core.jobs.policies import policy_of
+from arbor_core.jobs.records import Job
+from arbor_core.jobs.repository import Jobs, row_of
+from arbor_core.models.catalog import ft_name
+from arbor_core.process.cpu import holding, instruction_set
+from arbor_core.process.wakeup import ring
+from arbor_core.storage.atomic import replace
+from arbor_core.storage.codec import decode, encode
+from arbor_core.storage.event_log import tail
+from arbor_core.types import PROTOCOL, Event, Executor, Exit, JobView, Lease, Order, Placement, Trainer
+from arbor_core.worker.launchers import SAME_MACHINE, ranks_command
+
+from .ingest import BATCH, Seen
+from .observers import Onlookers
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
+
+
+class Attempts:
+    """Starts attempts and takes their events into the database."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        files: Files,
+        executor: Executor,
+        onlookers: Onlookers,
+        root: Path,
+        settings: ServeConfig,
+        threads: int,
+        published: Callable[[str], object] = lambda job_id: None,
+    ) -> None:
+        self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
+        self.root, self.settings, self.threads = root, settings, threads
+        self.published = published
+        """Called with a job's id when its newest policy is in the database."""
+
+    def dir(self, job: Job) -> Path:
+        return self.root / "jobs" / job.id
+
+    def attempt_dir(self, job: Job) -> Path:
+        return self.dir(job) / "attempts" / str(job.attempt)
+
+    def python(self, trainer: Trainer) -> str:
+        """The interpreter that has a trainer's libraries."""
+        return trainer.python or sys.executable
+
+    def write_papers(self, job: Job, trainer: Trainer) -> Path:
+        """Write `job.json`, once; returns its path."""
+        path = self.dir(job) / "job.json"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        order = WorkOrder(
+            protocol=PROTOCOL,
+            job_id=job.id,
+            entry=trainer.entry,
+            config_type=f"{trainer.config.__module__}:{trainer.config.__qualname__}",
+            config=job.spec.config,
+            check_row=trainer.check_row,
+            min_rows=trainer.min_rows,
+            model=job.spec.model_path,
+            model_name=job.spec.model,
+            training_file=self.files.path(job.training_file) if job.training_file else Path(os.devnull),
+            validation_file=self.files.path(job.validation_file) if job.validation_file else None,
+            seed=job.spec.seed,
+            created_at=job.created_at,
+            versions=versions(),
+            threads=self.threads,
+            cpu=instruction_set(),
+            adapter=Path(job.spec.adapter_path) if job.spec.adapter_path else None,
+        )
+        replace(path, encode(order))
+        return path
+
+    async def start(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> str:
+        """Start the attempt that `job` is at; returns its ref."""
+        order, placement = await asyncio.to_thread(self.write_order, job, trainer, lease, bell)
+        ref = await self.executor.start(order, placement)
+        crash_point("attempt.started")
+        return ref
+
+    def write_order(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> tuple[Order, Placement]:
+        """Write what the attempt's keeper and worker read."""
+        folder = self.attempt_dir(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_desired(job)
+        crash_point("attempt.desired")
+        papers = decode((self.dir(job) / "job.json").read_bytes(), WorkOrder)
+        share = MEMORY_RETRY_SHARE**job.memory_retries
+        placement = Placement(lease.of("train"), papers.threads, share)  # threads: other cores must not change the sums
+        order = Order(
+            dir=folder,
+            argv=(),
+            env=holding(papers.cpu, instruction_set({})),
+            python=self.python(trainer),
+            preload=trainer.preload,
+            prove=trainer.prove,
+            launcher=self.settings.launcher,
+            bell=str(bell),
+            room_seconds=self.settings.limits.room_seconds,
+            handled=policy_of(self.jobs.store, job.id)[0].handled,
+        )
+        if trainer.ranks and len(placement.devices) > 1:
+            argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
+            here = {} if self.settings.accelerate_config else SAME_MACHINE
+            order = msgspec.structs.replace(order, argv=argv, env={**here, **order.env})
+        replace(folder / "placement.json", encode(placement), durable=False)  # a machine that dies takes the attempt
+        replace(folder / "order.json", encode(order), durable=False)
+        crash_point("attempt.ordered")
+        return order, placement
+
+    def write_desired(self, job: Job) -> None:
+        """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
+        replace(self.dir(job) / "desired", job.wanted.encode(), durable=False)
+
+    async def pass_on(self, job: Job) -> None:
+        """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
+        await asyncio.to_thread(self.write_desired, job)
+        ring(self.dir(job) / "inbox" / "bell", job.id)  # it may be waiting for rollouts
+        crash_point("attempt.told")
+        if job.desired == "cancel" and job.ref:
+            self.executor.signal(job.ref, signal.SIGTERM)
+            crash_point("attempt.signalled")
+
+    def end_hung(self, job: Job) -> None:
+        """End an attempt that makes no progress any more; the mark says why, to whichever server settles it."""
+        log.warning("job %s: attempt %d makes no progress and is ended", job.id, job.attempt)
+        with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
+            self.hung(job).touch()
+        if job.ref:
+            self.executor.signal(job.ref, signal.SIGTERM)
+
+    def hung(self, job: Job) -> Path:
+        return self.attempt_dir(job) / "hung"
+
+    def look(self, job: Job) -> Seen:
+        """Read what the attempt has written since the last time, `BATCH` events at most."""
+        seen = Seen(self.exit(job), [], job.offset)  # before the events: what is written before it is then all there
+        for seen.offset, event in tail(self.attempt_dir(job) / "events.jsonl", job.offset, Event):
+            seen.events.append(event)
+            if len(seen.events) == BATCH:
+                break
+        return seen
+
+    async def take(self, job: Job, seen: Seen) -> Job:
+        """Take what was seen, and all that comes after it; returns the job as it is then."""
+        while seen.events:
+            taken = await self.jobs.ingest(job, seen.events, seen.offset, self.model_name(job))
+            if taken is None:
+                break
+            crash_point("events.taken")
+            if any(event.type == "weights" and "dir" in event.data for event in seen.events):
+                self.published(job.id)
+            view = self.view(job)
+            for event in seen.events:
+                self.onlookers.tell(view, event)
+            if len(seen.events) < BATCH:
+                return taken
+            job = taken
+            seen = await asyncio.to_thread(self.look, job)
+        return self.jobs.get(job.id) or job
+
+    async def collect(self, job: Job) -> Job:
+        """Take what the attempt has written since the last time; returns the job as it is then."""
+        return await self.take(job, await asyncio.to_thread(self.look, job))
+
+    def model_name(self, job: Job) -> str:
+        return ft_name(job.spec.model, self.settings.organization, job.spec.suffix, job.id)
+
+    def view(self, job: Job) -> JobView:
+        return JobView(job.id, job.spec.trainer, job.spec.model, job.status, job.spec.config, job.metadata or {})
+
+    def exit(self, job: Job) -> Exit | None:
+        """How the attempt ended; None while its keeper has not said so."""
+        try:
+            return msgspec.json.decode((self.attempt_dir(job) / "exit.json").read_bytes(), type=Exit)
+        except FileNotFoundError:
+            return None
+
+    async def find(self, job: Job) -> Job | None:
+        """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
+        a second time because the first start took too long. One that has not begun yet never will."""
+        ref = await asyncio.to_thread(claimed, self.attempt_dir(job), "")
+        if not ref or ref == job.ref or not self.executor.adopt(ref):
+            return None
+        return await self.note_ref(job, ref)
+
+    async def note_ref(self, job: Job, ref: str) -> Job | None:
+        """Remember where an attempt runs, if the job is still at it; returns the job as it is then."""
+
+        def change(db: sqlite3.Connection) -> Job | None:
+            db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
+            return row_of(db, job.id)
+
+        return await self.jobs.store.write(change)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's outcome, without importing them."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+MEMORY_RETRY_SHARE = 0.5
+"""How large micro-batches are after that, in parts of what they were."""

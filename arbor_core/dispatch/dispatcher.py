@@ -1,0 +1,284 @@
+"""Moves jobs from where they are towards what was asked: validate, plan, claim, start, follow, settle.
+
+One loop decides; a task per job does what takes time. Everything it knows is in the database and in the job
+directories, so a dispatcher that starts finds what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core.crash_points import crash_point
+from arbor_core.jobdir.cleanup import sweep
+from arbor_core.jobs.leases import keep_lease
+from arbor_core.jobs.queue import Line, claim_of
+from arbor_core.jobs.records import Job, JobError
+from arbor_core.jobs.repository import Jobs
+from arbor_core.jobs.states import idle_target
+from arbor_core.process.resources import is_full, shortage
+from arbor_core.process.wakeup import Bell
+from arbor_core.types import (
+    Allocator,
+    ArborError,
+    DevicesLostError,
+    Event,
+    Executor,
+    Lease,
+    QueuedJob,
+    RunningJob,
+    Scheduler,
+    Snapshot,
+    Trainer,
+)
+
+from .attempts import Attempts
+from .monitor import Following
+from .validation import Checking
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 1.0
+CHECKED = 16
+"""Jobs that are in validation at the same time."""
+LINE = 250
+"""How much of a long queue the scheduler sees: so many of the oldest, and so many of the highest priority."""
+
+
+class Dispatcher:
+    """Runs the jobs of one storage directory."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        attempts: Attempts,
+        trainers: Mapping[str, Trainer],
+        scheduler: Scheduler,
+        allocator: Allocator,
+        executor: Executor,
+        bell: Path,
+    ) -> None:
+        self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
+        self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
+        self.line = Line(jobs.store)
+        self.checking = Checking(jobs, attempts, executor, trainers)
+        self.following = Following(attempts, executor, allocator.set_aside)
+        self.leases: dict[str, Lease] = {}
+        self.running: dict[str, RunningJob] = {}
+        """The jobs whose status is `running`, and those that have left it a moment ago."""
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.awake = asyncio.Event()
+        self.waiting_told: set[str] = set()
+        self.pool = -1
+
+    def wake(self, job_id: str | None = None) -> None:
+        """Something changed, for this job or for what can start: look now instead of at the next poll."""
+        if job_id:
+            self.checking.ring(job_id)
+            self.following.ring(job_id)
+        self.awake.set()
+
+    def release(self, job_id: str) -> None:
+        """Give a job's devices back: it does not run any more."""
+        self.running.pop(job_id, None)
+        if lease := self.leases.pop(job_id, None):
+            self.allocator.release(lease)
+            self.awake.set()
+
+    async def run(self) -> None:
+        """Work until cancelled. Attempts go on without us."""
+        bell = Bell(self.bell, self.following.ring)
+        patrol = asyncio.create_task(self.following.patrol())
+        try:
+            await self._restore()
+            while True:
+                self.awake.clear()
+                began = time.monotonic()
+                try:
+                    await self._look()
+                except Exception:  # a full disk, say: jobs wait, and the next look may succeed
+                    log.exception("the jobs could not be looked after")
+                await asyncio.sleep(min(time.monotonic() - began, POLL_SECONDS))  # half of the time is for the others
+                try:
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self.awake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            bell.close()
+            ending = [patrol, *self.tasks.values()]
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+
+    async def _restore(self) -> None:
+        """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
+        await asyncio.to_thread(self._sweep)
+        self.running = {job.id: job for job in self.line.running()}
+        for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
+            if row["owner"] in self.running:
+                lease = msgspec.json.decode(row["lease"], type=Lease)
+                self.leases[row["owner"]] = lease
+                self.allocator.restore(lease)
+
+    def _sweep(self) -> None:
+        for job in self.jobs.with_status("validating_files"):
+            sweep(self.attempts.dir(job))
+
+    async def _look(self) -> None:
+        """Give every job that nobody works on to a task, and start what the scheduler plans."""
+        for job in self.line.out_of_place():
+            if job.id not in self.tasks:
+                await self.settle_idle(job)
+        for job_id in self.jobs.ids_with_status("validating_files", CHECKED):
+            if job_id not in self.tasks and (new := self.jobs.get(job_id)):
+                self._spawn(new.id, self.checking.check(new))
+        for job_id in self.running.keys() - self.tasks.keys():
+            found = self.jobs.get(job_id)
+            if found and found.status == "running":
+                self._spawn(job_id, self._follow(found))
+            else:
+                self.release(job_id)
+        await self._plan()
+
+    def _spawn(self, job_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = self.tasks[job_id] = asyncio.create_task(work, name=job_id)
+        task.add_done_callback(lambda done: self._done(job_id, done))
+
+    def _done(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self.tasks.pop(job_id, None)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job %s: the server failed to move it on", job_id, exc_info=error)
+        else:
+            self.awake.set()
+
+    async def settle_idle(self, job: Job) -> None:
+        """Do what is asked of a job that no process works on; a job that moves meanwhile is looked at again."""
+        found: Job | None = job
+        while found is not None and (to := idle_target(found)):
+            event = Event("message", f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
+            if await self.jobs.transition(found, to, event):
+                self.waiting_told.discard(found.id)
+                break
+            found = self.jobs.get(found.id)
+        self.wake()
+
+    async def _plan(self) -> None:
+        """Ask the scheduler, and start what it says."""
+        await self._set_aside()
+        first = await asyncio.to_thread(self.line.front, LINE, self.pool, list(self.trainers))
+        line = [job for job in first if job.id not in self.tasks]
+        if not line:
+            return
+        plan = self.scheduler.plan(self._snapshot(line))
+        for job_id in plan.preempt:
+            await self.jobs.preempt(job_id)
+            self.wake(job_id)
+        ended = await asyncio.gather(*(self._start(job_id) for job_id in plan.start), return_exceptions=True)
+        for error in filter(None, ended):  # all have ended: the next look finds none half started
+            raise error
+        waiting = [job.id for job in line if job.id not in self.waiting_told and job.id not in plan.start]
+        if waiting:
+            self.waiting_told.update(waiting)
+            await self.jobs.note(Event("message", "Waiting for a device"), *waiting)
+
+    def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
+        running = dict(self.running)
+        for job_id in self.line.stopping() & running.keys():
+            running[job_id] = msgspec.structs.replace(running[job_id], stopping=True)
+        return Snapshot(tuple(line), tuple(running.values()), dict(self.allocator.free()))
+
+    async def _set_aside(self) -> None:
+        """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
+        that can, and hold nobody back."""
+        pool = len(self.allocator.inventory().get("train", ()))
+        if pool == self.pool:
+            return
+        self.pool = pool
+        for job in self.line.left_out(pool, list(self.trainers)):
+            reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
+            if job.spec.trainer not in self.trainers:
+                reason = f"the trainer '{job.spec.trainer}' is not installed any more"
+            await self.jobs.note(Event("message", f"This job cannot start here: {reason}", "warn"), job.id)
+
+    async def _start(self, job_id: str) -> None:
+        """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
+        job = self.jobs.get(job_id)
+        if job is None or job.status != "queued" or job.desired not in ("run", "finish"):
+            return
+        trainer = self.trainers[job.spec.trainer]
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                lease = await self.allocator.acquire(claim_of(job.id, job.spec.devices))
+        except (TimeoutError, DevicesLostError):  # somebody else took the devices, or they are gone: plan again
+            return
+        except ArborError as error:
+            failed = JobError("insufficient_devices", str(error))
+            await self.jobs.transition(job, "failed", Event("message", failed.message, "error"), error=failed)
+            return
+        self.leases[job.id] = lease
+        crash_point("lease.acquired")
+        self.waiting_told.discard(job.id)
+        started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
+        try:
+            moved = await self.jobs.transition(
+                job,
+                "running",
+                started,
+                attempt=job.attempt + 1,
+                only_if=job.desired,
+                also=lambda db: keep_lease(db, lease),
+            )
+        except BaseException:  # a full disk, say: it waits for the next look, and so do the devices
+            self.release(job.id)
+            raise
+        if moved is None:
+            self.release(job.id)
+            return
+        self.running[job.id] = RunningJob(job.id, lease.claim, moved.seq, moved.priority, moved.waited)
+        crash_point("job.running")
+        self._spawn(job.id, self._launch(moved, trainer, lease))
+
+    async def _launch(self, job: Job, trainer: Trainer, lease: Lease) -> None:
+        try:
+            ref = await self._started(job, trainer, lease)
+        except Exception as error:  # an executor may raise anything, and would do so again
+            log.exception("job %s: attempt %d did not start", job.id, job.attempt)
+            await self.following.settlement.not_started(job, error)
+            self.release(job.id)
+            return
+        noted = await self.attempts.note_ref(job, ref) if ref else self.jobs.get(job.id)
+        crash_point("attempt.noted")
+        if noted:
+            await self._follow(noted)
+
+    async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
+        """Start the attempt, and wait for what the machine lacks: room on a disk, descriptors, processes, memory.
+        Returns its ref, or None: something else is wanted meanwhile.
+
+        Raises:
+            OSError: it cannot be started, or the shortage has lasted for `limits.room_seconds`.
+        """
+        until = time.monotonic() + self.attempts.settings.limits.room_seconds
+        while True:
+            try:
+                return await self.attempts.start(job, trainer, lease, self.bell)
+            except OSError as error:
+                may_pass = is_full(error, self.attempts.root) or shortage(error)
+                if not may_pass or time.monotonic() > until:
+                    raise
+                log.warning("job %s: attempt %d waits to be started: %s", job.id, job.attempt, error)
+            await asyncio.sleep(POLL_SECONDS)
+            fresh = self.jobs.get(job.id)
+            if fresh is None or fresh.wanted != "run":
+                return None
+
+    async def _follow(self, job: Job) -> None:
+        await self.following.follow(job)
+        self.release(job.id)
+        crash_point("lease.released")

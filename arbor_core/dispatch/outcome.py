@@ -1,0 +1,283 @@
+"""What the end of an attempt means for its job: a model, a pause, a failure, or another attempt."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import logging
+import signal
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core.crash_points import crash_point
+from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir.cleanup import reconciled, sweep
+from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
+from arbor_core.jobdir.heartbeat import HEARTBEAT
+from arbor_core.jobdir.layout import claimed
+from arbor_core.jobs.records import Job, JobError
+from arbor_core.models import memory
+from arbor_core.models.catalog import add_model
+from arbor_core.process.lifecycle import end_strays
+from arbor_core.process.resources import is_full, shortage
+from arbor_core.storage.event_log import tail
+from arbor_core.types import Event, Exit
+
+from .attempts import Attempts
+
+log = logging.getLogger(__name__)
+
+
+class Settlement:
+    """Settles jobs whose attempts are over."""
+
+    def __init__(self, attempts: Attempts, set_aside: Callable[[Sequence[str]], object] = lambda devices: None) -> None:
+        self.attempts, self.set_aside = attempts, set_aside
+
+    async def settle(self, job: Job, ended: Exit | None) -> None:
+        """Move a job whose attempt is over to where it belongs. All its events have been collected."""
+        job = await self.tidied(job, ended)
+        last = await asyncio.to_thread(self.outcome, job)
+        if last and last.type == "result":
+            await self._succeed(job, last)
+        elif last and last.type == "error":
+            await self._failed(job, JobError(**last.data))
+        elif job.desired == "cancel":
+            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+        elif last and last.type == "paused" and last.data.get("code"):
+            said = Event("message", last.message, "error", data=last.data)
+            await self._end(job, "paused", said, also=keep_paused(job))
+        elif last and last.type == "paused" and job.preempted and job.desired == "run":
+            text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
+            await self._end(job, "queued", Event("message", text))
+        elif last and last.type == "paused":
+            await self._end(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
+        else:
+            await self._crashed(job, ended)
+
+    async def unreadable(self, job: Job, error: Exception) -> None:
+        """End a job whose attempt has ended and whose events cannot be taken."""
+        if keeper := await asyncio.to_thread(claimed, self.attempts.attempt_dir(job), ""):
+            await asyncio.to_thread(end_strays, keeper)
+        await asyncio.to_thread(sweep, self.attempts.dir(job))
+        if job.desired == "cancel":
+            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+            return
+        message = (
+            f"What the training process told cannot be read ({type(error).__name__}: {error}): "
+            f"jobs/{job.id}/attempts/{job.attempt}/events.jsonl in the storage directory, from byte {job.offset} on"
+        )
+        failed = JobError("event_log_damaged", message)
+        await self._end(job, "failed", Event("message", message, "error"), error=failed)
+
+    async def tidied(self, job: Job, ended: Exit | None) -> Job:
+        """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
+        if ended is None and (keeper := claimed(self.attempts.attempt_dir(job), "")):  # it was killed
+            await asyncio.to_thread(end_strays, keeper)
+            job = await self.attempts.collect(job)  # its worker may have written until now
+        await asyncio.to_thread(sweep, self.attempts.dir(job))
+        if missed := await asyncio.to_thread(reconciled, self.attempts.dir(job), job.attempt):
+            await self.attempts.jobs.reconcile(job, missed, self.attempts.model_name(job))
+            for event in missed:
+                if event.type == "withdrawn":  # after that was written down: what is offered is there
+                    damaged = self.attempts.dir(job) / "checkpoints" / event.data["dir"]
+                    await asyncio.to_thread(checkpoints.set_aside, damaged)
+            job = self.attempts.jobs.get(job.id) or job
+        crash_point("attempt.tidied")
+        return job
+
+    def outcome(self, job: Job) -> Event | None:
+        """The attempt's own last word: result, error or paused."""
+        last = None
+        for _, event in tail(self.attempts.attempt_dir(job) / "events.jsonl", 0, Event):
+            if event.type in ("result", "error", "paused"):
+                last = event
+        unexplained = last is None or last.data.get("code") == "worker_error"  # or it follows from another rank's end
+        if unexplained and (note := read_note(self.attempts.attempt_dir(job))):
+            return Event("error", note.message, "error", data={"code": note.code, "message": note.message})
+        return last
+
+    async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
+        """Leave `running`, and forget the lease in the same transaction."""
+        also = changes.pop("also", None)
+
+        def give_back(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
+            if also:
+                also(db)
+
+        if await self.attempts.jobs.transition(job, status, *events, also=give_back, ref=None, **changes):
+            view = self.attempts.view(job)
+            view.status = status
+            for event in events:
+                self.attempts.onlookers.tell(view, event)
+
+    async def _succeed(self, job: Job, result: Event) -> None:
+        name = self.attempts.model_name(job)
+        folder = self.attempts.dir(job) / "checkpoints" / result.data["dir"]
+        metrics = await asyncio.to_thread(self.metrics_csv, job)
+        file_id, insert = await self.attempts.files.add_bytes(
+            job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results"
+        )
+        crash_point("result.stored")
+
+        def register(db: sqlite3.Connection) -> None:
+            insert(db)
+            add_model(
+                db,
+                name=name,
+                owner=job.owner,
+                job_id=job.id,
+                base=job.spec.model,
+                base_path=job.spec.model_path,
+                path=str(folder),
+                kind="adapter" if result.data.get("adapter") else "full",
+            )
+
+        await self._end(
+            job,
+            "succeeded",
+            Event("message", f"New fine-tuned model created: {name}"),
+            Event("message", "The job has successfully completed"),
+            fine_tuned_model=name,
+            trained_tokens=result.data["trained_tokens"],
+            result_files=[file_id],
+            also=register,
+        )
+
+    async def _failed(self, job: Job, error: JobError) -> None:
+        """The attempt says why it cannot go on. Out of memory, it is tried once more with smaller micro-batches."""
+        if error.code == OUT_OF_MEMORY and job.memory_retries == 0 and job.desired != "cancel":
+            text = (
+                f"The training process ran out of memory ({error.message}); attempt {job.attempt + 1} starts "
+                f"{from_where(job)}, with micro-batches half the size where the trainer can cut them: gradients are "
+                "the same but for their last digits, and digests are others than without this"
+            )
+            await self._end(job, "queued", Event("message", text, "warn"), memory_retries=1)
+            return
+        if error.code == DEVICE_LOST:
+            await self._lost(job, error)
+            return
+        if error.code == OUT_OF_MEMORY:
+            what = f"{error.message.rstrip('.')}. The job does not fit in memory: {memory.advice(job.spec.config)}"
+            error = JobError(error.code, what, error.param)
+        await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+
+    async def _lost(self, job: Job, error: JobError) -> None:
+        """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
+        note = read_note(self.attempts.attempt_dir(job))
+        devices = note.devices if note else []
+        names = ", ".join(devices) or "a device"
+        log.warning("job %s lost %s, which nobody gets before this server starts again", job.id, names)
+        self.set_aside(devices)
+        crashes = job.crashes + 1
+        text = f"The training process lost {names} ({error.message.rstrip('.')})"
+        if crashes >= self.attempts.settings.limits.attempts or job.desired == "cancel":
+            failed = JobError(error.code, f"{text}. It died {crashes} times without progress")
+            await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+            return
+        text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {from_where(job)}"
+        data = {"code": DEVICE_LOST, "devices": devices}
+        await self._end(job, "queued", Event("message", text, "warn", data=data), crashes=crashes)
+
+    async def _crashed(self, job: Job, ended: Exit | None) -> None:
+        """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
+        if ended is None and job.ref is None and not claimed(self.attempts.attempt_dir(job), ""):
+            text = f"The server ended before attempt {job.attempt} began; another one starts"
+            await self._end(job, "queued", Event("message", text, "warn"))
+            return
+        hung = self.attempts.hung(job).exists()
+        how = "its keeper was lost" if ended is None else exit_words(ended.code)
+        if hung:
+            how = self._silence(job)
+        crashes = job.crashes + 1
+        if crashes >= self.attempts.settings.limits.attempts:
+            error = JobError(
+                "worker_hung" if hung else "worker_crashed",
+                f"The training process died {crashes} times without progress; the last time {how}. "
+                f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
+            )
+            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+            return
+        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where(job)}"
+        await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
+
+    def _silence(self, job: Job) -> str:
+        """What was missed of an attempt that hung."""
+        limits = self.attempts.settings.limits
+        if (self.attempts.attempt_dir(job) / HEARTBEAT).exists():
+            return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
+        return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
+
+    async def not_started(self, job: Job, error: Exception) -> None:
+        """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
+        Any other fault of it will not mend itself."""
+        await asyncio.to_thread(give_up, self.attempts.attempt_dir(job))
+        code = None
+        if isinstance(error, OSError) and is_full(error, self.attempts.root):
+            code = "insufficient_storage"
+            message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
+        elif isinstance(error, OSError) and (what := shortage(error)):
+            code = "insufficient_resources"
+            message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
+        if code:
+            data = {"code": code, "message": message}
+            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job))
+            return
+        failed = JobError("worker_not_started", f"The training process could not be started: {error}")
+        await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+
+    def metrics_csv(self, job: Job) -> bytes:
+        """OpenAI's result file: one row a step, of the newest attempt that trained it."""
+        rows: dict[int, dict[str, Any]] = {}
+        sql = "SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq"
+        for (data,) in self.attempts.jobs.store.read(sql, job.id):
+            values = msgspec.json.decode(data)
+            rows[values["step"]] = {**rows.get(values["step"], {}), **values}
+        text = io.StringIO()
+        writer = csv.writer(text)
+        columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+        writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
+        for step in sorted(rows):
+            writer.writerow([step, *(rows[step].get(column, "") for column in columns)])
+        return text.getvalue().encode()
+
+
+def give_up(attempt_dir: Path) -> None:
+    """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already.
+
+    Raises:
+        TimeoutError: one does not end.
+    """
+    try:
+        if keeper := claimed(attempt_dir, ""):
+            end_strays(keeper)
+    except TimeoutError:  # it may still hold a device: nobody else may have that yet
+        raise
+    except OSError as error:
+        log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt_dir, error)
+
+
+def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
+    """A job that had to be paused stays so until it is resumed; part of the caller's transaction."""
+    return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
+
+
+def from_where(job: Job) -> str:
+    """Where the next attempt starts."""
+    return f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
+
+
+def exit_words(code: int) -> str:
+    """An exit status for people."""
+    if code >= 0:
+        return f"it ended with status {code}"
+    try:
+        return f"it was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"it was ended by signal {-code}"

@@ -1,0 +1,153 @@
+"""Brings a new job from `validating_files` to `queued`: its papers are written and its files are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from arbor_core.crash_points import crash_point
+from arbor_core.data.validator import Report
+from arbor_core.jobs.records import Job, JobError
+from arbor_core.jobs.repository import Jobs
+from arbor_core.process.environment import clean_env
+from arbor_core.types import Event, Executor, Trainer
+
+from .attempts import Attempts
+
+POLL_SECONDS = 1.0
+
+
+class Checking:
+    """The jobs that are in validation."""
+
+    def __init__(self, jobs: Jobs, attempts: Attempts, executor: Executor, trainers: Mapping[str, Trainer]) -> None:
+        self.jobs, self.attempts, self.executor, self.trainers = jobs, attempts, executor, trainers
+        self.validators = Validators()
+        self.rung: dict[str, asyncio.Event] = {}
+
+    def ring(self, job_id: str) -> None:
+        """Something is asked of a job that may be in validation."""
+        if found := self.rung.get(job_id):
+            found.set()
+
+    async def check(self, job: Job) -> None:
+        """Check the job's files in a process of their own, then queue it. Cancelling does not wait for that."""
+        trainer = self.trainers.get(job.spec.trainer)
+        if trainer is None:
+            await self._fail(
+                job, JobError("trainer_missing", f"The trainer '{job.spec.trainer}' is not installed any more")
+            )
+            return
+        self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
+        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
+        crash_point("job.papers")
+        if job.spec.rollouts:
+            await self.jobs.transition(job, "queued", Event("message", "Moving job to queued state"))
+            return
+        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
+        report = self.validators.good.get(what)
+        if report is None:
+            check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
+            report = await self._unless_cancelled(job, check)
+        if report is None:
+            return
+        crash_point("job.validated")
+        warnings = [Event("message", text, "warn") for text in report.warnings]
+        if report.error:
+            await self._fail(job, JobError(**report.error), *warnings)
+        else:
+            queued = Event("message", "Files validated, moving job to queued state")
+            await self.jobs.transition(job, "queued", *warnings, queued)
+        crash_point("job.queued")
+
+    async def _fail(self, job: Job, error: JobError, *before: Event) -> None:
+        await self.jobs.transition(job, "failed", *before, Event("message", error.message, "error"), error=error)
+
+    async def _unless_cancelled(self, job: Job, work: asyncio.Future[Report]) -> Report | None:
+        """The result of `work`, or None: the job was cancelled meanwhile, and whoever sees it next settles it."""
+        rung = self.rung[job.id] = asyncio.Event()
+        try:
+            while not work.done():
+                waiter = asyncio.ensure_future(rung.wait())
+                both: list[asyncio.Future[Any]] = [work, waiter]
+                await asyncio.wait(both, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                waiter.cancel()
+                rung.clear()
+                fresh = self.jobs.get(job.id)
+                if fresh is None or fresh.desired == "cancel" or fresh.status != job.status:
+                    return None
+            return work.result()
+        finally:
+            del self.rung[job.id]
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+
+VALIDATORS = 2
+"""Files that are checked at the same time."""
+
+
+REMEMBERED = 1000
+
+
+TRIES = 3
+
+
+class Validators:
+    """Checks files, a few at a time. Stored files never change: those that were found good are not read again."""
+
+    def __init__(self) -> None:
+        self.turns = asyncio.Semaphore(VALIDATORS)
+        self.good: dict[Hashable, Report] = {}
+
+    async def report(self, job_json: Path, python: str, what: Hashable) -> Report:
+        """Check the files of a job; `what` names the files and how they are checked."""
+        if what in self.good:
+            return self.good[what]
+        async with self.turns:
+            report = self.good.get(what) or await validate(job_json, python)
+        if not report.error:
+            self.good[what] = report
+            if len(self.good) > REMEMBERED:
+                del self.good[next(iter(self.good))]
+        return report
+
+
+async def validate(job_json: Path, python: str) -> Report:
+    """Run the validator on a job's papers; one that is killed is no fault of the files and runs again."""
+    for _ in range(TRIES):
+        code, output, errors = await _validator(job_json, python)
+        if code == 0:
+            return msgspec.json.decode(output, type=Report)
+        if code != -signal.SIGKILL:
+            break
+    said = errors.decode(errors="replace").strip().splitlines()
+    reason = said[-1] if said else f"it ended with status {code}"
+    return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
+
+
+async def _validator(job_json: Path, python: str) -> tuple[int | None, bytes, bytes]:
+    """Exit status, output and errors of one run."""
+    process = await asyncio.create_subprocess_exec(
+        python,
+        "-m",
+        "arbor_core.data.validator",
+        str(job_json),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=clean_env(),
+    )
+    try:
+        output, errors = await process.communicate()
+    except asyncio.CancelledError:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        raise
+    return process.returncode, output, errors

@@ -1,0 +1,44 @@
+"""The second door: what plugins import that add routes to the API (`arbor_routes`).
+
+Routes are Litestar handlers. They reach jobs through the `Services` that the hook is given, read what clients send with
+`typed`, and answer mistakes with `ApiError`, which leaves the server in OpenAI's envelope.
+"""
+
+from arbor_core.config.convert import explained, typed
+from arbor_core.models.catalog import strip_provider
+from arbor_core.rollouts.ledger import key_of, key_of_tools
+from arbor_core.storage.codec import NESTED, nested
+from arbor_core.types import (
+    CLOSE,
+    NO_RETRY,
+    RETRY_SOON,
+    UNNUMBERED,
+    ApiError,
+    ConfigError,
+    NamedCheckpoint,
+    RolloutSession,
+    Services,
+    name_of,
+    not_found,
+)
+
+__all__ = [
+    "CLOSE",
+    "NESTED",
+    "NO_RETRY",
+    "RETRY_SOON",
+    "UNNUMBERED",
+    "ApiError",
+    "ConfigError",
+    "NamedCheckpoint",
+    "RolloutSession",
+    "Services",
+    "explained",
+    "key_of",
+    "key_of_tools",
+    "name_of",
+    "nested",
+    "not_found",
+    "strip_provider",
+    "typed",
+]

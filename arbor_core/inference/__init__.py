@@ -1,0 +1,1 @@
+"""Engines: which process serves which model, and how policies get into it."""

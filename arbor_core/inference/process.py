@@ -1,0 +1,176 @@
+"""An inference engine as a child process: the part of a backend that is the same for all of them.
+
+The process is given `<dir>/spec.json`, binds a loopback port of its own choice, loads its model, and says where it
+listens by writing `<dir>/ready.json` (`{"url": ...}`). It ends when its standard input reaches the end, which is what
+happens when the server dies in whatever way, and on SIGTERM. `GET /health` says in `quiet_seconds` for how long it has
+had work and has not got on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from arbor_core.process.environment import clean_env, threads_env
+from arbor_core.process.lifecycle import end, end_strays, ref_of
+from arbor_core.types import ArborError, EngineSpec, Weights
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.02
+HEALTH_SECONDS = 5.0
+
+
+class Health(msgspec.Struct):
+    """What is read of an engine's answer to `GET /health`. One that says nothing of itself is only known to answer."""
+
+    quiet_seconds: float = 0.0
+
+
+class EngineProcess:
+    """A live engine (see `arbor_core.types.Engine`). Made by `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, spec: EngineSpec, url: str) -> None:
+        self.process, self.spec, self.url = process, spec, url
+        self.headers = {"Authorization": f"Bearer {spec.token}"} if spec.token else {}
+
+    @classmethod
+    async def start(
+        cls, argv: Sequence[str], env: Mapping[str, str], spec: EngineSpec, seconds: float = 600.0
+    ) -> EngineProcess:
+        """Run `argv + [spec.json]` and return when it listens.
+
+        Args:
+            argv: The command, without the specification's path.
+            env: Variables laid over those of the server that an engine may see.
+            seconds: How long loading may take.
+
+        Raises:
+            ArborError: it ended or did not listen in time; the message carries the last line it wrote.
+        """
+        spec.dir.mkdir(parents=True, exist_ok=True)
+        (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
+        ready = spec.dir / "ready.json"
+        ready.unlink(missing_ok=True)
+        with (spec.dir / "engine.log").open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                str(spec.dir / "spec.json"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**clean_env(), **threads_env(spec.threads), **env},
+                cwd=spec.dir,  # `organization/name` must not be found as a folder beside whoever started the server
+                start_new_session=True,
+            )
+        with contextlib.suppress(OSError):  # a full disk must not keep an engine from serving
+            (spec.dir / REF).write_text(ref_of(process.pid))
+        try:
+            async with asyncio.timeout(seconds):
+                while not ready.exists():
+                    if process.returncode is not None:
+                        raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
+                    await asyncio.sleep(POLL_SECONDS)
+        except BaseException as error:
+            await end(process)
+            if isinstance(error, TimeoutError):
+                raise ArborError(f"the engine of '{spec.model}' did not start in {seconds:.0f} s") from None
+            raise
+        return cls(process, spec, json.loads(ready.read_bytes())["url"])
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Load a PEFT adapter under a name."""
+        await self._post("/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.path})
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter; requests that run on it finish first."""
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def update(self, path: str, version: int) -> None:
+        """Replace all weights while it runs."""
+        await self._post("/v1/update_weights", {"path": path, "version": version})
+
+    async def health(self) -> bool:
+        """Whether the process lives and answers."""
+        return await self.quiet(HEALTH_SECONDS) is not None
+
+    async def quiet(self, patience: float) -> float | None:
+        """Seconds without progress; None: no answer within `patience` seconds."""
+        import aiohttp
+
+        if self.process.returncode is not None:
+            return None
+        try:
+            timeout = aiohttp.ClientTimeout(total=patience)
+            async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{self.url}/health") as answer:
+                return quiet_seconds(await answer.read()) if answer.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def wait(self) -> str:
+        """Return when the process has ended, with the last thing it wrote."""
+        code = await self.process.wait()
+        return f"exit status {code}: {last_line(self.spec.dir)}"
+
+    async def stop(self) -> None:
+        """End the process and everything it started."""
+        await end(self.process)
+
+    async def kill(self) -> None:
+        """End the process and everything it started, at once: one that hangs is deaf to SIGTERM."""
+        await end(self.process, 0)
+
+    async def _post(self, path: str, body: Mapping[str, str | int]) -> None:
+        import aiohttp
+
+        try:
+            async with (
+                aiohttp.ClientSession(headers=self.headers) as session,
+                session.post(self.url + path, json=body) as answer,
+            ):
+                status, said = answer.status, await answer.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            said = str(error) or type(error).__name__
+            raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {said}") from None
+        if status != 200:
+            raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
+
+
+def read_spec(path: Path) -> EngineSpec:
+    """The specification that an engine process finds in its first argument."""
+    return msgspec.json.decode(path.read_bytes(), type=EngineSpec, dec_hook=lambda type_, value: type_(value))
+
+
+def quiet_seconds(raw: bytes) -> float:
+    """What an engine says of its progress, if it does."""
+    try:
+        return msgspec.json.decode(raw, type=Health).quiet_seconds
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return 0.0
+
+
+def last_line(folder: Path) -> str:
+    """The last thing the engine wrote: usually the error."""
+    lines = (folder / "engine.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:500] if lines else "it wrote nothing"
+
+
+REF = "process"
+"""File in an engine's directory that says which process it is."""
+
+
+def end_engines(root: Path) -> None:
+    """Kill engines of an earlier server that did not hear of its end: one that was stopped while it started, say."""
+    for path in root.glob(f"*/{REF}"):
+        ref = path.read_text(errors="replace")
+        pid = ref.partition(":")[0]
+        if pid.isdecimal() and ref == ref_of(int(pid)):
+            try:
+                end_strays(ref)
+            except TimeoutError as error:
+                log.warning("an engine of an earlier server is left: %s", error)

@@ -1,0 +1,1 @@
+"""The job directory, the protocol between server and worker: its paths, its documents, its logs."""

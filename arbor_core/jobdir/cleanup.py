@@ -1,0 +1,67 @@
+"""What processes that were killed leave in a job's directory: half-written files, checkpoints nobody has told of,
+and children that outlived their keeper."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from arbor_core.crash_points import crash_point
+from arbor_core.storage.event_log import tail
+from arbor_core.types import Event
+
+from . import checkpoints
+
+log = logging.getLogger(__name__)
+LIVE = ("weights", "ledger", "asked")
+"""Folders of a job's directory that nobody needs after its end."""
+
+
+def sweep(job_dir: Path) -> None:
+    """Remove what was not finished: no process of the job may live."""
+    for pattern in ("checkpoints/*.tmp", "weights/*.tmp", "attempts/*/work"):
+        for folder in job_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+    for pattern in (".*.tmp", "attempts/*/.*.tmp", "attempts/*/.keeper.*", f"checkpoints/{checkpoints.NAMED}/.*.tmp"):
+        for path in job_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def forget_rollouts(job_dir: Path) -> None:
+    """Remove what only served while the job learned: policies, completions, and requests that nobody can answer any
+    more. Its inbox stays: `arbor replay` repeats the training from it."""
+    for name in LIVE:
+        shutil.rmtree(job_dir / name, ignore_errors=True)
+        crash_point(f"forgotten.{name}")
+
+
+def reconciled(job_dir: Path, attempt: int) -> list[Event]:
+    """The events that an attempt could not write any more: its checkpoints that were not reported, and withdrawals of
+    any that are not whole, as far as can be seen without reading them. What it had reported as discarded is removed."""
+    folder = job_dir / "checkpoints"
+    known: set[str] = set()
+    for _, event in tail(job_dir / "attempts" / str(attempt) / "events.jsonl", 0, Event):
+        if event.type in ("checkpoint", "discarded"):
+            known.add(event.data["dir"])
+        if event.type == "discarded":
+            shutil.rmtree(folder / event.data["dir"], ignore_errors=True)
+    found = []
+    for path in reversed(checkpoints.newest_first(folder)):
+        said = checkpoints.manifest(path)
+        if reason := checkpoints.fault(path, sizes_only=True):
+            found.append(checkpoints.withdrawal(path, reason))
+        elif said and said.attempt == attempt and path.name not in known:
+            found.append(created(path, said))
+    return found
+
+
+def created(folder: Path, said: checkpoints.Manifest) -> Event:
+    """The event of a checkpoint that nobody has told of."""
+    return Event(
+        "checkpoint",
+        f"Checkpoint created at step {said.step}",
+        step=said.step,
+        data={"dir": folder.name, "metrics": said.metrics},
+        at=(folder / checkpoints.MANIFEST).stat().st_mtime,
+    )

@@ -1,0 +1,1 @@
+"""The tables of jobs and all that may be done to them."""

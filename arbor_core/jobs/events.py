@@ -1,0 +1,84 @@
+"""What a job has to tell: how its events and its checkpoints get into the database.
+
+All of it is part of the caller's transaction: a job's state never changes without its history.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+
+from arbor_core import ids
+from arbor_core.types import Event
+
+from .policies import name_checkpoint, note_policy
+from .records import Job, encoded
+
+SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
+"""Events of a run that its followers see."""
+
+
+def add_told(db: sqlite3.Connection, job: Job, events: Sequence[Event], model: str) -> None:
+    """Take what an attempt has told. `model`: name of the job's model; a checkpoint's is this with `:ckpt-step-N`."""
+    add_events(db, job.id, [event for event in events if event.type in SHOWN])
+    for event in events:
+        if event.type == "resolved":
+            both = {**job.hyperparameters, **event.data}
+            db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
+        elif event.type == "checkpoint":
+            add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+        elif event.type == "weights":
+            note_policy(db, job.id, event)
+        elif event.type in ("discarded", "withdrawn"):
+            remove_checkpoint(db, job.id, event.data["dir"])
+
+
+def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
+    """Append events to a job's list; part of the caller's transaction."""
+    last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
+    seq, newest = (last[0] or 0), (last[1] or 0)
+    for event in events:
+        seq += 1
+        newest = max(newest, int(event.at or time.time()))  # a clock that jumps back must not reorder
+        kind = "metrics" if event.type == "metrics" else "message"
+        db.execute(
+            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
+            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, encoded(event.data or None)),
+        )
+
+
+def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
+    """Note a checkpoint; one that a later attempt wrote again at the same step takes the place of the old."""
+    db.execute(
+        "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
+        " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
+        (
+            ids.new("ftckpt_"),
+            job_id,
+            int(event.at),
+            event.step,
+            event.data["dir"],
+            model,
+            encoded(event.data.get("metrics", {})),
+        ),
+    )
+    if name := event.data.get("name"):
+        name_checkpoint(db, job_id, name, event.step, event.data["dir"], event.data["metadata"])
+    db.execute(
+        "UPDATE jobs SET crashes=iif(:step>furthest,0,crashes), furthest=max(furthest,:step),"
+        " progress=max(progress,:step) WHERE id=:id",
+        {"step": event.step, "id": job_id},
+    )
+
+
+def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
+    """Offer a checkpoint no longer; part of the caller's transaction."""
+    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder))
+    left = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
+    db.execute(f"UPDATE jobs SET progress=min(progress, ({left})) WHERE id=?", (job_id, job_id))  # noqa: S608
+
+
+def holds_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> bool:
+    """Whether a checkpoint is offered."""
+    return db.execute("SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder)).fetchone() is not None

@@ -1,0 +1,68 @@
+"""What trainers that learn from rollouts have published: the newest policy of each job, in the database."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from arbor_core.storage.codec import shallow
+from arbor_core.storage.database import Store
+from arbor_core.types import Event, NamedCheckpoint, Policy
+
+
+def note_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
+    """Take a `weights` event; part of the caller's transaction.
+
+    A later attempt, which makes steps again that an earlier one had made, takes nothing back: completions come from the
+    newest version that was ever published, and credits wait until the trainer has caught up. A version that no attempt
+    had reached before is progress, though a job that writes no checkpoints begins again: it may crash as often anew.
+    """
+    db.execute(
+        "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
+        (job_id, event.data.get("version", 0), job_id),
+    )
+    db.execute(
+        "INSERT INTO policies(job_id,version,handled,dir) VALUES(?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
+        " handled=max(handled,excluded.handled), dir=iif(excluded.version>version,excluded.dir,dir),"
+        " version=max(version,excluded.version)",
+        (job_id, event.data.get("version", 0), event.data["handled"], event.data.get("dir", "")),
+    )
+
+
+def policy_of(store: Store, job_id: str) -> tuple[Policy, str]:
+    """The newest policy of a job, and the name of its directory under `weights`; empty before the first."""
+    row = store.one("SELECT version, handled, dir FROM policies WHERE job_id=?", job_id)
+    return (Policy(row["version"], row["handled"]), row["dir"]) if row else (Policy(), "")
+
+
+def name_checkpoint(
+    db: sqlite3.Connection, job_id: str, name: str, step: int, folder: str, metadata: Mapping[str, Any]
+) -> None:
+    """Give a checkpoint a name; part of the caller's transaction."""
+    db.execute(
+        "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
+        (job_id, name, step, folder, msgspec.json.encode(metadata).decode(), int(time.time())),
+    )
+
+
+def named_sizes(store: Store, job_id: str) -> dict[str, int]:
+    """How much is kept with each checkpoint of a job that has a name."""
+    sql = "SELECT name, length(metadata) AS size FROM named_checkpoints WHERE job_id=?"
+    return {row["name"]: row["size"] for row in store.read(sql, job_id)}
+
+
+def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:
+    """The checkpoints of a job that clients gave names, oldest first."""
+    rows = store.read(
+        "SELECT n.name, n.step, c.model, n.metadata, n.created_at FROM named_checkpoints n"
+        " JOIN checkpoints c ON c.job_id=n.job_id AND c.step=n.step WHERE n.job_id=? ORDER BY n.created_at, n.step",
+        job_id,
+    )
+    return [
+        NamedCheckpoint(row["name"], row["step"], row["model"], shallow(row["metadata"]), row["created_at"])
+        for row in rows
+    ]

@@ -1,0 +1,296 @@
+"""Jobs in the database, and the state machine: every transition is one compare-and-swap together with its event.
+
+`status` is where a job is, `desired` what was asked of it; the dispatcher moves one towards the other. `attempt` fences
+off what an older process still writes. A terminal status never changes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+from arbor_core import ids
+from arbor_core.crash_points import crash_point
+from arbor_core.storage.database import Store
+from arbor_core.types import TERMINAL, Desired, Event, Status
+
+from .events import add_events, add_told, holds_checkpoint
+from .records import (
+    JSON_COLUMNS,
+    CheckpointRow,
+    EventRow,
+    Job,
+    NewJob,
+    decoded_checkpoint,
+    decoded_event,
+    decoded_job,
+    encoded,
+)
+from .subscriptions import Changes
+
+T = TypeVar("T")
+
+
+class Jobs:
+    """The jobs of one database."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.changes = Changes()
+
+    async def _write(self, change: Callable[[sqlite3.Connection], T], *job_ids: str) -> T:
+        """Change these jobs, then wake who waits for them."""
+        result = await self.store.write(change)
+        for job_id in job_ids:
+            self.changes.tell(job_id)
+        return result
+
+    async def create(
+        self,
+        new: NewJob,
+        warnings: Sequence[str] = (),
+        also: Callable[[sqlite3.Connection, Job], object] | None = None,
+    ) -> Job:
+        """Insert a job in `validating_files`, with its first events.
+
+        Args:
+            also: More changes for the same transaction; if it raises, there is no job.
+        """
+        job_id = ids.new("ftjob-")
+
+        def insert(db: sqlite3.Connection) -> Job:
+            values = {
+                "id": job_id,
+                "owner": new.owner,
+                "status": "validating_files",
+                "created_at": int(time.time()),
+                "priority": new.priority,
+                "training_file": new.training_file,
+                "validation_file": new.validation_file,
+                "metadata": encoded(new.metadata),
+                "spec": encoded(new.spec),
+                "hyperparameters": encoded(new.hyperparameters),
+            }
+            marks = ",".join(f":{name}" for name in values)
+            db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
+            add_events(db, job_id, [Event("message", f"Created fine-tuning job: {job_id}")])
+            add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
+            if new.training_file:
+                add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
+            made = decoded_job(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
+            if also:
+                also(db, made)
+            return made
+
+        made = await self.store.write(insert)
+        crash_point("job.created")
+        return made
+
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """One job; with `owner`, only if it is theirs."""
+        row = self.store.one("SELECT * FROM jobs WHERE id=?", job_id)
+        job = decoded_job(row) if row else None
+        return job if job and owner in (None, job.owner) else None
+
+    def with_status(self, status: Status, limit: int = -1) -> list[Job]:
+        """Jobs in this state, oldest first."""
+        sql = "SELECT * FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
+        return [decoded_job(row) for row in self.store.read(sql, status, limit)]
+
+    def ids_with_status(self, status: Status, limit: int = -1) -> list[str]:
+        """The ids of the jobs in this state, oldest first."""
+        sql = "SELECT id FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
+        return [row[0] for row in self.store.read(sql, status, limit)]
+
+    def page(
+        self, owner: str, limit: int, after: int | None, metadata: Mapping[str, str] | str | None = ""
+    ) -> list[Job]:
+        """Jobs newest first, older than `after` (a `seq`).
+
+        Args:
+            metadata: Pairs that a job's metadata must hold; None: jobs without metadata; "": any job.
+        """
+        where, values = ["owner=?"], [owner]
+        if after is not None:
+            where.append("seq<?")
+            values.append(after)  # type: ignore[arg-type]
+        if metadata is None:
+            where.append("metadata IS NULL")
+        elif isinstance(metadata, Mapping):
+            for key, value in metadata.items():
+                where.append("EXISTS(SELECT 1 FROM json_each(metadata) WHERE key=? AND value=?)")
+                values += [key, value]
+        sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
+
+    def newest_learner(self, owner: str) -> str | None:
+        """The newest job that learns from rollouts, of those that have not ended if there are any."""
+        sql = (
+            "SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts')"
+            " ORDER BY status IN ('succeeded','failed','cancelled'), seq DESC LIMIT 1"
+        )
+        row = self.store.one(sql, owner)
+        return str(row[0]) if row else None
+
+    def learners_after(self, seq: int) -> list[tuple[int, str]]:
+        """`seq` and id of the jobs made later than `seq` that learn from rollouts, oldest first."""
+        sql = "SELECT seq, id FROM jobs WHERE seq>? AND json_extract(spec,'$.rollouts') ORDER BY seq"
+        return [(row["seq"], row["id"]) for row in self.store.read(sql, seq)]
+
+    def ended(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs that have ended, or were never there."""
+        sql = (
+            "SELECT value FROM json_each(?) WHERE value NOT IN"
+            " (SELECT id FROM jobs WHERE status IN ('validating_files','queued','running','paused'))"
+        )
+        return {row[0] for row in self.store.read(sql, encoded(list(job_ids)))}
+
+    def waiting(self) -> int:
+        """How many jobs have not begun."""
+        row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")
+        return int(row[0]) if row else 0
+
+    async def transition(
+        self,
+        job: Job,
+        to: Status,
+        *events: Event,
+        attempt: int | None = None,
+        only_if: Desired | None = None,
+        also: Callable[[sqlite3.Connection], object] | None = None,
+        **changes: Any,
+    ) -> Job | None:
+        """Move a job from the status and attempt in `job` to another, if it is still there.
+
+        Args:
+            to: The new status.
+            events: What to tell those who follow the job, in the same transaction.
+            attempt: The new attempt's number, when one begins.
+            only_if: What must be wanted of the job still: one that was cancelled meanwhile does not start.
+            also: More changes for the same transaction.
+            changes: Columns to set.
+
+        Returns:
+            The job as it is then; None means that somebody else moved it first, and nothing was changed.
+        """
+        if job.status in TERMINAL:
+            return None
+        if to in TERMINAL:
+            changes |= {"finished_at": max(int(time.time()), job.created_at)}  # a clock may be set back
+        turns = ["preempted=0"]
+        if to == "queued":
+            turns.append("turn=(SELECT max(turn) FROM jobs)")
+        if attempt is not None:
+            changes |= {"attempt": attempt, "offset": 0}
+            turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
+
+        def swap(db: sqlite3.Connection) -> Job | None:
+            values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
+            sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
+            swapped = db.execute(
+                f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
+                " AND desired=coalesce(:_only_if,desired)",
+                values | {"_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt, "_only_if": only_if},
+            )
+            if swapped.rowcount == 0:
+                return None
+            add_events(db, job.id, events)
+            if also:
+                also(db)
+            return row_of(db, job.id)
+
+        return await self._write(swap, job.id)
+
+    async def note(self, event: Event, *job_ids: str) -> None:
+        """Add an event that the server itself has to report of these jobs."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                add_events(db, job_id, [event])
+
+        await self._write(change, *job_ids)
+
+    async def preempt(self, job_id: str) -> None:
+        """Have a running job make room: it writes a checkpoint, ends its attempt and is queued again."""
+        sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run'"
+        await self.store.write(lambda db: db.execute(sql, (job_id,)))
+
+    async def ask(self, job_id: str, desired: Desired) -> Job | None:
+        """Set what is wanted of a job that has not ended; returns the job as it is then."""
+
+        def change(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE jobs SET desired=? WHERE id=? AND status NOT IN ('succeeded','failed','cancelled')"
+                " AND desired<>'cancel'",
+                (desired, job_id),
+            )
+
+        await self._write(change, job_id)
+        crash_point(f"job.{desired}")
+        return self.get(job_id)
+
+    async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
+        """Take events from an attempt's log, together with the offset that follows them: none twice, none lost.
+
+        Args:
+            model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
+
+        Returns:
+            The job as it is then; None if the attempt is no longer the job's: nothing was taken.
+        """
+
+        def take(db: sqlite3.Connection) -> Job | None:
+            moved = db.execute(
+                "UPDATE jobs SET offset=? WHERE id=? AND attempt=? AND offset=?",
+                (offset, job.id, job.attempt, job.offset),
+            )
+            if moved.rowcount == 0:
+                return None
+            add_told(db, job, events, model)
+            return row_of(db, job.id)
+
+        return await self._write(take, job.id)
+
+    async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
+        """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.
+        `model`: see `ingest`."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for event in found:
+                if holds_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
+                    add_told(db, job, [event], model)
+
+        await self._write(change, job.id)
+
+    def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
+        """Events newest first, older than `before` (a `seq`)."""
+        sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
+        return [decoded_event(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+
+    def events_after(self, job_id: str, seq: int) -> list[EventRow]:
+        """Events oldest first, newer than `seq`."""
+        sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq"
+        return [decoded_event(row) for row in self.store.read(sql, job_id, seq)]
+
+    def event_seq(self, job_id: str, event_id: str) -> int | None:
+        """Where an event of the job stands."""
+        row = self.store.one("SELECT seq FROM events WHERE id=? AND job_id=?", event_id, job_id)
+        return int(row[0]) if row else None
+
+    def checkpoints(self, job_id: str, limit: int, before: int | None = None) -> list[CheckpointRow]:
+        """Checkpoints newest first, older than `before` (a step)."""
+        sql = "SELECT * FROM checkpoints WHERE job_id=? AND step<? ORDER BY step DESC LIMIT ?"
+        return [decoded_checkpoint(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+
+    def checkpoint(self, *, id: str | None = None, model: str | None = None) -> CheckpointRow | None:
+        """One checkpoint, by its id or by its model name."""
+        row = self.store.one("SELECT * FROM checkpoints WHERE id=? OR model=?", id, model)
+        return decoded_checkpoint(row) if row else None
+
+
+def row_of(db: sqlite3.Connection, job_id: str) -> Job | None:
+    """A job as it is in the caller's transaction."""
+    row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
+    return decoded_job(row) if row else None

@@ -1,0 +1,1 @@
+"""Which models there are: bases, results and checkpoints of jobs, policies."""

@@ -1,0 +1,201 @@
+"""What jobs have made, by the names that completions and other jobs use.
+
+`ft:...` names a result or a checkpoint. A job's id names what the job is at: while it learns from rollouts, its newest
+published policy; after its end, its result, or its newest checkpoint where it has none. `<job id>:<name>` is the
+checkpoint that a client gave that name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from arbor_core.jobs.policies import policy_of
+from arbor_core.storage.database import Store
+from arbor_core.types import TERMINAL, ApiError, Status, Weights
+
+JOB = "ftjob-"
+"""What the ids of jobs begin with; no base model is called so."""
+Kind = Literal["adapter", "full"]
+
+
+class ModelRow(msgspec.Struct, frozen=True):
+    """One row of `models`: what a job has made."""
+
+    name: str
+    owner: str
+    job_id: str
+    base: str
+    base_path: str
+    path: str
+    kind: Kind
+    created_at: int
+
+
+class FullPolicy(msgspec.Struct, frozen=True):
+    """Weights that a job's own engine has to have, or newer ones."""
+
+    path: str
+    version: int
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """How a model is served: an engine for `base`, and on it an adapter or nothing."""
+
+    name: str
+    """What the engine calls it."""
+    base: str
+    """Name of the engine's model: a public one, or the id of the job that the engine belongs to."""
+    base_path: str
+    """Directory or hub id of the engine's weights; of a job's own engine, those that the job started from."""
+    adapter: Weights | None = None
+    live: str | None = None
+    """The job whose policy it is, while that learns from rollouts."""
+    version: int = 0
+    """Policy version, if it is one."""
+    full: FullPolicy | None = None
+    """The weights of the job's own engine: a job that trains all weights shares no engine."""
+
+
+class _Spec(msgspec.Struct):
+    """What is read of a job's specification."""
+
+    model: str
+    model_path: str
+    config: dict[str, Any]
+    rollouts: bool = False
+    adapter_path: str | None = None
+
+
+class _Maker(msgspec.Struct):
+    """What is read of a job."""
+
+    id: str
+    owner: str
+    status: Status
+    result: str | None
+    spec: _Spec
+
+    @property
+    def live(self) -> bool:
+        """Whether it learns from rollouts and has not ended."""
+        return self.spec.rollouts and self.status not in TERMINAL
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether it trains all weights, as far as its configuration tells: by the key that our trainers share."""
+        return "lora" in self.spec.config and self.spec.config["lora"] is None
+
+
+class Made:
+    """What the jobs of one server have made.
+
+    Args:
+        root: The storage directory; checkpoints are under `jobs/<id>/checkpoints` in it, policies under
+            `jobs/<id>/weights`.
+    """
+
+    def __init__(self, store: Store, root: Path) -> None:
+        self.store, self.root = store, root
+
+    def find(self, name: str, owner: str) -> ModelRow | None:
+        """A model that a job of this owner has made and that does not change any more; None: there is none."""
+        if name.startswith(JOB):
+            return self._of_job(name, owner)
+        if not name.startswith("ft:"):
+            return None
+        row = self.store.one("SELECT * FROM models WHERE name=? AND owner=?", name, owner)
+        if row is not None:
+            return None if row["deleted"] else msgspec.convert(dict(row), ModelRow)
+        return self._checkpoint(owner, "c.model=?", name)
+
+    def policy(self, name: str, owner: str) -> Resolved | None:
+        """The newest policy of a job that learns from rollouts; None: `name` is not the id of one."""
+        job = self._maker(name, owner) if name.startswith(JOB) else None
+        return self._policy(job) if job and job.live else None
+
+    def current(self, job_id: str) -> Resolved | None:
+        """The newest policy of a job, whoever it belongs to."""
+        job = self._maker(job_id)
+        return self._policy(job) if job and job.live else None
+
+    def policies(self, owner: str) -> list[tuple[str, int]]:
+        """Ids of the jobs that learn from rollouts now, and when they were created; newest first."""
+        rows = self.store.read(
+            "SELECT id, created_at FROM jobs WHERE owner=? AND status NOT IN ('succeeded','failed','cancelled')"
+            " AND json_extract(spec,'$.rollouts') ORDER BY seq DESC",
+            owner,
+        )
+        return [(row["id"], row["created_at"]) for row in rows]
+
+    def _policy(self, job: _Maker) -> Resolved:
+        policy, name = policy_of(self.store, job.id)
+        folder, spec = self.root / "jobs" / job.id / "weights" / name, job.spec
+        if name and not (folder / "adapter_config.json").is_file():
+            return self._own(job, str(folder), policy.version)
+        if name:
+            version, _, attempt = name.partition("-")
+            weights = Weights(f"{job.id}-a{attempt}-s{version}", str(folder))
+        elif spec.adapter_path:
+            weights = Weights(f"{job.id}-a0-s0", spec.adapter_path)
+        elif job.trains_all:
+            return self._own(job, spec.model_path, policy.version)
+        else:
+            return Resolved(spec.model, spec.model, spec.model_path, live=job.id, version=policy.version)
+        return Resolved(weights.name, spec.model, spec.model_path, weights, job.id, policy.version)
+
+    def _own(self, job: _Maker, path: str, version: int) -> Resolved:
+        full = FullPolicy(path, version)
+        return Resolved(job.id, job.id, job.spec.model_path, live=job.id, version=version, full=full)
+
+    def _of_job(self, name: str, owner: str) -> ModelRow | None:
+        """What a job has made that has ended, or a checkpoint that has a name."""
+        job_id, colon, checkpoint = name.partition(":")
+        job = self._maker(job_id, owner)
+        if job is None:
+            return None
+        if colon:
+            where = "c.job_id=? AND c.step=(SELECT step FROM named_checkpoints n WHERE n.job_id=c.job_id AND n.name=?)"
+            return self._checkpoint(owner, where, job_id, checkpoint)
+        if job.live:
+            message = (
+                f"Job {job_id} has not ended, and its policy still changes: name a checkpoint of it "
+                f"('{job_id}:<name of the checkpoint>')."
+            )
+            raise ApiError(400, message, "model_in_training", "model")
+        if job.result:
+            return self.find(job.result, owner)
+        newest = "c.job_id=? AND c.step=(SELECT max(step) FROM checkpoints n WHERE n.job_id=c.job_id)"
+        if row := self._checkpoint(owner, newest, job_id):
+            return row
+        if job.spec.rollouts:  # nothing was trained: it is what it started from
+            kind: Kind = "adapter" if job.spec.adapter_path else "full"
+            path = job.spec.adapter_path or job.spec.model_path
+            started_from = job.spec.model if kind == "full" else f"{job_id}-a0-s0"
+            return ModelRow(started_from, owner, job_id, job.spec.model, job.spec.model_path, path, kind, 0)
+        return None
+
+    def _maker(self, job_id: str, owner: str | None = None) -> _Maker | None:
+        row = self.store.one("SELECT id, owner, status, fine_tuned_model, spec FROM jobs WHERE id=?", job_id)
+        if row is None or owner not in (None, row["owner"]):
+            return None
+        spec = msgspec.json.decode(row["spec"], type=_Spec)
+        return _Maker(row["id"], row["owner"], row["status"], row["fine_tuned_model"], spec)
+
+    def _checkpoint(self, owner: str, where: str, *values: object) -> ModelRow | None:
+        """The checkpoint `where` says; it is gone where its directory is."""
+        of_job = "checkpoints c JOIN jobs j ON j.id=c.job_id"
+        sql = f"SELECT c.job_id, c.dir, c.model, c.created_at, j.spec FROM {of_job} WHERE {where} AND j.owner=?"  # noqa: S608
+        row = self.store.one(sql, *values, owner)
+        if row is None:
+            return None
+        path = self.root / "jobs" / row["job_id"] / "checkpoints" / row["dir"]
+        if not path.is_dir():
+            return None
+        spec = msgspec.json.decode(row["spec"], type=_Spec)
+        kind: Kind = "adapter" if (path / "adapter_config.json").is_file() else "full"
+        return ModelRow(
+            row["model"], owner, row["job_id"], spec.model, spec.model_path, str(path), kind, row["created_at"]
+        )

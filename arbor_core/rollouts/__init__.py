@@ -1,0 +1,1 @@
+"""Learning from rollouts on the server's side: credits, sessions, the completion ledger."""

@@ -1,0 +1,1 @@
+"""What all routes share: keys, errors, bodies, the OpenAPI document, connections."""

@@ -1,0 +1,113 @@
+"""Reading requests: JSON bodies, query strings and ids, each mistake with OpenAI's code and the path of the field."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+
+from arbor_core import ids
+from arbor_core.config.convert import typed
+from arbor_core.types import CLOSE, NO_RETRY, ApiError, ConfigError
+
+T = TypeVar("T")
+AnyRequest = Request[Any, Any, Any]
+
+
+async def raw_body(request: AnyRequest, seconds: float) -> bytes:
+    """A whole body. Litestar has bounded its size (`limits.json_bytes`).
+
+    Raises:
+        ApiError: 408: it did not come within `seconds`.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.body()
+    except TimeoutError:
+        message = f"The body did not come within {seconds:g} seconds (limits.upload_idle_seconds)."
+        raise ApiError(408, message, "request_timeout", headers=NO_RETRY | CLOSE) from None
+
+
+async def body(request: AnyRequest, type_: type[T], seconds: float) -> T:
+    """A JSON body as a struct.
+
+    Raises:
+        ApiError: `invalid_json`: it is not a JSON object. 408: it did not come within `seconds`.
+        ConfigError: a field is unknown, missing or of the wrong type; becomes a 400 with the field's path.
+    """
+    return typed(decoded(await raw_body(request, seconds)), type_, "")
+
+
+def decoded(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`.
+
+    Raises:
+        ApiError: there is none.
+    """
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error) if raw else "it is empty"
+        raise _not_json(reason) from None
+    if not isinstance(value, dict):
+        raise _not_json(f"expected an object, got {'null' if value is None else type(value).__name__}")
+    return value
+
+
+def _not_json(reason: str) -> ApiError:
+    message = f"We could not parse the JSON body of your request: {reason}. The body must be one JSON object."
+    return ApiError(400, message, "invalid_json")
+
+
+def query(request: AnyRequest, type_: type[T]) -> T:
+    """The query string as a struct; what the struct does not know is ignored.
+
+    Raises:
+        ConfigError: a value is out of bounds or not a number; becomes a 400 with the parameter's name.
+    """
+    values = {name: value for name, value in request.query_params.items() if value != ""}
+    try:
+        return msgspec.convert(values, type_, strict=False)
+    except msgspec.ValidationError:
+        pass
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    for name in fields.keys() & values.keys():
+        if reason := _fault(values[name], fields[name]):
+            code = "integer_above_max_value" if "<=" in reason else "invalid_value"
+            shown = f"Invalid '{name}': {reason}, got '{values[name][:80]}'."
+            raise ConfigError(shown, path=name, code=code)
+    raise AssertionError(f"msgspec refused {values} as {type_}, but none of its fields")
+
+
+def _fault(value: Any, type_: Any) -> str | None:
+    try:
+        msgspec.convert(value, type_, strict=False)
+    except msgspec.ValidationError as error:
+        return str(error).partition(", got")[0]
+    return None
+
+
+def place(after: str | None, find: Callable[[str], int | None]) -> int | None:
+    """Where on a list a page begins; None for the list's start.
+
+    Args:
+        find: Gives the place of an object that may stand on the list, by its id.
+
+    Raises:
+        ApiError: there is no such object on it.
+    """
+    if after is None:
+        return None
+    found = find(after) if ids.plausible(after) else None
+    if found is None:
+        raise bad_cursor(after)
+    return found
+
+
+def bad_cursor(after: str) -> ApiError:
+    """An `after` that is not on the list: answering the first page again would send a client round for ever."""
+    message = f"Invalid 'after': there is no object '{after[:80]}' in this list."
+    return ApiError(400, message, "invalid_cursor", "after")

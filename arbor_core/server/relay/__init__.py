@@ -1,0 +1,1 @@
+"""From a request for a completion to its engine and back."""

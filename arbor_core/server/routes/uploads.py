@@ -1,0 +1,114 @@
+"""/v1/uploads: a file in parts, each of which may be sent again."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from litestar import post
+from msgspec import Meta, Struct
+
+from arbor_core import ids
+from arbor_core.application import objects
+from arbor_core.application.system import Arbor
+from arbor_core.files.repository import PURPOSES
+from arbor_core.files.uploads import UploadRow, require_pending
+from arbor_core.server.http.auth import TRAIN
+from arbor_core.server.http.multipart import LIFETIME, PART_FORM, receive_part
+from arbor_core.server.http.openapi import described
+from arbor_core.server.http.requests import AnyRequest, body
+from arbor_core.types import not_found
+
+UPLOADS = "/v1/uploads"
+UPLOAD = UPLOADS + "/{upload_id:str}"
+
+
+class ExpiresAfter(Struct, forbid_unknown_fields=True):
+    """How long the file is to be kept, from its completion on."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=LIFETIME[0], le=LIFETIME[1])]
+
+
+class CreateUploadRequest(Struct, forbid_unknown_fields=True):
+    """The body. `mime_type` is OpenAI's: whatever it says, the bytes are kept as they come."""
+
+    bytes: Annotated[int, Meta(ge=1)]
+    filename: str
+    mime_type: str
+    purpose: Literal[PURPOSES]  # type: ignore[valid-type]
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteUploadRequest(Struct, forbid_unknown_fields=True):
+    """The body: every part of the file once, in its order; `md5` of the whole, in hexadecimal digits."""
+
+    part_ids: list[str]
+    md5: str | None = None
+
+
+@post(
+    UPLOADS,
+    operation_id="createUpload",
+    status_code=200,
+    opt=described("Begin to upload a file in parts.", body=CreateUploadRequest, scopes=TRAIN),
+)
+async def create_upload(request: AnyRequest, arbor: Arbor, owner: str) -> objects.Upload:
+    asked = await body(request, CreateUploadRequest, arbor.settings.limits.upload_idle_seconds)
+    lifetime = asked.expires_after.seconds if asked.expires_after else None
+    return shown(arbor, await arbor.uploads.create(owner, asked.filename, asked.bytes, asked.purpose, lifetime))
+
+
+@post(
+    f"{UPLOAD}/parts",
+    operation_id="addUploadPart",
+    status_code=200,
+    request_max_body_size=None,
+    opt=described("Send a part, of up to 64 MB.", form=PART_FORM, scopes=TRAIN),
+)
+async def add_part(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.UploadPart:
+    await arbor.uploads.expire()
+    upload = found(arbor, upload_id, owner)
+    require_pending(upload)
+    return objects.part_object(await receive_part(request, arbor.uploads, upload))
+
+
+@post(
+    f"{UPLOAD}/complete",
+    operation_id="completeUpload",
+    status_code=200,
+    opt=described("Join the parts, in the order given, into a file.", body=CompleteUploadRequest, scopes=TRAIN),
+)
+async def complete_upload(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
+    upload = found(arbor, upload_id, owner)
+    asked = await body(request, CompleteUploadRequest, arbor.settings.limits.upload_idle_seconds)
+    return shown(arbor, await arbor.uploads.complete(upload, asked.part_ids, asked.md5))
+
+
+@post(
+    f"{UPLOAD}/cancel",
+    operation_id="cancelUpload",
+    status_code=200,
+    opt=described("Give an upload up; its parts are removed.", scopes=TRAIN),
+)
+async def cancel_upload(upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
+    return shown(arbor, await arbor.uploads.cancel(found(arbor, upload_id, owner)))
+
+
+def shown(arbor: Arbor, upload: UploadRow) -> objects.Upload:
+    file = arbor.files.get(upload.file_id, upload.owner) if upload.file_id else None
+    return objects.upload_object(upload, file)
+
+
+def found(arbor: Arbor, upload_id: str, owner: str) -> UploadRow:
+    """An upload of the caller's.
+
+    Raises:
+        ApiError: 404.
+    """
+    upload = arbor.uploads.get(ids.require(upload_id, "upload", "upload_not_found", "upload_id"), owner)
+    if upload is None:
+        raise not_found("upload", upload_id, "upload_not_found", "upload_id")
+    return upload
+
+
+ROUTES = [create_upload, add_part, complete_upload, cancel_upload]

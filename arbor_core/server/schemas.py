@@ -1,0 +1,47 @@
+"""Query strings and answers that are Arbor's own, not OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+MAX_PAGE = 1000
+"""Most objects on a page, where OpenAI does not say another number."""
+
+
+class Page(Struct):
+    """Query of the fine-tuning lists."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 20
+
+
+class CheckpointPage(Struct):
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 10
+
+
+class FilePage(Struct):
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str | None = None
+
+
+class Health(Struct):
+    status: str
+
+
+class PluginInfo(Struct):
+    """An installed plugin: what it brings by kind, or why it brings nothing."""
+
+    name: str
+    brings: dict[str, list[str]]
+    broken: str | None = None
+    disabled: bool = False
+
+
+class PluginList(Struct):
+    data: list[PluginInfo]
+    object: Literal["list"] = "list"

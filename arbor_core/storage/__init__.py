@@ -1,0 +1,1 @@
+"""What is kept: the database, logs, small files, and the directory that holds them."""

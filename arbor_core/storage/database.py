@@ -1,0 +1,162 @@
+"""The database: one SQLite file, one writer.
+
+Every change is made on the writer's thread, whole or not at all, and is on the disk when its caller hears of it;
+changes that wait at the same time share one commit. Reads go through a connection per thread and never wait for the
+writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `uploads`, `models`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from arbor_core.crash_points import crash_point
+from arbor_core.types import ArborError
+
+from .schema import SCHEMA, VERSION
+
+T = TypeVar("T")
+Change = Callable[[sqlite3.Connection], Any]
+REPAIR = (
+    " It is damaged: put a backup in its place, or save what can be read with"
+    " `sqlite3 {path} .recover | sqlite3 {path}.new` and put that in its place"
+)
+BATCH = 100
+"""Changes that share a commit, at most, so that none waits long for the others."""
+
+
+class Store:
+    """The database file.
+
+    Raises:
+        ArborError: it cannot be opened, is damaged, or was written by a newer Arbor; nothing is changed then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._asked: SimpleQueue[tuple[Change, Future[Any]]] = SimpleQueue()
+        self._open: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer.submit(self._migrate).result()
+        except sqlite3.DatabaseError as error:
+            repair = REPAIR.format(path=path) if type(error) is sqlite3.DatabaseError else ""
+            raise ArborError(f"cannot open the database {path}: {error}; nothing was changed.{repair}") from None
+        except OSError as error:
+            raise ArborError(f"cannot open the database {path}: {error}; nothing was changed") from None
+
+    def _connection(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+            found.row_factory = sqlite3.Row
+            found.execute("PRAGMA busy_timeout=5000")
+            found.execute("PRAGMA synchronous=FULL")
+            self._local.connection = found
+            with self._lock:
+                self._open.append(found)
+        return found
+
+    def _migrate(self) -> None:
+        db = self._connection()
+        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(found)
+        db.execute("PRAGMA journal_mode=WAL")
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise ArborError(f"{self.path} was written by a newer Arbor (schema {version}, this one knows {VERSION})")
+        if version < VERSION:
+            try:
+                db.executescript(f"BEGIN IMMEDIATE; {''.join(SCHEMA[version:])} PRAGMA user_version={VERSION}; COMMIT;")
+            except sqlite3.Error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def read(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        """Rows of a query; sees everything that was committed before the call, and inside a change what its transaction
+        has changed so far."""
+        return self._connection().execute(sql, values).fetchall()
+
+    def one(self, sql: str, *values: object) -> sqlite3.Row | None:
+        """The first row of a query, if there is one."""
+        row: sqlite3.Row | None = self._connection().execute(sql, values).fetchone()
+        return row
+
+    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `change` on the writer's thread; an exception in it undoes all that it did.
+
+        It goes on even when the caller is cancelled: committed whole or not at all.
+        """
+        outcome: Future[T] = Future()
+        self._asked.put((change, outcome))
+        self._writer.submit(self._commit)
+        return await asyncio.shield(asyncio.wrap_future(outcome))
+
+    def _commit(self) -> None:
+        """Make the changes that wait in one transaction, then tell each caller what became of it."""
+        asked = self._waiting()
+        if not asked:  # an earlier call took them along
+            return
+        db = self._connection()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            outcomes = [_outcome(db, change) for change, _ in asked]
+            crash_point("store.changed")
+            db.execute("COMMIT")
+            crash_point("store.committed")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            outcomes = [(None, error)] * len(asked)
+        for (_, future), (value, error_in_it) in zip(asked, outcomes, strict=True):
+            if error_in_it is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error_in_it)
+
+    def _waiting(self) -> list[tuple[Change, Future[Any]]]:
+        found: list[tuple[Change, Future[Any]]] = []
+        while len(found) < BATCH:
+            try:
+                change, future = self._asked.get_nowait()
+            except Empty:
+                break
+            if future.set_running_or_notify_cancel():
+                found.append((change, future))
+        return found
+
+    def close(self) -> None:
+        """Finish what is being written and close."""
+        self._writer.shutdown()
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+
+
+def _outcome(db: sqlite3.Connection, change: Change) -> tuple[Any, BaseException | None]:
+    """What a change returns, or raises; one that raises leaves nothing behind and does not touch the others.
+
+    Raises:
+        sqlite3.Error: SQLite itself gave the transaction up (a full disk): nobody's change was made.
+    """
+    db.execute("SAVEPOINT change")
+    try:
+        value = change(db)
+    except BaseException as error:
+        if not db.in_transaction:
+            raise
+        db.execute("ROLLBACK TO change")
+        db.execute("RELEASE change")
+        return None, error
+    db.execute("RELEASE change")
+    return value, None

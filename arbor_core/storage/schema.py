@@ -1,0 +1,94 @@
+"""The tables of the database, version by version."""
+
+from __future__ import annotations
+
+FIRST = """
+CREATE TABLE files(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
+  filename TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, created_at INTEGER NOT NULL,
+  expires_at INTEGER, status TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE jobs(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+  status TEXT NOT NULL CHECK(status IN
+    ('validating_files','queued','running','paused','succeeded','failed','cancelled')),
+  desired TEXT NOT NULL DEFAULT 'run' CHECK(desired IN('run','pause','cancel','finish')),
+  attempt INTEGER NOT NULL DEFAULT 0, priority INTEGER NOT NULL DEFAULT 0,
+  created_at INTEGER NOT NULL, finished_at INTEGER, training_file TEXT NOT NULL, validation_file TEXT,
+  fine_tuned_model TEXT, metadata TEXT, spec TEXT NOT NULL, hyperparameters TEXT NOT NULL, error TEXT,
+  trained_tokens INTEGER, result_files TEXT NOT NULL DEFAULT '[]', ref TEXT, offset INTEGER NOT NULL DEFAULT 0,
+  progress INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE INDEX jobs_by_status ON jobs(status);
+CREATE INDEX jobs_by_owner ON jobs(owner, seq);
+CREATE TABLE events(
+  job_id TEXT NOT NULL, seq INTEGER NOT NULL, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, level TEXT NOT NULL,
+  type TEXT NOT NULL, message TEXT NOT NULL, data TEXT, PRIMARY KEY(job_id, seq)) STRICT, WITHOUT ROWID;
+CREATE TABLE checkpoints(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL, created_at INTEGER NOT NULL,
+  step INTEGER NOT NULL, dir TEXT NOT NULL, model TEXT NOT NULL, metrics TEXT NOT NULL, UNIQUE(job_id, step)) STRICT;
+CREATE TABLE models(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, job_id TEXT NOT NULL,
+  base TEXT NOT NULL, base_path TEXT NOT NULL, path TEXT NOT NULL, kind TEXT NOT NULL CHECK(kind IN('adapter','full')),
+  created_at INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE leases(id TEXT PRIMARY KEY, owner TEXT NOT NULL, lease TEXT NOT NULL) STRICT;
+"""
+
+
+REPEATS = """
+CREATE TABLE repeats(
+  caller TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL, response BLOB NOT NULL, expires_at INTEGER NOT NULL,
+  PRIMARY KEY(caller, key)) STRICT;
+CREATE INDEX repeats_by_end ON repeats(expires_at);
+"""
+
+
+QUEUE = """
+ALTER TABLE jobs ADD COLUMN preempted INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN waited INTEGER NOT NULL DEFAULT 0;
+DROP INDEX jobs_by_status;
+CREATE INDEX jobs_by_age ON jobs(status, seq, desired);
+CREATE INDEX jobs_by_priority ON jobs(status, priority DESC, seq, desired);
+CREATE INDEX jobs_by_turn ON jobs(turn);
+CREATE INDEX jobs_out_of_place ON jobs(seq) WHERE (status='queued' AND desired<>'run')
+  OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
+"""
+
+
+ROLLOUTS = """
+CREATE TABLE policies(
+  job_id TEXT PRIMARY KEY, version INTEGER NOT NULL, handled INTEGER NOT NULL, dir TEXT NOT NULL) STRICT;
+CREATE TABLE named_checkpoints(
+  job_id TEXT NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL, dir TEXT NOT NULL, metadata TEXT NOT NULL,
+  created_at INTEGER NOT NULL, PRIMARY KEY(job_id, name)) STRICT;
+DROP INDEX jobs_out_of_place;
+CREATE INDEX jobs_out_of_place ON jobs(seq)
+  WHERE (status='queued' AND (desired IN('pause','cancel') OR (desired='finish' AND attempt=0)))
+  OR (status='paused' AND desired<>'pause') OR (status='validating_files' AND desired='cancel');
+"""
+
+
+PARTS = """
+CREATE TABLE uploads(
+  id TEXT PRIMARY KEY, owner TEXT NOT NULL, purpose TEXT NOT NULL, filename TEXT NOT NULL, bytes INTEGER NOT NULL,
+  lifetime INTEGER, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+  status TEXT NOT NULL CHECK(status IN('pending','completed','cancelled','expired')),
+  file_id TEXT, part_ids TEXT) STRICT;
+CREATE INDEX uploads_by_end ON uploads(status, expires_at);
+CREATE TABLE upload_parts(
+  id TEXT PRIMARY KEY, upload_id TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL) STRICT;
+CREATE INDEX parts_by_upload ON upload_parts(upload_id);
+ALTER TABLE jobs ADD COLUMN memory_retries INTEGER NOT NULL DEFAULT 0;
+"""
+
+
+FURTHEST = """
+ALTER TABLE jobs ADD COLUMN furthest INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET furthest=progress;
+"""
+
+
+SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS, PARTS, FURTHEST)
+"""Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
+
+
+VERSION = len(SCHEMA)

@@ -1,0 +1,59 @@
+"""The inside of a job's process: `python -m arbor_core.worker.main <attempt dir>`, or a fork of the fork server.
+
+Heavy libraries are imported here and nowhere else, by importing the trainer's function.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from arbor_core.jobdir.documents import imported
+from arbor_core.process.cpu import instruction_set
+from arbor_core.process.exit import leave, print_anyway
+from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
+from arbor_core.types import Event, JobFailed, JobStopped
+
+from .failures import explain, fail
+from .run import WorkerRun, open_run
+
+
+def main(attempt_dir: Path) -> int:
+    """Run the trainer; returns the exit status. How the job ended is in its events."""
+    run: WorkerRun[Any] = open_run(attempt_dir, WorkerRun)
+    if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    warn_of_another_machine(run)
+    try:
+        imported(run.order.entry)(run)
+    except JobStopped as stop:
+        if stop.desired == "pause":
+            run.emit(Event("paused", "The job is paused"))
+        return 0
+    except JobFailed as error:
+        fail(run, str(error), error.code, error.param)
+        return 1
+    except Exception as error:
+        traceback.print_exc()  # into worker.log
+        return explain(run, error)
+    finally:
+        if run.rank == 0:  # it may still take what another rank, which has ended, wrote there
+            shutil.rmtree(run.work, ignore_errors=True)
+    return 0
+
+
+def warn_of_another_machine(run: WorkerRun[Any]) -> None:
+    """Say that the numbers may come out otherwise than on the machine that the job was made on."""
+    made, here = run.order.cpu, instruction_set()
+    if made and made != here:
+        text = f"This job was made on a processor with {made}; this one computes with {here}: last digits may differ"
+        run.message(text, "warn", made=made, here=here)
+
+
+if __name__ == "__main__":
+    print_anyway()
+    leave(lambda: main(Path(sys.argv[1])))

@@ -1,0 +1,253 @@
+"""What a trainer's function is handed: the job's directory, and the ways to report and to listen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from arbor_core.crash_points import crash_point
+from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir.checkpoint_requests import answered, asked
+from arbor_core.jobdir.documents import WorkOrder, desired, imported
+from arbor_core.jobdir.heartbeat import HEARTBEAT, Pulse
+from arbor_core.jobdir.weights import publishing
+from arbor_core.process.resources import FIRST_WAIT, LONGEST_WAIT, is_full, wait_for_room
+from arbor_core.process.wakeup import URGENT, ring
+from arbor_core.storage.codec import decode
+from arbor_core.storage.event_log import Log
+from arbor_core.types import (
+    PROTOCOL,
+    ArborError,
+    Checkpoint,
+    CheckpointRequest,
+    ConfigT,
+    Desired,
+    Device,
+    Event,
+    Fed,
+    JobFailed,
+    JobStopped,
+    Level,
+    Order,
+    Placement,
+    Record,
+)
+
+from .inbox_reader import CatchingUp, Feed
+
+PASSING = ("metrics", "message", "weights")
+"""Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
+RETRY_SECONDS = 1.0
+"""How often a worker tries again to report what the disk had no room for."""
+
+
+@dataclass
+class WorkerRun(Generic[ConfigT]):
+    """What a trainer's function is handed. See `arbor_core.types.Run`."""
+
+    config: ConfigT
+    order: WorkOrder
+    attempt_dir: Path
+    placement: Placement
+    bell: str | None = None
+    room_seconds: float = 60.0
+    rank: int = 0
+    world_size: int = 1
+    handled_before: int = 0
+    """Groups of rollouts that earlier attempts have handled."""
+    log: Log | None = field(init=False, default=None)
+    feed: Feed | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.dir, self.attempt = self.attempt_dir.parent.parent, int(self.attempt_dir.name)
+        self.work = self.attempt_dir / "work"
+        self.work.mkdir(exist_ok=True)
+        self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
+        self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
+        self.adapter = self.order.adapter
+        self.catching_up = CatchingUp(self.dir / "inbox", self.handled_before)
+        self.pulse = Pulse(self.attempt_dir / HEARTBEAT)
+        self.micro_batch_share = self.placement.micro_batch_share
+        self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
+        if self.rank == 0:  # the other ranks report nothing
+            self.log = Log(self.attempt_dir / "events.jsonl")
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return self.placement.devices
+
+    def emit(self, event: Event) -> None:
+        """Write an event. What must not be lost reaches the disk before this returns."""
+        if self.log is None:
+            return
+        event.at = time.time()
+        durable = event.type not in PASSING
+        written = self.log.append(event, durable=durable)
+        while durable and not written:  # nobody else can say it: wait for room on the disk
+            self.pulse.go_on()
+            time.sleep(RETRY_SECONDS)
+            written = self.log.flush(durable=True)
+        if event.type == "metrics":
+            self.pulse.beat()
+        self.pulse.go_on()
+        crash_point(f"{event.type}.event")
+        ring(self.bell, self.job_id + (URGENT if event.type == "weights" else ""))
+
+    def message(self, text: str, level: Level = "info", **data: Any) -> None:
+        self.emit(Event("message", text, level, data=data))
+
+    def metrics(
+        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+    ) -> None:
+        shown = ", ".join(
+            f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
+            for name, value in values.items()
+            if name.endswith("loss")
+        )
+        data = {**values, "step": step, "total_steps": total_steps, **({"digest": digest} if digest else {})}
+        if fed:
+            data["fed"] = msgspec.to_builtins(fed)
+        self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
+
+    def resolved(self, **hyperparameters: Any) -> None:
+        self.emit(Event("resolved", "Hyperparameters resolved", data=hyperparameters))
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @contextmanager
+    def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
+        with self._committing(step, metrics, self.room_seconds) as folder:
+            yield folder
+
+    def write_checkpoint(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> None:
+        pause, until = FIRST_WAIT, time.monotonic() + self.room_seconds
+        while True:
+            try:
+                with self._committing(step, metrics, until - time.monotonic()) as folder:
+                    write(folder)
+            except OSError as error:
+                left = until - time.monotonic()
+                if left <= 0 or not is_full(error, self.dir):
+                    raise
+                if pause == FIRST_WAIT:
+                    self.message(f"The disk is full: the checkpoint of step {step} waits for room", "warn")
+                self.pulse.go_on()
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, LONGEST_WAIT)
+            else:
+                return
+
+    @contextmanager
+    def _committing(self, step: int, metrics: dict[str, float], room_seconds: float) -> Iterator[Path]:
+        name = f"{step}-{self.attempt}"
+        wait_for_room(self.dir, checkpoints.newest_bytes(self.checkpoints_dir), room_seconds, self.pulse.go_on)
+        with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:
+            yield folder
+        data = {"dir": name, "metrics": metrics}
+        self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        found, withdrawals = checkpoints.newest_whole(self.checkpoints_dir)
+        for event in withdrawals if self.rank == 0 else ():  # the other ranks find the same, and leave it to this one
+            self.emit(event)
+            checkpoints.set_aside(self.checkpoints_dir / event.data["dir"])  # after the event: what is offered is there
+        if found is None and (withdrawals or checkpoints.aside(self.checkpoints_dir)):
+            names = ", ".join(path.name for path in checkpoints.aside(self.checkpoints_dir))
+            text = f"No checkpoint of the job is whole (damaged: {names}). Create the job again to start anew"
+            raise JobFailed(text, code="checkpoint_corrupted")
+        return found
+
+    def keep_checkpoints(self, count: int) -> None:
+        for folder in checkpoints.superseded(self.checkpoints_dir, count):
+            self.emit(Event("discarded", f"Checkpoint {folder.name} removed", data={"dir": folder.name}))
+            shutil.rmtree(folder)  # after the event: what is offered is there
+
+    def groups(self, position: int, wait: float) -> list[Record]:
+        self.feed = self.feed or Feed(self.dir / "inbox")
+        self.pulse.beat()  # ready, though nobody may send anything for days
+        until = None
+        if not self.catching_up.done and desired(self.dir) == "finish":
+            until = self.catching_up.end
+            wait = wait if position < until else 0
+        found = self.feed.take(position, wait, until)
+        self.catching_up.done |= not found
+        return found
+
+    @contextmanager
+    def publish(self, version: int, handled: int) -> Iterator[Path]:
+        name = f"{version}-{self.attempt}"
+        with publishing(self.dir / "weights", name) as folder:
+            yield folder
+        data = {"dir": name, "version": version, "handled": handled}
+        self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
+        self.catching_up.handled(handled)
+
+    def passed_over(self, handled: int) -> None:
+        self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
+        self.catching_up.handled(handled)
+
+    def asked_checkpoints(self) -> list[CheckpointRequest]:
+        return asked(self.dir)
+
+    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
+        folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
+        crash_point("name_checkpoint.linked")
+        said = checkpoints.manifest(folder)
+        data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
+        text = f"Checkpoint '{request.name}' is that of step {step}"
+        self.emit(Event("checkpoint", text, step=step, data=data))
+        crash_point("name_checkpoint.told")
+        answered(self.dir, request.name)
+        crash_point("name_checkpoint.answered")
+
+    def stop_if_asked(self) -> None:
+        if self.rank == 0:
+            self.pulse.beat()
+        wanted = self.desired()
+        if wanted in ("pause", "cancel"):
+            raise JobStopped(wanted)
+
+    def desired(self) -> Desired:
+        wanted = desired(self.dir)
+        return "run" if wanted == "finish" and not self.catching_up.done else wanted
+
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
+        data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
+        self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
+
+
+RunT = TypeVar("RunT", bound=WorkerRun[Any])
+
+
+def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
+    """Read an attempt's papers.
+
+    Raises:
+        ArborError: the directory was written by another version of Arbor.
+    """
+    order = decode((attempt_dir.parent.parent / "job.json").read_bytes(), WorkOrder)
+    if order.protocol != PROTOCOL:
+        raise ArborError(f"{attempt_dir} has protocol {order.protocol}, this worker speaks {PROTOCOL}")
+    placement = decode((attempt_dir / "placement.json").read_bytes(), Placement)
+    papers = decode((attempt_dir / "order.json").read_bytes(), Order)
+    return kind(
+        config=msgspec.convert(order.config, imported(order.config_type)),
+        order=order,
+        attempt_dir=attempt_dir,
+        placement=placement,
+        bell=papers.bell,
+        room_seconds=papers.room_seconds,
+        handled_before=papers.handled,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )

@@ -1,0 +1,140 @@
+"""The keeper: the small parent of an attempt's processes. It outlives the server and writes how the attempt ended.
+
+`python -m arbor_core.worker.supervisor <attempt dir>`, or a fork of the template. It runs in a session of its own,
+adopts whatever its worker leaves behind, ends all of it, and only then writes `exit.json`: who reads that file knows
+that no process of the attempt lives.
+
+An attempt has one keeper. It says who it is in a file that can be made only once; a server that has lost sight of an
+attempt makes that file itself, so that no keeper that is late can begin it any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from arbor_core.crash_points import crash_point
+from arbor_core.jobdir.layout import claimed
+from arbor_core.process.exit import leave, print_anyway
+from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+from arbor_core.process.wakeup import ring
+from arbor_core.storage.atomic import replace
+from arbor_core.storage.codec import decode
+from arbor_core.types import Exit, Order
+
+WAKE_SECONDS = 1.0
+NOT_OURS = 5
+"""Exit status of a keeper that came too late."""
+WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
+
+
+def keep(attempt_dir: Path) -> int:
+    """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
+    print_anyway()
+    order = decode((attempt_dir / "order.json").read_bytes(), Order)
+    if claimed(attempt_dir, own := ref_of(os.getpid())) != own:
+        print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
+        return NOT_OURS
+    crash_point("keeper.claimed")
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
+    me, worker = os.getpid(), os.fork()
+    if worker == 0:
+        leave(lambda: _work(attempt_dir, order, me))
+    crash_point("keeper.forked")
+    with contextlib.suppress(OSError):  # the child does the same: whoever comes first
+        os.setpgid(worker, worker)
+    code = _wait(worker, order.grace)
+    _end_all(worker)
+    ended = Exit(code, time.time())
+    crash_point("keeper.ended")
+    while True:
+        try:
+            replace(attempt_dir / "exit.json", msgspec.json.encode(ended))
+            break
+        except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
+            break
+        except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
+            traceback.print_exc()
+            time.sleep(WAKE_SECONDS)
+    crash_point("keeper.told")
+    ring(order.bell, attempt_dir.parent.parent.name)
+    return code
+
+
+def _work(attempt_dir: Path, order: Order, keeper: int) -> int:
+    """The child's side of the fork; the exit status."""
+    os.setpgid(0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
+    if os.getppid() != keeper:  # it was killed before we said so
+        return -signal.SIGKILL
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
+    if order.argv:
+        os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
+    from .main import main
+
+    return main(attempt_dir)
+
+
+def _wait(worker: int, grace: float) -> int:
+    """Wait for the worker; SIGTERM is passed on, SIGKILL follows after `grace` seconds."""
+    deadline: float | None = None
+    while True:
+        got = signal.sigtimedwait(WAITED_FOR, WAKE_SECONDS)
+        if got and got.si_signo == signal.SIGTERM:
+            _kill(worker, signal.SIGTERM)
+            _kill(worker, signal.SIGCONT)  # one that was stopped can hear it
+            deadline = deadline or time.monotonic() + grace
+        if deadline and time.monotonic() > deadline:
+            _kill(worker, signal.SIGKILL)
+        for pid, status in _reaped():
+            if pid == worker:
+                return os.waitstatus_to_exitcode(status)
+
+
+def _reaped() -> Iterator[tuple[int, int]]:
+    """Children that have ended, with their wait status."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def _kill(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _end_all(worker: int) -> None:
+    """Kill what the worker left: its group, and descendants that changed their group and are now our children."""
+    _kill(worker, signal.SIGKILL)
+    while children := _children():
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+        list(_reaped())
+
+
+def _children() -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:  # not Linux: the group was all we could know
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(keep(Path(sys.argv[1])))

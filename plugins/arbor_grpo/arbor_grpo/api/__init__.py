@@ -1,0 +1,1 @@
+"""GRPO's routes, and what they read and show."""

@@ -1,0 +1,296 @@
+"""GRPO over HTTP, in the three styles of the original's clients; see docs/grpo.md.
+
+With `job_id` in the body (arbor-ai 0.2.5, 0.2.9 and later), with it in the path (0.2.6 to 0.2.8), and without any
+(earlier ones: one job per server, here the caller's newest). Nothing waits for a worker without a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from litestar import post
+
+from arbor_core import Accepted, ConfigError, Group, Services
+from arbor_core.http import UNNUMBERED, ApiError, RolloutSession
+
+from . import requests
+from .groups import digest_of, group_of
+from .initialize import METHOD, blamed, translated
+from .long_poll import News
+from .requests import AnyRequest, JobRequest, read
+from .rewards import group_by_ids
+from .status import ENDED, GRPOStatus, StepAnswer, Style, refused, status_of, step_answer
+
+GRPO = "/v1/fine_tuning/grpo"
+CHECKPOINT_SECONDS = 300.0
+END_SECONDS = 60.0
+"""How long `terminate` and `cancel` wait for the job to end before they answer all the same."""
+LOOK_SECONDS = 0.1
+TRAIN, INFER = ("train",), ("infer",)
+
+
+def described(body: type, scopes: tuple[str, ...] = TRAIN, response: type | None = None) -> dict[str, Any]:
+    """What the server's OpenAPI document and its keys need to know of a route that reads its body itself."""
+    return {"body": body, "scopes": scopes, "response": response}
+
+
+class Calls:
+    """What the routes do, whatever their paths.
+
+    Args:
+        services: The server's.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.news = News(self.look, services.changed)
+
+    def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
+        return status_of(self.services, job, owner, style)
+
+    async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        return self.status(await self.services.learner(job_id, owner), owner, style)
+
+    async def after(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
+        known, until = set(asked.known), time.monotonic() + asked.wait
+        before = await self.look(job_id, owner, style)
+        while before.status in ("created", "running", "paused") and known.issuperset(before.pending_batch_ids):
+            if (left := until - time.monotonic()) <= 0:
+                break
+            now = await self.news.next((job_id, owner, style), before, left)
+            if now is None or (now.status, now.policy_version) != (before.status, before.policy_version):
+                return now or await self.look(job_id, owner, style)
+            before = now
+        return before
+
+    async def initialize(self, raw: dict[str, Any], owner: str) -> GRPOStatus:
+        """Create a job; nothing waits for its worker or for an engine."""
+        asked = translated(raw, self.services.defaults(METHOD))
+        try:
+            job = await self.services.create_job(asked.request, owner, asked.warnings)
+        except (ConfigError, ApiError) as error:
+            raise blamed(error, asked.paths) from None
+        return self.status(job, owner)
+
+    async def step(self, asked: requests.StepRequest, job_id: str, owner: str, style: Style) -> StepAnswer:
+        """Take a group of `num_generations`."""
+        digest = digest_of(asked.batch, "batch")
+
+        async def sent(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
+            if batch_id != UNNUMBERED and (before := await live.known(batch_id, digest)):
+                return before, live.group(before)
+            group = group_of(asked, live, batch_id, time.time())
+            return await live.send(group, digest), group
+
+        return await self.taken(job_id, owner, style, asked.batch_id, sent)
+
+    async def rewards(self, asked: requests.RewardsRequest, job_id: str, owner: str) -> StepAnswer:
+        """Take a group of completions by their ids."""
+        digest = digest_of(asked.rewards, "rewards")
+
+        async def sent(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
+            before = await live.labelled(asked.group, digest) if asked.group else None
+            if before is None and asked.batch_id is not None:
+                before = await live.known(batch_id, digest)
+            if before:
+                return before, live.group(before)
+            group = group_by_ids(asked, live, batch_id, time.time())
+            return await live.send(group, digest), group
+
+        return await self.taken(job_id, owner, "records", asked.batch_id, sent)
+
+    async def taken(
+        self,
+        job_id: str,
+        owner: str,
+        style: Style,
+        batch_id: int | None,
+        sent: Callable[[RolloutSession, int], Awaitable[tuple[Accepted, Group]]],
+    ) -> StepAnswer:
+        """Send a group to a job that takes one, and say what became of it."""
+        job = await self.services.learner(job_id, owner)
+        if text := refused(self.services, job, owner):
+            return step_answer(self.status(job, owner, style), accepted=False, batch_id=batch_id, message=text)
+        live = self.services.rollouts(job_id, owner)
+        if batch_id is None:
+            batch_id = next(iter(live.pending()), UNNUMBERED)
+        accepted, group = await sent(live, batch_id)
+        matched = sum(not rollout.messages for rollout in group.rollouts)
+        return step_answer(
+            await self.look(job_id, owner, style),
+            repeated=accepted.repeated,
+            batch_id=None if accepted.id == UNNUMBERED else accepted.id,
+            matched=matched,
+            tokenized=len(group.rollouts) - matched,
+        )
+
+    async def checkpoint(self, asked: requests.CheckpointRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        await self.services.checkpoint(job_id, owner, asked.checkpoint_name, asked.checked(), CHECKPOINT_SECONDS)
+        status = await self.look(job_id, owner, style)
+        status.last_checkpoint = asked.checkpoint_name  # a name that was given again is the last one too
+        return status
+
+    async def cancel(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        """End a job at once; a second time changes nothing."""
+        await self.services.learner(job_id, owner)
+        await self.services.ask(job_id, owner, "cancel")
+        return self.status(await self.ended(job_id, owner), owner, style)
+
+    async def terminate(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        """End a job with what it has learned. One that has ended well, or was cancelled, is left as it is.
+
+        Raises:
+            ApiError: `invalid_job_state`: it has failed, so that there is no model; or it learns from a file.
+        """
+        job = await self.services.learner(job_id, owner)
+        if job["status"] == "failed":
+            refused(self.services, job, owner)
+        if job["status"] not in ENDED:
+            await self.services.ask(job_id, owner, "finish")
+        return self.status(await self.ended(job_id, owner), owner, style)
+
+    async def ended(self, job_id: str, owner: str) -> dict[str, Any]:
+        """The job, when it has ended or a minute has passed."""
+        until = time.monotonic() + END_SECONDS
+        while True:
+            job = await self.services.job(job_id, owner)
+            if job["status"] in ENDED or time.monotonic() > until:
+                return job
+            await self.services.changed(job_id, owner, LOOK_SECONDS)
+
+    def chosen(self, asked: JobRequest, owner: str) -> tuple[str, Style]:
+        """The job that a body names, or the newest, and how its client wants to see checkpoints."""
+        return (asked.job_id, "records") if asked.job_id is not None else (self.services.newest(owner), "names")
+
+
+def routes(services: Services) -> list[Any]:
+    """The handlers."""
+    calls = Calls(services)
+    return [*creating(calls), *in_body(calls), *in_path(calls), *engines(services)]
+
+
+def creating(calls: Calls) -> list[Any]:
+    """Where a job begins, and how it stands."""
+
+    @post(
+        f"{GRPO}/initialize",
+        operation_id="initializeGRPO",
+        status_code=200,
+        opt=described(requests.InitializeRequest),
+    )
+    async def initialize(request: AnyRequest, owner: str) -> GRPOStatus:
+        """Begin to learn from rollouts."""
+        return await calls.initialize(requests.decoded(await requests.raw_body(request)), owner)
+
+    @post(f"{GRPO}/status", operation_id="getGRPOStatus", status_code=200, opt=described(requests.StatusRequest))
+    async def status(request: AnyRequest, owner: str) -> GRPOStatus:
+        """How a job stands, and which batch ids are offered."""
+        asked = await read(request, requests.StatusRequest)
+        job_id, style = calls.chosen(asked, owner)
+        return await calls.after(asked, job_id, owner, style)
+
+    return [initialize, status]
+
+
+def in_body(calls: Calls) -> list[Any]:
+    """The routes whose body names the job."""
+
+    @post(f"{GRPO}/step", operation_id="sendGRPOGroup", status_code=200, opt=described(requests.StepRequest))
+    async def step(request: AnyRequest, owner: str) -> StepAnswer:
+        """Send a group of completions as text, with their rewards."""
+        asked = await read(request, requests.StepRequest)
+        job_id, style = calls.chosen(asked, owner)
+        return await calls.step(asked, job_id, owner, style)
+
+    @post(f"{GRPO}/rewards", operation_id="sendGRPORewards", status_code=200, opt=described(requests.RewardsRequest))
+    async def rewards(request: AnyRequest, owner: str) -> StepAnswer:
+        """Send a group of completions by their ids, with their rewards."""
+        asked = await read(request, requests.RewardsRequest)
+        return await calls.rewards(asked, calls.chosen(asked, owner)[0], owner)
+
+    @post(
+        f"{GRPO}/checkpoint",
+        operation_id="nameGRPOCheckpoint",
+        status_code=200,
+        opt=described(requests.CheckpointRequest),
+    )
+    async def checkpoint(request: AnyRequest, owner: str) -> GRPOStatus:
+        """Write a checkpoint and give it a name."""
+        asked = await read(request, requests.CheckpointRequest)
+        job_id, style = calls.chosen(asked, owner)
+        return await calls.checkpoint(asked, job_id, owner, style)
+
+    @post(f"{GRPO}/cancel", operation_id="cancelGRPO", status_code=200, opt=described(JobRequest))
+    async def cancel(request: AnyRequest, owner: str) -> GRPOStatus:
+        """End a job at once."""
+        job_id, style = calls.chosen(await read(request, JobRequest), owner)
+        return await calls.cancel(job_id, owner, style)
+
+    @post(f"{GRPO}/terminate", operation_id="terminateGRPO", status_code=200, opt=described(JobRequest))
+    async def terminate(request: AnyRequest, owner: str) -> GRPOStatus:
+        """End a job with what it has learned."""
+        job_id, style = calls.chosen(await read(request, JobRequest), owner)
+        return await calls.terminate(job_id, owner, style)
+
+    return [step, rewards, checkpoint, cancel, terminate]
+
+
+def in_path(calls: Calls) -> list[Any]:
+    """The routes whose path names the job."""
+    job = f"{GRPO}/{{job_id:str}}"
+
+    @post(f"{job}/step", operation_id="sendGRPOGroupTo", status_code=200, opt=described(requests.StepRequest))
+    async def step(request: AnyRequest, job_id: str, owner: str) -> StepAnswer:
+        """Send a group of completions as text to the job in the path."""
+        return await calls.step(await read(request, requests.StepRequest), job_id, owner, "names")
+
+    @post(
+        f"{job}/checkpoint",
+        operation_id="nameGRPOCheckpointOf",
+        status_code=200,
+        opt=described(requests.CheckpointRequest),
+    )
+    async def checkpoint(request: AnyRequest, job_id: str, owner: str) -> GRPOStatus:
+        """Write a checkpoint of the job in the path and give it a name."""
+        return await calls.checkpoint(await read(request, requests.CheckpointRequest), job_id, owner, "names")
+
+    @post(f"{job}/cancel", operation_id="cancelGRPOJob", status_code=200, opt={"scopes": TRAIN})
+    async def cancel(job_id: str, owner: str) -> GRPOStatus:
+        """End the job in the path at once."""
+        return await calls.cancel(job_id, owner, "names")
+
+    @post(f"{job}/terminate", operation_id="terminateGRPOJob", status_code=200, opt={"scopes": TRAIN})
+    async def terminate(job_id: str, owner: str) -> GRPOStatus:
+        """End the job in the path with what it has learned."""
+        return await calls.terminate(job_id, owner, "names")
+
+    return [step, checkpoint, cancel, terminate]
+
+
+def engines(services: Services) -> list[Any]:
+    """The original's routes for engines. Ours are started by their first request and stopped when nobody uses them."""
+
+    @post(
+        "/v1/chat/launch",
+        operation_id="launchEngine",
+        status_code=200,
+        opt=described(requests.LaunchRequest, INFER),
+    )
+    async def launch(request: AnyRequest, owner: str) -> dict[str, Any]:
+        """Start the engine of a model before its first request."""
+        asked = await read(request, requests.LaunchRequest)
+        await services.warm(asked.model, owner)
+        message = "The engine runs. It would have been started by the first completion too."
+        return {"message": message, "job_id": f"infer:{asked.model}", "model": asked.model}
+
+    @post("/v1/chat/kill", operation_id="killEngine", status_code=200, opt=described(requests.KillRequest, INFER))
+    async def kill(request: AnyRequest) -> dict[str, Any]:
+        """Do nothing: engines are shared, and stop by themselves."""
+        asked = await read(request, requests.KillRequest)
+        message = "Nothing to do: engines are shared, and one that nobody uses is stopped by the server."
+        return {"message": message, "job_id": asked.job_id or "*", "aliases": []}
+
+    return [launch, kill]

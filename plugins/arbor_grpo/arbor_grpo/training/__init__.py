@@ -1,0 +1,1 @@
+"""The GRPO trainer: from groups to optimizer steps."""

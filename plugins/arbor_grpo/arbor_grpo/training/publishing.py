@@ -1,0 +1,60 @@
+"""The policy as files that an engine loads: a PEFT adapter, or a whole model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arbor_trl.saving import write_ends
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from arbor_core import Run
+from arbor_grpo import GrpoConfig
+
+if TYPE_CHECKING:
+    from .trainer import GroupTrainer
+
+
+class Publisher:
+    """Writes versions of the policy. What is the same in all of them, configuration and tokenizer, is made once."""
+
+    def __init__(self, run: Run[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
+        self.run, self.trainer = run, trainer
+        self.same = run.work / "published"
+        if run.rank:
+            return
+        self.same.mkdir()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if run.config.lora:
+            model.peft_config["default"].save_pretrained(self.same)
+            write_ends(model, self.same)
+        else:
+            tokenizer.save_pretrained(self.same)
+
+    def publish(self, version: int, handled: int) -> int:
+        """Write the present weights; how many bytes they are. All ranks call it: weights may be spread over them."""
+        trainer = self.trainer
+        state = None
+        if self.run.world_size > 1:
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if self.run.rank:
+            return 0
+        with self.run.publish(version, handled) as folder:
+            shutil.copytree(self.same, folder, dirs_exist_ok=True)
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            if self.run.config.lora:
+                weights = get_peft_model_state_dict(model, state, adapter_name="default", save_embedding_layers=False)
+                save_file(
+                    {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+                    folder / "adapter_model.safetensors",
+                    metadata={"format": "pt"},
+                )
+            else:
+                model.save_pretrained(folder, state_dict=state)
+            return size(folder)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""The mock engine: completions without a model."""

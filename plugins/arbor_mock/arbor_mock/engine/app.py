@@ -1,0 +1,291 @@
+"""The simulated engine's routes, and what goes wrong behind them when a prompt asks for it."""
+
+import asyncio
+import hmac
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from arbor_core.engine import EngineSpec
+from arbor_mock import EngineOptions
+
+from .text import Answer, BadFaultError, answer, asked_faults
+from .weights import check_adapter, check_tensors
+from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, RefusedError, UpdateBody, Writer
+
+TOLD_TO_DIE = 70
+STOP_SECONDS = 2.0
+
+
+class MockEngine:
+    """One simulated model with its adapters.
+
+    Args:
+        spec: What to serve.
+        options: How, and what is to go wrong.
+    """
+
+    def __init__(self, spec: EngineSpec, options: EngineOptions) -> None:
+        self.spec, self.options = spec, options
+        self.adapters: dict[str, str] = {}
+        self.users: dict[str, int] = {}
+        self.drained = asyncio.Condition()
+        self.places = asyncio.Semaphore(options.max_running)
+        self.requests: set[asyncio.Task[Any]] = set()
+        self.running = self.waiting = 0
+        self.hanging: list[float] = []
+        """Since when each request hangs."""
+        self.version = spec.version
+        self.stopping = False
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self.guarded], client_max_size=64 << 20)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/v1/load_lora_adapter", self.load)
+        app.router.add_post("/v1/unload_lora_adapter", self.unload)
+        app.router.add_post("/v1/update_weights", self.update)
+        app.router.add_post("/v1/chat/completions", self.chat)
+        app.router.add_post("/v1/completions", self.complete)
+        return app
+
+    @web.middleware
+    async def guarded(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """The token is demanded, and every error has OpenAI's envelope."""
+        given = request.headers.get("Authorization", "")
+        try:
+            if request.path != "/health" and not self.admitted(given):
+                raise RefusedError(401, "invalid_api_key", "The engine's token is missing or wrong.")
+            return await handler(request)
+        except RefusedError as error:
+            return answered(error.envelope(), error.status, error.headers)
+        except msgspec.DecodeError as error:
+            return answered(RefusedError(400, "invalid_value", str(error)).envelope(), 400)
+        except web.HTTPException as error:
+            return answered(RefusedError(error.status, "invalid_request", error.reason).envelope(), error.status)
+
+    def admitted(self, given: str) -> bool:
+        sent = given.encode(errors="surrogateescape")  # what is no UTF-8 is no token either
+        return not self.spec.token or hmac.compare_digest(sent, f"Bearer {self.spec.token}".encode())
+
+    async def health(self, _: web.Request) -> web.Response:
+        quiet = time.monotonic() - min(self.hanging) if self.hanging else 0.0
+        numbers = {"running": self.running, "waiting": self.waiting, "quiet_seconds": quiet}
+        return answered({"status": "ok", "model": self.spec.model, "adapters": list(self.adapters), **numbers})
+
+    async def models(self, _: web.Request) -> web.Response:
+        shared = {"object": "model", "created": 0, "owned_by": "arbor-mock"}
+        data = [{"id": name, **shared} for name in (self.spec.model, *self.adapters)]
+        return answered({"object": "list", "data": data})
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Load an adapter under a name; one of the same name is replaced."""
+        asked = msgspec.json.decode(await request.read(), type=dict[str, str])
+        path = asked["lora_path"]
+        try:
+            check_adapter(Path(path))
+        except (OSError, ValueError) as error:
+            raise RefusedError(400, "invalid_adapter", f"{path} is no PEFT adapter: {error}", "lora_path") from None
+        self.adapters[asked["lora_name"]] = path
+        return answered({"status": "ok"})
+
+    async def unload(self, request: web.Request) -> web.Response:
+        """Forget an adapter; returns when the requests that run on it have finished."""
+        name = msgspec.json.decode(await request.read(), type=dict[str, str])["lora_name"]
+        if self.adapters.pop(name, None) is None:
+            raise RefusedError(404, "model_not_found", f"No adapter '{name}' is loaded.", "lora_name")
+        async with self.drained:
+            await self.drained.wait_for(lambda: not self.users.get(name))
+        return answered({"status": "ok"})
+
+    async def update(self, request: web.Request) -> web.Response:
+        """Take new weights; requests that run go on, and say which version they began with."""
+        asked = msgspec.json.decode(await request.read(), type=UpdateBody)
+        try:
+            check_tensors(Path(asked.path) / "model.safetensors")
+        except (OSError, ValueError) as error:
+            raise RefusedError(400, "invalid_weights", f"{asked.path} holds no weights: {error}", "path") from None
+        self.version = asked.version
+        return answered({"status": "ok"})
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = msgspec.json.decode(await request.read(), type=ChatBody)
+        return await self.serve(request, body, body.prompts(), ChatWriter)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = msgspec.json.decode(await request.read(), type=CompletionBody)
+        return await self.serve(request, body, body.prompts(), CompletionWriter)
+
+    async def serve(
+        self, request: web.Request, body: Body, prompts: list[tuple[str, bytes]], shapes: type[Writer]
+    ) -> web.StreamResponse:
+        """Answer one request, or let go wrong what its prompt asks for."""
+        if body.model not in (self.spec.model, *self.adapters):
+            raise RefusedError(404, "model_not_found", f"The model '{body.model}' does not exist", "model")
+        try:
+            faults = asked_faults(" ".join(text for text, _ in prompts))
+        except BadFaultError as error:
+            raise RefusedError(400, "invalid_value", f"[mock: ...]: {error}") from None
+        answers = self.answers(body, prompts, faults.get("logprob"))
+        writer = shapes(body, answers, [read for _, read in prompts], body.n or 1)
+        if faults.get("full"):
+            raise self.full()
+        if status := faults.get("status"):
+            page = "<html><body><h1>Bad Gateway</h1></body></html>"
+            return web.Response(status=int(status), text=page, content_type="text/html")
+        async with self.place(body.model):
+            writer.version = self.version
+            if faults.get("hang"):
+                with self.hang():
+                    await asyncio.Event().wait()
+            await asyncio.sleep(faults.get("delay_seconds", self.options.delay_seconds))
+            pace = Pace(self.options, faults)
+            return await (self.stream(request, writer, pace) if body.stream else self.whole(writer, pace))
+
+    def answers(self, body: Body, prompts: list[tuple[str, bytes]], logprob: float | None) -> list[Answer]:
+        said = []
+        for text, read in prompts:
+            room = self.options.context - len(read)
+            most = body.most() or max(room, 1)
+            if most > self.options.context:
+                message = f"Invalid 'max_tokens': expected at most {self.options.context}, this model's context."
+                raise RefusedError(400, "invalid_value", message, "max_tokens")
+            if most > room or most < 1:
+                message = (
+                    f"This model's maximum context length is {self.options.context} tokens. However, you requested "
+                    f"{len(read) + most} tokens ({len(read)} in the prompt, {most} in the completion)."
+                )
+                param = "messages" if isinstance(body, ChatBody) else "prompt"
+                raise RefusedError(400, "context_length_exceeded", message, param)
+            wanted = body.sampling(most, logprob)
+            said += [answer(body.model, text, index, wanted) for index in range(body.n or 1)]
+        return said
+
+    def full(self) -> RefusedError:
+        return RefusedError(
+            429, "rate_limit_exceeded", f"{self.waiting} requests are waiting already.", retry_after="1"
+        )
+
+    @asynccontextmanager
+    async def place(self, model: str) -> AsyncIterator[None]:
+        """A place among those that run; waits for one, if not too many wait."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self.places.locked() and self.waiting >= self.options.max_waiting:
+            raise self.full()
+        self.requests.add(task)
+        self.users[model] = self.users.get(model, 0) + 1
+        self.waiting += 1
+        try:
+            try:
+                await self.places.acquire()
+            finally:
+                self.waiting -= 1
+            self.running += 1
+            try:
+                yield
+            finally:
+                self.running -= 1
+                self.places.release()
+        finally:
+            self.requests.discard(task)
+            self.users[model] -= 1
+            async with self.drained:
+                self.drained.notify_all()
+
+    @contextmanager
+    def hang(self) -> Iterator[None]:
+        """Be an engine whose loop is stuck, though it still answers for its health."""
+        since = time.monotonic()
+        self.hanging.append(since)
+        try:
+            yield
+        finally:
+            self.hanging.remove(since)
+
+    async def whole(self, writer: Writer, pace: "Pace") -> web.Response:
+        for count in range(max(len(said.tokens) for said in writer.answers) + 1):
+            await pace.at(count)
+        return web.Response(body=writer.response(), content_type="application/json")
+
+    async def stream(self, request: web.Request, writer: Writer, pace: "Pace") -> web.StreamResponse:
+        """Send the choices side by side, token by token."""
+        await pace.at(0)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
+        await response.prepare(request)
+        try:
+            await response.write(writer.first())
+            sent = [0] * len(writer.answers)
+            for count in range(max(len(said.tokens) for said in writer.answers)):
+                await response.write(b"".join(frames(writer, count, sent)))
+                await pace.at(count + 1)
+            await response.write(writer.last())
+        except RefusedError as error:
+            await response.write(in_band(error))
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise  # the client went away
+            await response.write(in_band(RefusedError(503, "engine_unavailable", "The engine is shutting down.")))
+        return response
+
+    async def stop(self) -> None:
+        """End what runs; streams hear why."""
+        self.stopping = True
+        for task in list(self.requests):
+            task.cancel()
+        if self.requests:
+            await asyncio.wait(list(self.requests), timeout=STOP_SECONDS)
+
+
+class Pace:
+    """How fast the tokens of one request come, and after how many it goes wrong."""
+
+    def __init__(self, options: EngineOptions, faults: dict[str, float]) -> None:
+        self.seconds = faults.get("token_seconds", options.token_seconds)
+        self.die = faults.get("die_after_tokens", options.die_after_tokens)
+        self.fail = faults.get("fail_after_tokens")
+
+    async def at(self, count: int) -> None:
+        """Called when `count` tokens are out."""
+        if self.die is not None and count >= self.die:
+            print(f"told to die after {self.die:.0f} tokens", file=sys.stderr, flush=True)
+            os._exit(TOLD_TO_DIE)
+        if self.fail is not None and count >= self.fail:
+            raise RefusedError(
+                500, "engine_failure", f"Told to fail after {self.fail:.0f} tokens.", x_should_retry="false"
+            )
+        if count and self.seconds:
+            await asyncio.sleep(self.seconds)
+
+
+def frames(writer: Writer, count: int, sent: list[int]) -> list[bytes]:
+    """Token number `count` of every choice that has one, and the end of those whose last it is."""
+    found = []
+    for index, said in enumerate(writer.answers):
+        if count >= len(said.tokens):
+            continue
+        token = said.tokens[count]
+        text = said.text[sent[index] : sent[index] + len(token.text)]  # never a part of a stop string
+        sent[index] += len(token.text)
+        found.append(writer.piece(index, token, text))
+        if count == len(said.tokens) - 1:
+            found.append(writer.frame([writer.part(index, "", (), said.finish_reason)]))
+    return found
+
+
+def answered(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+
+
+def in_band(error: RefusedError) -> bytes:
+    """An error in a stream that has begun."""
+    return b"data: " + msgspec.json.encode(error.envelope()) + b"\n\ndata: [DONE]\n\n"

@@ -1,0 +1,1 @@
+"""From prompts to tokens to text, many sequences at a time."""

@@ -1,0 +1,86 @@
+"""Prompts to token ids: plain text, token ids as given, and conversations through the model's chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from arbor_core import Chats, ChatText, Conversation
+from arbor_transformers.api.errors import ApiError
+
+RESERVED = {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
+"""Names that a template or the tokenizer gives a meaning of its own."""
+
+
+class Prompts:
+    """Encodes prompts. Not for several threads at once: a tokenizer has state.
+
+    Args:
+        tokenizer: The model's.
+        vocabulary: How many embeddings the model has.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.chats = Chats(tokenizer.chat_template, tokenizer.added_tokens_decoder)
+
+    def plain(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """A prompt that is no conversation."""
+        return self.text(prompt) if isinstance(prompt, str) else self.ids(prompt)
+
+    def ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """A prompt of token ids, checked against the vocabulary (row 137: an embedding look-up must not see others)."""
+        for position, token in enumerate(prompt):
+            if not 0 <= token < self.vocabulary:
+                message = f"Invalid 'prompt': token {token} at position {position} is not in 0..{self.vocabulary - 1}."
+                raise ApiError(message, "invalid_value", "prompt")
+        return self._some(tuple(prompt), "prompt")
+
+    def text(self, prompt: str) -> tuple[int, ...]:
+        """A plain text; control tokens written in it count as such, the caller has the model's whole input."""
+        return self._some(tuple(self.tokenizer(prompt).input_ids), "prompt")
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, extras: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """A conversation through the chat template, as it was trained on (`arbor_core.data.chat_format`)."""
+        if not self.tokenizer.chat_template:
+            message = "This model has no chat template. Use /v1/completions, or a model with one."
+            raise ApiError(message, "unsupported_parameter", "messages")
+        clash = RESERVED & extras.keys()
+        if clash:
+            message = f"'chat_template_kwargs' cannot set {', '.join(sorted(clash))}."
+            raise ApiError(message, "invalid_value", "chat_template_kwargs")
+        try:
+            said = self.chats.conversation(messages, tools)
+            text = said.reveal(self._rendered(said, extras))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            # Templates refuse conversations by raising, and fail in Python's ways on shapes they did not foresee.
+            message = f"The model's chat template cannot render these messages: {error}"
+            raise ApiError(message, "invalid_value", "messages") from None
+        return self._some(tuple(self._tokens(text)), "messages")
+
+    def _rendered(self, said: Conversation, extras: Mapping[str, Any]) -> str:
+        tokenizer = self.tokenizer
+        return str(
+            tokenizer.apply_chat_template(
+                said.messages, tools=said.tools, tokenize=False, add_generation_prompt=True, **extras
+            )
+        )
+
+    def _tokens(self, text: ChatText) -> list[int]:
+        if text.controls is None:
+            return list(self.tokenizer(text.text, add_special_tokens=False).input_ids)
+        ids: list[int] = []
+        for piece in self.chats.pieces(text):
+            if piece.token is not None:
+                ids.append(piece.token)
+            else:
+                ids += self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids
+
+    def _some(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
+        if not ids:
+            raise ApiError(f"Invalid '{param}': it holds no tokens, expected at least one.", "invalid_value", param)
+        return ids

@@ -1,0 +1,1 @@
+"""The model: loaded, batched over slots, with adapters, with weights that change."""

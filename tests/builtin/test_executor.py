@@ -1,0 +1,286 @@
+"""Keepers, templates and the executor `local`, with real processes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from arbor_core import Event, ExecutorSettings, Order, Placement
+from arbor_core.builtin.executor import LocalExecutor, TemplateKey
+from arbor_core.dispatch.validation import validate
+from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.layout import claimed
+from arbor_core.process.environment import clean_env
+from arbor_core.process.lifecycle import ref_of
+from arbor_core.storage.atomic import replace
+from arbor_core.storage.codec import encode
+from arbor_core.storage.event_log import tail
+from arbor_core.types import PROTOCOL, Device, Exit
+
+PLACEMENT = Placement((Device("cpu:0"),), threads=1)
+
+
+def papers(tmp_path: Path, code: str, name: str = "1", grace: float = 5.0, **changes) -> Order:
+    """An attempt whose worker runs `code`."""
+    folder = tmp_path / "ftjob-x" / "attempts" / name
+    folder.mkdir(parents=True)
+    order = Order(dir=folder, argv=(sys.executable, "-c", code), env={}, python=sys.executable, grace=grace)
+    order = msgspec.structs.replace(order, **changes)
+    replace(folder / "order.json", encode(order))
+    return order
+
+
+def job_papers(order: Order, entry: str) -> Path:
+    """What the attempt's worker reads of its job; returns the path of `job.json`."""
+    replace(order.dir / "placement.json", encode(PLACEMENT))
+    data = order.dir / "data.jsonl"
+    work = WorkOrder(
+        PROTOCOL, "ftjob-x", entry, "msgspec:Struct", {}, "builtins:len", 1, "m", "m", data, None, 0, 0, {}, 1, ""
+    )
+    path = order.dir.parent.parent / "job.json"
+    replace(path, encode(work))
+    return path
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+async def until(condition, seconds: float = 20.0):
+    async with asyncio.timeout(seconds):
+        while not (value := condition()):
+            await asyncio.sleep(0.02)
+    return value
+
+
+def ended(order: Order) -> Exit | None:
+    path = order.dir / "exit.json"
+    return msgspec.json.decode(path.read_bytes(), type=Exit) if path.exists() else None
+
+
+def alive(pid: int) -> bool:
+    return bool(ref_of(pid))
+
+
+@pytest.fixture
+async def executor(tmp_path):
+    made = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+)
+async def test_the_keeper_writes_how_the_worker_ended(executor, tmp_path, code, status):
+    order = papers(tmp_path, code)
+    ref = await executor.start(order, PLACEMENT)
+    found = await until(lambda: ended(order))
+    assert found.code == status
+    await until(lambda: not executor.poll(ref))
+    assert not executor.adopt(ref)
+
+
+async def test_a_signal_ends_the_worker_and_everything_it_started(executor, tmp_path):
+    code = (
+        "import os,subprocess,sys,time\n"
+        "one=subprocess.Popen([sys.executable,'-c','import time;time.sleep(999)'])\n"
+        "two=subprocess.Popen([sys.executable,'-c','import time;time.sleep(999)'],start_new_session=True)\n"
+        "open('pids.tmp','w').write(f'{os.getpid()} {one.pid} {two.pid}')\n"
+        "os.rename('pids.tmp','pids')\n"
+        "time.sleep(999)"
+    )
+    order = papers(tmp_path, code)
+    ref = await executor.start(order, PLACEMENT)
+    pids = [int(pid) for pid in (await until(lambda: text_of(order.dir / "pids"))).split()]
+    assert executor.poll(ref) and all(map(alive, pids))
+    executor.signal(ref, signal.SIGTERM)
+    assert (await until(lambda: ended(order))).code == -signal.SIGTERM
+    assert not any(map(alive, pids))
+
+
+async def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace(executor, tmp_path):
+    code = (
+        "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf','w').close(); time.sleep(999)"
+    )
+    order = papers(tmp_path, code, grace=0.2)
+    ref = await executor.start(order, PLACEMENT)
+    await until((order.dir / "deaf").exists)
+    executor.signal(ref, signal.SIGTERM)
+    assert (await until(lambda: ended(order))).code == -signal.SIGKILL
+
+
+async def test_a_keeper_that_is_killed_leaves_no_worker(executor, tmp_path):
+    code = "import os,time; open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
+    order = papers(tmp_path, code)
+    ref = await executor.start(order, PLACEMENT)
+    pid = int(await until(lambda: text_of(order.dir / "pid")))
+    executor.signal(ref, signal.SIGKILL)
+    await until(lambda: not alive(pid))
+    assert not executor.poll(ref) and ended(order) is None
+
+
+async def test_a_killed_keeper_takes_the_ranks_of_its_launcher_along(executor, tmp_path, monkeypatch):
+    (tmp_path / "ranked.py").write_text(
+        "import os,time\n"
+        "def train(run):\n    open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launcher = "import subprocess,sys; subprocess.run(sys.argv[1:],start_new_session=True)"  # as torchrun does
+    folder = tmp_path / "ftjob-x" / "attempts" / "1"
+    rank = (sys.executable, "-c", launcher, sys.executable, "-m", "arbor_core.worker.main", str(folder))
+    order = papers(tmp_path, "", argv=rank, env={"RANK": "0", "WORLD_SIZE": "2"})
+    job_papers(order, "ranked:train")
+    ref = await executor.start(order, PLACEMENT)
+    pid = int(await until(lambda: text_of(order.dir / "pid")))
+    executor.signal(ref, signal.SIGKILL)
+    await until(lambda: not alive(pid))
+
+
+async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
+    order = papers(tmp_path, "open('runs','a').write('x')")
+    refs = [await executor.start(order, PLACEMENT) for _ in range(2)]
+    await until(lambda: ended(order) and not any(map(executor.poll, refs)))
+    assert text_of(order.dir / "runs") == "x"
+    assert text_of(order.dir / "keeper") in refs
+    assert "has another keeper" in text_of(order.dir / "worker.log")
+
+
+async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
+    order = papers(tmp_path, "open('runs','a').write('x')")
+    assert claimed(order.dir, "") == ""
+    ref = await executor.start(order, PLACEMENT)
+    await until(lambda: not executor.poll(ref))
+    assert not (order.dir / "runs").exists() and ended(order) is None
+
+
+def test_a_ref_is_not_mistaken_for_another_process():
+    mine = ref_of(os.getpid())
+    pid, start, boot = mine.split(":")
+    executor = LocalExecutor(ExecutorSettings("cold", Path("unused")))
+    assert executor.poll(mine)
+    assert not executor.poll(f"{pid}:{int(start) + 1}:{boot}")
+    assert not executor.poll(f"{pid}:{start}:another-boot")
+    assert not executor.poll("")
+
+
+def test_secrets_of_the_server_do_not_reach_a_worker(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    assert "OPENAI_API_KEY" not in clean_env()
+    assert clean_env()["HF_HOME"] == "/models"
+
+
+async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_path, monkeypatch):
+    (tmp_path / "proving.py").write_text(
+        "import fractions, os\nprint('a library that talks')\nPID = os.getpid()\ndef prove(): fractions.Fraction(1)\n"
+        "def train(run): run.message('trained', imported_by=PID, seed=os.environ['PYTHONHASHSEED'])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    executor.prepare(None, ("proving",), "proving:prove")
+    order = papers(tmp_path, "", argv=(), preload=("proving",), prove="proving:prove")
+    job_papers(order, "proving:train")
+    ref = await executor.start(order, PLACEMENT)
+    assert (await until(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
+    [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
+    template = await executor.template(TemplateKey(sys.executable, ("proving",), "proving:prove"))
+    assert event.data == {"imported_by": template.process.pid, "seed": "0"}
+    assert ref.split(":")[0] != str(template.process.pid)
+    assert not executor.faults
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("raise ImportError('no such library')", "no such library"),
+        ("import os\ndef prove(): os.abort()", "ended with status -6"),
+        ("def prove(): raise RuntimeError('does not survive a fork')", "ended with status 1"),
+    ],
+)
+async def test_libraries_that_do_not_survive_a_fork_start_cold(executor, tmp_path, monkeypatch, code, says):
+    (tmp_path / "unproven.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    order = papers(tmp_path, "", argv=(), preload=("unproven",), prove="unproven:prove")
+    await executor.start(order, PLACEMENT)
+    assert (await until(lambda: ended(order))).code == 1  # it ran, cold, as far as the missing job.json
+    assert says in next(iter(executor.faults.values()))
+
+
+async def test_a_template_that_dies_is_replaced(executor, tmp_path, monkeypatch):
+    (tmp_path / "light.py").write_text("import fractions")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    key = TemplateKey(sys.executable, ("light",), None)
+    first = await executor.template(key)
+    first.process.kill()
+    await first.process.wait()
+    order = papers(tmp_path, "", argv=(), preload=("light",))
+    await executor.start(order, PLACEMENT)
+    assert await until(lambda: ended(order))
+    assert (await executor.template(key)).process.pid != first.process.pid
+
+
+async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_libraries(executor, tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import os,pathlib,time\n"
+        "if not pathlib.Path('slow.pid').exists():\n"
+        "    open('slow.tmp','w').write(str(os.getpid())); os.rename('slow.tmp','slow.pid'); time.sleep(999)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    executor.prepare(None, ("slow",), None)
+    os.kill(int(await until(lambda: text_of(tmp_path / "slow.pid"))), signal.SIGKILL)
+    order = papers(tmp_path, "", argv=(), preload=("slow",))
+    await executor.start(order, PLACEMENT)  # cold
+    assert await until(lambda: ended(order))
+    assert not executor.faults
+    assert (await executor.template(TemplateKey(sys.executable, ("slow",), None))).process.returncode is None
+
+
+async def test_a_validator_that_is_killed_runs_again(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -e struck ] || {{ touch struck; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    order = papers(tmp_path, "")
+    job_json = job_papers(order, "x:y")
+    (order.dir / "data.jsonl").write_text('{"a": 1}\n' * 12)
+    with contextlib.chdir(tmp_path):
+        report = await validate(job_json, str(python))
+    assert (tmp_path / "struck").exists()
+    assert report.error is None
+    assert report.rows == {"training_file": 12}
+
+
+async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(executor, tmp_path, monkeypatch):
+    (tmp_path / "light.py").write_text("import fractions")
+    (tmp_path / "other.py").write_text("import decimal")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    key = TemplateKey(sys.executable, ("light",), None)
+    first = await executor.template(key)
+    other = await executor.template(TemplateKey(sys.executable, ("other",), None))
+    first.socket.unlink()
+    order = papers(tmp_path, "pass", argv=(), preload=("light",))
+    await executor.start(order, PLACEMENT)  # cold
+    await first.process.wait()
+    second = await executor.template(key)
+    assert second.process.pid != first.process.pid
+    assert second.socket != other.socket
+
+
+async def test_a_validator_ends_with_the_server(tmp_path):
+    order = papers(tmp_path, "")
+    job_json = job_papers(order, "x:y")
+    os.mkfifo(order.dir / "data.jsonl")
+    start = "import subprocess,sys,time; print(subprocess.Popen(sys.argv[1:]).pid,flush=True); time.sleep(999)"
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", start, sys.executable, "-m", "arbor_core.data.validator", job_json, stdout=-1
+    )
+    pid = int(await server.stdout.readline())
+    with await asyncio.to_thread((order.dir / "data.jsonl").open, "wb"):  # opens when the validator reads
+        server.kill()
+        await server.wait()
+        await until(lambda: not alive(pid))

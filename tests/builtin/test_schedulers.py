@@ -1,0 +1,150 @@
+"""The scheduler `fifo` and the allocator `local`, with properties over random job streams."""
+
+import asyncio
+import sqlite3
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arbor_core import AllocatorSettings, ArborError, Bundle, Claim, Device, QueuedJob, Snapshot
+from arbor_core.builtin.allocator import LocalAllocator, PoolAllocator
+from arbor_core.builtin.schedulers import FifoScheduler
+from arbor_core.dispatch.dispatcher import Dispatcher
+
+SIZES = st.lists(st.integers(1, 4), max_size=12)
+
+
+def claim(owner: str, count: int, engines: int = 0) -> Claim:
+    bundles = [Bundle("train", count)] + ([Bundle("engine:base", engines)] if engines else [])
+    return Claim(owner, tuple(bundles))
+
+
+def pools(train: int, engine: int = 0) -> PoolAllocator:
+    return PoolAllocator(
+        {
+            "train": [Device(f"t{i}", "mock", i) for i in range(train)],
+            "engine": [Device(f"e{i}", "mock", i) for i in range(engine)],
+        }
+    )
+
+
+def snapshot(sizes: list[int], free: int) -> Snapshot:
+    queued = tuple(QueuedJob(f"j{n}", claim(f"j{n}", size), n) for n, size in enumerate(sizes))
+    return Snapshot(queued, (), {"train": free})
+
+
+@given(SIZES, st.integers(0, 8))
+def test_fifo_starts_the_longest_prefix_that_fits(sizes, free):
+    plan = FifoScheduler().plan(snapshot(sizes, free))
+    count = len(plan.start)
+    assert plan.start == tuple(f"j{n}" for n in range(count))
+    assert sum(sizes[:count]) <= free
+    assert count == len(sizes) or sum(sizes[: count + 1]) > free  # no device idles while the next job fits
+    assert plan == FifoScheduler().plan(snapshot(sizes, free))
+
+
+@given(SIZES)
+@settings(max_examples=50)
+def test_every_job_runs_and_no_device_is_leased_twice(sizes):
+    async def simulate() -> None:
+        allocator, scheduler = pools(4), FifoScheduler()
+        queued = {f"j{n}": claim(f"j{n}", size) for n, size in enumerate(sizes)}
+        running, finished = {}, []
+        while queued or running:
+            jobs = tuple(QueuedJob(name, wanted, int(name[1:])) for name, wanted in queued.items())
+            for name in scheduler.plan(Snapshot(jobs, (), dict(allocator.free()))).start:
+                running[name] = await allocator.acquire(queued.pop(name))
+            held = [device.id for lease in running.values() for device in lease.of("train")]
+            assert len(held) == len(set(held)) <= 4
+            assert running, "queued jobs, free devices, and nobody runs"
+            name, lease = next(iter(running.items()))
+            del running[name]
+            allocator.release(lease)
+            finished.append(name)
+        assert sorted(finished) == sorted(f"j{n}" for n in range(len(sizes)))
+        assert allocator.free()["train"] == 4
+
+    asyncio.run(simulate())
+
+
+async def test_a_claim_waits_for_all_its_bundles_and_holds_none_meanwhile():
+    allocator = pools(2, 1)
+    first = await allocator.acquire(claim("a", 1, engines=1))
+    waiting = asyncio.create_task(allocator.acquire(claim("b", 1, engines=1)))
+    await asyncio.sleep(0)
+    assert allocator.free() == {"train": 1, "engine": 0}
+    allocator.release(first)
+    lease = await asyncio.wait_for(waiting, 5)
+    assert [device.id for device in lease.of("engine:base")] == ["e0"]
+    allocator.release(lease)
+    allocator.release(lease)
+    assert allocator.free() == {"train": 2, "engine": 1}
+
+
+async def test_a_cancelled_claim_leaves_nothing_held():
+    allocator = pools(1)
+    first = await allocator.acquire(claim("a", 1))
+    waiting = asyncio.create_task(allocator.acquire(claim("b", 1)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    late = asyncio.create_task(allocator.acquire(claim("c", 1)))
+    await asyncio.sleep(0)
+    allocator.release(first)
+    assert allocator.free()["train"] == 0  # granted to the one that waits, who has not heard of it
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    assert allocator.free()["train"] == 1
+
+
+async def test_a_claim_that_can_never_fit_says_so():
+    with pytest.raises(ArborError, match=r"needs 3 device\(s\) to train, this machine offers 2"):
+        await pools(2).acquire(claim("a", 3))
+
+
+async def test_a_lease_from_before_a_restart_is_held_again():
+    before, after = pools(2), pools(2)
+    lease = await before.acquire(claim("a", 1))
+    after.restore(lease)
+    assert after.free()["train"] == 1
+
+
+async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_path):
+    allocator, spec = pools(1), SimpleNamespace(trainer="t", devices=1)
+    job = SimpleNamespace(desired="run", id="j", status="queued", attempt=0, spec=spec)
+
+    async def full(*_: object, **__: object) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    jobs = SimpleNamespace(get=lambda _: job, transition=full, store=None)
+    dispatcher = Dispatcher(jobs, None, {"t": None}, FifoScheduler(), allocator, None, tmp_path)
+    with pytest.raises(sqlite3.OperationalError):
+        await dispatcher._start("j")
+    assert allocator.free()["train"] == 1 and not dispatcher.leases
+
+
+def test_without_gpus_ids_are_cpu_slots(monkeypatch):
+    monkeypatch.setattr("arbor_core.builtin.allocator.find_gpus", list)
+    slots = LocalAllocator.from_settings(AllocatorSettings([0, 1], None)).inventory()
+    assert [device.id for device in slots["train"]] == ["cpu:0", "cpu:1"]
+    assert len(slots["engine"]) == 4
+    assert len(LocalAllocator.from_settings(AllocatorSettings(None, [5])).inventory()["train"]) == 1
+
+
+@pytest.mark.parametrize(("count", "train", "serve"), [(1, ["GPU-0"], ["GPU-0"]), (3, ["GPU-0", "GPU-1"], ["GPU-2"])])
+def test_row_106_with_gpus_the_last_one_serves(monkeypatch, count, train, serve):
+    gpus = [Device(f"GPU-{n}", "cuda", n, 80 << 30) for n in range(count)]
+    monkeypatch.setattr("arbor_core.builtin.allocator.find_gpus", lambda: gpus)
+    found = LocalAllocator.from_settings(AllocatorSettings(None, None)).inventory()
+    assert [device.id for device in found["train"]] == train
+    assert [device.id for device in found["engine"]] == serve
+
+
+def test_row_70_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("arbor_core.builtin.allocator.find_gpus", lambda: [Device("GPU-a", "cuda", 0)])
+    with pytest.raises(ArborError, match=r"gpu.train: GPU 7 not found \(have 0\)"):
+        LocalAllocator.from_settings(AllocatorSettings([7], None))

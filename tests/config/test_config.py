@@ -1,0 +1,245 @@
+"""The command line, `~/.arbor/config.yaml`, and how YAML becomes structs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import pytest
+import yaml
+
+from arbor_core import ConfigError
+from arbor_core.config import compose, convert, settings, user_file
+
+
+class Inner(msgspec.Struct, forbid_unknown_fields=True):
+    rank: int
+
+
+class Example(msgspec.Struct, forbid_unknown_fields=True):
+    n_epochs: Annotated[int, msgspec.Meta(ge=1, le=50)] | Literal["auto"]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)]
+    flag: bool
+    lora: Inner | None
+
+
+GOOD = {"n_epochs": 3, "learning_rate": 0.1, "flag": True, "lora": {"rank": 4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "path", "says"),
+    [
+        ({"learing_rate": 1}, "unknown_parameter", "h.learing_rate", "Did you mean 'learning_rate'?"),
+        ({"lora": {"rnk": 1, "rank": 1}}, "unknown_parameter", "h.lora.rnk", "Did you mean 'rank'?"),
+        ({"lora": {}}, "missing_required_parameter", "h.lora.rank", "Missing required parameter"),
+        ({"n_epochs": 0}, "integer_below_min_value", "h.n_epochs", ">= 1"),
+        ({"n_epochs": 51}, "integer_above_max_value", "h.n_epochs", "<= 50"),
+        ({"n_epochs": 1.5}, "invalid_type", "h.n_epochs", "float"),
+        ({"n_epochs": True}, "invalid_type", "h.n_epochs", "bool"),
+        ({"n_epochs": "lots"}, "invalid_value", "h.n_epochs", "lots': expected a number, or 'auto'."),
+        ({"learning_rate": 0}, "decimal_below_min_value", "h.learning_rate", "> 0"),
+        ({"learning_rate": "fast"}, "invalid_type", "h.learning_rate", "str"),
+        ({"flag": "yes"}, "invalid_type", "h.flag", "bool"),
+        ({"n_epochs": "${oc.env:HOME}"}, "invalid_value", "h.n_epochs", "Invalid"),
+    ],
+)
+def test_a_mistake_is_named_with_the_key_as_the_user_typed_it(change, code, path, says):
+    with pytest.raises(ConfigError) as caught:
+        convert.typed({**GOOD, **change}, Example, where="h")
+    assert (caught.value.code, caught.value.path) == (code, path)
+    assert says in str(caught.value)
+
+
+def test_good_values_are_typed():
+    made = convert.typed({**GOOD, "n_epochs": "auto"}, Example, where="h")
+    assert made.n_epochs == "auto" and made.lora == Inner(4)
+
+
+def test_merging_is_by_key_and_changes_nothing():
+    base = {"a": 1, "b": {"c": 2, "d": 3}}
+    assert compose.merged(base, {"b": {"c": 9}, "e": None}) == {"a": 1, "b": {"c": 9, "d": 3}, "e": None}
+    assert base == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+def test_serve_yaml_and_its_struct_have_the_same_keys():
+    said = yaml.safe_load((compose.core_config_dir() / "serve.yaml").read_text())
+    of_commands = {"trainer", "trainers"}  # only there when somebody asks for them
+    hydra_own = {"defaults", "hydra"}
+    keys = {field.name for field in msgspec.structs.fields(settings.ServeConfig)}
+    assert set(said) - hydra_own == keys - of_commands
+    for name in ("gpu", "models", "auth", "plugins", "limits"):
+        inner = next(f.type for f in msgspec.structs.fields(settings.ServeConfig) if f.name == name)
+        assert set(said[name]) == {field.name for field in msgspec.structs.fields(inner)}
+
+
+def test_every_key_of_serve_yaml_is_explained():
+    lines = (compose.core_config_dir() / "serve.yaml").read_text().splitlines()
+    before = ""
+    with_the_one_above = ("port", "allocator", "executor", "inference")
+    for line in lines[: lines.index("hydra:")]:
+        key = line.strip().partition(":")[0]
+        value = line.partition(":")[2].strip()
+        if value and not line.strip().startswith(("#", "- ")) and key not in with_the_one_above:
+            assert before.strip().startswith("#"), f"{key} has no comment above it"
+        before = line
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ARBOR_HOME", str(tmp_path))
+    return tmp_path
+
+
+def arbor_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if any("engine." in word for word in arguments):
+        arguments = ("inference=mock", *arguments)
+    return subprocess.run(
+        [sys.executable, "-m", "arbor_core", "serve", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def composed(*arguments: str) -> dict:
+    done = arbor_serve("--cfg", "job", *arguments)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+def test_the_user_file_lies_between_the_defaults_and_the_command_line(home):
+    (home / "config.yaml").write_text("port: 9000\nmodels: {dirs: ['/m/a b', \"/it's\"]}\nlimits: {attempts: 7}\n")
+    found = composed("limits.attempts=8")
+    assert found["port"] == 9000
+    assert found["models"] == {"dirs": ["/m/a b", "/it's"], "allow": ["*"]}
+    assert found["limits"]["attempts"] == 8
+
+
+def test_the_originals_keys_mean_what_they_say(home):
+    (home / "config.yaml").write_text(
+        "storage_path: /data\ninference: {gpu_ids: [0]}\ntraining: {gpu_ids: [1, 2]}\n"
+        "inactivity_timeout: 30\naccelerate_config: /a.yaml\n"
+    )
+    found = composed()
+    assert found["storage"] == "/data"
+    assert found["gpu"] == {"train": [1, 2], "inference": [0]}
+    assert found["limits"]["engine_idle_seconds"] == 30
+    assert found["accelerate_config"] == "/a.yaml"
+    assert found["inference"] == "transformers"
+
+
+def test_one_list_of_gpus_is_for_training_and_serving(home):
+    (home / "config.yaml").write_text("gpu_ids: [0, 1, 2]\n")
+    assert composed()["gpu"] == {"train": [0, 1], "inference": [2]}
+
+
+def test_the_storage_defaults_to_the_home(home):
+    done = arbor_serve("--cfg", "job", "--resolve")
+    assert yaml.safe_load(done.stdout)["storage"] == f"{home}/storage"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("prot: 1\n", "unknown key 'prot'; did you mean 'port'?"),
+        ("port: [\n", "config.yaml"),
+        ("a: 1\nport: [\n", "config.yaml: line 3: expected the node content"),
+        ("- a\n", "expected a mapping"),
+        ("training: 3\n", "'training' may hold gpu_ids"),
+        ("training: {gpus: [1]}\n", "'training' may hold gpu_ids"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_wrong_user_file_is_one_line(home, content, says):
+    path = home / "config.yaml"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match="config.yaml"):
+        user_file.overrides(os.environ)
+    done = arbor_serve()
+    assert done.returncode != 0
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("gpu.trian=[0]", "no key 'gpu.trian'; did you mean 'gpu.train'?"),
+        ("bogus=1", "no key 'bogus'"),
+        ("+trainer=mokc", "no trainer called 'mokc'; did you mean 'mock'?"),
+        ("port=abc", "Invalid 'port': Expected `int`, got `str`"),
+        ("gpu.train=abc", "Invalid 'gpu.train'"),
+        ("gpu.train=[", "cannot read 'gpu.train=['"),
+        ("scheduler=fifi", "no scheduler called 'fifi'; did you mean 'fifo'?"),
+        ("allocator=ray", "pip install arbor-ray"),
+        ("inference=vllm", "pip install arbor-vllm"),
+        ("plugins.disabled=[nobody]", "no plugin called nobody"),
+        ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
+        ("host=0.0.0.0", "auth.keys"),
+        ("launcher=luke", "launcher"),
+        ("trainer=sft", "+trainer=NAME"),
+        ("engine.token_secondss=1", "Did you mean 'token_seconds'?"),
+        ("port=99999", "Invalid 'port': Expected `int` <= 65535"),
+        ("gpu.train=[0,0]", "a device is named twice in 'train'"),
+        ("gpu.train=[0-3,2]", "a device is named twice in 'train'"),
+        ("gpu.train=[3-0]", "'3-0' names no device"),
+        ("gpu.inference=[-1]", "Invalid 'gpu.inference[0]'"),
+        ("auth.keys=['']", "Invalid 'auth.keys[0]'"),
+        ("auth.keys=['two words']", "Invalid 'auth.keys[0]'"),
+        ("limits.attempts=0", "Invalid 'limits.attempts'"),
+        ("limits.upload_bytes=-1", "Invalid 'limits.upload_bytes'"),
+        ("limits.engine_idle_seconds=nan", "Invalid 'limits.engine_idle_seconds'"),
+        ("threads=0", "Invalid 'threads'"),
+        ("organization=a:b", "Invalid 'organization'"),
+        ("models.dirs=[/nowhere]", "models.dirs: there is no folder /nowhere"),
+        ("accelerate_config=/nowhere.yaml", "there is no file /nowhere.yaml"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_no_traceback(home, argument, says):
+    done = arbor_serve("port=0", argument)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not done.stdout
+
+
+def test_row_108_a_port_in_use_is_one_line_before_anything_is_touched(home):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = arbor_serve(f"port={port}", "inference=mock")
+    assert done.returncode == 1
+    assert done.stderr == f"arbor-serve: address 127.0.0.1:{port} is already in use\n"
+    assert not (home / "storage").exists()
+
+
+def test_help_names_methods_and_keys(home):
+    done = arbor_serve("--help")
+    assert done.returncode == 0
+    for word in ("arbor-serve", "trainer: ", "port: 7453", "gpu:"):
+        assert word in done.stdout
+
+
+def test_a_trainer_on_the_command_line_brings_its_defaults(home):
+    found = composed("+trainer=mock", "trainer.learning_rate=3e-4")
+    assert found["trainer"]["learning_rate"] == 3e-4
+    assert composed("+trainer@trainers.mock=mock", "trainers.mock.steps=5")["trainers"]["mock"]["steps"] == 5
+
+
+def test_multirun_composes_each_choice(home, tmp_path):
+    done = arbor_serve("-m", "scheduler=fifi,fofi", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode != 0 and "fifi" in done.stderr
+
+
+def test_the_commands_of_arbor(home):
+    def arbor(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "arbor_core", *arguments], capture_output=True, text=True, timeout=60
+        )
+
+    listed = arbor("plugins")
+    assert "trainer mock" in listed.stdout and "scheduler fifo" in listed.stdout
+    assert arbor("nonsense").returncode == 2
+    assert json.loads(json.dumps(arbor("--help").stdout)).startswith("usage: arbor")

@@ -1,0 +1,185 @@
+"""A machine that is short of descriptors, processes or memory for a while: jobs that cannot start wait for them.
+
+`row_N` as in docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from arbor_core import ExecutorSettings, Lease, Order, Placement, PoolAllocator
+from arbor_core.builtin.executor import LocalExecutor, TemplateKey
+from arbor_core.dispatch import dispatcher, outcome
+from arbor_core.dispatch.attempts import Attempts
+from arbor_core.dispatch.dispatcher import Dispatcher
+from arbor_core.dispatch.observers import Onlookers
+from arbor_core.jobdir.layout import claimed
+from arbor_core.jobs.queue import claim_of
+from arbor_core.jobs.records import Job, JobSpec, NewJob
+from arbor_core.jobs.repository import Jobs
+from arbor_core.plugins import Plugins
+from arbor_core.process.lifecycle import ref_of
+from arbor_core.storage.database import Store
+
+SCARCE = [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM]
+
+
+@dataclass
+class Desk:
+    """A dispatcher with one job that is about to start; its starts end as `faults` say, and then well."""
+
+    dispatcher: Dispatcher
+    job: Job
+    lease: Lease
+    faults: Iterator[Exception] = field(default_factory=lambda: iter(()))
+    starts: int = 0
+    followed: list[str] = field(default_factory=list)
+
+    async def start(self, *_: Any) -> str:
+        self.starts += 1
+        if fault := next(self.faults, None):
+            raise fault
+        return "a ref"
+
+    async def launch(self) -> Job:
+        trainer: Any = None
+        await self.dispatcher._launch(self.job, trainer, self.lease)
+        return self.dispatcher.jobs.get(self.job.id) or self.job
+
+
+@pytest.fixture
+async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    settings: Any = SimpleNamespace(limits=SimpleNamespace(room_seconds=60))
+    nobody: Any = None
+    attempts = Attempts(jobs, nobody, nobody, Onlookers(plugins), tmp_path, settings, 1)
+    made = Dispatcher(jobs, attempts, {}, nobody, PoolAllocator({}), nobody, tmp_path / "bell")
+    job = await jobs.create(
+        NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
+    )
+    await jobs.transition(job, "queued")
+    running = await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
+    assert running is not None
+    found = Desk(made, running, Lease("lease-1", claim_of(job.id, 1), ((),)))
+
+    async def follow(job: Job) -> None:
+        found.followed.append(job.ref or "")
+
+    monkeypatch.setattr(dispatcher, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "start", found.start)
+    monkeypatch.setattr(made.following, "follow", follow)
+    yield found
+    store.close()
+
+
+@pytest.mark.parametrize("number", SCARCE)
+async def test_row_115_a_start_waits_for_what_the_machine_is_short_of(desk: Desk, number: int) -> None:
+    desk.faults = repeat(OSError(number, os.strerror(number)), 2)
+    job = await desk.launch()
+    assert (desk.starts, desk.followed) == (3, ["a ref"])
+    assert (job.status, job.error) == ("running", None)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    list(zip(SCARCE, ["ulimit -n", "fs.file-max", "ulimit -u", "memory"], strict=True)),
+)
+async def test_row_115_and_is_paused_when_that_lasts(desk: Desk, number: int, said: str) -> None:
+    desk.faults = repeat(OSError(number, os.strerror(number)))
+    desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
+    job = await desk.launch()
+    assert desk.starts > 1
+    assert desk.followed == []
+    assert (job.status, job.desired, job.error) == ("paused", "pause", None)
+    last = desk.dispatcher.jobs.events(job.id, 1)[0]
+    assert last.level == "error"
+    assert (last.data or {})["code"] == "insufficient_resources"
+    assert said in last.message
+    assert "Resume it" in last.message
+
+
+async def test_a_start_that_cannot_succeed_fails_at_once(desk: Desk) -> None:
+    desk.faults = repeat(PermissionError(errno.EACCES, "Permission denied"))
+    job = await desk.launch()
+    assert desk.starts == 1
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error.code == "worker_not_started"
+
+
+async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk) -> None:
+    """Its keeper has claimed the attempt; the watch on it could not be set up, say."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
+    with subprocess.Popen(sleep, start_new_session=True) as keeper:
+        claimed(desk.dispatcher.attempts.attempt_dir(desk.job), ref_of(keeper.pid))
+        desk.faults = repeat(OSError(errno.EMFILE, "Too many open files"))
+        desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
+        assert (await desk.launch()).status == "paused"
+        assert keeper.wait() == -signal.SIGKILL
+
+
+async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "light.py").write_text("import fractions")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
+    key = TemplateKey(sys.executable, ("light",), None)
+    template = await executor.template(key)
+    order = Order(tmp_path, (), {}, sys.executable, preload=("light",))
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", refuse)
+    try:
+        with pytest.raises(OSError, match="Too many"):
+            await executor.start(order, Placement((), 1))
+        assert (await executor.template(key)).process.pid == template.process.pid
+        assert template.process.returncode is None
+    finally:
+        await executor.close()
+
+
+async def test_a_start_that_fails_in_an_unknown_way_is_not_tried_for_ever(desk: Desk) -> None:
+    desk.faults = repeat(RuntimeError("the cluster is gone"))
+    job = await desk.launch()
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error.code == "worker_not_started"
+    assert "the cluster is gone" in job.error.message
+    assert desk.starts == 1
+    assert not desk.followed
+
+
+async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_does_not_end(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(_: str) -> None:
+        raise TimeoutError("the processes [1] were killed and do not end")
+
+    released: list[str] = []
+    monkeypatch.setattr(outcome, "claimed", lambda *_: "1:1:boot")
+    monkeypatch.setattr(outcome, "end_strays", stuck)
+    monkeypatch.setattr(desk.dispatcher, "release", released.append)
+    desk.faults = repeat(RuntimeError("no"))
+    with pytest.raises(TimeoutError):
+        await desk.launch()
+    assert not released
+    found = desk.dispatcher.jobs.get(desk.job.id)
+    assert found is not None
+    assert found.status == "running"

@@ -1,0 +1,210 @@
+"""The crash matrix of learning from rollouts: a server, or the process that trains, dies between any two side effects.
+
+A client teaches a job all the while and repeats what it got no answer to. Whoever dies: each group that it sent is in
+the inbox once, batch ids that were used are not offered again, the checkpoint that it named is there, and after the
+job's end nothing is left that only served while it learned. Some points run always; all of them with `make crash`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos_checks import of_forgotten, of_lesson
+from chaos_rollouts import ENDED, GRPO, Told, by_ids, name_of
+from http_calls import Answer, call
+from live import LiveServer
+from test_crash_matrix import gone, marked
+
+from arbor_core.jobdir import checkpoints, inbox
+from arbor_core.rollouts.ledger import Ledger
+from arbor_core.testing.invariants import Seen, check_invariants
+
+pytest.importorskip("arbor_grpo", reason="brings the routes")
+
+STEPS, SIZE = 4, 2
+SOME = ["inbox.written", "inbox.synced", "ledger.written:3"]
+SERVER = [
+    "inbox.written:3",
+    "inbox.synced:3",
+    "inbox.marked",
+    "ledger.written",
+    "checkpoint.asked",
+    "job.finish",
+    "forgotten.weights",
+    "forgotten.ledger",
+    "forgotten.asked",
+]
+WORKERS_SOME = ["weights.renamed", "name_checkpoint.told"]
+WORKERS = [
+    "weights.written",
+    "weights.written:3",
+    "weights.renamed:3",
+    "weights.event",
+    "weights.event:3",
+    "metrics.event",
+    "metrics.event:3",
+    "checkpoint.renamed",
+    "checkpoint.event",
+    "name_checkpoint.linked",
+    "name_checkpoint.answered",
+    "result.event",
+]
+
+
+@dataclass
+class Pupil:
+    """Teaches one job; a server that dies under it is started again, by `revive`, and asked once more."""
+
+    server: LiveServer
+    revive: Callable[[], LiveServer]
+    job_id: str = ""
+    told: Told = field(default_factory=Told)
+    questions: int = 0
+
+    def ask(self, path: str, body: dict[str, Any]) -> Answer:
+        deadline = time.monotonic() + 90
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                answer = call(self.server.url, "POST", path, body)
+                if answer.status != 503:  # an engine that is starting
+                    return answer
+            assert time.monotonic() < deadline, self.server.log
+            if self.server.process.poll() is not None:
+                self.server = self.revive()
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        answer = self.ask(f"{GRPO}/{path}", {"job_id": self.job_id, **body})
+        assert answer.status == 200, answer.body
+        return dict(answer.json)
+
+    def begin(self) -> None:
+        config = {"num_generations": SIZE, "checkpoint_steps": 2, "too_stale": 64}
+        answer = self.ask(f"{GRPO}/initialize", {"model": "mock/tiny", "trainer_config": config})
+        self.job_id = answer.json["job_id"]
+
+    def teach(self) -> None:
+        """One group, by the ids of its completions or as text; the same request again changes nothing."""
+        batch_id = self.credit()
+        self.questions += 1
+        said = [{"role": "user", "content": f"question {self.questions}"}]
+        body = {"model": self.job_id, "messages": said, "n": SIZE, "max_tokens": 8}
+        sampled = self.ask("/v1/chat/completions", body).json
+        group = {"batch_id": batch_id, "group": f"group {self.questions}", "rewards": by_ids(sampled)}
+        first = self.post("rewards", **group)
+        assert (first["batch_id"], first["matched"]) == (batch_id, SIZE)
+        again = self.post("rewards", **group)
+        assert (again["batch_id"], again["repeated"]) == (batch_id, True)
+        self.told.groups[batch_id] = tuple(name_of(sampled["id"], choice["index"]) for choice in sampled["choices"])
+
+    def credit(self) -> int:
+        deadline = time.monotonic() + 60
+        while True:
+            offered = set(self.post("status")["pending_batch_ids"])
+            assert not offered & self.told.groups.keys(), "a batch id that was used is offered again"
+            if offered:
+                return min(offered)
+            assert time.monotonic() < deadline, self.server.log
+
+    def name(self, name: str) -> None:
+        answer = self.post("checkpoint", checkpoint_name=name)
+        assert name in answer["checkpoints"]
+        self.told.names.add(name)
+
+    def lesson(self) -> None:
+        """From the first question to the end, with a checkpoint that gets a name on the way."""
+        self.begin()
+        for number in range(STEPS):
+            self.teach()
+            if number == 1:
+                self.name("half-way")
+        deadline = time.monotonic() + 60
+        while (status := self.post("status"))["groups"]["handled"] < STEPS:
+            assert time.monotonic() < deadline, (status, self.server.log)
+        while (status := self.post("terminate"))["status"] not in ENDED:
+            assert time.monotonic() < deadline, (status, self.server.log)
+        assert status["status"] == "succeeded", status
+
+    def check(self) -> None:
+        """Nothing of what it was told was lost, and nothing is left behind."""
+        storage = self.server.storage
+        assert list(of_lesson(storage, self.job_id, self.told, Counter())) == []
+        assert list(of_forgotten(storage)) == []
+        named = storage / "jobs" / self.job_id / "checkpoints" / checkpoints.NAMED / "half-way"
+        assert checkpoints.fault(named.resolve()) is None
+        assert len(list(inbox.read(storage / "jobs" / self.job_id / "inbox", 0))) == STEPS
+
+
+def finished(pupil: Pupil, seen: Seen) -> None:
+    pupil.check()
+    assert pupil.server.stop() == 0
+    gone(pupil.server.storage)
+    seen.look()
+    check_invariants(pupil.server.storage)
+
+
+@pytest.mark.parametrize("point", marked(SOME, SERVER))
+def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServer]) -> None:
+    first = start_server(env={"ARBOR_CRASH_AT": point})
+    seen = Seen(first.storage)
+    pupil = Pupil(first, start_server)
+    pupil.lesson()
+    if point.startswith("forgotten."):
+        assert first.process.wait(60) == -signal.SIGKILL, f"the server never came to {point}"
+        pupil.server = start_server()
+    assert pupil.server is not first, f"the server never came to {point}"
+    finished(pupil, seen)
+
+
+@pytest.mark.parametrize("point", marked(WORKERS_SOME, WORKERS))
+def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServer], tmp_path: Path) -> None:
+    once = tmp_path / "died"
+    server = start_server(env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
+    seen = Seen(server.storage)
+    pupil = Pupil(server, start_server)
+    pupil.lesson()
+    assert once.exists(), f"no process came to {point}"
+    finished(pupil, seen)
+
+
+SEGMENTS = """
+import sys
+from pathlib import Path
+from arbor_core.jobdir.inbox import Inbox
+from arbor_core.types import Completion, Group, Rollout
+from arbor_core.rollouts.ledger import Ledger
+
+box = Inbox(Path(sys.argv[1]) / "inbox", segment_bytes=1)
+ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, segments=9)
+for n in range(int(sys.argv[2]), 4):
+    box.append([(Group(id=n, rollouts=(Rollout(reward=1.0),), version=0), n)])
+    ledger.add(Completion(id=f"c{n}", version=0, prompt=b"", tokens=b"", logprobs=b"", temperature=1.0, key=b"k"))
+"""
+
+
+ROTATED = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
+
+
+@pytest.mark.parametrize("point", ROTATED)
+def test_a_server_that_dies_between_two_segments(point: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SEGMENTS, str(tmp_path)]
+    died = subprocess.run([*command, "0"], env={**os.environ, "ARBOR_CRASH_AT": point}, check=False)
+    assert died.returncode == -signal.SIGKILL
+    there = [record.group.id for record in inbox.read(tmp_path / "inbox", 0)]
+    assert there == list(range(len(there)))
+    ledger = Ledger(tmp_path / "ledger")
+    assert {id for id, _ in ledger.places} >= {f"c{n}" for n in there[:-1]}  # noqa: A001
+    ledger.close()
+    subprocess.run([*command, str(len(there))], check=True)
+    assert [record.group.id for record in inbox.read(tmp_path / "inbox", 0)] == [0, 1, 2, 3]

@@ -1,0 +1,173 @@
+"""The documentation is true: generated parts are fresh, hooks are all there, links lead somewhere, the snippet runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from live import LiveServer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(?:#([^)\s]+))?\)")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.ml  # --help lists the installed trainers
+def test_generated_parts_are_fresh(generate: ModuleType) -> None:
+    stale = [page.name for page in generate.pages() if generate.fresh(page.read_text()) != page.read_text()]
+    assert not stale, "make docs"
+
+
+def test_every_fault_has_a_test_or_a_reason(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, held = (ROOT / "docs" / "faults.md").read_text(), generate.row_tests()
+    assert generate.fresh(page) == page, "make docs"
+    monkeypatch.setattr(generate, "row_tests", lambda: {**held, "999": ["a test"]})
+    with pytest.raises(ValueError, match="999"):
+        generate.fault_tables()
+    monkeypatch.setattr(generate, "row_tests", lambda: {number: held[number] for number in held if number != "22"})
+    with pytest.raises(ValueError, match="row 22 "):
+        generate.fault_tables()
+
+
+def test_rows_are_found_in_names_ids_and_constants(generate: ModuleType) -> None:
+    source = """
+CASES = [pytest.param(1, id="row-3-a"), pytest.param(2, id=f"row-4-{x}")]
+MORE: list = [*CASES, pytest.param(3, id="arrow-5"), pytest.param(3, id="row-61")]
+
+@pytest.mark.parametrize("case", MORE)
+async def test_row_7_row_8_both(case): pass
+
+@pytest.mark.parametrize("case", [1, 2], ids=["row-9", "free"])
+def test_other(case): "row-10"
+
+def not_a_test_of_row_11(): pass
+"""
+    found = dict(generate.rows_of(generate.ast.parse(source)))
+    assert found == {"test_row_7_row_8_both": {"3", "4", "61", "7", "8"}, "test_other": {"9"}}
+
+
+def test_every_part_is_used(generate: ModuleType) -> None:
+    used = {match["name"] for page in generate.pages() for match in generate.PART.finditer(page.read_text())}
+    assert used == set(generate.PARTS)
+
+
+def test_check_fails_on_a_stale_page(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: hooks -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(generate, "pages", lambda: [page])
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 1
+    assert "page.md is stale" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert generate.main() == 0
+    assert "arbor_trainers()" in page.read_text()
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 0
+
+
+def test_every_hook_is_documented(generate: ModuleType) -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    for name in generate.hooks():
+        assert f"| `{generate.signature(name)}` |" in text, f"{name} is not in the table with its exact arguments"
+    for name in set(generate.hooks()) - {"arbor_trainers"}:  # the tutorial is about that one
+        assert f"- **{name}**: " in text, f"{name} has no word on its contract"
+
+
+def test_every_table_row_has_a_default_or_a_comment(generate: ModuleType) -> None:
+    rows = list(
+        generate.keys(["# A group.", "group:", "  # Of it,", "  #   one  this", "  key: 1  # no", "other: x | y"])
+    )
+    assert rows == [
+        ("group", "", "A group."),
+        ("group.key", "1  # no", "Of it,<br>`one`: this"),
+        ("other", "x | y", ""),
+    ]
+
+
+def links() -> Iterator[tuple[Path, str, str]]:
+    for page in PAGES:
+        for target, anchor in LINK.findall(page.read_text()):
+            yield page, target, anchor
+
+
+@pytest.mark.parametrize(
+    ("page", "target", "anchor"), [pytest.param(*link, id=f"{link[0].name}:{link[1]}") for link in links()]
+)
+def test_link_leads_somewhere(page: Path, target: str, anchor: str) -> None:
+    path = (page.parent / target).resolve()
+    assert path.exists()
+    if anchor:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    (row,) = blocks(ROOT / "README.md", "json")
+    (tmp_path / "data.jsonl").write_text(row * 10)
+    assert "http://127.0.0.1:7453" in snippet
+    snippet = snippet.replace("http://127.0.0.1:7453", server.url)
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert {"Good", "morning!"} & set(ran.stdout.split())
+
+
+def test_tutorial_shows_the_example_plugin() -> None:
+    plugin = ROOT / "examples" / "plugin"
+    sources = "\n".join(path.read_text() for path in plugin.rglob("*.*") if path.suffix in (".py", ".yaml", ".toml"))
+    shown = [block for language in ("toml", "yaml") for block in blocks(ROOT / "docs" / "plugins.md", language)]
+    shown += [
+        block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "Config" in block and "..." not in block
+    ]
+    assert len(shown) == 5
+    for block in shown:
+        assert block in sources
+
+
+def test_data_examples_are_accepted(server: LiveServer) -> None:
+    from arbor_core.data.rows import check_chat_row
+
+    for page in (ROOT / "README.md", ROOT / "docs" / "fine-tuning.md"):
+        for block in blocks(page, "json"):
+            check_chat_row(json.loads(block))
+
+
+def test_trouble_is_answered_as_documented(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    """The codes of docs/api.md that a client of ours meets first."""
+    import openai
+
+    server = start_server("inference=mock", "allocator=mock", mock=False)
+    file = server.upload(chat_rows)
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.fine_tuning.jobs.create(model="mock/tiny", training_file=file, method={"type": "dpo"})
+    assert "pip install arbor-dpo" in str(refused.value)
+    with pytest.raises(openai.NotFoundError) as missing:
+        server.client.embeddings.create(model="mock/tiny", input="text")
+    assert missing.value.code == "unknown_url"

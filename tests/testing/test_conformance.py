@@ -1,0 +1,165 @@
+"""Every installed trainer, scheduler, allocator and backend against the conformance kit; the kit against bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from arbor_core import AllocatorSettings, Plan, Snapshot, Trainer
+from arbor_core.config import compose
+from arbor_core.plugins import load
+from arbor_core.testing import JobDirectory, check_allocator, check_backend, check_scheduler, check_trainer
+from arbor_core.testing import rollouts as rollout_checks
+from arbor_core.testing import trainer as trainer_checks
+
+INSTALLED = load()
+LIGHT = {"mock", "mock_grpo"}
+"""What needs no torch."""
+SHORT = {"n_epochs": 1, "batch_size": 4}
+
+
+def names(kind: str) -> list[Any]:
+    """The names of one kind; those that need torch are marked."""
+    return [pytest.param(name, marks=() if name in LIGHT else pytest.mark.ml) for name in INSTALLED.all(kind)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    from arbor_core.cli.main import tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model(folder)
+    return folder
+
+
+def base_model(name: str, request: pytest.FixtureRequest) -> str:
+    return "mock/tiny" if name in LIGHT else str(request.getfixturevalue("tiny"))
+
+
+@pytest.mark.parametrize("name", names("trainers"))
+def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
+    if INSTALLED.get("trainers", name).rollouts:
+        check_trainer(name, model=base_model(name, request))
+    else:
+        check_trainer(name, rows=chat_rows, model=base_model(name, request), hyperparameters=SHORT)
+
+
+@pytest.mark.parametrize("name", names("inference_backends"))
+def test_backend_conforms(name: str, request: pytest.FixtureRequest) -> None:
+    options = compose.load_yaml(yaml(name))
+    check_backend(
+        INSTALLED.get("inference_backends", name), base_model(name, request), options=options, refuses=name not in LIGHT
+    )
+
+
+def yaml(backend: str) -> Path:
+    from arbor_core.plugins import installed
+
+    paths = [p.config_dir / "backend" / f"{backend}.yaml" for p in installed() if p.config_dir]
+    return next(path for path in paths if path.is_file())
+
+
+@pytest.mark.parametrize("name", list(INSTALLED.all("schedulers")))
+def test_scheduler_conforms(name: str) -> None:
+    check_scheduler(INSTALLED.get("schedulers", name))
+
+
+@pytest.mark.parametrize("name", list(INSTALLED.all("allocators")))
+def test_allocator_conforms(name: str) -> None:
+    factory = INSTALLED.get("allocators", name)
+    check_allocator(lambda: factory(AllocatorSettings(None, None)))
+
+
+class Loose(msgspec.Struct):
+    steps: int
+
+
+class WithDefault(msgspec.Struct, forbid_unknown_fields=True):
+    n_epochs: Any
+    batch_size: Any
+    learning_rate_multiplier: Any
+    learning_rate: Any
+    steps: Any
+    step_seconds: Any
+    checkpoint_steps: Any
+    fault: Any
+    fault_step: Any
+    fault_times: int = 1
+
+
+def test_the_kit_finds_keys_that_the_yaml_has_alone() -> None:
+    with pytest.raises(AssertionError, match="has keys that Loose does not"):
+        trainer_checks.check_config("mock", Trainer(Loose, "arbor_mock.train:train"))
+
+
+def test_the_kit_finds_a_default_in_the_struct() -> None:
+    with pytest.raises(AssertionError, match="has defaults"):
+        trainer_checks.check_config("mock", Trainer(WithDefault, "arbor_mock.train:train"))
+
+
+def test_the_kit_finds_a_function_that_is_not_there() -> None:
+    with pytest.raises(AssertionError, match="defines no 'tarin'"):
+        trainer_checks.check_functions(Trainer(Loose, "arbor_mock.train:tarin"))
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Callable[..., JobDirectory]:
+    """Makes jobs of the trainer mock_grpo with some hyperparameters."""
+
+    def make(**values: Any) -> JobDirectory:
+        return JobDirectory(tmp_path / "job", "mock_grpo", (), "mock/tiny", {**rollout_checks.SIZE, **values})
+
+    return make
+
+
+def test_the_kit_finds_a_trainer_that_dies_of_its_groups(learner: Callable[..., JobDirectory]) -> None:
+    with pytest.raises(AssertionError, match="step 2, for which all groups were sent: the worker ended with status -9"):
+        rollout_checks.check_to_the_end(learner(fault="crash", fault_step=1))
+
+
+def test_the_kit_finds_a_trainer_that_skips_nothing(
+    learner: Callable[..., JobDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_checks, "ATTEMPT_SECONDS", 3)
+    with pytest.raises(AssertionError, match="a group that is too old is counted as handled: nothing of it"):
+        rollout_checks.check_to_the_end(learner(too_stale=9))
+
+
+def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[..., JobDirectory]) -> None:
+    job = learner()
+    rollout_checks.check_to_the_end(job)
+    honest, mine = job.events("metrics"), job.events("metrics")
+    mine[1].data["fed"]["groups"].pop()
+    with pytest.raises(AssertionError, match="step 2 says it was made of"):
+        rollout_checks.check_fed(job, mine)
+    with pytest.raises(AssertionError, match="step 2 was made of"):
+        rollout_checks.check_same(mine, honest)
+    mine = job.events("metrics")
+    mine[2].data["digest"] = "another"
+    with pytest.raises(AssertionError, match="step 3: the digest of the parameters is another"):
+        rollout_checks.check_same(mine, honest)
+    with pytest.raises(AssertionError, match="the steps are"):
+        rollout_checks.check_same(mine[1:], honest)
+
+
+def test_the_kit_finds_a_greedy_scheduler() -> None:
+    class Greedy:
+        def plan(self, snapshot: Snapshot) -> Plan:
+            return Plan(start=tuple(job.id for job in snapshot.queued))
+
+    with pytest.raises(AssertionError, match="are free"):
+        check_scheduler(Greedy)
+
+
+def test_the_kit_finds_a_scheduler_that_does_nothing() -> None:
+    class Idle:
+        def plan(self, snapshot: Snapshot) -> Plan:
+            return Plan()
+
+    with pytest.raises(AssertionError, match="not started"):
+        check_scheduler(Idle)

@@ -1,0 +1,76 @@
+"""What a job keeps from its first attempt to its last, over pauses, deaths and servers with other settings."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_lifecycle import create, events, until
+
+from arbor_core.dispatch import dispatcher
+
+SLOW = {"steps": 400, "step_seconds": 0.05, "checkpoint_steps": 2}
+
+
+def placed(server: Any, job_id: str, attempt: int) -> Any:
+    path = server.storage / "jobs" / job_id / "attempts" / str(attempt) / "placement.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_row_102_a_job_keeps_its_threads_and_says_when_the_processor_is_another(start_server, chat_rows):
+    server = start_server("gpu.train=[0]", "threads=2")
+    job = create(server, chat_rows, hyperparameters=SLOW)
+    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
+    client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
+    client.fine_tuning.jobs.pause(job.id)
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    papers = server.storage / "jobs" / job.id / "job.json"
+    papers.write_text(json.dumps({**json.loads(papers.read_text()), "cpu": "abacus"}))
+    server.stop(signal.SIGKILL)
+
+    server = start_server("gpu.train=[0]", "threads=1")
+    server.client.fine_tuning.jobs.resume(job.id)
+    until(lambda: [event for event in events(server, job.id) if event.level == "warn" and "abacus" in event.message])
+    assert placed(server, job.id, 1)["threads"] == placed(server, job.id, 2)["threads"] == 2
+    assert server.client.fine_tuning.jobs.cancel(job.id)
+    other = create(server, chat_rows)
+    server.wait(other.id)
+    assert placed(server, other.id, 1)["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "patience", "found"),
+    [
+        pytest.param("run", 60, "ref", id="room"),
+        pytest.param("pause", 60, None, id="pause"),
+        pytest.param("run", 0, OSError, id="no-room"),
+    ],
+)
+async def test_row_95_an_attempt_waits_for_room_to_start_for_some_time(monkeypatch, tmp_path, wanted, patience, found):
+    monkeypatch.setattr(dispatcher, "POLL_SECONDS", 0.01)
+    tries = []
+
+    async def start(*_: Any) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "ref"
+
+    job = SimpleNamespace(id="ftjob-x", attempt=1, wanted=wanted)
+    settings = SimpleNamespace(limits=SimpleNamespace(room_seconds=patience))
+    attempts = SimpleNamespace(start=start, settings=settings, root=tmp_path)
+    allocator = SimpleNamespace(set_aside=lambda *_: None)
+    made = dispatcher.Dispatcher(
+        SimpleNamespace(get=lambda _: job, store=None), attempts, {}, None, allocator, None, Path("unused")
+    )
+    if found is OSError:
+        with pytest.raises(OSError, match="No space"):
+            await made._started(job, None, None)
+    else:
+        assert await made._started(job, None, None) == found
+    assert len(tries) == (3 if found == "ref" else 1)
