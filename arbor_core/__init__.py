@@ -6,7 +6,7 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 
 For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
 their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the worker's side of a job
-directory (`open_run`, `explain`, `fail`), its files (`claimed`, `manifest`, `newest_first`, `replace`) and its
+directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `manifest`, `newest_first`, `replace`) and its
 server's bell (`ring`).
 """
 
@@ -19,6 +19,7 @@ from .types import (
     Allocator,
     AllocatorSettings,
     ArborError,
+    AttemptOrder,
     Bundle,
     Checkpoint,
     CheckpointRequest,
@@ -41,7 +42,6 @@ from .types import (
     JobView,
     Lease,
     NamedCheckpoint,
-    Order,
     Placement,
     Plan,
     Policy,
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .data.chat_format import Chats, ChatText, Conversation
     from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
-    from .jobdir.layout import claimed
+    from .jobdir.layout import AttemptDir
     from .process.wakeup import ring
     from .storage.atomic import replace
     from .worker.failures import explain, fail
@@ -84,7 +84,7 @@ LAZY = {
     "Manifest": "jobdir.checkpoints",
     "manifest": "jobdir.checkpoints",
     "newest_first": "jobdir.checkpoints",
-    "claimed": "jobdir.layout",
+    "AttemptDir": "jobdir.layout",
     "ring": "process.wakeup",
     "replace": "storage.atomic",
     "explain": "worker.failures",
@@ -107,6 +107,8 @@ __all__ = [
     "Allocator",
     "AllocatorSettings",
     "ArborError",
+    "AttemptDir",
+    "AttemptOrder",
     "Bundle",
     "ChatText",
     "Chats",
@@ -133,7 +135,6 @@ __all__ = [
     "Lease",
     "Manifest",
     "NamedCheckpoint",
-    "Order",
     "Placement",
     "Plan",
     "Policy",
@@ -154,7 +155,6 @@ __all__ = [
     "WorkerRun",
     "check_chat_row",
     "check_message",
-    "claimed",
     "excerpt",
     "explain",
     "fail",

@@ -43,10 +43,10 @@ from trl import SFTConfig, SFTTrainer
 
 from arbor_core.config.compose import load_yaml, merged
 from arbor_core.config.convert import typed
-from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.testing import device
-from arbor_core.types import PROTOCOL, Order, Placement
+from arbor_core.types import AttemptOrder, Placement
 from arbor_core.worker.run import WorkerRun, open_run
 
 BATCH = 16
@@ -150,27 +150,22 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
     typed(config, ArborConfig, "config")
     attempt = folder / "attempts" / "1"
     attempt.mkdir(parents=True)
-    order = WorkOrder(
-        protocol=PROTOCOL,
+    document = JobDocument(
+        storage="storage_bench",
         job_id="ftjob-bench",
-        entry="arbor_sft.train:train",
-        config_type="arbor_sft:SftConfig",
+        trainer="sft",
         config=config,
-        check_row="arbor_core.data.rows:check_chat_row",
-        min_rows=1,
-        model=str(model),
+        model=None,
         model_name="tiny",
-        training_file=rows,
-        validation_file=None,
+        training_file=str(rows),
         seed=SEED,
         created_at=time.time(),
-        versions={},
         threads=threads,
-        cpu="",
     )
-    (folder / "job.json").write_bytes(encode(order))
-    (attempt / "placement.json").write_bytes(encode(Placement((device(),), threads)))
-    (attempt / "order.json").write_bytes(encode(Order(attempt, (), {}, sys.executable)))
+    (folder / "job.json").write_bytes(encode(document))
+    names = {"entry": "arbor_sft.train:train", "config_type": "arbor_sft:SftConfig"}
+    order = AttemptOrder(attempt, (), {}, sys.executable, base=str(model), **names)
+    write_order(order, Placement((device(),), threads))
     job, run = open_run(attempt, WorkerRun), Run()
     report = job.metrics
 

@@ -4,7 +4,6 @@ matrices do not come to, because no job of theirs fails, is damaged or removes c
 from __future__ import annotations
 
 import ast
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import test_crash_matrix as jobs
 import test_session_crashes as rollouts
 import test_uploads_in_parts as uploads
+from compat.calls import UPGRADE_DEATHS
 from live import LiveServer
 from test_damaged_checkpoints import offered
 from test_lifecycle import create, events, until
@@ -36,6 +36,7 @@ MATRICES = {
     "jobs": [*jobs.SOME, *jobs.SERVER, *jobs.WORKERS_SOME, *jobs.WORKERS],
     "rollouts": [*rollouts.SOME, *rollouts.SERVER, *rollouts.WORKERS_SOME, *rollouts.WORKERS, *rollouts.ROTATED],
     "uploads": uploads.DEATHS,
+    "upgrades": UPGRADE_DEATHS,
     "here": HERE,
 }
 EXCEPTIONS: dict[str, str] = {}
@@ -134,15 +135,14 @@ def test_a_trainer_that_dies_when_it_has_discarded_a_checkpoint(
     (tmp_path / "keeps_one.py").write_text(KEEPS_ONE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny")
-    papers = job.dir / "job.json"
-    papers.write_text(json.dumps({**json.loads(papers.read_text()), "entry": "keeps_one:train"}))
+    job.entry = "keeps_one:train"
     with monkeypatch.context() as dying:
         dying.setenv("ARBOR_CRASH_AT", "discarded.event")
         assert job.attempt() == -signal.SIGKILL
     assert [event.data for event in job.events("discarded")] == [{"dir": "1-1"}]
     folder = job.dir / "checkpoints"
     assert {path.name for path in checkpoints.newest_first(folder)} == {"1-1", "2-1"}
-    assert reconciled(job.dir, 1) == []
+    assert reconciled(job.files.attempt(1)) == []
     assert {path.name for path in checkpoints.newest_first(folder)} == {"2-1"}
     assert job.attempt() == 0
     assert {path.name for path in checkpoints.newest_first(folder)} == {"4-2"}

@@ -144,7 +144,7 @@ class ServerServices:
             raise ApiError(400, message, "invalid_job_state", "job_id")
         folder = self.arbor.dispatcher.attempts.dir(job)
         path = checkpoint_requests.ask(folder, request)
-        ring(folder / "inbox" / "bell", "")
+        ring(folder.inbox_bell, "")
         return path
 
     def checkpoints(self, job_id: str, owner: str) -> list[NamedCheckpoint]:

@@ -239,9 +239,8 @@ def check_file(arbor: Arbor, id: str, owner: str, param: str) -> None:
 
 def keep_start(arbor: Arbor, start: Start) -> None:
     """Have the checkpoint that a job begins with stay, whatever the job that wrote it keeps."""
-    for path in map(Path, filter(None, (start.path, start.adapter))):
-        made_here = path.is_relative_to(arbor.models.jobs.root / "jobs")
-        if made_here and not checkpoints.hold(path.resolve()):
+    for path in filter(None, (start.path, start.adapter)):
+        if not checkpoints.hold((arbor.models.root / path).resolve()):
             raise ApiError(404, f"The weights of '{start.name}' were removed.", "model_not_found", "model")
 
 
@@ -266,7 +265,11 @@ def device_warnings(arbor: Arbor, spec: JobSpec) -> list[str]:
     """Whether the job needs more memory than a device has, as far as the size of the model tells, or more devices than
     are left."""
     there = arbor.allocator.inventory().get("train", ())
-    found = memory.shortfall(Path(spec.model_path), spec.config, min((device.memory for device in there), default=0))
+    found = memory.shortfall(
+        Path(arbor.models.locate(spec.model, spec.model_path)),
+        spec.config,
+        min((device.memory for device in there), default=0),
+    )
     said = [found] if found else []
     if spec.devices > len(there):
         gone = ", ".join(device.id for device in arbor.allocator.lost().get("train", ()))

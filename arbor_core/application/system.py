@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
+from arbor_core.crash_points import crash_point
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.dispatch.observers import Onlookers
@@ -21,13 +22,15 @@ from arbor_core.files.uploads import Uploads
 from arbor_core.inference.engines import Engines
 from arbor_core.inference.process import end_engines
 from arbor_core.inference.weight_sync import LiveWeights
+from arbor_core.jobdir.documents import upgrade
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
 from arbor_core.plugins import Plugins
 from arbor_core.rollouts.session import LiveJobs
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
-from arbor_core.types import Allocator, AllocatorSettings, Executor, ExecutorSettings, Trainer
+from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings, Trainer
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 5.0
@@ -133,6 +136,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     store = Store(root / "arbor.db")
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
+    identity = upgraded(store, models)
     slots = max(1, len(allocator.inventory().get("train", ())))
     cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     onlookers = Onlookers(plugins)
@@ -147,7 +151,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
     live_weights = LiveWeights(models.jobs, engines, jobs)
-    attempts = Attempts(jobs, files, executor, onlookers, root, settings, cores, live_weights.published)
+    attempts = Attempts(jobs, files, executor, onlookers, models, identity, settings, cores, live_weights.published)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
     dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
     return Arbor(
@@ -169,6 +173,20 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         live_weights,
         lock,
     )
+
+
+def upgraded(store: Store, models: Models) -> str:
+    """Bring the job directories of earlier versions up to date; returns the identity of the storage directory.
+
+    Who died here does it again: each job says by itself whether it is done, and the database when all are.
+    """
+    kept: dict[str, str] = {row["key"]: row["value"] for row in store.read("SELECT key, value FROM storage")}
+    if kept.get("protocol") != str(PROTOCOL):
+        for row in store.read("SELECT id, json_extract(spec,'$.trainer') AS trainer FROM jobs"):
+            upgrade(JobDir.of(models.root, row["id"]), kept["id"], row["trainer"], models.locate)
+            crash_point("job.upgraded")
+        store.write_now("INSERT OR REPLACE INTO storage(key,value) VALUES('protocol',?)", str(PROTOCOL))
+    return kept["id"]
 
 
 def trainer_defaults(

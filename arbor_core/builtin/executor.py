@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.process.lifecycle import end, ref_of
 from arbor_core.process.resources import shortage
 from arbor_core.process.wakeup import short
-from arbor_core.types import ExecutorSettings, Order, Placement
+from arbor_core.types import AttemptOrder, ExecutorSettings, Placement
 
 log = logging.getLogger(__name__)
 TEMPLATE_SECONDS = 300.0
@@ -60,8 +61,8 @@ class LocalExecutor:
         if self.launcher == "warm" and preload and key not in self.faults:
             self.template(key)
 
-    async def start(self, order: Order, placement: Placement) -> str:
-        """Start an attempt whose directory holds its papers; returns its ref."""
+    async def start(self, order: AttemptOrder, placement: Placement) -> str:
+        """Start an attempt whose directory holds its documents; returns its ref."""
         env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
         key = TemplateKey(order.python, order.preload, order.prove)
         forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
@@ -79,8 +80,8 @@ class LocalExecutor:
                 log.warning("starting cold from now on: %s", error)
         return await self._cold(order, env)
 
-    async def _cold(self, order: Order, env: Mapping[str, str]) -> str:
-        with (order.dir / "worker.log").open("ab") as output:
+    async def _cold(self, order: AttemptOrder, env: Mapping[str, str]) -> str:
+        with AttemptDir(order.dir).log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 order.python,
                 "-m",
@@ -147,11 +148,11 @@ class LocalExecutor:
             raise TemplateError(f"the template of {', '.join(key.preload)} failed: {why}")
         return Template(process, socket)
 
-    async def _fork(self, template: Template, order: Order, env: Mapping[str, str]) -> int:
+    async def _fork(self, template: Template, order: AttemptOrder, env: Mapping[str, str]) -> int:
         with short(template.socket) as address:
             reader, writer = await asyncio.open_unix_connection(address)
         try:
-            request = {"dir": str(order.dir), "env": dict(env), "log": str(order.dir / "worker.log")}
+            request = {"dir": str(order.dir), "env": dict(env), "log": str(AttemptDir(order.dir).log)}
             writer.write(json.dumps(request).encode() + b"\n")
             await writer.drain()
             answer = await asyncio.wait_for(reader.readline(), 30)

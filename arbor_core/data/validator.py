@@ -1,4 +1,4 @@
-"""Reads a job's files row by row, before the job is queued: `python -m arbor_core.data.validator <job.json>`.
+"""Reads a job's files row by row, before the job is queued: `python -m arbor_core.data.validator <FileCheck as JSON>`.
 
 A process of its own with limits on memory and time, because the rows are a stranger's. Says what it found as one JSON
 object on standard output.
@@ -16,15 +16,24 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.jobdir.documents import WorkOrder, imported
+from arbor_core.jobdir.documents import import_object
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
-from arbor_core.storage.codec import decode
 from arbor_core.types import JobFailed
 
 from .rows import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
+
+
+class FileCheck(msgspec.Struct, frozen=True):
+    """What is to be checked, and how."""
+
+    check_row: str
+    """`"package.module:function"`, of the trainer."""
+    min_rows: int
+    training_file: str
+    validation_file: str | None = None
 
 
 class Report(msgspec.Struct):
@@ -35,16 +44,16 @@ class Report(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
-def check(order: WorkOrder) -> Report:
+def check(files: FileCheck) -> Report:
     """Check both files against what the trainer accepts."""
     report = Report()
-    check_row: Callable[[dict[str, Any]], None] = imported(order.check_row)
-    files = [("training_file", order.training_file, order.min_rows)]
-    if order.validation_file:
-        files.append(("validation_file", order.validation_file, 1))
+    check_row: Callable[[dict[str, Any]], None] = import_object(files.check_row)
+    found = [("training_file", files.training_file, files.min_rows)]
+    if files.validation_file:
+        found.append(("validation_file", files.validation_file, 1))
     try:
-        for param, path, minimum in files:
-            report.rows[param] = check_file(path, param, check_row, report.warnings)
+        for param, path, minimum in found:
+            report.rows[param] = check_file(Path(path), param, check_row, report.warnings)
             require_rows(report.rows[param], minimum, param)
     except JobFailed as error:
         report.error = {"code": error.code, "message": str(error), "param": error.param}
@@ -87,13 +96,13 @@ def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], Non
     return count
 
 
-def main(job_json: Path) -> None:
+def main(files: FileCheck) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the server nobody wants to know
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))  # SIGXCPU, which is no SIGKILL
-    report = check(decode(job_json.read_bytes(), WorkOrder))
+    report = check(files)
     sys.stdout.write(msgspec.json.encode(report).decode())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(msgspec.json.decode(sys.argv[1], type=FileCheck))

@@ -1,11 +1,10 @@
-"""One attempt of a job: its papers, its start, its events."""
+"""One attempt of a job: its documents, its start, its events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sqlite3
 import sys
@@ -19,18 +18,18 @@ import msgspec
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
-from arbor_core.jobdir.documents import WorkOrder
-from arbor_core.jobdir.layout import claimed
+from arbor_core.jobdir.documents import JobDocument, object_path, read_document, write_order
+from arbor_core.jobdir.layout import AttemptDir, JobDir
 from arbor_core.jobs.policies import policy_of
 from arbor_core.jobs.records import Job
 from arbor_core.jobs.repository import Jobs, row_of
-from arbor_core.models.catalog import ft_name
+from arbor_core.models.catalog import Models, ft_name
 from arbor_core.process.cpu import holding, instruction_set
 from arbor_core.process.wakeup import ring
 from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import decode, encode
+from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import PROTOCOL, Event, Executor, Exit, JobView, Lease, Order, Placement, Trainer
+from arbor_core.types import AttemptOrder, Event, Executor, Exit, JobView, Lease, Placement, Trainer
 from arbor_core.worker.launchers import SAME_MACHINE, ranks_command
 
 from .ingest import BATCH, Seen
@@ -49,53 +48,51 @@ class Attempts:
         files: Files,
         executor: Executor,
         onlookers: Onlookers,
-        root: Path,
+        models: Models,
+        storage: str,
         settings: ServeConfig,
         threads: int,
         published: Callable[[str], object] = lambda job_id: None,
     ) -> None:
         self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
-        self.root, self.settings, self.threads = root, settings, threads
+        self.models, self.root, self.storage = models, models.root, storage
+        self.settings, self.threads = settings, threads
         self.published = published
         """Called with a job's id when its newest policy is in the database."""
 
-    def dir(self, job: Job) -> Path:
-        return self.root / "jobs" / job.id
+    def dir(self, job: Job) -> JobDir:
+        return JobDir.of(self.root, job.id)
 
-    def attempt_dir(self, job: Job) -> Path:
-        return self.dir(job) / "attempts" / str(job.attempt)
+    def attempt_dir(self, job: Job) -> AttemptDir:
+        return self.dir(job).attempt(job.attempt)
 
     def python(self, trainer: Trainer) -> str:
         """The interpreter that has a trainer's libraries."""
         return trainer.python or sys.executable
 
-    def write_papers(self, job: Job, trainer: Trainer) -> Path:
-        """Write `job.json`, once; returns its path."""
-        path = self.dir(job) / "job.json"
+    def write_document(self, job: Job) -> None:
+        """Write `job.json`, once."""
+        path = self.dir(job).document
         if path.exists():
-            return path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        order = WorkOrder(
-            protocol=PROTOCOL,
+        document = JobDocument(
+            storage=self.storage,
             job_id=job.id,
-            entry=trainer.entry,
-            config_type=f"{trainer.config.__module__}:{trainer.config.__qualname__}",
+            trainer=job.spec.trainer,
             config=job.spec.config,
-            check_row=trainer.check_row,
-            min_rows=trainer.min_rows,
             model=job.spec.model_path,
             model_name=job.spec.model,
-            training_file=self.files.path(job.training_file) if job.training_file else Path(os.devnull),
-            validation_file=self.files.path(job.validation_file) if job.validation_file else None,
+            adapter=job.spec.adapter_path,
+            training_file=self.files.stored_path(job.training_file) if job.training_file else None,
+            validation_file=self.files.stored_path(job.validation_file) if job.validation_file else None,
             seed=job.spec.seed,
             created_at=job.created_at,
             versions=versions(),
             threads=self.threads,
             cpu=instruction_set(),
-            adapter=Path(job.spec.adapter_path) if job.spec.adapter_path else None,
         )
-        replace(path, encode(order))
-        return path
+        replace(path, encode(document))
 
     async def start(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> str:
         """Start the attempt that `job` is at; returns its ref."""
@@ -104,20 +101,23 @@ class Attempts:
         crash_point("attempt.started")
         return ref
 
-    def write_order(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> tuple[Order, Placement]:
-        """Write what the attempt's keeper and worker read."""
+    def write_order(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> tuple[AttemptOrder, Placement]:
+        """Write what the attempt's supervisor and worker read."""
         folder = self.attempt_dir(job)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         self.write_desired(job)
         crash_point("attempt.desired")
-        papers = decode((self.dir(job) / "job.json").read_bytes(), WorkOrder)
+        document = read_document(folder.job)
         share = MEMORY_RETRY_SHARE**job.memory_retries
-        placement = Placement(lease.of("train"), papers.threads, share)  # threads: other cores must not change the sums
-        order = Order(
-            dir=folder,
+        placement = Placement(lease.of("train"), document.threads, share)  # threads: other cores must not change sums
+        order = AttemptOrder(
+            dir=folder.path,
             argv=(),
-            env=holding(papers.cpu, instruction_set({})),
+            env=holding(document.cpu, instruction_set({})),
             python=self.python(trainer),
+            entry=trainer.entry,
+            config_type=object_path(trainer.config),
+            base=None if document.model else self.models.locate(document.model_name),
             preload=trainer.preload,
             prove=trainer.prove,
             launcher=self.settings.launcher,
@@ -129,19 +129,18 @@ class Attempts:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
             here = {} if self.settings.accelerate_config else SAME_MACHINE
             order = msgspec.structs.replace(order, argv=argv, env={**here, **order.env})
-        replace(folder / "placement.json", encode(placement), durable=False)  # a machine that dies takes the attempt
-        replace(folder / "order.json", encode(order), durable=False)
+        write_order(order, placement)
         crash_point("attempt.ordered")
         return order, placement
 
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
-        replace(self.dir(job) / "desired", job.wanted.encode(), durable=False)
+        replace(self.dir(job).desired, job.wanted.encode(), durable=False)
 
     async def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
         await asyncio.to_thread(self.write_desired, job)
-        ring(self.dir(job) / "inbox" / "bell", job.id)  # it may be waiting for rollouts
+        ring(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)
@@ -156,12 +155,12 @@ class Attempts:
             self.executor.signal(job.ref, signal.SIGTERM)
 
     def hung(self, job: Job) -> Path:
-        return self.attempt_dir(job) / "hung"
+        return self.attempt_dir(job).hung
 
     def look(self, job: Job) -> Seen:
         """Read what the attempt has written since the last time, `BATCH` events at most."""
         seen = Seen(self.exit(job), [], job.offset)  # before the events: what is written before it is then all there
-        for seen.offset, event in tail(self.attempt_dir(job) / "events.jsonl", job.offset, Event):
+        for seen.offset, event in tail(self.attempt_dir(job).events, job.offset, Event):
             seen.events.append(event)
             if len(seen.events) == BATCH:
                 break
@@ -198,14 +197,14 @@ class Attempts:
     def exit(self, job: Job) -> Exit | None:
         """How the attempt ended; None while its keeper has not said so."""
         try:
-            return msgspec.json.decode((self.attempt_dir(job) / "exit.json").read_bytes(), type=Exit)
+            return msgspec.json.decode(self.attempt_dir(job).exit.read_bytes(), type=Exit)
         except FileNotFoundError:
             return None
 
     async def find(self, job: Job) -> Job | None:
         """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
         a second time because the first start took too long. One that has not begun yet never will."""
-        ref = await asyncio.to_thread(claimed, self.attempt_dir(job), "")
+        ref = await asyncio.to_thread(self.attempt_dir(job).revoke_claim)
         if not ref or ref == job.ref or not self.executor.adopt(ref):
             return None
         return await self.note_ref(job, ref)

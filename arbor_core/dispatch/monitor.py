@@ -11,12 +11,12 @@ import logging
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.heartbeat import HEARTBEAT, Watch
+from arbor_core.jobdir.heartbeat import Watch
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.records import Job
 from arbor_core.process.wakeup import URGENT
 from arbor_core.types import Desired, Executor
@@ -38,7 +38,7 @@ class Followed:
 
     job: Job
     """As it was seen last."""
-    folder: Path
+    files: AttemptDir
     watch: Watch
     bell: asyncio.Event = field(default_factory=asyncio.Event)
     urgent: bool = False
@@ -49,7 +49,7 @@ class Followed:
     def has_news(self) -> bool:
         """Whether its files hold what nobody has taken yet."""
         try:
-            return (self.folder / "events.jsonl").stat().st_size > self.job.offset
+            return self.files.events.stat().st_size > self.job.offset
         except FileNotFoundError:
             return False
 
@@ -72,7 +72,7 @@ class Following:
     async def follow(self, job: Job) -> None:
         """Take an attempt's events until it has ended, then settle its job."""
         folder = self.attempts.attempt_dir(job)
-        followed = self.followed[job.id] = Followed(job, folder, Watch(folder / HEARTBEAT))
+        followed = self.followed[job.id] = Followed(job, folder, Watch(folder.heartbeat))
         try:
             while await self._goes_on(followed):
                 await followed.bell.wait()

@@ -9,7 +9,6 @@ import logging
 import signal
 import sqlite3
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,8 +17,7 @@ from arbor_core.crash_points import crash_point
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
-from arbor_core.jobdir.heartbeat import HEARTBEAT
-from arbor_core.jobdir.layout import claimed
+from arbor_core.jobdir.layout import AttemptDir, checkpoint_path
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
@@ -42,7 +40,7 @@ class Settlement:
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
         job = await self.tidied(job, ended)
-        last = await asyncio.to_thread(self.outcome, job)
+        last = await asyncio.to_thread(last_word, self.attempts.attempt_dir(job))
         if last and last.type == "result":
             await self._succeed(job, last)
         elif last and last.type == "error":
@@ -62,7 +60,7 @@ class Settlement:
 
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
-        if keeper := await asyncio.to_thread(claimed, self.attempts.attempt_dir(job), ""):
+        if keeper := await asyncio.to_thread(self.attempts.attempt_dir(job).revoke_claim):
             await asyncio.to_thread(end_strays, keeper)
         await asyncio.to_thread(sweep, self.attempts.dir(job))
         if job.desired == "cancel":
@@ -77,30 +75,19 @@ class Settlement:
 
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
-        if ended is None and (keeper := claimed(self.attempts.attempt_dir(job), "")):  # it was killed
+        if ended is None and (keeper := self.attempts.attempt_dir(job).revoke_claim()):  # it was killed
             await asyncio.to_thread(end_strays, keeper)
             job = await self.attempts.collect(job)  # its worker may have written until now
         await asyncio.to_thread(sweep, self.attempts.dir(job))
-        if missed := await asyncio.to_thread(reconciled, self.attempts.dir(job), job.attempt):
+        if missed := await asyncio.to_thread(reconciled, self.attempts.attempt_dir(job)):
             await self.attempts.jobs.reconcile(job, missed, self.attempts.model_name(job))
             for event in missed:
                 if event.type == "withdrawn":  # after that was written down: what is offered is there
-                    damaged = self.attempts.dir(job) / "checkpoints" / event.data["dir"]
+                    damaged = self.attempts.dir(job).checkpoints / event.data["dir"]
                     await asyncio.to_thread(checkpoints.set_aside, damaged)
             job = self.attempts.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
-
-    def outcome(self, job: Job) -> Event | None:
-        """The attempt's own last word: result, error or paused."""
-        last = None
-        for _, event in tail(self.attempts.attempt_dir(job) / "events.jsonl", 0, Event):
-            if event.type in ("result", "error", "paused"):
-                last = event
-        unexplained = last is None or last.data.get("code") == "worker_error"  # or it follows from another rank's end
-        if unexplained and (note := read_note(self.attempts.attempt_dir(job))):
-            return Event("error", note.message, "error", data={"code": note.code, "message": note.message})
-        return last
 
     async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
         """Leave `running`, and forget the lease in the same transaction."""
@@ -119,7 +106,6 @@ class Settlement:
 
     async def _succeed(self, job: Job, result: Event) -> None:
         name = self.attempts.model_name(job)
-        folder = self.attempts.dir(job) / "checkpoints" / result.data["dir"]
         metrics = await asyncio.to_thread(self.metrics_csv, job)
         file_id, insert = await self.attempts.files.add_bytes(
             job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results"
@@ -134,8 +120,8 @@ class Settlement:
                 owner=job.owner,
                 job_id=job.id,
                 base=job.spec.model,
-                base_path=job.spec.model_path,
-                path=str(folder),
+                base_path=job.spec.model_path or "",
+                path=checkpoint_path(job.id, result.data["dir"]),
                 kind="adapter" if result.data.get("adapter") else "full",
             )
 
@@ -170,7 +156,7 @@ class Settlement:
 
     async def _lost(self, job: Job, error: JobError) -> None:
         """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
-        note = read_note(self.attempts.attempt_dir(job))
+        note = read_note(self.attempts.attempt_dir(job).path)
         devices = note.devices if note else []
         names = ", ".join(devices) or "a device"
         log.warning("job %s lost %s, which nobody gets before this server starts again", job.id, names)
@@ -187,7 +173,7 @@ class Settlement:
 
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
-        if ended is None and job.ref is None and not claimed(self.attempts.attempt_dir(job), ""):
+        if ended is None and job.ref is None and not self.attempts.attempt_dir(job).revoke_claim():
             text = f"The server ended before attempt {job.attempt} began; another one starts"
             await self._end(job, "queued", Event("message", text, "warn"))
             return
@@ -210,7 +196,7 @@ class Settlement:
     def _silence(self, job: Job) -> str:
         """What was missed of an attempt that hung."""
         limits = self.attempts.settings.limits
-        if (self.attempts.attempt_dir(job) / HEARTBEAT).exists():
+        if self.attempts.attempt_dir(job).heartbeat.exists():
             return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
         return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
 
@@ -248,19 +234,32 @@ class Settlement:
         return text.getvalue().encode()
 
 
-def give_up(attempt_dir: Path) -> None:
+def last_word(attempt: AttemptDir) -> Event | None:
+    """How an attempt says that it ended: its last result, error or paused event, or the note of another rank that
+    explains it. None: it died without a word."""
+    last = None
+    for _, event in tail(attempt.events, 0, Event):
+        if event.type in ("result", "error", "paused"):
+            last = event
+    unexplained = last is None or last.data.get("code") == "worker_error"  # or it follows from another rank's end
+    if unexplained and (note := read_note(attempt.path)):
+        return Event("error", note.message, "error", data={"code": note.code, "message": note.message})
+    return last
+
+
+def give_up(attempt: AttemptDir) -> None:
     """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already.
 
     Raises:
         TimeoutError: one does not end.
     """
     try:
-        if keeper := claimed(attempt_dir, ""):
+        if keeper := attempt.revoke_claim():
             end_strays(keeper)
     except TimeoutError:  # it may still hold a device: nobody else may have that yet
         raise
     except OSError as error:
-        log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt_dir, error)
+        log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt.path, error)
 
 
 def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:

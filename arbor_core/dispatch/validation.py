@@ -1,17 +1,16 @@
-"""Brings a new job from `validating_files` to `queued`: its papers are written and its files are checked."""
+"""Brings a new job from `validating_files` to `queued`: its document is written and its files are checked."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Hashable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.data.validator import Report
+from arbor_core.data.validator import FileCheck, Report
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
 from arbor_core.process.environment import clean_env
@@ -44,15 +43,21 @@ class Checking:
             )
             return
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        papers = await asyncio.to_thread(self.attempts.write_papers, job, trainer)
-        crash_point("job.papers")
+        await asyncio.to_thread(self.attempts.write_document, job)
+        crash_point("job.document")
         if job.spec.rollouts:
             await self.jobs.transition(job, "queued", Event("message", "Moving job to queued state"))
             return
-        what = (trainer.python, trainer.check_row, trainer.min_rows, job.training_file, job.validation_file)
-        report = self.validators.good.get(what)
+        files = FileCheck(
+            trainer.check_row,
+            trainer.min_rows,
+            str(self.attempts.files.path(job.training_file)),
+            str(self.attempts.files.path(job.validation_file)) if job.validation_file else None,
+        )
+        python = self.attempts.python(trainer)
+        report = self.validators.good.get((python, files))
         if report is None:
-            check = asyncio.ensure_future(self.validators.report(papers, self.attempts.python(trainer), what))
+            check = asyncio.ensure_future(self.validators.report(files, python))
             report = await self._unless_cancelled(job, check)
         if report is None:
             return
@@ -103,14 +108,15 @@ class Validators:
 
     def __init__(self) -> None:
         self.turns = asyncio.Semaphore(VALIDATORS)
-        self.good: dict[Hashable, Report] = {}
+        self.good: dict[tuple[str, FileCheck], Report] = {}
 
-    async def report(self, job_json: Path, python: str, what: Hashable) -> Report:
-        """Check the files of a job; `what` names the files and how they are checked."""
+    async def report(self, files: FileCheck, python: str) -> Report:
+        """Check the files of a job with the libraries of an interpreter."""
+        what = (python, files)
         if what in self.good:
             return self.good[what]
         async with self.turns:
-            report = self.good.get(what) or await validate(job_json, python)
+            report = self.good.get(what) or await validate(files, python)
         if not report.error:
             self.good[what] = report
             if len(self.good) > REMEMBERED:
@@ -118,10 +124,10 @@ class Validators:
         return report
 
 
-async def validate(job_json: Path, python: str) -> Report:
-    """Run the validator on a job's papers; one that is killed is no fault of the files and runs again."""
+async def validate(files: FileCheck, python: str) -> Report:
+    """Run the validator; one that is killed is no fault of the files and runs again."""
     for _ in range(TRIES):
-        code, output, errors = await _validator(job_json, python)
+        code, output, errors = await _validator(files, python)
         if code == 0:
             return msgspec.json.decode(output, type=Report)
         if code != -signal.SIGKILL:
@@ -131,13 +137,13 @@ async def validate(job_json: Path, python: str) -> Report:
     return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
 
 
-async def _validator(job_json: Path, python: str) -> tuple[int | None, bytes, bytes]:
+async def _validator(files: FileCheck, python: str) -> tuple[int | None, bytes, bytes]:
     """Exit status, output and errors of one run."""
     process = await asyncio.create_subprocess_exec(
         python,
         "-m",
         "arbor_core.data.validator",
-        str(job_json),
+        msgspec.json.encode(files).decode(),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -134,6 +134,10 @@ class Files:
         """Where a file's bytes are."""
         return self.root / id
 
+    def stored_path(self, id: str) -> str:
+        """Where a file's bytes are, as it is stored: relative to the storage directory."""
+        return f"{self.root.name}/{id}"
+
     def page(
         self, owner: str, limit: int, after: int | None = None, *, purpose: str | None = None, ascending: bool = False
     ) -> list[FileRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from arbor_core.jobdir.cleanup import LIVE, forget_rollouts
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.fine_tuned import Made, Resolved
 from arbor_core.types import ApiError, Event
@@ -77,7 +78,7 @@ class LiveWeights:
                 if served.full and served.key[0] == job_id and served.idle:
                     await self.engines.stop(served)
         for job_id in self.leaving - self.loaded():
-            await asyncio.to_thread(forget_rollouts, self.made.root / "jobs" / job_id)
+            await asyncio.to_thread(forget_rollouts, JobDir.of(self.made.root, job_id))
             self.leaving.remove(job_id)
         await asyncio.to_thread(self._look)
 
@@ -88,5 +89,5 @@ class LiveWeights:
             self.learning.add(job_id)
         ended = self.jobs.ended(self.learning)
         self.learning -= ended
-        folders = {job_id: self.made.root / "jobs" / job_id for job_id in ended}
+        folders = {job_id: JobDir.of(self.made.root, job_id).path for job_id in ended}
         self.leaving |= {job_id for job_id, folder in folders.items() if any((folder / name).exists() for name in LIVE)}

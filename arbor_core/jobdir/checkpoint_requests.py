@@ -13,11 +13,13 @@ from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import NESTED, nested
 from arbor_core.types import CheckpointRequest, ConfigError
 
+from .layout import JobDir
+
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """What a checkpoint may be called: it becomes the name of a file."""
 
 
-def ask(job_dir: Path, request: CheckpointRequest) -> Path:
+def ask(job: JobDir, request: CheckpointRequest) -> Path:
     """Ask the job's worker for a checkpoint, now or when there is one again. The same name again replaces the request.
 
     Returns:
@@ -27,7 +29,7 @@ def ask(job_dir: Path, request: CheckpointRequest) -> Path:
         ConfigError: the name cannot be one, or the metadata is nested too deeply.
     """
     check(request)
-    path = job_dir / "asked" / f"{request.name}.json"
+    path = job.checkpoint_requests / f"{request.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, msgspec.json.encode(request))
     crash_point("checkpoint.asked")
@@ -49,21 +51,21 @@ def check(request: CheckpointRequest) -> None:
         raise ConfigError(f"Invalid 'metadata': it is nested more than {NESTED} deep.", path="metadata")
 
 
-def asked(job_dir: Path) -> list[CheckpointRequest]:
+def asked(job: JobDir) -> list[CheckpointRequest]:
     """What was asked for and not yet answered, oldest first."""
-    paths = sorted((job_dir / "asked").glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    paths = sorted(job.checkpoint_requests.glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return [msgspec.json.decode(path.read_bytes(), type=CheckpointRequest) for path in paths]
 
 
-def sizes(job_dir: Path) -> dict[str, int]:
+def sizes(job: JobDir) -> dict[str, int]:
     """How much each request that is not yet answered holds, by its checkpoint's name."""
     found = {}
-    for path in (job_dir / "asked").glob("[!.]*.json"):
+    for path in job.checkpoint_requests.glob("[!.]*.json"):
         with suppress(FileNotFoundError):  # it was answered
             found[path.stem] = path.stat().st_size
     return found
 
 
-def answered(job_dir: Path, name: str) -> None:
+def answered(job: JobDir, name: str) -> None:
     """Forget a request: its checkpoint was reported."""
-    (job_dir / "asked" / f"{name}.json").unlink(missing_ok=True)
+    (job.checkpoint_requests / f"{name}.json").unlink(missing_ok=True)

@@ -12,36 +12,37 @@ from arbor_core.storage.event_log import tail
 from arbor_core.types import Event
 
 from . import checkpoints
+from .layout import CHECKPOINT_REQUESTS, LEDGER, WEIGHTS, AttemptDir, JobDir
 
 log = logging.getLogger(__name__)
-LIVE = ("weights", "ledger", "asked")
+LIVE = (WEIGHTS, LEDGER, CHECKPOINT_REQUESTS)
 """Folders of a job's directory that nobody needs after its end."""
 
 
-def sweep(job_dir: Path) -> None:
+def sweep(job: JobDir) -> None:
     """Remove what was not finished: no process of the job may live."""
     for pattern in ("checkpoints/*.tmp", "weights/*.tmp", "attempts/*/work"):
-        for folder in job_dir.glob(pattern):
+        for folder in job.path.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
     for pattern in (".*.tmp", "attempts/*/.*.tmp", "attempts/*/.keeper.*", f"checkpoints/{checkpoints.NAMED}/.*.tmp"):
-        for path in job_dir.glob(pattern):
+        for path in job.path.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def forget_rollouts(job_dir: Path) -> None:
+def forget_rollouts(job: JobDir) -> None:
     """Remove what only served while the job learned: policies, completions, and requests that nobody can answer any
     more. Its inbox stays: `arbor replay` repeats the training from it."""
     for name in LIVE:
-        shutil.rmtree(job_dir / name, ignore_errors=True)
+        shutil.rmtree(job.path / name, ignore_errors=True)
         crash_point(f"forgotten.{name}")
 
 
-def reconciled(job_dir: Path, attempt: int) -> list[Event]:
+def reconciled(attempt: AttemptDir) -> list[Event]:
     """The events that an attempt could not write any more: its checkpoints that were not reported, and withdrawals of
     any that are not whole, as far as can be seen without reading them. What it had reported as discarded is removed."""
-    folder = job_dir / "checkpoints"
+    folder = attempt.job.checkpoints
     known: set[str] = set()
-    for _, event in tail(job_dir / "attempts" / str(attempt) / "events.jsonl", 0, Event):
+    for _, event in tail(attempt.events, 0, Event):
         if event.type in ("checkpoint", "discarded"):
             known.add(event.data["dir"])
         if event.type == "discarded":
@@ -51,7 +52,7 @@ def reconciled(job_dir: Path, attempt: int) -> list[Event]:
         said = checkpoints.manifest(path)
         if reason := checkpoints.fault(path, sizes_only=True):
             found.append(checkpoints.withdrawal(path, reason))
-        elif said and said.attempt == attempt and path.name not in known:
+        elif said and said.attempt == attempt.number and path.name not in known:
             found.append(created(path, said))
     return found
 

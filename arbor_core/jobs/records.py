@@ -28,7 +28,9 @@ class JobSpec(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     model: str
     """Public name of the base."""
-    model_path: str
+    model_path: str | None
+    """Weights that a job has made: their path in the storage directory. None: the base model of this name, which is
+    looked for anew whenever it is needed."""
     seed: int
     suffix: str | None = None
     integrations: list[dict[str, Any]] | None = None
@@ -37,7 +39,7 @@ class JobSpec(msgspec.Struct, frozen=True):
     rollouts: bool = False
     """It learns from groups that clients send, and has no training file."""
     adapter_path: str | None = None
-    """The adapter that it starts from."""
+    """The adapter that it starts from: its path in the storage directory."""
 
 
 class Job(msgspec.Struct):

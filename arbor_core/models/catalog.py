@@ -33,10 +33,10 @@ class Start(msgspec.Struct, frozen=True):
 
     name: str
     """Public name of the model whose weights they are."""
-    path: str
-    """Directory or hub id of those weights."""
+    path: str | None
+    """Where those weights are in the storage directory; None: it is a base model."""
     adapter: str | None = None
-    """Directory of the adapter on it that is trained further."""
+    """Where the adapter on it is in the storage directory that is trained further."""
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -55,7 +55,9 @@ class Models:
     """
 
     def __init__(self, store: Store, config: ModelsConfig, root: Path) -> None:
-        self.store, self.config, self.jobs = store, config, Made(store, root)
+        self.store, self.config, self.root = store, config, root
+        self.jobs = Made(store, root, self.base)
+        self.locate = self.jobs.locate
 
     def base(self, name: str) -> str:
         """Directory or hub id of a base model's weights.
@@ -90,8 +92,9 @@ class Models:
         if (made := self.jobs.find(name, owner)) is None:
             return Resolved(name, name, self.base(name))
         if made.kind == "full":
-            return Resolved(made.name, made.name, made.path)
-        return Resolved(made.name, made.base, made.base_path, Weights(made.name, made.path))
+            return Resolved(made.name, made.name, self.locate(made.name, made.path))
+        base = self.locate(made.base, made.base_path)
+        return Resolved(made.name, made.base, base, Weights(made.name, str(self.root / made.path)))
 
     def trainable(self, name: str, owner: str, *, adapters: bool = False) -> Start:
         """Weights that a job may start from.
@@ -103,15 +106,16 @@ class Models:
             ApiError: there is no such model, or it is an adapter and the trainer cannot go on with one.
         """
         if (made := self.jobs.find(name, owner)) is None:
-            return Start(name, self.base(name))
+            self.base(name)
+            return Start(name, None)
         if made.kind == "full":
-            return Start(made.name, made.path)
+            return Start(made.name, made.path or None)
         if not adapters:
             message = (
                 f"Model '{name}' is an adapter, and this method cannot train one further: use its base, '{made.base}'."
             )
             raise ApiError(400, message, "unsupported_model", "model")
-        return Start(made.base, made.base_path, made.path)
+        return Start(made.base, made.base_path or None, made.path)
 
     def list(self, owner: str) -> list[Listed]:
         """Base models by name, then this owner's policies in training and fine-tuned models, newest first."""

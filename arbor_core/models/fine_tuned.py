@@ -7,11 +7,13 @@ checkpoint that a client gave that name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from arbor_core.jobdir.layout import JobDir, checkpoint_path
 from arbor_core.jobs.policies import policy_of
 from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, ApiError, Status, Weights
@@ -22,14 +24,16 @@ Kind = Literal["adapter", "full"]
 
 
 class ModelRow(msgspec.Struct, frozen=True):
-    """One row of `models`: what a job has made."""
+    """One row of `models`: what a job has made. Paths are relative to the storage directory."""
 
     name: str
     owner: str
     job_id: str
     base: str
     base_path: str
+    """Empty: `base` is a base model, which is looked for anew whenever it is needed."""
     path: str
+    """Empty: as `base_path`."""
     kind: Kind
     created_at: int
 
@@ -63,7 +67,7 @@ class _Spec(msgspec.Struct):
     """What is read of a job's specification."""
 
     model: str
-    model_path: str
+    model_path: str | None
     config: dict[str, Any]
     rollouts: bool = False
     adapter_path: str | None = None
@@ -93,12 +97,27 @@ class Made:
     """What the jobs of one server have made.
 
     Args:
-        root: The storage directory; checkpoints are under `jobs/<id>/checkpoints` in it, policies under
-            `jobs/<id>/weights`.
+        root: The storage directory.
+        base: Finds a base model by its name; returns its directory or hub id.
     """
 
-    def __init__(self, store: Store, root: Path) -> None:
-        self.store, self.root = store, root
+    def __init__(self, store: Store, root: Path, base: Callable[[str], str]) -> None:
+        self.store, self.root, self.base = store, root, base
+
+    def locate(self, name: str, stored: str | None = None) -> str:
+        """Directory or hub id of weights.
+
+        Args:
+            name: The public name of the model.
+            stored: Where they are in the storage directory, if a job has made them. A base model that is not here any
+                more is called by its name: whoever loads it says so.
+        """
+        if stored:
+            return str(self.root / stored)
+        try:
+            return self.base(name)
+        except ApiError:
+            return name
 
     def find(self, name: str, owner: str) -> ModelRow | None:
         """A model that a job of this owner has made and that does not change any more; None: there is none."""
@@ -132,23 +151,25 @@ class Made:
 
     def _policy(self, job: _Maker) -> Resolved:
         policy, name = policy_of(self.store, job.id)
-        folder, spec = self.root / "jobs" / job.id / "weights" / name, job.spec
+        folder, spec = JobDir.of(self.root, job.id).weights / name, job.spec
+        path = self.locate(spec.model, spec.model_path)
         if name and not (folder / "adapter_config.json").is_file():
             return self._own(job, str(folder), policy.version)
         if name:
             version, _, attempt = name.partition("-")
             weights = Weights(f"{job.id}-a{attempt}-s{version}", str(folder))
         elif spec.adapter_path:
-            weights = Weights(f"{job.id}-a0-s0", spec.adapter_path)
+            weights = Weights(f"{job.id}-a0-s0", str(self.root / spec.adapter_path))
         elif job.trains_all:
-            return self._own(job, spec.model_path, policy.version)
+            return self._own(job, path, policy.version)
         else:
-            return Resolved(spec.model, spec.model, spec.model_path, live=job.id, version=policy.version)
-        return Resolved(weights.name, spec.model, spec.model_path, weights, job.id, policy.version)
+            return Resolved(spec.model, spec.model, path, live=job.id, version=policy.version)
+        return Resolved(weights.name, spec.model, path, weights, job.id, policy.version)
 
     def _own(self, job: _Maker, path: str, version: int) -> Resolved:
         full = FullPolicy(path, version)
-        return Resolved(job.id, job.id, job.spec.model_path, live=job.id, version=version, full=full)
+        base = self.locate(job.spec.model, job.spec.model_path)
+        return Resolved(job.id, job.id, base, live=job.id, version=version, full=full)
 
     def _of_job(self, name: str, owner: str) -> ModelRow | None:
         """What a job has made that has ended, or a checkpoint that has a name."""
@@ -172,9 +193,9 @@ class Made:
             return row
         if job.spec.rollouts:  # nothing was trained: it is what it started from
             kind: Kind = "adapter" if job.spec.adapter_path else "full"
-            path = job.spec.adapter_path or job.spec.model_path
+            path = job.spec.adapter_path or job.spec.model_path or ""
             started_from = job.spec.model if kind == "full" else f"{job_id}-a0-s0"
-            return ModelRow(started_from, owner, job_id, job.spec.model, job.spec.model_path, path, kind, 0)
+            return ModelRow(started_from, owner, job_id, job.spec.model, job.spec.model_path or "", path, kind, 0)
         return None
 
     def _maker(self, job_id: str, owner: str | None = None) -> _Maker | None:
@@ -191,11 +212,11 @@ class Made:
         row = self.store.one(sql, *values, owner)
         if row is None:
             return None
-        path = self.root / "jobs" / row["job_id"] / "checkpoints" / row["dir"]
-        if not path.is_dir():
+        path = checkpoint_path(row["job_id"], row["dir"])
+        if not (self.root / path).is_dir():
             return None
         spec = msgspec.json.decode(row["spec"], type=_Spec)
-        kind: Kind = "adapter" if (path / "adapter_config.json").is_file() else "full"
+        kind: Kind = "adapter" if (self.root / path / "adapter_config.json").is_file() else "full"
         return ModelRow(
-            row["model"], owner, row["job_id"], spec.model, spec.model_path, str(path), kind, row["created_at"]
+            row["model"], owner, row["job_id"], spec.model, spec.model_path or "", path, kind, row["created_at"]
         )

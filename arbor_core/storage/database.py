@@ -76,8 +76,16 @@ class Store:
             raise ArborError(f"{self.path} was written by a newer Arbor (schema {version}, this one knows {VERSION})")
         if version < VERSION:
             try:
-                db.executescript(f"BEGIN IMMEDIATE; {''.join(SCHEMA[version:])} PRAGMA user_version={VERSION}; COMMIT;")
-            except sqlite3.Error:
+                db.execute("BEGIN IMMEDIATE")
+                for step in SCHEMA[version:]:
+                    if callable(step):
+                        step(db)
+                    else:  # executescript would commit what came before
+                        for statement in step.split(";"):
+                            db.execute(statement)
+                db.execute(f"PRAGMA user_version={VERSION}")
+                db.execute("COMMIT")
+            except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
@@ -91,6 +99,10 @@ class Store:
         """The first row of a query, if there is one."""
         row: sqlite3.Row | None = self._connection().execute(sql, values).fetchone()
         return row
+
+    def write_now(self, sql: str, *values: object) -> None:
+        """Make one change and wait for it: for what is done before anything else runs."""
+        self._writer.submit(lambda: self._connection().execute(sql, values)).result()
 
     async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
         """Run `change` on the writer's thread; an exception in it undoes all that it did.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
+
+from arbor_core import ids
+
 FIRST = """
 CREATE TABLE files(
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
@@ -87,7 +92,37 @@ UPDATE jobs SET furthest=progress;
 """
 
 
-SCHEMA = (FIRST, REPEATS, QUEUE, ROLLOUTS, PARTS, FURTHEST)
+def relative_paths(db: sqlite3.Connection) -> None:
+    """Give the storage directory an identity, and make every path relative to it. The base model of a job, which lies
+    outside, is known by its name alone from now on: its path is empty."""
+    db.execute("CREATE TABLE storage(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+    db.execute("INSERT INTO storage(key,value) VALUES('id',?)", (ids.new("storage_"),))
+    jobs = {row[0] for row in db.execute("SELECT id FROM jobs")}
+
+    def inside(path: str | None) -> str | None:
+        parts = (path or "").split("/")
+        if len(parts) >= 4 and parts[-4] == "jobs" and parts[-3] in jobs and parts[-2] == "checkpoints":
+            return "/".join(parts[-4:])
+        return None
+
+    sql = "SELECT id, json_extract(spec,'$.model_path'), json_extract(spec,'$.adapter_path') FROM jobs"
+    for job_id, model, adapter in db.execute(sql).fetchall():
+        values = (inside(model), inside(adapter), job_id)
+        db.execute("UPDATE jobs SET spec=json_set(spec,'$.model_path',?,'$.adapter_path',?) WHERE id=?", values)
+    for seq, base_path, path in db.execute("SELECT seq, base_path, path FROM models").fetchall():
+        values = (inside(base_path) or "", inside(path) or "", seq)
+        db.execute("UPDATE models SET base_path=?, path=? WHERE seq=?", values)
+
+
+SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
+    FIRST,
+    REPEATS,
+    QUEUE,
+    ROLLOUTS,
+    PARTS,
+    FURTHEST,
+    relative_paths,
+)
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 
 

@@ -80,7 +80,7 @@ def check_invariants(storage: Path, *, ended: bool = True, every_step: bool = Tr
             check_job(db, storage, row, every_step)
         check_files(db, storage)
         check_leases(db)
-        check_models(db)
+        check_models(db, storage)
     check_processes(storage)
     if ended:
         with closing(database(storage)) as db:
@@ -192,12 +192,12 @@ def check_leases(db: sqlite3.Connection) -> None:
     assert not twice, f"devices that are leased twice: {twice}"
 
 
-def check_models(db: sqlite3.Connection) -> None:
+def check_models(db: sqlite3.Connection, storage: Path) -> None:
     """A job that has succeeded has its model, whose files are there."""
     sql = "SELECT jobs.id, path FROM jobs LEFT JOIN models ON name=fine_tuned_model WHERE status='succeeded'"
     for row in db.execute(sql):
         assert row["path"], f"the model of {row['id']} is unknown"
-        reason = checkpoints.fault(Path(row["path"]))
+        reason = checkpoints.fault(storage / row["path"])
         assert reason is None, f"the model of {row['id']}: {reason}"
 
 

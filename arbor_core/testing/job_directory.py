@@ -17,13 +17,14 @@ import msgspec
 from arbor_core import plugins
 from arbor_core.config import compose, convert
 from arbor_core.jobdir.checkpoint_requests import ask
-from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.jobdir.inbox import Inbox
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.process.wakeup import ring
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import PROTOCOL, CheckpointRequest, Desired, Device, Event, EventType, Group, Order, Placement
+from arbor_core.types import AttemptOrder, CheckpointRequest, Desired, Device, Event, EventType, Group, Placement
 
 from .hardware import device
 
@@ -66,26 +67,28 @@ class JobDirectory:
         self.dir.mkdir(parents=True)
         values = compose.merged(yaml_of(self.trainer), self.hyperparameters)
         typed = convert.typed(values, found.config, "hyperparameters")
-        order = WorkOrder(
-            protocol=PROTOCOL,
+        document = JobDocument(
+            storage="storage_test",
             job_id=f"ftjob-{self.dir.name}",
-            entry=found.entry,
-            config_type=f"{found.config.__module__}:{found.config.__qualname__}",
+            trainer=self.trainer,
             config=msgspec.to_builtins(typed, enc_hook=str),
-            check_row=found.check_row,
-            min_rows=1,
-            model=self.model,
+            model=None,
             model_name=self.model,
-            training_file=self._write("train.jsonl", self.rows),
-            validation_file=None if self.validation_rows is None else self._write("valid.jsonl", self.validation_rows),
+            training_file=str(self._write("train.jsonl", self.rows)),
+            validation_file=None
+            if self.validation_rows is None
+            else str(self._write("valid.jsonl", self.validation_rows)),
             seed=self.seed,
             created_at=time.time(),
-            versions={},
-            threads=1,
-            cpu="",
-            adapter=self.adapter,
+            adapter=str(self.adapter) if self.adapter else None,
         )
-        (self.dir / "job.json").write_bytes(encode(order))
+        self.entry, self.config_type = found.entry, object_path(found.config)
+        self.files.document.write_bytes(encode(document))
+
+    @property
+    def files(self) -> JobDir:
+        """The paths in it."""
+        return JobDir(self.dir)
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         path = self.dir / name
@@ -94,37 +97,45 @@ class JobDirectory:
 
     def ask(self, desired: Desired) -> None:
         """Say what is wanted of the job: a level that the worker reads between steps."""
-        replace(self.dir / "desired", desired.encode())
+        replace(self.files.desired, desired.encode())
 
     def send(self, *groups: Group) -> list[int]:
         """Put groups into the inbox, as the server does for a trainer of rollouts; the positions that follow them."""
-        box = Inbox(self.dir / "inbox")
+        box = Inbox(self.files.inbox)
         try:
             ends = box.append([(group, 0) for group in groups])
         finally:
             box.close()
-        ring(str(self.dir / "inbox" / "bell"), "inbox")
+        ring(str(self.files.inbox_bell), "inbox")
         return ends
 
     def request_checkpoint(self, name: str, **metadata: Any) -> None:
         """Ask for a checkpoint by name."""
-        ask(self.dir, CheckpointRequest(name, metadata))
+        ask(self.files, CheckpointRequest(name, metadata))
 
     def prepare(self) -> Path:
-        """The papers of a new attempt; its directory."""
+        """The documents of a new attempt; its directory."""
         self.attempts += 1
         folder = self.attempt_dir
         folder.mkdir(parents=True)
-        (folder / "placement.json").write_bytes(encode(Placement(self.devices, 1)))
         told = [e.data["handled"] for n in range(1, self.attempts) for e in self.events("weights", attempt=n)]
-        order = Order(folder, (), {}, sys.executable, handled=max(told, default=0))
-        (folder / "order.json").write_bytes(encode(order))
+        order = AttemptOrder(
+            folder,
+            (),
+            {},
+            sys.executable,
+            entry=self.entry,
+            config_type=self.config_type,
+            base=self.model,
+            handled=max(told, default=0),
+        )
+        write_order(order, Placement(self.devices, 1))
         return folder
 
     def start(self) -> subprocess.Popen[bytes]:
         """Begin a new attempt, in a new Python."""
         folder = self.prepare()
-        with (folder / "worker.log").open("wb") as log:
+        with self.files.attempt(self.attempts).log.open("wb") as log:
             command = [sys.executable, "-m", "arbor_core.worker.main", str(folder)]
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
 
@@ -140,16 +151,16 @@ class JobDirectory:
     @property
     def attempt_dir(self) -> Path:
         """The newest attempt's directory."""
-        return self.dir / "attempts" / str(self.attempts)
+        return self.files.attempt(self.attempts).path
 
     @property
     def log(self) -> str:
         """What the newest attempt printed."""
-        return (self.attempt_dir / "worker.log").read_text(errors="replace")
+        return self.files.attempt(self.attempts).log.read_text(errors="replace")
 
     def events(self, *types: EventType, attempt: int | None = None) -> list[Event]:
         """What an attempt reported (default: the newest), all of it or of some types."""
-        path = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
+        path = self.files.attempt(attempt or self.attempts).events
         return [event for _, event in tail(path, 0, Event) if not types or event.type in types]
 
 

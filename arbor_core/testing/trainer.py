@@ -17,7 +17,7 @@ import msgspec
 
 from arbor_core import plugins
 from arbor_core.config import convert
-from arbor_core.jobdir.documents import imported
+from arbor_core.jobdir.documents import import_object
 from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
 
 from . import rollouts
@@ -129,7 +129,7 @@ def _check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.
 
 
 def check_functions(trainer: Trainer) -> None:
-    """What the trainer names is there. Its entry is looked for, not imported: only a worker imports it."""
+    """What the trainer names is there. Its entry is looked for, not import_object: only a worker imports it."""
     for what, path in (("entry", trainer.entry), ("prove", trainer.prove)):
         if path is None:
             continue
@@ -141,7 +141,7 @@ def check_functions(trainer: Trainer) -> None:
         assert function in names, f"{what}: {module} defines no '{function}'"
     for module in trainer.preload:
         assert find_spec(module), f"preload: there is no module {module}"
-    assert callable(imported(trainer.check_row)), f"check_row: {trainer.check_row} cannot be called"
+    assert callable(import_object(trainer.check_row)), f"check_row: {trainer.check_row} cannot be called"
 
 
 def check_light() -> None:
@@ -153,12 +153,12 @@ def check_light() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     heavy = ran.stdout.split()
-    assert not heavy, f"listing plugins imported {heavy}: import them in the module that `entry` names"
+    assert not heavy, f"listing plugins import_object {heavy}: import them in the module that `entry` names"
 
 
 def check_rows(trainer: Trainer, rows: Sequence[Mapping[str, Any]]) -> None:
     """Good rows pass, and a row that is nothing is refused with a ValueError that says why."""
-    check_row = imported(trainer.check_row)
+    check_row = import_object(trainer.check_row)
     for row in rows:
         check_row(row)
     said = None

@@ -1,6 +1,6 @@
 """The nouns of Arbor. Imports nothing heavy: the server, every worker and every plugin share them."""
 
-from .attempts import Executor, Exit, Order, Placement
+from .attempts import AttemptOrder, Executor, Exit, Placement
 from .devices import Allocator, Bundle, Claim, Device, Lease, needs, pool_of
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
 from .errors import (
@@ -56,6 +56,7 @@ __all__ = [
     "AllocatorSettings",
     "ApiError",
     "ArborError",
+    "AttemptOrder",
     "BackendFactory",
     "Bundle",
     "Checkpoint",
@@ -85,7 +86,6 @@ __all__ = [
     "Lease",
     "Level",
     "NamedCheckpoint",
-    "Order",
     "Placement",
     "Plan",
     "Policy",

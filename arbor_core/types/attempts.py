@@ -16,19 +16,26 @@ class Placement(Struct, frozen=True):
     devices: tuple[Device, ...]
     threads: int
     micro_batch_share: float = 1.0
-    """How large micro-batches should be, in parts of what they would be: less than 1 after the memory did not do."""
+    """How large micro-batches should be, in parts of what they would be: less than 1 where the job did not fit."""
 
 
-class Order(Struct, frozen=True):
-    """`attempts/<n>/order.json`: what the keeper of one attempt starts."""
+class AttemptOrder(Struct, frozen=True):
+    """`attempts/<n>/order.json`: what the supervisor of one attempt starts, and what the installation that starts it
+    decides."""
 
     dir: Path
-    """The attempt's directory."""
+    """The attempt's directory; the processes start in it."""
     argv: tuple[str, ...]
-    """The command for a cold start."""
+    """The command for a cold start; empty: the trainer runs in the supervisor's child itself."""
     env: dict[str, str]
     """Variables beside those that every attempt gets. They must be set before any library is imported."""
     python: str
+    entry: str = ""
+    """`"package.module:function"` of the trainer."""
+    config_type: str = ""
+    """`"package.module:Struct"` of its configuration."""
+    base: str | None = None
+    """Directory or hub id of the base model; None: the job starts from weights in its storage directory."""
     preload: tuple[str, ...] = ()
     prove: str | None = None
     launcher: str = "cold"
@@ -57,7 +64,7 @@ class Executor(Protocol):
         """An attempt of such a trainer may come soon: get ready without waiting. May do nothing."""
         ...
 
-    async def start(self, order: Order, placement: Placement) -> str: ...
+    async def start(self, order: AttemptOrder, placement: Placement) -> str: ...
 
     def poll(self, ref: str) -> bool:
         """Whether the attempt's keeper lives."""

@@ -1,4 +1,4 @@
-"""The template: a process that has imported a trainer's libraries and forks keepers from them.
+"""The template: a process that has import_object a trainer's libraries and forks keepers from them.
 
 `python -m arbor_core.worker.forkserver <socket> <prove> <module> ...`. Importing TRL takes 10 s, forking takes 10 ms.
 Before it is used it proves itself: a test fork calls the trainer's `prove` function; a library that does not survive a
@@ -25,7 +25,7 @@ from typing import NoReturn
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.documents import imported
+from arbor_core.jobdir.documents import import_object
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
 from arbor_core.process.wakeup import short
 from arbor_core.storage.codec import decode
@@ -45,7 +45,7 @@ def main(path: Path, prove: str, modules: list[str]) -> int:
     """Import, prove, serve."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # standard input is looked at only between requests
     answer = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while they are imported is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while they are import_object is no answer
     for module in modules:
         import_module(module)
     gc.collect()
@@ -130,7 +130,7 @@ def _try(prove: str) -> NoReturn:
     status = 1
     try:
         signal.alarm(120)  # a fork that hangs is a proof too
-        imported(prove)()
+        import_object(prove)()
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from arbor_core.jobdir.documents import imported
+from arbor_core.jobdir.documents import import_object
 from arbor_core.process.cpu import instruction_set
 from arbor_core.process.exit import leave, print_anyway
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
@@ -29,7 +29,7 @@ def main(attempt_dir: Path) -> int:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     warn_of_another_machine(run)
     try:
-        imported(run.order.entry)(run)
+        import_object(run.order.entry)(run)
     except JobStopped as stop:
         if stop.desired == "pause":
             run.emit(Event("paused", "The job is paused"))
@@ -48,12 +48,12 @@ def main(attempt_dir: Path) -> int:
 
 def warn_of_another_machine(run: WorkerRun[Any]) -> None:
     """Say that the numbers may come out otherwise than on the machine that the job was made on."""
-    made, here = run.order.cpu, instruction_set()
-    if made and made != here:
-        text = f"This job was made on a processor with {made}; this one computes with {here}: last digits may differ"
-        run.message(text, "warn", made=made, here=here)
+    before, here = run.document.cpu, instruction_set()
+    if before and before != here:
+        text = f"This job was made on a processor with {before}; this one computes with {here}: last digits may differ"
+        run.message(text, "warn", made=before, here=here)
 
 
 if __name__ == "__main__":
     print_anyway()
-    leave(lambda: main(Path(sys.argv[1])))
+    leave(lambda: main(Path(sys.argv[1]).absolute()))

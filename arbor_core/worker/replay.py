@@ -16,18 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from arbor_core.jobdir import inbox
-from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.documents import object_path, read_document, read_order, read_placement, write_order
+from arbor_core.jobdir.layout import JobDir
+from arbor_core.plugins import load
 from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import decode, encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import ArborError, Event, Fed, Order, Placement, rollouts
+from arbor_core.types import ArborError, AttemptOrder, Event, Fed, rollouts
 
 from .launchers import ranks_command
 
@@ -44,12 +45,14 @@ class Step(msgspec.Struct, frozen=True):
     fed: Fed | None
 
 
-def replay(job_dir: Path, tell: Callable[[str], object]) -> None:
+def replay(job_dir: Path, tell: Callable[[str], object], models: Sequence[Path] = ()) -> None:
     """Repeat a job's steps.
 
     Args:
         job_dir: Its directory, of a job that is not running.
         tell: Called with each line that its user may like to read.
+        models: Folders in which to look for the base model where it is no longer at the place that the last attempt
+            found it at.
 
     Raises:
         ArborError: there is nothing to repeat, a record of the inbox is not the one that was trained, or a step came
@@ -61,7 +64,7 @@ def replay(job_dir: Path, tell: Callable[[str], object]) -> None:
     check_inbox(job_dir, steps)
     tell(f"Repeating {len(steps)} steps of {job_dir.name}")
     compared = digests = 0
-    with scratch(job_dir) as folder, training(folder) as process:
+    with scratch(job_dir, models) as folder, training(folder) as process:
         for step in repeated(folder, process):
             before = steps.get(step.number)
             if before is None:  # of an attempt that died before it could report it
@@ -81,9 +84,8 @@ def replay(job_dir: Path, tell: Callable[[str], object]) -> None:
 def reported(job_dir: Path) -> dict[int, Step]:
     """Each step as the newest attempt that made it reported it."""
     found = {}
-    attempts = sorted((job_dir / "attempts").glob("*"), key=lambda path: int(path.name))
-    for attempt in attempts:
-        for step in steps_of(attempt / "events.jsonl"):
+    for attempt in JobDir(job_dir).attempts():
+        for step in steps_of(attempt.events):
             found[step.number] = step
     return found
 
@@ -110,7 +112,7 @@ def check_inbox(job_dir: Path, steps: dict[int, Step]) -> None:
     trained = {position: (crc, n) for n, step in steps.items() if step.fed for position, crc in step.fed.groups}
     if not trained:
         return
-    for record in whole(job_dir / "inbox", trained):
+    for record in whole(JobDir(job_dir).inbox, trained):
         crc, number = trained.pop(record.start, (record.crc, 0))
         if crc != record.crc:
             raise ArborError(
@@ -137,38 +139,61 @@ def whole(folder: Path, trained: dict[int, tuple[int, int]]) -> Iterator[rollout
 
 
 @contextlib.contextmanager
-def scratch(job_dir: Path) -> Iterator[Path]:
+def scratch(job_dir: Path, models: Sequence[Path]) -> Iterator[Path]:
     """A directory of the same job before its first attempt; the inbox's segments are the job's own files."""
-    last = max((job_dir / "attempts").glob("*"), key=lambda path: int(path.name))
-    with tempfile.TemporaryDirectory(prefix="replay-", dir=job_dir.parent.parent) as name:
-        folder = Path(name) / job_dir.name
-        attempt = folder / "attempts" / "1"
-        attempt.mkdir(parents=True)
-        shutil.copy(job_dir / "job.json", folder)
-        replace(folder / "desired", b"run", durable=False)
-        (folder / "inbox").mkdir()
-        for _, path in inbox.segments(job_dir / "inbox"):
-            os.link(path, folder / "inbox" / path.name)
-        order = decode((last / "order.json").read_bytes(), Order)
-        placement = decode((last / "placement.json").read_bytes(), Placement)
-        again = msgspec.structs.replace(order, dir=attempt, argv=(), bell=None)
-        if order.argv:
-            again = msgspec.structs.replace(again, argv=ranks_command(again, len(placement.devices), None))
-        replace(attempt / "order.json", encode(again), durable=False)
-        replace(attempt / "placement.json", encode(placement), durable=False)
-        yield folder
+    job, last = JobDir(job_dir), JobDir(job_dir).attempts()[-1]
+    document, before = read_document(job), read_order(last)
+    if before.base and not document.model:
+        before = msgspec.structs.replace(before, base=base_model(before.base, document.model_name, models))
+    trainer = load().get("trainers", document.trainer)
+    with tempfile.TemporaryDirectory(prefix="replay-", dir=job_dir.parent) as name:
+        folder = JobDir(Path(name))  # beside the job's own, because stored paths are relative to the storage directory
+        attempt = folder.attempt(1)
+        attempt.path.mkdir(parents=True)
+        shutil.copy(job.document, folder.document)
+        replace(folder.desired, b"run", durable=False)
+        folder.inbox.mkdir()
+        for _, path in inbox.segments(job.inbox):
+            os.link(path, folder.inbox / path.name)
+        placement = read_placement(last)
+        order = AttemptOrder(
+            dir=attempt.path,
+            argv=(),
+            env=before.env,
+            python=trainer.python or sys.executable,
+            entry=trainer.entry,
+            config_type=object_path(trainer.config),
+            base=before.base,
+        )
+        if before.argv:
+            order = msgspec.structs.replace(order, argv=ranks_command(order, len(placement.devices), None))
+        write_order(order, placement)
+        yield folder.path
+
+
+def base_model(found: str, name: str, models: Sequence[Path]) -> str:
+    """Where a base model is that the last attempt found at `found`.
+
+    Raises:
+        ArborError: it is not there any more, and in none of the folders.
+    """
+    if not Path(found).is_absolute() or Path(found).exists():  # a hub id
+        return found
+    for folder in models:
+        if (folder / name).is_dir():
+            return str((folder / name).absolute())
+    raise ArborError(f"the base model '{name}' is not at {found} any more: say in which folder it is with --models DIR")
 
 
 @contextlib.contextmanager
 def training(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The trainer at work in a process of its own, which is gone afterwards."""
-    attempt = folder / "attempts" / "1"
-    order = decode((attempt / "order.json").read_bytes(), Order)
-    papers = decode((folder / "job.json").read_bytes(), WorkOrder)
-    command = list(order.argv) or [order.python or sys.executable, "-m", "arbor_core.worker.main", str(attempt)]
-    env = {**clean_env(), **order.env, **threads_env(papers.threads), "PYTHONHASHSEED": "0"}
-    with (attempt / "worker.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    attempt = JobDir(folder).attempt(1)
+    order, document = read_order(attempt), read_document(attempt.job)
+    command = list(order.argv) or [order.python, "-m", "arbor_core.worker.main", "."]
+    env = {**clean_env(), **order.env, **threads_env(document.threads), "PYTHONHASHSEED": "0"}
+    with attempt.log.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=attempt.path, start_new_session=True)
     try:
         yield process
     finally:
@@ -179,7 +204,7 @@ def training(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def repeated(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[Step]:
     """The steps as they are made again, until the process ends."""
-    log, offset = folder / "attempts" / "1" / "events.jsonl", 0
+    log, offset = JobDir(folder).attempt(1).events, 0
     while True:
         ended = process.poll() is not None  # before the events: what was written before its end is then all there
         for offset, event in tail(log, offset, Event):  # noqa: B020, B007
@@ -202,7 +227,7 @@ def difference(before: Step, now: Step) -> str:
 
 
 def worker_log(folder: Path) -> str:
-    return (folder / "attempts" / "1" / "worker.log").read_text(errors="replace")[-2000:]
+    return JobDir(folder).attempt(1).log.read_text(errors="replace")[-2000:]
 
 
 def find_job(job: str, storage: Path) -> Path:
@@ -211,7 +236,7 @@ def find_job(job: str, storage: Path) -> Path:
     Raises:
         ArborError: there is none.
     """
-    for folder in (storage / "jobs" / job, Path(job)):
-        if (folder / "job.json").is_file():
-            return folder.resolve()
+    for folder in (JobDir.of(storage, job), JobDir(Path(job))):
+        if folder.document.is_file():
+            return folder.path.resolve()
     raise ArborError(f"there is no job '{job}' in {storage}: give its id and --storage DIR, or its directory")

@@ -16,16 +16,22 @@ import msgspec
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.checkpoint_requests import answered, asked
-from arbor_core.jobdir.documents import WorkOrder, desired, imported
-from arbor_core.jobdir.heartbeat import HEARTBEAT, Pulse
+from arbor_core.jobdir.documents import (
+    JobDocument,
+    import_object,
+    read_desired,
+    read_document,
+    read_order,
+    read_placement,
+)
+from arbor_core.jobdir.heartbeat import Pulse
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobdir.weights import publishing
 from arbor_core.process.resources import FIRST_WAIT, LONGEST_WAIT, is_full, wait_for_room
 from arbor_core.process.wakeup import URGENT, ring
-from arbor_core.storage.codec import decode
 from arbor_core.storage.event_log import Log
 from arbor_core.types import (
-    PROTOCOL,
-    ArborError,
+    AttemptOrder,
     Checkpoint,
     CheckpointRequest,
     ConfigT,
@@ -36,7 +42,6 @@ from arbor_core.types import (
     JobFailed,
     JobStopped,
     Level,
-    Order,
     Placement,
     Record,
 )
@@ -54,31 +59,36 @@ class WorkerRun(Generic[ConfigT]):
     """What a trainer's function is handed. See `arbor_core.types.Run`."""
 
     config: ConfigT
-    order: WorkOrder
-    attempt_dir: Path
+    document: JobDocument
+    order: AttemptOrder
     placement: Placement
-    bell: str | None = None
-    room_seconds: float = 60.0
     rank: int = 0
     world_size: int = 1
-    handled_before: int = 0
-    """Groups of rollouts that earlier attempts have handled."""
     log: Log | None = field(init=False, default=None)
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.dir, self.attempt = self.attempt_dir.parent.parent, int(self.attempt_dir.name)
-        self.work = self.attempt_dir / "work"
+        self.files = AttemptDir(self.order.dir)
+        self.job_files, self.attempt_dir, self.attempt = self.files.job, self.files.path, self.files.number
+        self.dir, self.work = self.job_files.path, self.files.work
         self.work.mkdir(exist_ok=True)
-        self.job_id, self.model, self.seed = self.order.job_id, self.order.model, self.order.seed
-        self.training_file, self.validation_file = self.order.training_file, self.order.validation_file
-        self.adapter = self.order.adapter
-        self.catching_up = CatchingUp(self.dir / "inbox", self.handled_before)
-        self.pulse = Pulse(self.attempt_dir / HEARTBEAT)
+        document = self.document
+        self.job_id, self.seed = document.job_id, document.seed
+        self.model = str(self._stored(document.model) or self.order.base)
+        self.training_file = self._stored(document.training_file) or Path(os.devnull)
+        self.validation_file = self._stored(document.validation_file)
+        self.adapter = self._stored(document.adapter)
+        self.bell, self.room_seconds = self.order.bell, self.order.room_seconds
+        self.catching_up = CatchingUp(self.job_files.inbox, self.order.handled)
+        self.pulse = Pulse(self.files.heartbeat)
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
-            self.log = Log(self.attempt_dir / "events.jsonl")
+            self.log = Log(self.files.events)
+
+    def _stored(self, path: str | None) -> Path | None:
+        """A path of the job's document: it is relative to the storage directory."""
+        return self.job_files.storage / path if path else None
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -122,7 +132,7 @@ class WorkerRun(Generic[ConfigT]):
 
     @property
     def checkpoints_dir(self) -> Path:
-        return self.dir / "checkpoints"
+        return self.job_files.checkpoints
 
     @contextmanager
     def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
@@ -173,10 +183,10 @@ class WorkerRun(Generic[ConfigT]):
             shutil.rmtree(folder)  # after the event: what is offered is there
 
     def groups(self, position: int, wait: float) -> list[Record]:
-        self.feed = self.feed or Feed(self.dir / "inbox")
+        self.feed = self.feed or Feed(self.job_files.inbox)
         self.pulse.beat()  # ready, though nobody may send anything for days
         until = None
-        if not self.catching_up.done and desired(self.dir) == "finish":
+        if not self.catching_up.done and read_desired(self.job_files) == "finish":
             until = self.catching_up.end
             wait = wait if position < until else 0
         found = self.feed.take(position, wait, until)
@@ -186,7 +196,7 @@ class WorkerRun(Generic[ConfigT]):
     @contextmanager
     def publish(self, version: int, handled: int) -> Iterator[Path]:
         name = f"{version}-{self.attempt}"
-        with publishing(self.dir / "weights", name) as folder:
+        with publishing(self.job_files.weights, name) as folder:
             yield folder
         data = {"dir": name, "version": version, "handled": handled}
         self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
@@ -197,7 +207,7 @@ class WorkerRun(Generic[ConfigT]):
         self.catching_up.handled(handled)
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
-        return asked(self.dir)
+        return asked(self.job_files)
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
         folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
@@ -207,7 +217,7 @@ class WorkerRun(Generic[ConfigT]):
         text = f"Checkpoint '{request.name}' is that of step {step}"
         self.emit(Event("checkpoint", text, step=step, data=data))
         crash_point("name_checkpoint.told")
-        answered(self.dir, request.name)
+        answered(self.job_files, request.name)
         crash_point("name_checkpoint.answered")
 
     def stop_if_asked(self) -> None:
@@ -218,7 +228,7 @@ class WorkerRun(Generic[ConfigT]):
             raise JobStopped(wanted)
 
     def desired(self) -> Desired:
-        wanted = desired(self.dir)
+        wanted = read_desired(self.job_files)
         return "run" if wanted == "finish" and not self.catching_up.done else wanted
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
@@ -230,24 +240,18 @@ RunT = TypeVar("RunT", bound=WorkerRun[Any])
 
 
 def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
-    """Read an attempt's papers.
+    """Read an attempt's documents.
 
     Raises:
         ArborError: the directory was written by another version of Arbor.
     """
-    order = decode((attempt_dir.parent.parent / "job.json").read_bytes(), WorkOrder)
-    if order.protocol != PROTOCOL:
-        raise ArborError(f"{attempt_dir} has protocol {order.protocol}, this worker speaks {PROTOCOL}")
-    placement = decode((attempt_dir / "placement.json").read_bytes(), Placement)
-    papers = decode((attempt_dir / "order.json").read_bytes(), Order)
+    attempt = AttemptDir(attempt_dir)
+    document, order = read_document(attempt.job), read_order(attempt)
     return kind(
-        config=msgspec.convert(order.config, imported(order.config_type)),
+        config=msgspec.convert(document.config, import_object(order.config_type)),
+        document=document,
         order=order,
-        attempt_dir=attempt_dir,
-        placement=placement,
-        bell=papers.bell,
-        room_seconds=papers.room_seconds,
-        handled_before=papers.handled,
+        placement=read_placement(attempt),
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )

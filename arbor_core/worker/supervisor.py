@@ -22,14 +22,14 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.layout import claimed
+from arbor_core.jobdir.documents import read_order
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.exit import leave, print_anyway
 from arbor_core.process.lifecycle import ref_of
 from arbor_core.process.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from arbor_core.process.wakeup import ring
 from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import decode
-from arbor_core.types import Exit, Order
+from arbor_core.types import AttemptOrder, Exit
 
 WAKE_SECONDS = 1.0
 NOT_OURS = 5
@@ -40,8 +40,9 @@ WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
 def keep(attempt_dir: Path) -> int:
     """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
     print_anyway()
-    order = decode((attempt_dir / "order.json").read_bytes(), Order)
-    if claimed(attempt_dir, own := ref_of(os.getpid())) != own:
+    attempt = AttemptDir(attempt_dir.absolute())
+    order = read_order(attempt)
+    if attempt.claim(own := ref_of(os.getpid())) != own:
         print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
         return NOT_OURS
     crash_point("keeper.claimed")
@@ -49,7 +50,7 @@ def keep(attempt_dir: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
-        leave(lambda: _work(attempt_dir, order, me))
+        leave(lambda: _work(order, me))
     crash_point("keeper.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
@@ -59,7 +60,7 @@ def keep(attempt_dir: Path) -> int:
     crash_point("keeper.ended")
     while True:
         try:
-            replace(attempt_dir / "exit.json", msgspec.json.encode(ended))
+            replace(attempt.exit, msgspec.json.encode(ended))
             break
         except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
             break
@@ -67,11 +68,11 @@ def keep(attempt_dir: Path) -> int:
             traceback.print_exc()
             time.sleep(WAKE_SECONDS)
     crash_point("keeper.told")
-    ring(order.bell, attempt_dir.parent.parent.name)
+    ring(order.bell, attempt.job.path.name)
     return code
 
 
-def _work(attempt_dir: Path, order: Order, keeper: int) -> int:
+def _work(order: AttemptOrder, keeper: int) -> int:
     """The child's side of the fork; the exit status."""
     os.setpgid(0, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
@@ -82,7 +83,7 @@ def _work(attempt_dir: Path, order: Order, keeper: int) -> int:
         os.execvp(order.argv[0], order.argv)  # noqa: S606 - the operator's launcher
     from .main import main
 
-    return main(attempt_dir)
+    return main(order.dir)
 
 
 def _wait(worker: int, grace: float) -> int:

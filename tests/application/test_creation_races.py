@@ -72,8 +72,11 @@ async def test_row_26_row_54_a_file_is_deleted_or_used(arbor: Arbor, param: str)
 
 
 async def test_row_116_a_model_is_deleted_or_trained_further(arbor: Arbor) -> None:
+    path = "jobs/ftjob-1/checkpoints/1-1"
+    (arbor.models.root / path).mkdir(parents=True)
+
     def add(db: Any) -> None:
-        add_model(db, name=FULL, owner="me", job_id="ftjob-1", base=BASE, base_path=BASE, path="/nowhere", kind="full")
+        add_model(db, name=FULL, owner="me", job_id="ftjob-1", base=BASE, base_path="", path=path, kind="full")
 
     await arbor.store.write(add)
     asked = CreateFineTuningJobRequest(FULL, await add_file(arbor))

@@ -10,41 +10,48 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from arbor_core import Event, ExecutorSettings, Order, Placement
+from arbor_core import AttemptOrder, Event, ExecutorSettings, Placement
 from arbor_core.builtin.executor import LocalExecutor, TemplateKey
+from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
-from arbor_core.jobdir.documents import WorkOrder
-from arbor_core.jobdir.layout import claimed
+from arbor_core.jobdir.documents import JobDocument, write_order
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
 from arbor_core.process.lifecycle import ref_of
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import PROTOCOL, Device, Exit
+from arbor_core.types import Device, Exit
 
 PLACEMENT = Placement((Device("cpu:0"),), threads=1)
 
 
-def papers(tmp_path: Path, code: str, name: str = "1", grace: float = 5.0, **changes) -> Order:
+def papers(tmp_path: Path, code: str, name: str = "1", grace: float = 5.0, **changes) -> AttemptOrder:
     """An attempt whose worker runs `code`."""
     folder = tmp_path / "ftjob-x" / "attempts" / name
     folder.mkdir(parents=True)
-    order = Order(dir=folder, argv=(sys.executable, "-c", code), env={}, python=sys.executable, grace=grace)
+    order = AttemptOrder(dir=folder, argv=(sys.executable, "-c", code), env={}, python=sys.executable, grace=grace)
     order = msgspec.structs.replace(order, **changes)
-    replace(folder / "order.json", encode(order))
+    write_order(order, Placement((), 1))
     return order
 
 
-def job_papers(order: Order, entry: str) -> Path:
-    """What the attempt's worker reads of its job; returns the path of `job.json`."""
-    replace(order.dir / "placement.json", encode(PLACEMENT))
-    data = order.dir / "data.jsonl"
-    work = WorkOrder(
-        PROTOCOL, "ftjob-x", entry, "msgspec:Struct", {}, "builtins:len", 1, "m", "m", data, None, 0, 0, {}, 1, ""
+def job_papers(order: AttemptOrder, entry: str) -> None:
+    """What the attempt's worker reads of its job."""
+    order = msgspec.structs.replace(order, entry=entry, config_type="msgspec:Struct", base="m")
+    write_order(order, PLACEMENT)
+    document = JobDocument(
+        storage="storage_x",
+        job_id="ftjob-x",
+        trainer="x",
+        config={},
+        model=None,
+        model_name="m",
+        training_file=None,
+        seed=0,
+        created_at=0,
     )
-    path = order.dir.parent.parent / "job.json"
-    replace(path, encode(work))
-    return path
+    replace(AttemptDir(order.dir).job.document, encode(document))
 
 
 def text_of(path: Path) -> str:
@@ -58,7 +65,7 @@ async def until(condition, seconds: float = 20.0):
     return value
 
 
-def ended(order: Order) -> Exit | None:
+def ended(order: AttemptOrder) -> Exit | None:
     path = order.dir / "exit.json"
     return msgspec.json.decode(path.read_bytes(), type=Exit) if path.exists() else None
 
@@ -153,7 +160,7 @@ async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
 
 async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
     order = papers(tmp_path, "open('runs','a').write('x')")
-    assert claimed(order.dir, "") == ""
+    assert AttemptDir(order.dir).revoke_claim() == ""
     ref = await executor.start(order, PLACEMENT)
     await until(lambda: not executor.poll(ref))
     assert not (order.dir / "runs").exists() and ended(order) is None
@@ -246,10 +253,10 @@ async def test_a_validator_that_is_killed_runs_again(tmp_path):
     python.write_text(f'#!/bin/sh\n[ -e struck ] || {{ touch struck; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o700)
     order = papers(tmp_path, "")
-    job_json = job_papers(order, "x:y")
+    files = FileCheck("builtins:len", 1, str(order.dir / "data.jsonl"))
     (order.dir / "data.jsonl").write_text('{"a": 1}\n' * 12)
     with contextlib.chdir(tmp_path):
-        report = await validate(job_json, str(python))
+        report = await validate(files, str(python))
     assert (tmp_path / "struck").exists()
     assert report.error is None
     assert report.rows == {"training_file": 12}
@@ -273,11 +280,18 @@ async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(exec
 
 async def test_a_validator_ends_with_the_server(tmp_path):
     order = papers(tmp_path, "")
-    job_json = job_papers(order, "x:y")
+    text = msgspec.json.encode(FileCheck("builtins:len", 1, str(order.dir / "data.jsonl"))).decode()
     os.mkfifo(order.dir / "data.jsonl")
     start = "import subprocess,sys,time; print(subprocess.Popen(sys.argv[1:]).pid,flush=True); time.sleep(999)"
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", start, sys.executable, "-m", "arbor_core.data.validator", job_json, stdout=-1
+        sys.executable,
+        "-c",
+        start,
+        sys.executable,
+        "-m",
+        "arbor_core.data.validator",
+        text,
+        stdout=-1,
     )
     pid = int(await server.stdout.readline())
     with await asyncio.to_thread((order.dir / "data.jsonl").open, "wb"):  # opens when the validator reads

@@ -24,6 +24,7 @@ from compat.calls import (
     GRPO,
     JOBS,
     TEXT,
+    UPGRADE_DEATHS,
     answer,
     get,
     here,
@@ -217,3 +218,16 @@ def test_jobs_of_real_trainers(root: Path, opened: Callable[[str], LiveServer]) 
     again = opened("real")
     old.check_reopened(again, before)
     old.check_answers(again)
+
+
+@pytest.mark.parametrize("point", UPGRADE_DEATHS)
+def test_a_server_that_dies_while_it_brings_a_storage_up_to_date(
+    point: str, root: Path, start_server: Callable[..., LiveServer]
+) -> None:
+    pytest.importorskip("arbor_mock")
+    chosen, storage = options("mock", root), root / "mock"
+    with pytest.raises(RuntimeError, match="did not start"):
+        start_server(*chosen["overrides"], storage=storage, mock=True, env={"ARBOR_CRASH_AT": point})
+    old, server = Old("mock", root), start_server(*chosen["overrides"], storage=storage, mock=True)
+    old.check_opened(server)
+    server.cancel_all()

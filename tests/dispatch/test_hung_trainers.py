@@ -20,6 +20,7 @@ from test_storage_faults import check_and_stop, create, events, steps, until
 
 from arbor_core.dispatch.monitor import Followed, Following
 from arbor_core.jobdir.heartbeat import HEARTBEAT, Pulse, Watch
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
 from arbor_core.types import Group, Rollout
@@ -84,7 +85,7 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
     attempts = SimpleNamespace(settings=SimpleNamespace(limits=limits), end_hung=lambda job: ended.append(job.id))
     following = Following(cast("Any", attempts), cast("Any", SimpleNamespace(poll=lambda ref: True)), list)
     job = cast("Any", SimpleNamespace(id="ftjob-x", ref="1", offset=0))
-    following.followed[job.id] = Followed(job, tmp_path, Watch(tmp_path / HEARTBEAT))
+    following.followed[job.id] = Followed(job, AttemptDir(tmp_path), Watch(tmp_path / HEARTBEAT))
     if begun:
         (tmp_path / HEARTBEAT).touch()
         await following.go_round()

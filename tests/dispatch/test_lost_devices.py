@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from test_storage_faults import check_and_stop, events, steps, until
 
 from arbor_core import Device
 from arbor_core.builtin.allocator import find_gpus
-from arbor_core.dispatch.outcome import Settlement
+from arbor_core.dispatch.outcome import last_word
 from arbor_core.jobdir.failure_notes import read_note
 from arbor_core.testing import JobDirectory
 
@@ -104,11 +103,10 @@ def test_row_105_the_rank_that_lost_its_device_names_it(
     monkeypatch.setenv("WORLD_SIZE", "2")
     devices = (Device("GPU-a", "cuda", 0), Device("GPU-b", "cuda", 1))
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny", devices=devices)
-    papers = job.dir / "job.json"
-    papers.write_text(json.dumps({**json.loads(papers.read_text()), "entry": "unlucky:train"}))
+    job.entry = "unlucky:train"
     assert job.attempt() == 1
     word = read_note(job.attempt_dir)
-    outcome = Settlement(cast("Any", SimpleNamespace(attempt_dir=lambda _: job.attempt_dir))).outcome(cast("Any", None))
+    outcome = last_word(job.files.attempt(job.attempts))
     if code == "device_lost":
         assert word is not None
         assert word.devices == [devices[rank].id]

@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from chaos_checks import keepers
 from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
 from live import LiveServer
 
-from arbor_core.dispatch.outcome import Settlement
+from arbor_core.dispatch.outcome import last_word
 from arbor_core.models import memory
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants
@@ -107,10 +106,9 @@ def test_row_88_memory_that_does_not_do_is_named(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RANK", str(rank))
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny")
-    papers = job.dir / "job.json"
-    papers.write_text(json.dumps({**json.loads(papers.read_text()), "entry": "hungry:train"}))
+    job.entry = "hungry:train"
     assert job.attempt() == 1
-    outcome = Settlement(cast("Any", SimpleNamespace(attempt_dir=lambda _: job.attempt_dir))).outcome(cast("Any", None))
+    outcome = last_word(job.files.attempt(job.attempts))
     assert outcome is not None
     assert outcome.type == "error"
     assert outcome.data["code"] == "out_of_memory"

@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 
-from arbor_core import ExecutorSettings, Lease, Order, Placement, PoolAllocator
+from arbor_core import AttemptOrder, ExecutorSettings, Lease, Placement, PoolAllocator
 from arbor_core.builtin.executor import LocalExecutor, TemplateKey
 from arbor_core.dispatch import dispatcher, outcome
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.dispatch.observers import Onlookers
-from arbor_core.jobdir.layout import claimed
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.queue import claim_of
 from arbor_core.jobs.records import Job, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
@@ -66,7 +66,8 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     jobs = Jobs(store)
     settings: Any = SimpleNamespace(limits=SimpleNamespace(room_seconds=60))
     nobody: Any = None
-    attempts = Attempts(jobs, nobody, nobody, Onlookers(plugins), tmp_path, settings, 1)
+    models: Any = SimpleNamespace(root=tmp_path)
+    attempts = Attempts(jobs, nobody, nobody, Onlookers(plugins), models, "storage_x", settings, 1)
     made = Dispatcher(jobs, attempts, {}, nobody, PoolAllocator({}), nobody, tmp_path / "bell")
     job = await jobs.create(
         NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
@@ -125,7 +126,7 @@ async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk
     """Its keeper has claimed the attempt; the watch on it could not be set up, say."""
     sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
     with subprocess.Popen(sleep, start_new_session=True) as keeper:
-        claimed(desk.dispatcher.attempts.attempt_dir(desk.job), ref_of(keeper.pid))
+        desk.dispatcher.attempts.attempt_dir(desk.job).claim(ref_of(keeper.pid))
         desk.faults = repeat(OSError(errno.EMFILE, "Too many open files"))
         desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
         assert (await desk.launch()).status == "paused"
@@ -140,7 +141,7 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
     executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
     key = TemplateKey(sys.executable, ("light",), None)
     template = await executor.template(key)
-    order = Order(tmp_path, (), {}, sys.executable, preload=("light",))
+    order = AttemptOrder(tmp_path, (), {}, sys.executable, preload=("light",))
 
     async def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -173,7 +174,7 @@ async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_d
         raise TimeoutError("the processes [1] were killed and do not end")
 
     released: list[str] = []
-    monkeypatch.setattr(outcome, "claimed", lambda *_: "1:1:boot")
+    monkeypatch.setattr(AttemptDir, "claim", lambda *_: "1:1:boot")
     monkeypatch.setattr(outcome, "end_strays", stuck)
     monkeypatch.setattr(desk.dispatcher, "release", released.append)
     desk.faults = repeat(RuntimeError("no"))

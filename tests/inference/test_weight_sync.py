@@ -137,7 +137,7 @@ async def test_an_ended_job_is_its_result_or_its_newest_checkpoint(world: World)
     assert found.adapter is not None
     assert (found.name, found.adapter.path, found.live) == ("ft:base:arbor::x:ckpt-step-2", str(folder), None)
     start = world.models.trainable(job.id, "me", adapters=True)
-    assert (start.name, start.path, start.adapter) == ("base", "/base", str(folder))
+    assert (start.name, start.path, start.adapter) == ("base", "/base", f"jobs/{job.id}/checkpoints/{folder.name}")
     assert world.models.list("me") == []
     fields = {"owner": "me", "base": "base", "base_path": "/base", "job_id": "x", "path": "/result"}
     await world.store.write(lambda db: add_model(db, name="ft:base:arbor::r", kind="full", **fields))
@@ -165,7 +165,8 @@ async def test_checkpoints_have_the_names_that_clients_gave(world: World) -> Non
     found = world.models.resolve(f"{job.id}:best", "me")
     assert found.adapter is not None
     assert (found.adapter.path, found.live) == (str(folder), None)
-    assert world.models.trainable(f"{job.id}:best", "me", adapters=True).adapter == str(folder)
+    start = world.models.trainable(f"{job.id}:best", "me", adapters=True)
+    assert start.adapter == f"jobs/{job.id}/checkpoints/{folder.name}"
     for name in (f"{job.id}:worst", f"{job.id}:", "ftjob-none:best", "ftjob-none"):
         with pytest.raises(ApiError, match="does not exist"):
             world.models.resolve(name, "me")

@@ -16,6 +16,7 @@ from test_lifecycle import create, events, keeper_of, until
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants, processes
 
@@ -112,7 +113,7 @@ def test_what_is_cut_short_is_seen_without_reading(tmp_path: Path) -> None:
     whole, short, changed = (committed(tmp_path, step, 1) for step in (2, 4, 6))
     (short / "deep" / "weights").write_bytes(b"12")
     (changed / "deep" / "weights").write_bytes(b"1235")
-    found = {event.data["dir"]: event.type for event in reconciled(tmp_path, 1)}
+    found = {event.data["dir"]: event.type for event in reconciled(JobDir(tmp_path).attempt(1))}
     assert found == {"2-1": "checkpoint", "4-1": "withdrawn", "6-1": "checkpoint"}
     assert [checkpoints.fault(path) is None for path in (whole, short, changed)] == [True, False, False]
 

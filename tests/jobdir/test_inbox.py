@@ -13,6 +13,7 @@ import pytest
 
 from arbor_core.jobdir import checkpoint_requests, inbox, weights
 from arbor_core.jobdir.inbox import Inbox, InboxDamagedError
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.process.wakeup import ring
 from arbor_core.types import CheckpointRequest, Group, Rollout
 from arbor_core.worker import inbox_reader
@@ -231,14 +232,14 @@ def test_published_versions_are_whole_and_few(tmp_path: Path) -> None:
 
 def test_asked_checkpoints_are_answered_in_order(tmp_path: Path) -> None:
     for name in ("best", "a.b-c_1"):
-        checkpoint_requests.ask(tmp_path, CheckpointRequest(name, {"score": 1}))
-    assert [request.name for request in checkpoint_requests.asked(tmp_path)] == ["best", "a.b-c_1"]
-    checkpoint_requests.answered(tmp_path, "best")
-    assert [request.metadata for request in checkpoint_requests.asked(tmp_path)] == [{"score": 1}]
+        checkpoint_requests.ask(JobDir(tmp_path), CheckpointRequest(name, {"score": 1}))
+    assert [request.name for request in checkpoint_requests.asked(JobDir(tmp_path))] == ["best", "a.b-c_1"]
+    checkpoint_requests.answered(JobDir(tmp_path), "best")
+    assert [request.metadata for request in checkpoint_requests.asked(JobDir(tmp_path))] == [{"score": 1}]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", ".hidden", "x" * 65, "a\0b", "ü", "a\n"])
 def test_a_checkpoints_name_becomes_no_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="expected 1 to 64"):
-        checkpoint_requests.ask(tmp_path, CheckpointRequest(name))
+        checkpoint_requests.ask(JobDir(tmp_path), CheckpointRequest(name))
     assert not (tmp_path / "asked").exists()

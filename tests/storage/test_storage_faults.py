@@ -28,6 +28,7 @@ from arbor_core.dispatch.observers import Onlookers
 from arbor_core.dispatch.outcome import Settlement
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.plugins import Plugins
@@ -253,7 +254,7 @@ def test_row_93_checkpoints_without_an_event_are_found(tmp_path: Path) -> None:
         committed(tmp_path, step, 2)
     log.append(Event("checkpoint", step=4, data={"dir": "4-2"}))
     log.append(Event("discarded", data={"dir": "6-2"}))
-    [found] = reconciled(tmp_path, 2)
+    [found] = reconciled(JobDir(tmp_path).attempt(2))
     assert (found.type, found.step, found.data) == ("checkpoint", 8, {"dir": "8-2", "metrics": {"train_loss": 1.0}})
     assert not (tmp_path / "checkpoints" / "6-2").exists(), "one that was discarded is removed"
     assert (tmp_path / "checkpoints" / "2-1").exists()
@@ -265,7 +266,7 @@ def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
     for path in (*kept, *(tmp_path / name for name in left)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-    sweep(tmp_path)
+    sweep(JobDir(tmp_path))
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
@@ -399,7 +400,8 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
     store = Store(tmp_path / "arbor.db")
     jobs = Jobs(store)
     unused: Any = None
-    starting = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, unused, 1)
+    models: Any = SimpleNamespace(root=tmp_path)
+    starting = Attempts(jobs, unused, unused, Onlookers(plugins), models, "storage_x", unused, 1)
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     await jobs.transition(job, "queued")
@@ -422,12 +424,13 @@ async def test_any_number_of_events_is_taken(tmp_path: Path, plugins: Plugins, m
     store = Store(tmp_path / "arbor.db")
     jobs, unused = Jobs(store), cast("Any", None)
     settings = cast("Any", SimpleNamespace(organization="arbor"))
-    collecting = Attempts(jobs, unused, unused, Onlookers(plugins), tmp_path, settings, 1)
+    models: Any = SimpleNamespace(root=tmp_path)
+    collecting = Attempts(jobs, unused, unused, Onlookers(plugins), models, "storage_x", settings, 1)
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     count = 1 + sys.getrecursionlimit()
-    collecting.attempt_dir(job).mkdir(parents=True)
-    (collecting.attempt_dir(job) / "events.jsonl").write_bytes(b'{"type":"message","message":"again"}\n' * count)
+    collecting.attempt_dir(job).path.mkdir(parents=True)
+    collecting.attempt_dir(job).events.write_bytes(b'{"type":"message","message":"again"}\n' * count)
     await collecting.collect(job)
     assert sum(event.message == "again" for event in jobs.events(job.id, 9999)) == count
     store.close()

@@ -32,7 +32,7 @@ SERVER = [
     "upload.written",
     "upload.stored",
     "job.created",
-    "job.papers",
+    "job.document",
     "job.queued",
     "job.pause",
     "job.run",

@@ -20,6 +20,8 @@ import msgspec
 
 from arbor_core import (
     MANIFEST,
+    AttemptDir,
+    AttemptOrder,
     Checkpoint,
     Event,
     ExecutorSettings,
@@ -27,10 +29,8 @@ from arbor_core import (
     JobFailed,
     JobStopped,
     Manifest,
-    Order,
     Placement,
     WorkerRun,
-    claimed,
     explain,
     fail,
     manifest,
@@ -66,14 +66,14 @@ class SimulatedRun(WorkerRun[MockConfig]):
 
     def emit(self, event: Event) -> None:
         event.at = time.time()
-        with (self.attempt_dir / "events.jsonl").open("ab", buffering=0) as file:
+        with self.files.events.open("ab", buffering=0) as file:
             file.write(msgspec.json.encode(event) + b"\n")
         ring(self.bell, self.job_id)
 
     @contextmanager
     def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
-        folder = self.dir / "checkpoints" / name
+        folder = self.checkpoints_dir / name
         temporary = folder.with_name(f"{name}.tmp")
         temporary.mkdir(parents=True)
         yield temporary
@@ -84,7 +84,7 @@ class SimulatedRun(WorkerRun[MockConfig]):
         self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
 
     def last_checkpoint(self) -> Checkpoint | None:
-        for folder in newest_first(self.dir / "checkpoints"):
+        for folder in newest_first(self.checkpoints_dir):
             if said := manifest(folder):
                 return Checkpoint(said.step, folder, said.metrics)
         return None
@@ -101,9 +101,9 @@ class SimulatedExecutor:
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
         """There is nothing to warm up."""
 
-    async def start(self, order: Order, placement: Placement) -> str:
+    async def start(self, order: AttemptOrder, placement: Placement) -> str:
         ref = f"mock:{order.dir.parent.parent.name}:{order.dir.name}"
-        if await self.call(claimed, order.dir, ref) == ref:
+        if await self.call(AttemptDir(order.dir).claim, ref) == ref:
             task = self.tasks[ref] = asyncio.create_task(self._keep(ref, order))
             task.add_done_callback(lambda _: self.tasks.pop(ref, None))
         return ref
@@ -136,7 +136,7 @@ class SimulatedExecutor:
             await asyncio.wait([called])
             raise
 
-    async def _keep(self, ref: str, order: Order) -> None:
+    async def _keep(self, ref: str, order: AttemptOrder) -> None:
         """Be the attempt's worker, then its keeper."""
         try:
             code = await self._work(order.dir)
@@ -144,7 +144,7 @@ class SimulatedExecutor:
             if ref not in self.signals:
                 raise
             code = -self.signals.pop(ref)
-        await self.call(end, order.dir, code)
+        await self.call(end, AttemptDir(order.dir), code)
         ring(order.bell, order.dir.parent.parent.name)
 
     async def _work(self, attempt_dir: Path) -> int:
@@ -173,10 +173,10 @@ class SimulatedExecutor:
         return 1
 
 
-def end(attempt_dir: Path, code: int) -> None:
+def end(attempt: AttemptDir, code: int) -> None:
     """Tidy up and write how the attempt ended."""
-    shutil.rmtree(attempt_dir / "work", ignore_errors=True)
-    replace(attempt_dir / "exit.json", msgspec.json.encode(Exit(code, time.time())), durable=False)
+    shutil.rmtree(attempt.work, ignore_errors=True)
+    replace(attempt.exit, msgspec.json.encode(Exit(code, time.time())), durable=False)
 
 
 def die(number: int) -> None:

@@ -17,12 +17,11 @@ import msgspec
 import pytest
 from arbor_mock import arbor_trainers
 
-from arbor_core import Device, EngineSpec, Event, Order, Placement
+from arbor_core import AttemptOrder, Device, EngineSpec, Event, Placement
 from arbor_core.config.compose import load_yaml
 from arbor_core.engine import EngineProcess
-from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.storage.event_log import tail
-from arbor_core.types import PROTOCOL
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 MODEL = "mock/tiny"
@@ -33,6 +32,7 @@ class JobFolder:
     """A job's directory, and its attempts."""
 
     dir: Path
+    trainer: str = "mock"
     attempts: int = 0
     codes: list[int] = field(default_factory=list)
 
@@ -44,10 +44,10 @@ class JobFolder:
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
-        order = Order(dir=folder, argv=(), env={}, python=sys.executable)
-        (folder / "order.json").write_bytes(msgspec.json.encode(order, enc_hook=str))
-        placement = Placement((Device("mock:0", "mock"),), 1)
-        (folder / "placement.json").write_bytes(msgspec.json.encode(placement))
+        trainer = arbor_trainers()[self.trainer]
+        names = {"entry": trainer.entry, "config_type": object_path(trainer.config)}
+        order = AttemptOrder(dir=folder, argv=(), env={}, python=sys.executable, base=MODEL, **names)
+        write_order(order, Placement((Device("mock:0", "mock"),), 1))
         with (folder / "worker.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "arbor_core.worker.main", str(folder)], stdout=log, stderr=log
@@ -76,26 +76,20 @@ def job(tmp_path: Path) -> Callable[..., JobFolder]:
             "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "three words here"}]
         }
         data.write_text("".join(json.dumps(message) + "\n" for _ in range(rows)))
-        order = WorkOrder(
-            protocol=PROTOCOL,
+        order = JobDocument(
+            storage="storage_x",
             job_id=folder.name,
-            entry=arbor_trainers()[trainer].entry,
-            config_type=f"arbor_mock:{arbor_trainers()[trainer].config.__name__}",
+            trainer=trainer,
             config={**load_yaml(CONF / "trainer" / f"{trainer}.yaml"), **values},
-            check_row="arbor_mock.rows:check_row",
-            min_rows=10,
-            model=MODEL,
+            model=None,
             model_name=MODEL,
-            training_file=data,
-            validation_file=data if validation else None,
+            training_file=str(data),
+            validation_file=str(data) if validation else None,
             seed=seed,
             created_at=time.time(),
-            versions={},
-            threads=1,
-            cpu="",
         )
         (folder / "job.json").write_bytes(msgspec.json.encode(order, enc_hook=str))
-        return JobFolder(folder)
+        return JobFolder(folder, trainer)
 
     return make
 

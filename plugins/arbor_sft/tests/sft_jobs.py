@@ -19,11 +19,11 @@ from arbor_sft import SftConfig
 
 from arbor_core.config.compose import load_yaml, merged
 from arbor_core.config.convert import typed
-from arbor_core.jobdir.documents import WorkOrder
+from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
 from arbor_core.testing import device
-from arbor_core.types import PROTOCOL, Event, Order, Placement
+from arbor_core.types import AttemptOrder, Event, Placement
 
 ENV = {
     "OMP_NUM_THREADS": "1",
@@ -65,23 +65,17 @@ class Job:
 
     def __post_init__(self) -> None:
         self.dir.mkdir(parents=True)
-        order = WorkOrder(
-            protocol=PROTOCOL,
+        order = JobDocument(
+            storage="storage_x",
             job_id="ftjob-test",
-            entry=self.entry,
-            config_type="arbor_sft:SftConfig",
+            trainer="sft",
             config=merged(DEFAULTS, self.hyperparameters),
-            check_row="arbor_core.data.rows:check_chat_row",
-            min_rows=1,
-            model=str(self.model),
+            model=None,
             model_name="tiny",
-            training_file=self.training_file,
-            validation_file=self.validation_file,
+            training_file=str(self.training_file),
+            validation_file=str(self.validation_file) if self.validation_file else None,
             seed=self.seed,
             created_at=time.time(),
-            versions={},
-            threads=1,
-            cpu="",
         )
         (self.dir / "job.json").write_bytes(encode(order))
 
@@ -90,9 +84,9 @@ class Job:
         self.attempts += 1
         folder = self.dir / "attempts" / str(self.attempts)
         folder.mkdir(parents=True)
-        placement = Placement((device(),), 1, self.share)
-        (folder / "placement.json").write_bytes(encode(placement))
-        (folder / "order.json").write_bytes(encode(Order(folder, (), {}, sys.executable)))
+        names = {"entry": self.entry, "config_type": "arbor_sft:SftConfig"}
+        order = AttemptOrder(folder, (), {}, sys.executable, base=str(self.model), **names)
+        write_order(order, Placement((device(),), 1, self.share))
         return Cold(folder, ranks) if cold or ranks > 1 else Fork(folder)
 
     def attempt(self, *, cold: bool = False) -> int:
