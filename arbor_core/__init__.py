@@ -7,7 +7,7 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
 their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the worker's side of a job
 directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `manifest`, `newest_first`, `replace`) and its
-server's bell (`ring`).
+server's bell (`wake`).
 """
 
 from importlib import import_module
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
     from .jobdir.layout import AttemptDir
-    from .process.wakeup import ring
+    from .process.wakeup import wake
     from .storage.atomic import replace
     from .worker.failures import explain, fail
     from .worker.run import WorkerRun, open_run
@@ -85,7 +85,7 @@ LAZY = {
     "manifest": "jobdir.checkpoints",
     "newest_first": "jobdir.checkpoints",
     "AttemptDir": "jobdir.layout",
-    "ring": "process.wakeup",
+    "wake": "process.wakeup",
     "replace": "storage.atomic",
     "explain": "worker.failures",
     "fail": "worker.failures",
@@ -164,5 +164,5 @@ __all__ = [
     "open_run",
     "read_rows",
     "replace",
-    "ring",
+    "wake",
 ]

@@ -127,7 +127,7 @@ async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict
         system.dispatcher.wake()
         async with system.engines.using(system.models.resolve(job.id, "me")):
             rows = [await one(system, job.id, model / "update", number) for number in range(1, versions + 1)]
-        await system.jobs.ask(job.id, "cancel")
+        await system.jobs.set_desired(job.id, "cancel")
         system.dispatcher.wake(job.id)
         while (found := system.jobs.get(job.id)) and found.status != "cancelled":  # noqa: ASYNC110 - a status is a row
             await asyncio.sleep(0.02)

@@ -82,7 +82,7 @@ async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
         word = {"cancel": "cancelled", "pause": "paused", "run": "resumed"}.get(desired, desired)
         message = f"Job {job.id} cannot be {word}: it has {job.status}."
         raise ApiError(400, message, "invalid_job_state")
-    asked = await arbor.jobs.ask(job.id, desired) or job
+    asked = await arbor.jobs.set_desired(job.id, desired) or job
     if asked.status in ("queued", "paused") or (asked.desired == "cancel" and asked.status == "validating_files"):
         await arbor.dispatcher.settle_idle(asked)
     arbor.dispatcher.wake(job.id)

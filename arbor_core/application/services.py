@@ -11,10 +11,10 @@ import msgspec
 
 from arbor_core.config.convert import typed
 from arbor_core.jobdir import checkpoint_requests
-from arbor_core.jobs.policies import name_checkpoint, named_checkpoints, named_sizes, policy_of
+from arbor_core.jobs.policies import name_checkpoint, named_checkpoint_sizes, named_checkpoints, newest_policy
 from arbor_core.jobs.records import Job
 from arbor_core.models.catalog import strip_provider
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.rollouts.session import Live
 from arbor_core.types import NO_RETRY, TERMINAL, ApiError, CheckpointRequest, Desired, NamedCheckpoint, Policy
 
@@ -42,7 +42,7 @@ class ServerServices:
         return self.arbor.trainers[self.arbor.plugins.trainer_for(method, self.arbor.default_trainer)].values
 
     def newest(self, owner: str) -> str:
-        if job_id := self.arbor.jobs.newest_learner(owner):
+        if job_id := self.arbor.jobs.newest_rollout_job(owner):
             return job_id
         raise ApiError(400, "There is no job that learns from rollouts: initialize one.", "invalid_job_state", "job_id")
 
@@ -72,7 +72,7 @@ class ServerServices:
             job = found(self.arbor, job_id, owner)
 
     async def changed(self, job_id: str, owner: str, seconds: float) -> None:
-        await self.arbor.jobs.changes.wait(found(self.arbor, job_id, owner).id, seconds)
+        await self.arbor.jobs.subscriptions.wait(found(self.arbor, job_id, owner).id, seconds)
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
         job = self._learner(job_id, owner) if desired == "finish" else found(self.arbor, job_id, owner)
@@ -89,7 +89,7 @@ class ServerServices:
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
     def policy(self, job_id: str, owner: str) -> Policy:
-        return policy_of(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
+        return newest_policy(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
 
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
@@ -128,7 +128,7 @@ class ServerServices:
             ApiError: 400: there are too many, or too much is kept with them.
         """
         folder = self.arbor.dispatcher.attempts.dir(job)
-        sizes = named_sizes(self.arbor.store, job.id) | checkpoint_requests.sizes(folder)
+        sizes = named_checkpoint_sizes(self.arbor.store, job.id) | checkpoint_requests.sizes(folder)
         sizes[request.name] = len(msgspec.json.encode(request.metadata))
         if len(sizes) > NAMED:
             message = f"Invalid 'checkpoint_name': job {job.id} has {NAMED} named checkpoints. Give one of them anew."
@@ -144,7 +144,7 @@ class ServerServices:
             raise ApiError(400, message, "invalid_job_state", "job_id")
         folder = self.arbor.dispatcher.attempts.dir(job)
         path = checkpoint_requests.ask(folder, request)
-        ring(folder.inbox_bell, "")
+        wake(folder.inbox_bell, "")
         return path
 
     def checkpoints(self, job_id: str, owner: str) -> list[NamedCheckpoint]:

@@ -101,7 +101,7 @@ def prepare(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str) -> tuple
     start = arbor.models.trainable(body.model, owner, adapters=learner.adapters)
     check_files(arbor, body, owner, rollouts=learner.rollouts)
     check_devices(arbor, body.num_gpus)
-    check_queue(arbor, arbor.jobs.waiting() + 1)
+    check_queue(arbor, arbor.jobs.count_waiting() + 1)
     keep_start(arbor, start)
     spec = JobSpec(
         trainer=trainer,
@@ -131,7 +131,7 @@ def check_again(arbor: Arbor, body: CreateFineTuningJobRequest, owner: str, *, r
     if body.model.startswith("ft:"):  # a base model is the operator's, and a job's checkpoints stay
         arbor.models.trainable(body.model, owner, adapters=True)
     check_files(arbor, body, owner, rollouts=rollouts)
-    check_queue(arbor, arbor.jobs.waiting())
+    check_queue(arbor, arbor.jobs.count_waiting())
 
 
 def chosen(arbor: Arbor, body: CreateFineTuningJobRequest) -> tuple[str, str]:

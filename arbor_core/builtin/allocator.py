@@ -12,7 +12,16 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from arbor_core import ids
-from arbor_core.types import AllocatorSettings, ArborError, Claim, Device, DevicesLostError, Lease, needs, pool_of
+from arbor_core.types import (
+    AllocatorSettings,
+    ArborError,
+    Claim,
+    Device,
+    DevicesLostError,
+    Lease,
+    devices_by_pool,
+    pool_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +64,7 @@ class PoolAllocator:
     def _hold(self, lease: Lease) -> None:
         self.leases[lease.id] = lease
         for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
-            self.held.setdefault(pool_of(bundle.role), set()).update(device.id for device in devices)
+            self.held.setdefault(pool_for(bundle.role), set()).update(device.id for device in devices)
 
     async def acquire(self, claim: Claim) -> Lease:
         if refusal := self._refusal(claim):
@@ -73,7 +82,7 @@ class PoolAllocator:
 
     def _refusal(self, claim: Claim) -> ArborError | None:
         """Why a claim does not fit these pools, however long it waits; None: it does."""
-        for pool, count in needs(claim).items():
+        for pool, count in devices_by_pool(claim).items():
             have, gone = len(self.pools.get(pool, ())), self.gone.get(pool, ())
             if count > have:
                 text = f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}"
@@ -85,7 +94,7 @@ class PoolAllocator:
     def release(self, lease: Lease) -> None:
         if self.leases.pop(lease.id, None):
             for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
-                self.held[pool_of(bundle.role)].difference_update(device.id for device in devices)
+                self.held[pool_for(bundle.role)].difference_update(device.id for device in devices)
             self._grant()
 
     def _grant(self) -> None:
@@ -105,7 +114,7 @@ class PoolAllocator:
         free: dict[str, list[Device]] = {}
         chosen: list[tuple[Device, ...]] = []
         for bundle in claim.bundles:
-            name = pool_of(bundle.role)
+            name = pool_for(bundle.role)
             pool = free.setdefault(name, self._free(name))
             fitting = [device for device in pool if bundle.kind in (None, device.kind)][: bundle.count]
             if len(fitting) < bundle.count:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.process.lifecycle import end, ref_of
-from arbor_core.process.resources import shortage
-from arbor_core.process.wakeup import short
+from arbor_core.process.lifecycle import process_ref, terminate
+from arbor_core.process.resources import resource_shortage
+from arbor_core.process.wakeup import short_address
 from arbor_core.types import AttemptOrder, ExecutorSettings, Placement
 
 log = logging.getLogger(__name__)
@@ -69,9 +69,9 @@ class LocalExecutor:
         if self.launcher == "warm" and forkable and key not in self.faults:
             try:
                 pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
-                return ref_of(pid)
+                return process_ref(pid)
             except OSError as error:  # the template has died, or never came up
-                if shortage(error):  # of ours: that is no fault of the template, and a cold start would fail too
+                if resource_shortage(error):  # no fault of the template: a cold start would fail too
                     raise
                 self._discard(key)
                 log.warning("starting cold: the template of %s is not usable: %s", order.preload, error)
@@ -97,7 +97,7 @@ class LocalExecutor:
         waiter = asyncio.create_task(process.wait())  # so that it is reaped
         self.children.add(waiter)
         waiter.add_done_callback(self.children.discard)
-        return ref_of(process.pid)
+        return process_ref(process.pid)
 
     def template(self, key: TemplateKey) -> asyncio.Task[Template]:
         task = self.templates.get(key)
@@ -140,7 +140,7 @@ class LocalExecutor:
         if said != b"ready\n":
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), 1.0)  # it closed its output: it ends by itself
-            await end(process)
+            await terminate(process)
             if process.returncode == -signal.SIGKILL:  # somebody's deed, and no fault of the libraries
                 raise ConnectionResetError(f"the template of {', '.join(key.preload)} was killed")
             lines = report.read_text(errors="replace").strip().splitlines()
@@ -149,7 +149,7 @@ class LocalExecutor:
         return Template(process, socket)
 
     async def _fork(self, template: Template, order: AttemptOrder, env: Mapping[str, str]) -> int:
-        with short(template.socket) as address:
+        with short_address(template.socket) as address:
             reader, writer = await asyncio.open_unix_connection(address)
         try:
             request = {"dir": str(order.dir), "env": dict(env), "log": str(AttemptDir(order.dir).log)}
@@ -165,7 +165,7 @@ class LocalExecutor:
     def poll(self, ref: str) -> bool:
         """Whether the attempt's keeper lives."""
         pid, _, _ = ref.partition(":")
-        return bool(ref) and ref_of(int(pid)) == ref
+        return bool(ref) and process_ref(int(pid)) == ref
 
     def signal(self, ref: str, number: int) -> None:
         if self.poll(ref):

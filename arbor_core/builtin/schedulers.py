@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from arbor_core.types import Plan, QueuedJob, RunningJob, Snapshot, needs
+from arbor_core.types import Plan, QueuedJob, RunningJob, Snapshot, devices_by_pool
 
 STARTS_PER_POINT = 10
 """A queued job moves up by one point of priority whenever so many attempts of others have been started."""
@@ -20,7 +20,7 @@ class FifoScheduler:
         free = dict(snapshot.free)
         start: list[str] = []
         for job in sorted(snapshot.queued, key=lambda job: job.seq):
-            wanted = needs(job.claim)
+            wanted = devices_by_pool(job.claim)
             if not fits(wanted, free):
                 break
             take(wanted, free)
@@ -44,13 +44,13 @@ class PriorityScheduler:
         soon = dict(snapshot.free)  # what is free once those that stop have stopped
         for job in snapshot.running:
             if job.stopping:
-                give(needs(job.claim), soon)
+                give(devices_by_pool(job.claim), soon)
         staying = [job for job in snapshot.running if not job.stopping]
         start: list[str] = []
         preempt: list[str] = []
         held_back = False
         for waiting in sorted(snapshot.queued, key=lambda job: (-rank(job), job.seq)):
-            wanted = needs(waiting.claim)
+            wanted = devices_by_pool(waiting.claim)
             if not held_back and fits(wanted, free):
                 take(wanted, free)
                 start.append(waiting.id)
@@ -62,7 +62,7 @@ class PriorityScheduler:
                 if paused is None:
                     break  # those behind wait for this one
                 for job in paused:
-                    give(needs(job.claim), soon)
+                    give(devices_by_pool(job.claim), soon)
                     staying.remove(job)
                     preempt.append(job.id)
             take(wanted, soon)
@@ -99,13 +99,13 @@ def covered(missing: Mapping[str, int], jobs: Iterable[RunningJob]) -> bool:
     """Whether these jobs hold what is missing."""
     freed: dict[str, int] = {}
     for job in jobs:
-        give(needs(job.claim), freed)
+        give(devices_by_pool(job.claim), freed)
     return fits(missing, freed)
 
 
 def useful(job: RunningJob, missing: Mapping[str, int]) -> int:
     """How many of the missing devices a job holds."""
-    held = needs(job.claim)
+    held = devices_by_pool(job.claim)
     return sum(min(count, held.get(pool, 0)) for pool, count in missing.items())
 
 

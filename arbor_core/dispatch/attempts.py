@@ -20,12 +20,12 @@ from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
 from arbor_core.jobdir.documents import JobDocument, object_path, read_document, write_order
 from arbor_core.jobdir.layout import AttemptDir, JobDir
-from arbor_core.jobs.policies import policy_of
+from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
-from arbor_core.jobs.repository import Jobs, row_of
+from arbor_core.jobs.repository import Jobs, read_job
 from arbor_core.models.catalog import Models, ft_name
-from arbor_core.process.cpu import holding, instruction_set
-from arbor_core.process.wakeup import ring
+from arbor_core.process.cpu import instruction_set, instruction_set_env
+from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
@@ -113,7 +113,7 @@ class Attempts:
         order = AttemptOrder(
             dir=folder.path,
             argv=(),
-            env=holding(document.cpu, instruction_set({})),
+            env=instruction_set_env(document.cpu, instruction_set({})),
             python=self.python(trainer),
             entry=trainer.entry,
             config_type=object_path(trainer.config),
@@ -123,7 +123,7 @@ class Attempts:
             launcher=self.settings.launcher,
             bell=str(bell),
             room_seconds=self.settings.limits.room_seconds,
-            handled=policy_of(self.jobs.store, job.id)[0].handled,
+            handled=newest_policy(self.jobs.store, job.id)[0].handled,
         )
         if trainer.ranks and len(placement.devices) > 1:
             argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
@@ -140,7 +140,7 @@ class Attempts:
     async def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
         await asyncio.to_thread(self.write_desired, job)
-        ring(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
+        wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)
@@ -214,7 +214,7 @@ class Attempts:
 
         def change(db: sqlite3.Connection) -> Job | None:
             db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
-            return row_of(db, job.id)
+            return read_job(db, job.id)
 
         return await self.jobs.store.write(change)
 

@@ -18,12 +18,12 @@ import msgspec
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.cleanup import sweep
 from arbor_core.jobs.leases import keep_lease
-from arbor_core.jobs.queue import Line, claim_of
+from arbor_core.jobs.queue import JobQueue, training_claim
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
 from arbor_core.jobs.states import idle_target
-from arbor_core.process.resources import is_full, shortage
-from arbor_core.process.wakeup import Bell
+from arbor_core.process.resources import is_disk_full, resource_shortage
+from arbor_core.process.wakeup import WakeupSocket
 from arbor_core.types import (
     Allocator,
     ArborError,
@@ -65,7 +65,7 @@ class Dispatcher:
     ) -> None:
         self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
         self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
-        self.line = Line(jobs.store)
+        self.queue = JobQueue(jobs.store)
         self.checking = Checking(jobs, attempts, executor, trainers)
         self.following = Following(attempts, executor, allocator.set_aside)
         self.leases: dict[str, Lease] = {}
@@ -79,8 +79,8 @@ class Dispatcher:
     def wake(self, job_id: str | None = None) -> None:
         """Something changed, for this job or for what can start: look now instead of at the next poll."""
         if job_id:
-            self.checking.ring(job_id)
-            self.following.ring(job_id)
+            self.checking.wake(job_id)
+            self.following.wake(job_id)
         self.awake.set()
 
     def release(self, job_id: str) -> None:
@@ -92,7 +92,7 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Work until cancelled. Attempts go on without us."""
-        bell = Bell(self.bell, self.following.ring)
+        bell = WakeupSocket(self.bell, self.following.wake)
         patrol = asyncio.create_task(self.following.patrol())
         try:
             await self._restore()
@@ -119,7 +119,7 @@ class Dispatcher:
     async def _restore(self) -> None:
         """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
         await asyncio.to_thread(self._sweep)
-        self.running = {job.id: job for job in self.line.running()}
+        self.running = {job.id: job for job in self.queue.running()}
         for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
             if row["owner"] in self.running:
                 lease = msgspec.json.decode(row["lease"], type=Lease)
@@ -132,7 +132,7 @@ class Dispatcher:
 
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
-        for job in self.line.out_of_place():
+        for job in self.queue.out_of_place():
             if job.id not in self.tasks:
                 await self.settle_idle(job)
         for job_id in self.jobs.ids_with_status("validating_files", CHECKED):
@@ -171,7 +171,7 @@ class Dispatcher:
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
         await self._set_aside()
-        first = await asyncio.to_thread(self.line.front, LINE, self.pool, list(self.trainers))
+        first = await asyncio.to_thread(self.queue.next_jobs, LINE, self.pool, list(self.trainers))
         line = [job for job in first if job.id not in self.tasks]
         if not line:
             return
@@ -185,11 +185,11 @@ class Dispatcher:
         waiting = [job.id for job in line if job.id not in self.waiting_told and job.id not in plan.start]
         if waiting:
             self.waiting_told.update(waiting)
-            await self.jobs.note(Event("message", "Waiting for a device"), *waiting)
+            await self.jobs.add_event(Event("message", "Waiting for a device"), *waiting)
 
     def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
         running = dict(self.running)
-        for job_id in self.line.stopping() & running.keys():
+        for job_id in self.queue.stopping() & running.keys():
             running[job_id] = msgspec.structs.replace(running[job_id], stopping=True)
         return Snapshot(tuple(line), tuple(running.values()), dict(self.allocator.free()))
 
@@ -200,11 +200,11 @@ class Dispatcher:
         if pool == self.pool:
             return
         self.pool = pool
-        for job in self.line.left_out(pool, list(self.trainers)):
+        for job in self.queue.unschedulable(pool, list(self.trainers)):
             reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
             if job.spec.trainer not in self.trainers:
                 reason = f"the trainer '{job.spec.trainer}' is not installed any more"
-            await self.jobs.note(Event("message", f"This job cannot start here: {reason}", "warn"), job.id)
+            await self.jobs.add_event(Event("message", f"This job cannot start here: {reason}", "warn"), job.id)
 
     async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
@@ -214,7 +214,7 @@ class Dispatcher:
         trainer = self.trainers[job.spec.trainer]
         try:
             async with asyncio.timeout(POLL_SECONDS):
-                lease = await self.allocator.acquire(claim_of(job.id, job.spec.devices))
+                lease = await self.allocator.acquire(training_claim(job.id, job.spec.devices))
         except (TimeoutError, DevicesLostError):  # somebody else took the devices, or they are gone: plan again
             return
         except ArborError as error:
@@ -269,7 +269,7 @@ class Dispatcher:
             try:
                 return await self.attempts.start(job, trainer, lease, self.bell)
             except OSError as error:
-                may_pass = is_full(error, self.attempts.root) or shortage(error)
+                may_pass = is_disk_full(error, self.attempts.root) or resource_shortage(error)
                 if not may_pass or time.monotonic() > until:
                     raise
                 log.warning("job %s: attempt %d waits to be started: %s", job.id, job.attempt, error)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.heartbeat import Watch
+from arbor_core.jobdir.heartbeat import HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.records import Job
 from arbor_core.process.wakeup import URGENT
@@ -39,7 +39,7 @@ class Followed:
     job: Job
     """As it was seen last."""
     files: AttemptDir
-    watch: Watch
+    watch: HeartbeatMonitor
     bell: asyncio.Event = field(default_factory=asyncio.Event)
     urgent: bool = False
     """Clients wait for what it has written: it is taken at once."""
@@ -62,7 +62,7 @@ class Following:
         self.settlement = Settlement(attempts, set_aside)
         self.followed: dict[str, Followed] = {}
 
-    def ring(self, said: str) -> None:
+    def wake(self, said: str) -> None:
         """Look at an attempt now, if it is followed. `said`: the job's id, and URGENT where clients wait."""
         job_id = said.removesuffix(URGENT)
         if found := self.followed.get(job_id):
@@ -72,7 +72,7 @@ class Following:
     async def follow(self, job: Job) -> None:
         """Take an attempt's events until it has ended, then settle its job."""
         folder = self.attempts.attempt_dir(job)
-        followed = self.followed[job.id] = Followed(job, folder, Watch(folder.heartbeat))
+        followed = self.followed[job.id] = Followed(job, folder, HeartbeatMonitor(folder.heartbeat))
         try:
             while await self._goes_on(followed):
                 await followed.bell.wait()
@@ -135,17 +135,17 @@ class Following:
                 one.bell.set()
             if self._hangs(one.watch):
                 self.attempts.end_hung(one.job)
-                one.watch = Watch(one.watch.path)
+                one.watch = HeartbeatMonitor(one.watch.path)
 
-    def _hangs(self, watch: Watch) -> bool:
+    def _hangs(self, watch: HeartbeatMonitor) -> bool:
         """Whether an attempt has shown no sign of life for too long. One look is too few: it may have come late."""
         limits = self.attempts.settings.limits
-        allowed = limits.heartbeat_seconds if watch.begun else limits.start_seconds
+        allowed = limits.heartbeat_seconds if watch.started else limits.start_seconds
         return watch.missed * PATROL_SECONDS > max(allowed, PATROL_SECONDS)
 
 
 def looked_at(followed: Iterable[Followed]) -> list[bool]:
     """Look at the heartbeat of each; whether it has news."""
     for one in followed:
-        one.watch.look()
+        one.watch.check()
     return [one.has_news() for one in followed]

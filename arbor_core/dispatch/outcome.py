@@ -21,8 +21,8 @@ from arbor_core.jobdir.layout import AttemptDir, checkpoint_path
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
-from arbor_core.process.lifecycle import end_strays
-from arbor_core.process.resources import is_full, shortage
+from arbor_core.process.lifecycle import kill_session
+from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.storage.event_log import tail
 from arbor_core.types import Event, Exit
 
@@ -61,7 +61,7 @@ class Settlement:
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
         if keeper := await asyncio.to_thread(self.attempts.attempt_dir(job).revoke_claim):
-            await asyncio.to_thread(end_strays, keeper)
+            await asyncio.to_thread(kill_session, keeper)
         await asyncio.to_thread(sweep, self.attempts.dir(job))
         if job.desired == "cancel":
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
@@ -76,7 +76,7 @@ class Settlement:
     async def tidied(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
         if ended is None and (keeper := self.attempts.attempt_dir(job).revoke_claim()):  # it was killed
-            await asyncio.to_thread(end_strays, keeper)
+            await asyncio.to_thread(kill_session, keeper)
             job = await self.attempts.collect(job)  # its worker may have written until now
         await asyncio.to_thread(sweep, self.attempts.dir(job))
         if missed := await asyncio.to_thread(reconciled, self.attempts.attempt_dir(job)):
@@ -205,10 +205,10 @@ class Settlement:
         Any other fault of it will not mend itself."""
         await asyncio.to_thread(give_up, self.attempts.attempt_dir(job))
         code = None
-        if isinstance(error, OSError) and is_full(error, self.attempts.root):
+        if isinstance(error, OSError) and is_disk_full(error, self.attempts.root):
             code = "insufficient_storage"
             message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
-        elif isinstance(error, OSError) and (what := shortage(error)):
+        elif isinstance(error, OSError) and (what := resource_shortage(error)):
             code = "insufficient_resources"
             message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
         if code:
@@ -255,7 +255,7 @@ def give_up(attempt: AttemptDir) -> None:
     """
     try:
         if keeper := attempt.revoke_claim():
-            end_strays(keeper)
+            kill_session(keeper)
     except TimeoutError:  # it may still hold a device: nobody else may have that yet
         raise
     except OSError as error:

@@ -29,7 +29,7 @@ class Checking:
         self.validators = Validators()
         self.rung: dict[str, asyncio.Event] = {}
 
-    def ring(self, job_id: str) -> None:
+    def wake(self, job_id: str) -> None:
         """Something is asked of a job that may be in validation."""
         if found := self.rung.get(job_id):
             found.set()

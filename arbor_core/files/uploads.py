@@ -17,7 +17,7 @@ import msgspec
 
 from arbor_core import ids
 from arbor_core.crash_points import crash_point
-from arbor_core.process.resources import FULL
+from arbor_core.process.resources import DISK_FULL_ERRNOS
 from arbor_core.storage.atomic import sync_folder
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, not_found
 
@@ -211,7 +211,7 @@ class Uploads:
             require_pending(self._current(upload))  # it was cancelled meanwhile
             raise damaged(upload) from None
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL_ERRNOS:
                 raise no_room(str(error)) from error
             raise
         finally:

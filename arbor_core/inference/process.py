@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.process.lifecycle import end, end_strays, ref_of
+from arbor_core.process.lifecycle import kill_session, process_ref, terminate
 from arbor_core.types import ArborError, EngineSpec, Weights
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class EngineProcess:
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):  # a full disk must not keep an engine from serving
-            (spec.dir / REF).write_text(ref_of(process.pid))
+            (spec.dir / REF).write_text(process_ref(process.pid))
         try:
             async with asyncio.timeout(seconds):
                 while not ready.exists():
@@ -77,7 +77,7 @@ class EngineProcess:
                         raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
                     await asyncio.sleep(POLL_SECONDS)
         except BaseException as error:
-            await end(process)
+            await terminate(process)
             if isinstance(error, TimeoutError):
                 raise ArborError(f"the engine of '{spec.model}' did not start in {seconds:.0f} s") from None
             raise
@@ -119,11 +119,11 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """End the process and everything it started."""
-        await end(self.process)
+        await terminate(self.process)
 
     async def kill(self) -> None:
         """End the process and everything it started, at once: one that hangs is deaf to SIGTERM."""
-        await end(self.process, 0)
+        await terminate(self.process, 0)
 
     async def _post(self, path: str, body: Mapping[str, str | int]) -> None:
         import aiohttp
@@ -169,8 +169,8 @@ def end_engines(root: Path) -> None:
     for path in root.glob(f"*/{REF}"):
         ref = path.read_text(errors="replace")
         pid = ref.partition(":")[0]
-        if pid.isdecimal() and ref == ref_of(int(pid)):
+        if pid.isdecimal() and ref == process_ref(int(pid)):
             try:
-                end_strays(ref)
+                kill_session(ref)
             except TimeoutError as error:
                 log.warning("an engine of an earlier server is left: %s", error)

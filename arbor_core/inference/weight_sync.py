@@ -39,7 +39,7 @@ class LiveWeights:
             if self.made.current(job_id) != policy:
                 return  # a newer one speaks for itself, and these weights may have gone
             message = f"Policy version {policy.version} cannot be served: {error}"
-            await self.jobs.note(Event("message", message, "error"), job_id)
+            await self.jobs.add_event(Event("message", message, "error"), job_id)
 
     async def refresh(self, policy: Resolved) -> None:
         """Load a policy, if the engine for it runs: no request has to wait for it then.
@@ -84,7 +84,7 @@ class LiveWeights:
 
     def _look(self) -> None:
         """Find the jobs that have ended since the last time; clocks, which can be set back, are not asked."""
-        for seq, job_id in self.jobs.learners_after(self.newest):
+        for seq, job_id in self.jobs.rollout_jobs_after(self.newest):
             self.newest = seq
             self.learning.add(job_id)
         ended = self.jobs.ended(self.learning)

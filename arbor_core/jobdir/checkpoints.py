@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.process.resources import RoomError, is_full
+from arbor_core.process.resources import DiskFullError, is_disk_full
 from arbor_core.storage.atomic import replace, sync_folder
 from arbor_core.types import Checkpoint, Event
 
@@ -47,7 +47,7 @@ def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) ->
     """Yield a directory to write into; commit it as `folder` when the block ends without an exception.
 
     Raises:
-        RoomError: there was no room for all of it. Nothing of it is left.
+        DiskFullError: there was no room for all of it. Nothing of it is left.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -63,8 +63,8 @@ def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) ->
         crash_point("checkpoint.renamed")
         sync_folder(folder.parent)
     except Exception as error:
-        if is_full(error, folder.parent):  # asked before what was written makes room again
-            raise RoomError(errno.ENOSPC, f"no room for a checkpoint ({error})", str(folder)) from error
+        if is_disk_full(error, folder.parent):  # asked before what was written makes room again
+            raise DiskFullError(errno.ENOSPC, f"no room for a checkpoint ({error})", str(folder)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

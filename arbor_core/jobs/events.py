@@ -12,24 +12,24 @@ from collections.abc import Sequence
 from arbor_core import ids
 from arbor_core.types import Event
 
-from .policies import name_checkpoint, note_policy
-from .records import Job, encoded
+from .policies import name_checkpoint, record_policy
+from .records import Job, to_json
 
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
 """Events of a run that its followers see."""
 
 
-def add_told(db: sqlite3.Connection, job: Job, events: Sequence[Event], model: str) -> None:
+def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], model: str) -> None:
     """Take what an attempt has told. `model`: name of the job's model; a checkpoint's is this with `:ckpt-step-N`."""
     add_events(db, job.id, [event for event in events if event.type in SHOWN])
     for event in events:
         if event.type == "resolved":
             both = {**job.hyperparameters, **event.data}
-            db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (encoded(both), job.id))
+            db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (to_json(both), job.id))
         elif event.type == "checkpoint":
             add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
         elif event.type == "weights":
-            note_policy(db, job.id, event)
+            record_policy(db, job.id, event)
         elif event.type in ("discarded", "withdrawn"):
             remove_checkpoint(db, job.id, event.data["dir"])
 
@@ -44,7 +44,7 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> 
         kind = "metrics" if event.type == "metrics" else "message"
         db.execute(
             "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
-            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, encoded(event.data or None)),
+            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, to_json(event.data or None)),
         )
 
 
@@ -60,7 +60,7 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
             event.step,
             event.data["dir"],
             model,
-            encoded(event.data.get("metrics", {})),
+            to_json(event.data.get("metrics", {})),
         ),
     )
     if name := event.data.get("name"):
@@ -79,6 +79,6 @@ def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
     db.execute(f"UPDATE jobs SET progress=min(progress, ({left})) WHERE id=?", (job_id, job_id))  # noqa: S608
 
 
-def holds_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> bool:
+def has_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> bool:
     """Whether a checkpoint is offered."""
     return db.execute("SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder)).fetchone() is not None

@@ -6,11 +6,11 @@ import sqlite3
 
 from arbor_core.types import Lease
 
-from .records import encoded
+from .records import to_json
 
 
 def keep_lease(db: sqlite3.Connection, lease: Lease) -> None:
     """Write a lease down; part of the caller's transaction."""
     db.execute(
-        "INSERT OR REPLACE INTO leases(id,owner,lease) VALUES(?,?,?)", (lease.id, lease.claim.owner, encoded(lease))
+        "INSERT OR REPLACE INTO leases(id,owner,lease) VALUES(?,?,?)", (lease.id, lease.claim.owner, to_json(lease))
     )

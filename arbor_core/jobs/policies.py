@@ -14,7 +14,7 @@ from arbor_core.storage.database import Store
 from arbor_core.types import Event, NamedCheckpoint, Policy
 
 
-def note_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
+def record_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
     """Take a `weights` event; part of the caller's transaction.
 
     A later attempt, which makes steps again that an earlier one had made, takes nothing back: completions come from the
@@ -33,7 +33,7 @@ def note_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
     )
 
 
-def policy_of(store: Store, job_id: str) -> tuple[Policy, str]:
+def newest_policy(store: Store, job_id: str) -> tuple[Policy, str]:
     """The newest policy of a job, and the name of its directory under `weights`; empty before the first."""
     row = store.one("SELECT version, handled, dir FROM policies WHERE job_id=?", job_id)
     return (Policy(row["version"], row["handled"]), row["dir"]) if row else (Policy(), "")
@@ -49,7 +49,7 @@ def name_checkpoint(
     )
 
 
-def named_sizes(store: Store, job_id: str) -> dict[str, int]:
+def named_checkpoint_sizes(store: Store, job_id: str) -> dict[str, int]:
     """How much is kept with each checkpoint of a job that has a name."""
     sql = "SELECT name, length(metadata) AS size FROM named_checkpoints WHERE job_id=?"
     return {row["name"]: row["size"] for row in store.read(sql, job_id)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from arbor_core.storage.database import Store
 from arbor_core.types import Bundle, Claim, QueuedJob, RunningJob
 
-from .records import Job, decoded_job
+from .records import Job, job_from_row
 from .states import OUT_OF_PLACE
 
 IN_LINE = (
@@ -16,7 +16,7 @@ IN_LINE = (
 )
 
 
-class Line:
+class JobQueue:
     """The queued and running jobs of one database."""
 
     def __init__(self, store: Store) -> None:
@@ -24,9 +24,9 @@ class Line:
 
     def out_of_place(self) -> list[Job]:
         """Jobs that no process works on, and that are asked to be in another state."""
-        return [decoded_job(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
+        return [job_from_row(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
 
-    def front(self, limit: int, devices: int, trainers: Sequence[str]) -> list[QueuedJob]:
+    def next_jobs(self, limit: int, devices: int, trainers: Sequence[str]) -> list[QueuedJob]:
         """The next jobs to start: the `limit` that came first and the `limit` of the highest priority.
 
         Args:
@@ -40,21 +40,21 @@ class Line:
         )
         orders = ("seq", "priority DESC, seq")
         rows = [row for order in orders for row in self.store.read(sql % order, devices, *trainers, limit)]
-        return list({job: QueuedJob(job, claim_of(job, count), *rest) for job, count, *rest in rows}.values())
+        return list({job: QueuedJob(job, training_claim(job, count), *rest) for job, count, *rest in rows}.values())
 
-    def left_out(self, devices: int, trainers: Sequence[str]) -> list[Job]:
+    def unschedulable(self, devices: int, trainers: Sequence[str]) -> list[Job]:
         """The queued jobs that `front` leaves out."""
         marks = ",".join("?" * len(trainers))
         sql = (
             "SELECT * FROM jobs WHERE status='queued' AND desired IN('run','finish')"  # noqa: S608
             f" AND (json_extract(spec,'$.devices')>? OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
         )
-        return [decoded_job(row) for row in self.store.read(sql, devices, *trainers)]
+        return [job_from_row(row) for row in self.store.read(sql, devices, *trainers)]
 
     def running(self) -> list[RunningJob]:
         """The running jobs, oldest first."""
         rows = self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")
-        return [RunningJob(job, claim_of(job, count), *rest) for job, count, *rest in rows]
+        return [RunningJob(job, training_claim(job, count), *rest) for job, count, *rest in rows]
 
     def stopping(self) -> set[str]:
         """The ids of the running jobs that are asked to end, or to make room."""
@@ -62,6 +62,6 @@ class Line:
         return {row[0] for row in self.store.read(sql)}
 
 
-def claim_of(job_id: str, devices: int) -> Claim:
+def training_claim(job_id: str, devices: int) -> Claim:
     """What a job needs in order to train."""
     return Claim(job_id, (Bundle("train", devices),))

@@ -128,7 +128,7 @@ class NewJob(msgspec.Struct, frozen=True):
     priority: int = 0
 
 
-def encoded(value: Any) -> str | None:
+def to_json(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
@@ -139,13 +139,13 @@ def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def decoded_job(row: sqlite3.Row) -> Job:
+def job_from_row(row: sqlite3.Row) -> Job:
     return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
 
 
-def decoded_event(row: sqlite3.Row) -> EventRow:
+def event_from_row(row: sqlite3.Row) -> EventRow:
     return msgspec.convert(_plain(row, ("data",)), EventRow)
 
 
-def decoded_checkpoint(row: sqlite3.Row) -> CheckpointRow:
+def checkpoint_from_row(row: sqlite3.Row) -> CheckpointRow:
     return msgspec.convert(_plain(row, ("metrics",)), CheckpointRow)

@@ -16,19 +16,19 @@ from arbor_core.crash_points import crash_point
 from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, Desired, Event, Status
 
-from .events import add_events, add_told, holds_checkpoint
+from .events import add_events, apply_events, has_checkpoint
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
     EventRow,
     Job,
     NewJob,
-    decoded_checkpoint,
-    decoded_event,
-    decoded_job,
-    encoded,
+    checkpoint_from_row,
+    event_from_row,
+    job_from_row,
+    to_json,
 )
-from .subscriptions import Changes
+from .subscriptions import Subscriptions
 
 T = TypeVar("T")
 
@@ -38,13 +38,13 @@ class Jobs:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.changes = Changes()
+        self.subscriptions = Subscriptions()
 
     async def _write(self, change: Callable[[sqlite3.Connection], T], *job_ids: str) -> T:
         """Change these jobs, then wake who waits for them."""
         result = await self.store.write(change)
         for job_id in job_ids:
-            self.changes.tell(job_id)
+            self.subscriptions.notify(job_id)
         return result
 
     async def create(
@@ -69,9 +69,9 @@ class Jobs:
                 "priority": new.priority,
                 "training_file": new.training_file,
                 "validation_file": new.validation_file,
-                "metadata": encoded(new.metadata),
-                "spec": encoded(new.spec),
-                "hyperparameters": encoded(new.hyperparameters),
+                "metadata": to_json(new.metadata),
+                "spec": to_json(new.spec),
+                "hyperparameters": to_json(new.hyperparameters),
             }
             marks = ",".join(f":{name}" for name in values)
             db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
@@ -79,7 +79,7 @@ class Jobs:
             add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
             if new.training_file:
                 add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
-            made = decoded_job(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
+            made = job_from_row(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
             if also:
                 also(db, made)
             return made
@@ -91,13 +91,13 @@ class Jobs:
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """One job; with `owner`, only if it is theirs."""
         row = self.store.one("SELECT * FROM jobs WHERE id=?", job_id)
-        job = decoded_job(row) if row else None
+        job = job_from_row(row) if row else None
         return job if job and owner in (None, job.owner) else None
 
     def with_status(self, status: Status, limit: int = -1) -> list[Job]:
         """Jobs in this state, oldest first."""
         sql = "SELECT * FROM jobs WHERE status=? ORDER BY seq LIMIT ?"
-        return [decoded_job(row) for row in self.store.read(sql, status, limit)]
+        return [job_from_row(row) for row in self.store.read(sql, status, limit)]
 
     def ids_with_status(self, status: Status, limit: int = -1) -> list[str]:
         """The ids of the jobs in this state, oldest first."""
@@ -123,9 +123,9 @@ class Jobs:
                 where.append("EXISTS(SELECT 1 FROM json_each(metadata) WHERE key=? AND value=?)")
                 values += [key, value]
         sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"  # noqa: S608
-        return [decoded_job(row) for row in self.store.read(sql, *values, limit)]
+        return [job_from_row(row) for row in self.store.read(sql, *values, limit)]
 
-    def newest_learner(self, owner: str) -> str | None:
+    def newest_rollout_job(self, owner: str) -> str | None:
         """The newest job that learns from rollouts, of those that have not ended if there are any."""
         sql = (
             "SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts')"
@@ -134,7 +134,7 @@ class Jobs:
         row = self.store.one(sql, owner)
         return str(row[0]) if row else None
 
-    def learners_after(self, seq: int) -> list[tuple[int, str]]:
+    def rollout_jobs_after(self, seq: int) -> list[tuple[int, str]]:
         """`seq` and id of the jobs made later than `seq` that learn from rollouts, oldest first."""
         sql = "SELECT seq, id FROM jobs WHERE seq>? AND json_extract(spec,'$.rollouts') ORDER BY seq"
         return [(row["seq"], row["id"]) for row in self.store.read(sql, seq)]
@@ -145,9 +145,9 @@ class Jobs:
             "SELECT value FROM json_each(?) WHERE value NOT IN"
             " (SELECT id FROM jobs WHERE status IN ('validating_files','queued','running','paused'))"
         )
-        return {row[0] for row in self.store.read(sql, encoded(list(job_ids)))}
+        return {row[0] for row in self.store.read(sql, to_json(list(job_ids)))}
 
-    def waiting(self) -> int:
+    def count_waiting(self) -> int:
         """How many jobs have not begun."""
         row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")
         return int(row[0]) if row else 0
@@ -187,7 +187,7 @@ class Jobs:
             turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
 
         def swap(db: sqlite3.Connection) -> Job | None:
-            values = {name: encoded(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
+            values = {name: to_json(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
             sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
                 f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
@@ -199,11 +199,11 @@ class Jobs:
             add_events(db, job.id, events)
             if also:
                 also(db)
-            return row_of(db, job.id)
+            return read_job(db, job.id)
 
         return await self._write(swap, job.id)
 
-    async def note(self, event: Event, *job_ids: str) -> None:
+    async def add_event(self, event: Event, *job_ids: str) -> None:
         """Add an event that the server itself has to report of these jobs."""
 
         def change(db: sqlite3.Connection) -> None:
@@ -217,7 +217,7 @@ class Jobs:
         sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run'"
         await self.store.write(lambda db: db.execute(sql, (job_id,)))
 
-    async def ask(self, job_id: str, desired: Desired) -> Job | None:
+    async def set_desired(self, job_id: str, desired: Desired) -> Job | None:
         """Set what is wanted of a job that has not ended; returns the job as it is then."""
 
         def change(db: sqlite3.Connection) -> None:
@@ -248,8 +248,8 @@ class Jobs:
             )
             if moved.rowcount == 0:
                 return None
-            add_told(db, job, events, model)
-            return row_of(db, job.id)
+            apply_events(db, job, events, model)
+            return read_job(db, job.id)
 
         return await self._write(take, job.id)
 
@@ -259,20 +259,20 @@ class Jobs:
 
         def change(db: sqlite3.Connection) -> None:
             for event in found:
-                if holds_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
-                    add_told(db, job, [event], model)
+                if has_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
+                    apply_events(db, job, [event], model)
 
         await self._write(change, job.id)
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
         """Events newest first, older than `before` (a `seq`)."""
         sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
-        return [decoded_event(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+        return [event_from_row(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
 
     def events_after(self, job_id: str, seq: int) -> list[EventRow]:
         """Events oldest first, newer than `seq`."""
         sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq"
-        return [decoded_event(row) for row in self.store.read(sql, job_id, seq)]
+        return [event_from_row(row) for row in self.store.read(sql, job_id, seq)]
 
     def event_seq(self, job_id: str, event_id: str) -> int | None:
         """Where an event of the job stands."""
@@ -282,15 +282,15 @@ class Jobs:
     def checkpoints(self, job_id: str, limit: int, before: int | None = None) -> list[CheckpointRow]:
         """Checkpoints newest first, older than `before` (a step)."""
         sql = "SELECT * FROM checkpoints WHERE job_id=? AND step<? ORDER BY step DESC LIMIT ?"
-        return [decoded_checkpoint(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+        return [checkpoint_from_row(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
 
     def checkpoint(self, *, id: str | None = None, model: str | None = None) -> CheckpointRow | None:
         """One checkpoint, by its id or by its model name."""
         row = self.store.one("SELECT * FROM checkpoints WHERE id=? OR model=?", id, model)
-        return decoded_checkpoint(row) if row else None
+        return checkpoint_from_row(row) if row else None
 
 
-def row_of(db: sqlite3.Connection, job_id: str) -> Job | None:
+def read_job(db: sqlite3.Connection, job_id: str) -> Job | None:
     """A job as it is in the caller's transaction."""
     row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
-    return decoded_job(row) if row else None
+    return job_from_row(row) if row else None

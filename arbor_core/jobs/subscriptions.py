@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 
-class Changes:
+class Subscriptions:
     """Who waits, by job. For the event loop's thread alone."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, set[asyncio.Future[None]]] = {}
 
-    def tell(self, job_id: str) -> None:
+    def notify(self, job_id: str) -> None:
         """Wake who waits: the job's row, its events or its policy are others now."""
         for future in self.waiting.pop(job_id, ()):
             if not future.done():

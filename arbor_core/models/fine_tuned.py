@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from arbor_core.jobdir.layout import JobDir, checkpoint_path
-from arbor_core.jobs.policies import policy_of
+from arbor_core.jobs.policies import newest_policy
 from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, ApiError, Status, Weights
 
@@ -150,7 +150,7 @@ class Made:
         return [(row["id"], row["created_at"]) for row in rows]
 
     def _policy(self, job: _Maker) -> Resolved:
-        policy, name = policy_of(self.store, job.id)
+        policy, name = newest_policy(self.store, job.id)
         folder, spec = JobDir.of(self.root, job.id).weights / name, job.spec
         path = self.locate(spec.model, spec.model_path)
         if name and not (folder / "adapter_config.json").is_file():

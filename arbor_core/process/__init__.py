@@ -1,1 +1,1 @@
-"""Processes of this machine: how they start, speak, end, and what they may run short of."""
+"""Processes of this machine: how they start, wake one another and end, and what they may run short of."""

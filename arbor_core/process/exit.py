@@ -1,4 +1,4 @@
-"""How a process that does a job's work ends."""
+"""How a process that works for a job ends, and that what it prints cannot end it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-def leave(work: Callable[[], int]) -> NoReturn:
-    """Do the work as the last thing that this process does; it returns the exit status. The process ends at once then:
-    threads that libraries have left running abort an interpreter that goes its usual way."""
+def run_and_exit(work: Callable[[], int]) -> NoReturn:
+    """Run `work` as the last thing of this process, and exit at once with the status that it returns.
+
+    The interpreter is not finalised: threads that libraries left running abort one that is.
+    """
     status = 1
     try:
         status = work()
@@ -27,14 +29,14 @@ def leave(work: Callable[[], int]) -> NoReturn:
 
 
 def exit_status(stop: SystemExit) -> int:
-    """What an interpreter that goes its usual way would make of it."""
+    """The exit status that the interpreter derives from a `SystemExit`; a text is printed and means 1."""
     if isinstance(stop.code, str):
         print(stop.code, file=sys.stderr)
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
-class _Lossy(io.FileIO):
-    """A file whose writes never fail."""
+class _LossyFile(io.FileIO):
+    """A file whose writes never fail; what cannot be written is lost."""
 
     def write(self, content: Any) -> int:
         try:
@@ -43,9 +45,9 @@ class _Lossy(io.FileIO):
             return len(content)
 
 
-def print_anyway() -> None:
-    """Let what this process prints be lost when it cannot be written, instead of ending what it does."""
+def ignore_output_errors() -> None:
+    """Drop what this process prints when it cannot be written (a full disk), instead of failing."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         getattr(sys, name).flush()
-        raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+        raw = io.BufferedWriter(_LossyFile(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True))

@@ -1,4 +1,7 @@
-"""A process from its start to its end: who it is, how it is ended, and what it leaves."""
+"""How processes are named, ended, and found again after their leader's death.
+
+A process ref names one process for good: a pid alone may be given to another process, and means nothing after a reboot.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOP_SECONDS = 10.0
+"""How long a process may take to end after SIGTERM."""
+KILL_SECONDS = 10.0
+"""How long a process may take to vanish after SIGKILL."""
+DEAD = "ZX"
+"""States of `/proc/<pid>/stat`: a zombie, and a process about to be removed."""
 
 
-async def end(process: asyncio.subprocess.Process, grace: float | None = None) -> None:
+async def terminate(process: asyncio.subprocess.Process, grace: float | None = None) -> None:
     """SIGTERM to the process group, SIGKILL after `grace` seconds (`STOP_SECONDS`); returns when it is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
@@ -27,17 +35,21 @@ async def end(process: asyncio.subprocess.Process, grace: float | None = None) -
     await process.wait()
 
 
-def ref_of(pid: int) -> str:
-    """`pid:start time:boot id`; empty if there is no such process, or only its remains."""
+def process_ref(pid: int) -> str:
+    """`pid:start time:boot id`; empty if there is no such process, or it is a zombie.
+
+    Raises:
+        OSError: it could not be looked up (no descriptors are left, for example).
+    """
     try:
-        state, *fields = stat_of(Path(f"/proc/{pid}/stat"))
-        return "" if state in "ZX" else f"{pid}:{fields[18]}:{boot_id()}"
-    except (FileNotFoundError, ProcessLookupError):  # for want of a descriptor, say, it is not known: that is an error
+        state, *fields = stat_fields(Path(f"/proc/{pid}/stat"))
+        return "" if state in DEAD else f"{pid}:{fields[18]}:{boot_id()}"
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
-def stat_of(path: Path) -> list[str]:
-    """The fields of a `/proc/<pid>/stat`, the state first: its name, in parentheses before, may hold anything.
+def stat_fields(path: Path) -> list[str]:
+    """The fields of a `/proc/<pid>/stat`, from the state on: the name before it, in parentheses, may hold anything.
 
     Raises:
         OSError: there is no such process.
@@ -46,43 +58,39 @@ def stat_of(path: Path) -> list[str]:
 
 
 def boot_id() -> str:
-    """What this start of the machine is called: a pid means nothing after it."""
+    """The id of the machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-END_SECONDS = 10.0
-"""How long a process may take to vanish after SIGKILL."""
-
-
-def end_strays(leader: str) -> None:
-    """Kill what is left of a session whose leader was killed, and wait until it is gone: nobody else can do it.
+def kill_session(leader: str) -> None:
+    """Kill the processes left in a session whose leader was killed, and wait until they are gone.
 
     Args:
-        leader: The leader's ref. While one process of its session lives, its pid is given to nobody else; where it was
-            given away, or the machine has been started anew, nothing is left.
+        leader: The leader's ref. Its pid is not given to another process while one of its session lives: if it was, or
+            the machine was booted again, nothing is left.
 
     Raises:
-        TimeoutError: it does not end. It may hold a device, so nobody else may have that yet.
+        TimeoutError: they do not end. They may hold a device, so nobody else may have that yet.
     """
     pid, _, rest = leader.partition(":")
-    if not rest.endswith(f":{boot_id()}") or ref_of(int(pid)) not in ("", leader):
+    if not rest.endswith(f":{boot_id()}") or process_ref(int(pid)) not in ("", leader):
         return
-    deadline = time.monotonic() + END_SECONDS
-    while found := list(session(pid)):
+    deadline = time.monotonic() + KILL_SECONDS
+    while left := list(session_pids(pid)):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the processes {found} were killed and do not end")
-        for one in found:
+            raise TimeoutError(f"the processes {left} were killed and do not end")
+        for member in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(one, signal.SIGKILL)
+                os.kill(member, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def session(leader: str) -> Iterator[int]:
+def session_pids(leader_pid: str) -> Iterator[int]:
     """The live processes of a session; none where there is no /proc."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, number, *_ = stat_of(stat)
+            state, _, _, session, *_ = stat_fields(stat)
         except OSError:  # it has ended
             continue
-        if number == leader and state not in "ZX":
+        if session == leader_pid and state not in DEAD:
             yield int(stat.parent.name)

@@ -1,6 +1,6 @@
-"""What a machine runs short of and may have again later: room on a disk, descriptors, processes, memory.
+"""What a machine may run short of for a while: disk space, file descriptors, processes, memory.
 
-Waiting for room, and knowing such a shortage from other faults.
+How such a shortage is told from other errors, and how to wait for disk space.
 """
 
 from __future__ import annotations
@@ -11,51 +11,54 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-SCARCE = {
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+SHORTAGES = {
     errno.EMFILE: "this server may open no more files (ulimit -n)",
     errno.ENFILE: "this machine may open no more files (sysctl fs.file-max)",
     errno.EAGAIN: "no more processes may be started (ulimit -u, or the pids limit of a container)",
     errno.ENOMEM: "there is not enough memory",
 }
-"""What a process that is started may lack, and where it is limited."""
-FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
-"""Seconds between two looks: twice as long each time."""
-LITTLE = 1 << 16
-"""A disk with fewer free bytes is full."""
+"""What may be missing when a process is started, and where it is limited."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 8.0
+"""Between two attempts; each wait is twice as long as the one before."""
+MIN_FREE_BYTES = 1 << 16
+"""A disk with less free space is full."""
 
 
-class RoomError(OSError):
-    """There is not enough room."""
+class DiskFullError(OSError):
+    """There is not enough disk space."""
 
 
-def wait_for_room(folder: Path, needed: int, seconds: float, meanwhile: Callable[[], None]) -> None:
-    """Wait until `needed` bytes are free; `meanwhile` is called before each wait.
+def wait_for_disk_space(folder: Path, needed: int, seconds: float, before_wait: Callable[[], None]) -> None:
+    """Wait until `needed` bytes are free on the disk of `folder`; `before_wait` is called before each wait.
 
     Raises:
-        RoomError: they still are not after `seconds`.
+        DiskFullError: they still are not after `seconds`.
     """
-    pause, until = FIRST_WAIT, time.monotonic() + seconds
+    pause, deadline = FIRST_WAIT_SECONDS, time.monotonic() + seconds
     while (free := shutil.disk_usage(folder).free) < needed:
-        left = until - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
-            raise RoomError(errno.ENOSPC, f"{free} bytes are free, about {needed} are needed", str(folder))
-        meanwhile()
+            raise DiskFullError(errno.ENOSPC, f"{free} bytes are free, about {needed} are needed", str(folder))
+        before_wait()
         time.sleep(min(pause, left))
-        pause = min(2 * pause, LONGEST_WAIT)
+        pause = min(2 * pause, LONGEST_WAIT_SECONDS)
 
 
-def is_full(error: BaseException, folder: Path) -> bool:
-    """Whether a full disk is behind an error. Libraries in other languages say so in words only, or not at all."""
-    seen: BaseException | None = error
-    while seen is not None:
-        said = str(seen).lower()
-        if (isinstance(seen, OSError) and seen.errno in FULL) or "no space left" in said or "quota exceeded" in said:
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether a full disk caused an error. Libraries in other languages say so in words only, or not at all: then an
+    OSError or RuntimeError counts if the disk of `folder` is full now."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).lower()
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL_ERRNOS:
             return True
-        seen = seen.__cause__ or seen.__context__
-    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(folder).free < LITTLE
+        if "no space left" in text or "quota exceeded" in text:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(folder).free < MIN_FREE_BYTES
 
 
-def shortage(error: OSError) -> str | None:
-    """What the machine is short of, other than room on a disk, if that is behind an error."""
-    return SCARCE.get(error.errno or 0)
+def resource_shortage(error: OSError) -> str | None:
+    """What the machine is short of, other than disk space, if that caused the error."""
+    return SHORTAGES.get(error.errno or 0)

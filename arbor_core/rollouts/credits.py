@@ -19,7 +19,7 @@ import msgspec
 
 from arbor_core.jobdir import inbox
 from arbor_core.jobdir.inbox import Inbox
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.types import UNNUMBERED, Accepted, ApiError, Group, Policy, RolloutConfig
 
 AHEAD = 1024
@@ -166,7 +166,7 @@ class Session:
                 starts = [error] * len(batch)
             del self.queue[: len(batch)]
             self._settle(batch, starts)
-            ring(self.folder / "bell", "")
+            wake(self.folder / "bell", "")
         self.writing = None
 
     def _settle(self, batch: Sequence[Sending], starts: Sequence[int | Exception]) -> None:

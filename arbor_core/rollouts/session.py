@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.jobdir import inbox
-from arbor_core.jobs.policies import policy_of
+from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
 from arbor_core.storage.database import Store
 from arbor_core.types import (
@@ -62,7 +62,7 @@ class Live:
     @property
     def policy(self) -> Policy:
         """What the trainer has published and handled."""
-        return policy_of(self.store, self.job_id)[0]
+        return newest_policy(self.store, self.job_id)[0]
 
     @property
     def received(self) -> int:

@@ -19,7 +19,7 @@ from arbor_core.types import (
     RunningJob,
     Scheduler,
     Snapshot,
-    needs,
+    devices_by_pool,
 )
 
 ROUNDS = 300
@@ -55,7 +55,7 @@ def check_scheduler(factory: Callable[[], Scheduler], *, rounds: int = ROUNDS) -
         assert set(plan.preempt) <= running, f"pauses jobs that do not run: {plan} of {snapshot}"
         taken = [queued[name].claim for name in plan.start]
         for pool, free in snapshot.free.items():
-            used = sum(needs(claim).get(pool, 0) for claim in taken)
+            used = sum(devices_by_pool(claim).get(pool, 0) for claim in taken)
             assert used <= free, f"starts jobs for {used} devices of '{pool}', {free} are free: {plan} of {snapshot}"
     alone = QueuedJob("only", Claim("only", (Bundle("train", 2),)), 1)
     plan = factory().plan(Snapshot((alone,), (), {"train": 2, "engine": 0}))

@@ -20,7 +20,7 @@ from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.jobdir.layout import JobDir
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
@@ -106,7 +106,7 @@ class JobDirectory:
             ends = box.append([(group, 0) for group in groups])
         finally:
             box.close()
-        ring(str(self.files.inbox_bell), "inbox")
+        wake(str(self.files.inbox_bell), "inbox")
         return ends
 
     def request_checkpoint(self, name: str, **metadata: Any) -> None:

@@ -1,7 +1,7 @@
 """The nouns of Arbor. Imports nothing heavy: the server, every worker and every plugin share them."""
 
 from .attempts import AttemptOrder, Executor, Exit, Placement
-from .devices import Allocator, Bundle, Claim, Device, Lease, needs, pool_of
+from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, pool_for
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
 from .errors import (
     CLOSE,
@@ -104,9 +104,9 @@ __all__ = [
     "Trainer",
     "UnknownModelError",
     "Weights",
+    "devices_by_pool",
     "name_of",
-    "needs",
     "not_found",
-    "pool_of",
+    "pool_for",
     "reference",
 ]

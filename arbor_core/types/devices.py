@@ -87,12 +87,12 @@ class Allocator(Protocol):
         ...
 
 
-def pool_of(role: str) -> str:
+def pool_for(role: str) -> str:
     """`engine:Qwen/Qwen3-0.6B` is served from the pool `engine`."""
     return role.partition(":")[0]
 
 
-def needs(claim: Claim) -> dict[str, int]:
+def devices_by_pool(claim: Claim) -> dict[str, int]:
     """How many devices of each pool a claim takes."""
     counts: dict[str, int] = {}
     for bundle in claim.bundles:

@@ -27,7 +27,7 @@ import msgspec
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.documents import import_object
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
-from arbor_core.process.wakeup import short
+from arbor_core.process.wakeup import short_address
 from arbor_core.storage.codec import decode
 
 from .supervisor import keep
@@ -55,7 +55,7 @@ def main(path: Path, prove: str, modules: list[str]) -> int:
         return PROOF_FAILED
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        with short(path) as address:
+        with short_address(path) as address:
             listener.bind(address)
         listener.listen()
         os.write(answer, b"ready\n")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from arbor_core.jobdir import inbox
-from arbor_core.process.wakeup import short
+from arbor_core.process.wakeup import short_address
 from arbor_core.types import rollouts
 
 
@@ -24,7 +24,7 @@ class Feed:
         folder.mkdir(parents=True, exist_ok=True)
         self.bell.unlink(missing_ok=True)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        with short(self.bell) as address:
+        with short_address(self.bell) as address:
             self.socket.bind(address)
 
     def take(self, position: int, wait: float, until: int | None = None) -> list[rollouts.Record]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from arbor_core.jobdir.documents import import_object
 from arbor_core.process.cpu import instruction_set
-from arbor_core.process.exit import leave, print_anyway
+from arbor_core.process.exit import ignore_output_errors, run_and_exit
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
 from arbor_core.types import Event, JobFailed, JobStopped
 
@@ -55,5 +55,5 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
 
 
 if __name__ == "__main__":
-    print_anyway()
-    leave(lambda: main(Path(sys.argv[1]).absolute()))
+    ignore_output_errors()
+    run_and_exit(lambda: main(Path(sys.argv[1]).absolute()))

@@ -24,11 +24,11 @@ from arbor_core.jobdir.documents import (
     read_order,
     read_placement,
 )
-from arbor_core.jobdir.heartbeat import Pulse
+from arbor_core.jobdir.heartbeat import Heartbeat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobdir.weights import publishing
-from arbor_core.process.resources import FIRST_WAIT, LONGEST_WAIT, is_full, wait_for_room
-from arbor_core.process.wakeup import URGENT, ring
+from arbor_core.process.resources import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, is_disk_full, wait_for_disk_space
+from arbor_core.process.wakeup import URGENT, wake
 from arbor_core.storage.event_log import Log
 from arbor_core.types import (
     AttemptOrder,
@@ -80,7 +80,7 @@ class WorkerRun(Generic[ConfigT]):
         self.adapter = self._stored(document.adapter)
         self.bell, self.room_seconds = self.order.bell, self.order.room_seconds
         self.catching_up = CatchingUp(self.job_files.inbox, self.order.handled)
-        self.pulse = Pulse(self.files.heartbeat)
+        self.heartbeat = Heartbeat(self.files.heartbeat)
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
@@ -102,14 +102,14 @@ class WorkerRun(Generic[ConfigT]):
         durable = event.type not in PASSING
         written = self.log.append(event, durable=durable)
         while durable and not written:  # nobody else can say it: wait for room on the disk
-            self.pulse.go_on()
+            self.heartbeat.beat_if_started()
             time.sleep(RETRY_SECONDS)
             written = self.log.flush(durable=True)
         if event.type == "metrics":
-            self.pulse.beat()
-        self.pulse.go_on()
+            self.heartbeat.beat()
+        self.heartbeat.beat_if_started()
         crash_point(f"{event.type}.event")
-        ring(self.bell, self.job_id + (URGENT if event.type == "weights" else ""))
+        wake(self.bell, self.job_id + (URGENT if event.type == "weights" else ""))
 
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(Event("message", text, level, data=data))
@@ -140,27 +140,28 @@ class WorkerRun(Generic[ConfigT]):
             yield folder
 
     def write_checkpoint(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> None:
-        pause, until = FIRST_WAIT, time.monotonic() + self.room_seconds
+        pause, until = FIRST_WAIT_SECONDS, time.monotonic() + self.room_seconds
         while True:
             try:
                 with self._committing(step, metrics, until - time.monotonic()) as folder:
                     write(folder)
             except OSError as error:
                 left = until - time.monotonic()
-                if left <= 0 or not is_full(error, self.dir):
+                if left <= 0 or not is_disk_full(error, self.dir):
                     raise
-                if pause == FIRST_WAIT:
+                if pause == FIRST_WAIT_SECONDS:
                     self.message(f"The disk is full: the checkpoint of step {step} waits for room", "warn")
-                self.pulse.go_on()
+                self.heartbeat.beat_if_started()
                 time.sleep(min(pause, left))
-                pause = min(2 * pause, LONGEST_WAIT)
+                pause = min(2 * pause, LONGEST_WAIT_SECONDS)
             else:
                 return
 
     @contextmanager
     def _committing(self, step: int, metrics: dict[str, float], room_seconds: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
-        wait_for_room(self.dir, checkpoints.newest_bytes(self.checkpoints_dir), room_seconds, self.pulse.go_on)
+        needed = checkpoints.newest_bytes(self.checkpoints_dir)
+        wait_for_disk_space(self.dir, needed, room_seconds, self.heartbeat.beat_if_started)
         with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:
             yield folder
         data = {"dir": name, "metrics": metrics}
@@ -184,7 +185,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def groups(self, position: int, wait: float) -> list[Record]:
         self.feed = self.feed or Feed(self.job_files.inbox)
-        self.pulse.beat()  # ready, though nobody may send anything for days
+        self.heartbeat.beat()  # ready, though nobody may send anything for days
         until = None
         if not self.catching_up.done and read_desired(self.job_files) == "finish":
             until = self.catching_up.end
@@ -222,7 +223,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def stop_if_asked(self) -> None:
         if self.rank == 0:
-            self.pulse.beat()
+            self.heartbeat.beat()
         wanted = self.desired()
         if wanted in ("pause", "cancel"):
             raise JobStopped(wanted)

@@ -24,10 +24,10 @@ import msgspec
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.documents import read_order
 from arbor_core.jobdir.layout import AttemptDir
-from arbor_core.process.exit import leave, print_anyway
-from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.exit import ignore_output_errors, run_and_exit
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.process.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.types import AttemptOrder, Exit
 
@@ -39,10 +39,10 @@ WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
 
 def keep(attempt_dir: Path) -> int:
     """Run the attempt's worker to its end and write `exit.json`; returns the worker's exit status."""
-    print_anyway()
+    ignore_output_errors()
     attempt = AttemptDir(attempt_dir.absolute())
     order = read_order(attempt)
-    if attempt.claim(own := ref_of(os.getpid())) != own:
+    if attempt.claim(own := process_ref(os.getpid())) != own:
         print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
         return NOT_OURS
     crash_point("keeper.claimed")
@@ -50,7 +50,7 @@ def keep(attempt_dir: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
-        leave(lambda: _work(order, me))
+        run_and_exit(lambda: _work(order, me))
     crash_point("keeper.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
@@ -68,7 +68,7 @@ def keep(attempt_dir: Path) -> int:
             traceback.print_exc()
             time.sleep(WAKE_SECONDS)
     crash_point("keeper.told")
-    ring(order.bell, attempt.job.path.name)
+    wake(order.bell, attempt.job.path.name)
     return code
 
 

@@ -63,7 +63,7 @@ async def test_row_26_row_54_a_file_is_deleted_or_used(arbor: Arbor, param: str)
     asked = CreateFineTuningJobRequest(BASE, **{"training_file": other, param: needed})
     codes = await at_once(arbor, arbor.files.delete(needed, "me"), submit(arbor, asked, "me"))
     assert codes == [None, "file_not_found"]
-    assert arbor.jobs.waiting() == 0
+    assert arbor.jobs.count_waiting() == 0
     needed = await add_file(arbor)
     asked = CreateFineTuningJobRequest(BASE, **{"training_file": other, param: needed})
     codes = await at_once(arbor, submit(arbor, asked, "me"), arbor.files.delete(needed, "me"))
@@ -91,4 +91,4 @@ async def test_row_66_one_place_in_the_queue(arbor: Arbor) -> None:
     asked = CreateFineTuningJobRequest(BASE, await add_file(arbor))
     codes = await at_once(arbor, *(submit(arbor, asked, "me") for _ in range(3)))
     assert codes == [None, "queue_full", "queue_full"]
-    assert arbor.jobs.waiting() == 1
+    assert arbor.jobs.count_waiting() == 1

@@ -17,7 +17,7 @@ from arbor_core.dispatch.validation import validate
 from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
-from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
@@ -71,7 +71,7 @@ def ended(order: AttemptOrder) -> Exit | None:
 
 
 def alive(pid: int) -> bool:
-    return bool(ref_of(pid))
+    return bool(process_ref(pid))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
 
 
 def test_a_ref_is_not_mistaken_for_another_process():
-    mine = ref_of(os.getpid())
+    mine = process_ref(os.getpid())
     pid, start, boot = mine.split(":")
     executor = LocalExecutor(ExecutorSettings("cold", Path("unused")))
     assert executor.poll(mine)

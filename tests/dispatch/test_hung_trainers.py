@@ -19,7 +19,7 @@ from live import LiveServer
 from test_storage_faults import check_and_stop, create, events, steps, until
 
 from arbor_core.dispatch.monitor import Followed, Following
-from arbor_core.jobdir.heartbeat import HEARTBEAT, Pulse, Watch
+from arbor_core.jobdir.heartbeat import HEARTBEAT, Heartbeat, HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
@@ -47,30 +47,30 @@ def test_row_90_who_waits_for_rollouts_has_begun(tmp_path: Path, chat_rows: list
     job = JobDirectory(tmp_path / "job", "mock_grpo", chat_rows, "mock/tiny")
     job.send(Group(id=1, rollouts=(Rollout(reward=1.0),), version=0))
     run = open_run(job.prepare(), WorkerRun)
-    watch = Watch(run.attempt_dir / HEARTBEAT)
+    monitor = HeartbeatMonitor(run.attempt_dir / HEARTBEAT)
     run.message("loading")
-    watch.look()
-    assert not watch.begun
+    monitor.check()
+    assert not monitor.started
     assert len(run.groups(0, 0.0)) == 1
-    watch.look()
-    assert watch.begun
+    monitor.check()
+    assert monitor.started
 
 
 def test_row_112_looks_without_a_beat_are_counted_and_no_clock_is_read(tmp_path: Path) -> None:
     path = tmp_path / HEARTBEAT
-    watch, pulse = Watch(path), Pulse(path)
-    pulse.go_on()
+    monitor, heartbeat = HeartbeatMonitor(path), Heartbeat(path)
+    heartbeat.beat_if_started()
     assert not path.exists(), "before the first step it does not beat"
-    pulse.beat()
+    heartbeat.beat()
     os.utime(path, (1, 1))  # a clock that was an age behind
-    watch.look()
-    assert (watch.begun, watch.missed) == (True, 0)
+    monitor.check()
+    assert (monitor.started, monitor.missed) == (True, 0)
     for missed in (1, 2, 3):
-        watch.look()
-        assert watch.missed == missed
+        monitor.check()
+        assert monitor.missed == missed
     os.utime(path, (1 << 33, 1 << 33))
-    watch.look()
-    assert watch.missed == 0
+    monitor.check()
+    assert monitor.missed == 0
 
 
 @pytest.mark.parametrize(("allowed", "looks"), [(3.0, 4), (1.0, 2), (0.1, 2)])
@@ -85,7 +85,7 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
     attempts = SimpleNamespace(settings=SimpleNamespace(limits=limits), end_hung=lambda job: ended.append(job.id))
     following = Following(cast("Any", attempts), cast("Any", SimpleNamespace(poll=lambda ref: True)), list)
     job = cast("Any", SimpleNamespace(id="ftjob-x", ref="1", offset=0))
-    following.followed[job.id] = Followed(job, AttemptDir(tmp_path), Watch(tmp_path / HEARTBEAT))
+    following.followed[job.id] = Followed(job, AttemptDir(tmp_path), HeartbeatMonitor(tmp_path / HEARTBEAT))
     if begun:
         (tmp_path / HEARTBEAT).touch()
         await following.go_round()

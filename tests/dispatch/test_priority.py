@@ -14,7 +14,7 @@ from test_lifecycle import create, held, messages, step_events, until
 from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot
 from arbor_core.builtin.allocator import PoolAllocator
 from arbor_core.builtin.schedulers import STARTS_PER_POINT, FifoScheduler, PriorityScheduler, fits, rank
-from arbor_core.types import needs
+from arbor_core.types import devices_by_pool
 
 TRAIN, ENGINE = 4, 2
 
@@ -146,7 +146,7 @@ class World:
         key = (lambda j: j.seq) if isinstance(self.scheduler, FifoScheduler) else (lambda j: (-rank(j), j.seq))
         line = sorted(now.queued, key=key)
         assert start == tuple(job.id for job in line[: len(start)])
-        if fits(needs(line[0].claim), now.free):
+        if fits(devices_by_pool(line[0].claim), now.free):
             assert start, "a device is idle while the next job fits"
         urgent = max(job.priority for job in line[len(start) :]) if len(start) < len(line) else None
         for job in now.running:

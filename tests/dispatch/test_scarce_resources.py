@@ -27,11 +27,11 @@ from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.dispatch.observers import Onlookers
 from arbor_core.jobdir.layout import AttemptDir
-from arbor_core.jobs.queue import claim_of
+from arbor_core.jobs.queue import training_claim
 from arbor_core.jobs.records import Job, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.plugins import Plugins
-from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.storage.database import Store
 
 SCARCE = [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM]
@@ -75,7 +75,7 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     await jobs.transition(job, "queued")
     running = await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
     assert running is not None
-    found = Desk(made, running, Lease("lease-1", claim_of(job.id, 1), ((),)))
+    found = Desk(made, running, Lease("lease-1", training_claim(job.id, 1), ((),)))
 
     async def follow(job: Job) -> None:
         found.followed.append(job.ref or "")
@@ -126,7 +126,7 @@ async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk
     """Its keeper has claimed the attempt; the watch on it could not be set up, say."""
     sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
     with subprocess.Popen(sleep, start_new_session=True) as keeper:
-        desk.dispatcher.attempts.attempt_dir(desk.job).claim(ref_of(keeper.pid))
+        desk.dispatcher.attempts.attempt_dir(desk.job).claim(process_ref(keeper.pid))
         desk.faults = repeat(OSError(errno.EMFILE, "Too many open files"))
         desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
         assert (await desk.launch()).status == "paused"
@@ -175,7 +175,7 @@ async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_d
 
     released: list[str] = []
     monkeypatch.setattr(AttemptDir, "claim", lambda *_: "1:1:boot")
-    monkeypatch.setattr(outcome, "end_strays", stuck)
+    monkeypatch.setattr(outcome, "kill_session", stuck)
     monkeypatch.setattr(desk.dispatcher, "release", released.append)
     desk.faults = repeat(RuntimeError("no"))
     with pytest.raises(TimeoutError):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from arbor_core.inference.process import REF, end_engines
-from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.lifecycle import process_ref
 
 
 def test_an_engine_that_was_stopped_while_it_started_is_ended(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_an_engine_that_was_stopped_while_it_started_is_ended(tmp_path: Path) ->
     stopped = subprocess.Popen(command, start_new_session=True)
     other = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
-        for name, ref in (("1", ref_of(stopped.pid)), ("2", f"{other.pid}:1:another-boot"), ("3", "")):
+        for name, ref in (("1", process_ref(stopped.pid)), ("2", f"{other.pid}:1:another-boot"), ("3", "")):
             (tmp_path / name).mkdir()
             (tmp_path / name / REF).write_text(ref)
         end_engines(tmp_path)

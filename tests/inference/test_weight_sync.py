@@ -19,7 +19,7 @@ from arbor_core.config.settings import ModelsConfig
 from arbor_core.engine import EngineProcess
 from arbor_core.inference.weight_sync import LiveWeights
 from arbor_core.jobs.events import add_checkpoint
-from arbor_core.jobs.policies import note_policy
+from arbor_core.jobs.policies import record_policy
 from arbor_core.jobs.records import Job, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models, add_model
@@ -55,7 +55,7 @@ class World:
         folder = self.root / "jobs" / job.id / "weights" / f"{version}-{attempt}"
         weights(folder, full, raw)
         event = Event("weights", data={"version": version, "handled": version, "dir": folder.name})
-        await self.store.write(lambda db: note_policy(db, job.id, event))
+        await self.store.write(lambda db: record_policy(db, job.id, event))
         return str(folder)
 
     async def checkpoint(self, job: Job, step: int, name: str | None = None) -> Path:

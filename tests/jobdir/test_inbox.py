@@ -14,7 +14,7 @@ import pytest
 from arbor_core.jobdir import checkpoint_requests, inbox, weights
 from arbor_core.jobdir.inbox import Inbox, InboxDamagedError
 from arbor_core.jobdir.layout import JobDir
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.types import CheckpointRequest, Group, Rollout
 from arbor_core.worker import inbox_reader
 
@@ -198,14 +198,14 @@ def test_a_record_of_a_newer_writer_is_read(tmp_path: Path) -> None:
     box.close()
 
 
-def test_the_bell_wakes_a_reader_that_waits(tmp_path: Path) -> None:
+def test_a_wakeup_ends_a_readers_wait(tmp_path: Path) -> None:
     box, reader = Inbox(tmp_path), inbox_reader.Feed(tmp_path)
     got: list[int] = []
     waiting = threading.Thread(target=lambda: got.extend(r.group.id for r in reader.take(0, 60.0)))
     waiting.start()
     box.append([(group(9), 9)])
     while waiting.is_alive():
-        ring(tmp_path / "bell", "")
+        wake(tmp_path / "bell", "")
         waiting.join(0.05)
     assert got == [9]
 

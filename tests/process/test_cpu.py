@@ -16,7 +16,7 @@ from test_lifecycle import events, until
 
 from arbor_core import Event, ExecutorSettings, Placement
 from arbor_core.builtin.executor import LocalExecutor
-from arbor_core.process.cpu import holding, instruction_set
+from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.storage.event_log import tail
 from arbor_core.types import Device
 
@@ -39,12 +39,12 @@ SETTINGS = {"n_epochs": 50, "batch_size": 1, "learning_rate": 1e-3, "lora": None
     ],
 )
 def test_only_a_wider_processor_is_held_back(made: str, here: str, held: str | None) -> None:
-    assert holding(made, here).get("ATEN_CPU_CAPABILITY") == held
+    assert instruction_set_env(made, here).get("ATEN_CPU_CAPABILITY") == held
 
 
 @needs_avx512
 def test_a_process_that_is_held_says_so() -> None:
-    assert instruction_set(holding("avx2", HERE)) == "avx2"
+    assert instruction_set(instruction_set_env("avx2", HERE)) == "avx2"
     assert instruction_set({"ATEN_CPU_CAPABILITY": "avx512"}) == HERE
 
 
@@ -62,7 +62,7 @@ async def test_an_attempt_computes_as_its_job_was_made(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
     try:
-        order = papers(tmp_path, "", argv=(), preload=("vectored",), env=holding(made, HERE))
+        order = papers(tmp_path, "", argv=(), preload=("vectored",), env=instruction_set_env(made, HERE))
         job_papers(order, "vectored:train")
         ref = await executor.start(order, Placement((Device("cpu:0"),), threads=1))
         assert (await come_true(lambda: ended(order), 120)).code == 0, text_of(order.dir / "worker.log")

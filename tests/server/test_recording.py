@@ -13,7 +13,7 @@ from http_calls import JOBS, call, raw_socket
 from live import LiveServer, launch
 
 from arbor_core.jobdir.inbox import Inbox
-from arbor_core.process.wakeup import ring
+from arbor_core.process.wakeup import wake
 from arbor_core.rollouts.ledger import Ledger, key_of
 from arbor_core.types import Completion, Group, Rollout
 
@@ -191,7 +191,7 @@ def test_a_completion_after_a_step_comes_from_its_policy(server: LiveServer) -> 
     rollouts = tuple(Rollout(reward=float(n), completion=b"\1\0\0\0") for n in range(8))
     inbox.append([(Group(rollouts=rollouts, version=0), 1)])
     inbox.close()
-    ring(folder / "bell", "")
+    wake(folder / "bell", "")
 
     def version() -> int:
         answer = call(server.url, "POST", CHAT, {"model": job, "messages": HELLO}, JSON)

@@ -1,4 +1,4 @@
-"""Logs, small files, checkpoints, the bell."""
+"""Logs, small files, checkpoints, wake-up sockets."""
 
 import asyncio
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from arbor_core import Event
 from arbor_core.jobdir import checkpoints
-from arbor_core.process.wakeup import Bell, ring
+from arbor_core.process.wakeup import WakeupSocket, wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.event_log import Log, tail
 
@@ -100,14 +100,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize("depth", [0, 8])
-async def test_the_bell_wakes_however_deep_its_folder_is(tmp_path, depth):
+async def test_a_wakeup_arrives_however_deep_its_folder_is(tmp_path, depth):
     folder = tmp_path.joinpath(*["a-folder-of-some-length"] * depth)
     folder.mkdir(parents=True, exist_ok=True)
-    rung = asyncio.Queue()
-    bell = Bell(folder / "bell", rung.put_nowait)
-    ring(folder / "bell", "ftjob-1")
-    assert await asyncio.wait_for(rung.get(), 5) == "ftjob-1"
-    bell.close()
-    ring(folder / "bell", "ftjob-1")  # nobody listens: nothing happens
-    ring(None, "ftjob-1")
+    woken = asyncio.Queue()
+    listener = WakeupSocket(folder / "bell", woken.put_nowait)
+    wake(folder / "bell", "ftjob-1")
+    assert await asyncio.wait_for(woken.get(), 5) == "ftjob-1"
+    listener.close()
+    wake(folder / "bell", "ftjob-1")  # nobody listens: nothing happens
+    wake(None, "ftjob-1")
     assert not (folder / "bell").exists()

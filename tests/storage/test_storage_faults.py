@@ -33,8 +33,8 @@ from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.plugins import Plugins
 from arbor_core.process import lifecycle
-from arbor_core.process.lifecycle import end_strays, ref_of
-from arbor_core.process.resources import RoomError, is_full, wait_for_room
+from arbor_core.process.lifecycle import kill_session, process_ref
+from arbor_core.process.resources import DiskFullError, is_disk_full, wait_for_disk_space
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, network_kind
 from arbor_core.storage.event_log import Log, tail
@@ -144,7 +144,7 @@ def test_row_95_a_checkpoint_that_finds_no_room_pauses_the_job(
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
     ballast = fill(small_disk)
     log = next(server.storage.glob("jobs/*/attempts/1/worker.log"))
-    until(lambda: "RoomError" in log.read_text() or no_room_for_words(server, job))
+    until(lambda: "DiskFullError" in log.read_text() or no_room_for_words(server, job))
     ballast.unlink()
     until(lambda: client.fine_tuning.jobs.retrieve(job).status in ("paused", *ENDED))
     found = client.fine_tuning.jobs.retrieve(job)
@@ -165,11 +165,11 @@ def no_room_for_words(server: LiveServer, job: str) -> bool:
 
 def test_row_95_waiting_for_room_is_bounded_and_beats(tmp_path: Path) -> None:
     beats: list[int] = []
-    with pytest.raises(RoomError) as caught:
-        wait_for_room(tmp_path, 1 << 60, 0.2, lambda: beats.append(1))
+    with pytest.raises(DiskFullError) as caught:
+        wait_for_disk_space(tmp_path, 1 << 60, 0.2, lambda: beats.append(1))
     assert beats
-    assert is_full(caught.value, tmp_path)
-    wait_for_room(tmp_path, 0, 0.0, lambda: None)
+    assert is_disk_full(caught.value, tmp_path)
+    wait_for_disk_space(tmp_path, 0, 0.0, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_row_95_waiting_for_room_is_bounded_and_beats(tmp_path: Path) -> None:
     ],
 )
 def test_row_95_a_full_disk_is_told_from_other_faults(tmp_path: Path, error: Exception, full: bool) -> None:
-    assert is_full(error, tmp_path) is full
+    assert is_disk_full(error, tmp_path) is full
     outer = ArborError("saving failed")
     outer.__cause__ = error
-    assert is_full(outer, tmp_path) is full
+    assert is_disk_full(outer, tmp_path) is full
 
 
 def test_a_log_that_has_no_room_keeps_its_records_whole(tmp_path: Path) -> None:
@@ -280,12 +280,12 @@ def test_what_outlives_its_keeper_is_ended(tmp_path: Path) -> None:
     )
     assert keeper.stdout is not None
     stray = int(keeper.stdout.readline())
-    ref = ref_of(keeper.pid)
+    ref = process_ref(keeper.pid)
     keeper.communicate("go on\n", timeout=10)
     with subprocess.Popen(SLEEP, cwd=tmp_path) as other:
-        assert ref_of(stray)
-        end_strays(ref)
-        assert not ref_of(stray)
+        assert process_ref(stray)
+        kill_session(ref)
+        assert not process_ref(stray)
         assert other.poll() is None
         other.kill()
 
@@ -298,11 +298,11 @@ def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
             assert foreign.poll() is None
         with pytest.raises(UnicodeDecodeError):
             cut.decode()
-        pid, start, boot = ref_of(foreign.pid).split(":")
+        pid, start, boot = process_ref(foreign.pid).split(":")
         for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
-            end_strays(ref)
+            kill_session(ref)
         assert foreign.poll() is None
-        end_strays(f"{pid}:{start}:{boot}")
+        kill_session(f"{pid}:{start}:{boot}")
         assert foreign.wait(10) == -signal.SIGKILL
     finally:
         foreign.kill()
@@ -310,11 +310,11 @@ def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
 
 
 def test_a_session_that_does_not_end_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "END_SECONDS", 0.1)
+    monkeypatch.setattr(lifecycle, "KILL_SECONDS", 0.1)
     with subprocess.Popen(SLEEP, start_new_session=True) as stuck, monkeypatch.context() as patch:
         patch.setattr(os, "kill", lambda pid, number: None)  # as if it hung in the kernel
         with pytest.raises(TimeoutError, match=str(stuck.pid)):
-            end_strays(ref_of(stuck.pid))
+            kill_session(process_ref(stuck.pid))
         patch.undo()
         stuck.kill()
 
@@ -453,7 +453,7 @@ async def test_row_112_a_clock_that_jumps_back_reorders_nothing(tmp_path: Path) 
 def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_killed(tmp_path: Path) -> None:
     executor = LocalExecutor(ExecutorSettings("cold", tmp_path))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"]) as foreign:
-        pid, start, boot = ref_of(foreign.pid).split(":")
+        pid, start, boot = process_ref(foreign.pid).split(":")
         for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
             assert not executor.adopt(ref)
             executor.signal(ref, signal.SIGKILL)

@@ -18,7 +18,7 @@ from live import ENDED, LiveServer
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import LIVE
 from arbor_core.jobdir.inbox import read as read_inbox
-from arbor_core.process.lifecycle import ref_of
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.types import ArborError
 from arbor_core.worker.replay import replay
 
@@ -196,4 +196,4 @@ def of_order(storage: Path, job_id: str, status: str, steps: list[dict[str, Any]
 def keepers(storage: Path) -> list[int]:
     """Keepers that live, of all attempts."""
     refs = [path.read_text() for path in storage.glob("jobs/*/attempts/*/keeper")]
-    return [int(ref.partition(":")[0]) for ref in refs if ref and ref_of(int(ref.partition(":")[0])) == ref]
+    return [int(ref.partition(":")[0]) for ref in refs if ref and process_ref(int(ref.partition(":")[0])) == ref]

@@ -14,7 +14,7 @@ from litestar.types import ExceptionHandlersMap, Scope
 
 from arbor_core import ids
 from arbor_core.config.convert import explained
-from arbor_core.process.resources import FULL
+from arbor_core.process.resources import DISK_FULL_ERRNOS
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, ArborError, ConfigError, not_found
 
 __all__ = ["CLOSE", "HANDLERS", "NO_RETRY", "ApiError", "envelope", "not_found", "request_id", "response"]
@@ -125,7 +125,7 @@ def _full(what: str) -> Response[bytes]:
 def _exhausted(request: Request[Any, Any, Any], error: OSError) -> Response[bytes]:
     """A disk that is full, or a process that may open nothing more or get no more memory: for a while, unlike other
     faults of ours."""
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         log.error("%s %s: %s", request.method, request.scope["path"], error)
         return _full("")
     if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):

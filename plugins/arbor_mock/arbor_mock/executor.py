@@ -37,7 +37,7 @@ from arbor_core import (
     newest_first,
     open_run,
     replace,
-    ring,
+    wake,
 )
 
 from . import MockConfig
@@ -68,7 +68,7 @@ class SimulatedRun(WorkerRun[MockConfig]):
         event.at = time.time()
         with self.files.events.open("ab", buffering=0) as file:
             file.write(msgspec.json.encode(event) + b"\n")
-        ring(self.bell, self.job_id)
+        wake(self.bell, self.job_id)
 
     @contextmanager
     def checkpoint(self, step: int, /, **metrics: float) -> Iterator[Path]:
@@ -145,7 +145,7 @@ class SimulatedExecutor:
                 raise
             code = -self.signals.pop(ref)
         await self.call(end, AttemptDir(order.dir), code)
-        ring(order.bell, order.dir.parent.parent.name)
+        wake(order.bell, order.dir.parent.parent.name)
 
     async def _work(self, attempt_dir: Path) -> int:
         """What the worker's process does; returns its exit status."""
