@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {
     "{event.type}.event": [f"{kind}.event" for kind in get_args(EventType)],
     "job.{desired}": [f"job.{wanted}" for wanted in get_args(Desired)],
+    "{self.name}.written": ["inbox.written", "ledger.written"],
+    "{self.name}.rotated": ["inbox.rotated", "ledger.rotated"],
     "forgotten.{name}": [f"forgotten.{name}" for name in LIVE],
 }
 """The names that each f-string may come to."""

@@ -1,14 +1,14 @@
 """The completion ledger: what the model of a live reinforcement job has sampled, token by token.
 
-A reward that names a completion trains exactly what was sampled: its tokens are found here. The ledger is a bounded
-log of segments in `<job>/ledger/`, with places in memory; the oldest segment goes when there are too many. It survives
-a killed server, and is not synced: after a power failure the last completions may be unknown, and are sampled again.
+A reward that names a completion trains exactly what was sampled: its tokens are found here. The ledger is a segment log
+(`storage/segment_log.py`) in `<job>/ledger/` with an index in memory; the oldest segment is removed when there are too
+many. It survives a killed server, and is not synced: after a power failure the last completions may be unknown, and are
+sampled again.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
+import contextlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,13 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.crash_points import crash_point
+from arbor_core.storage.segment_log import DamagedRecordError, Header, RecordFormat, SegmentLog, records, segments
 from arbor_core.types import Completion
 
-HEADER = struct.Struct("<II")
+FORMAT = RecordFormat()
 SEGMENT_BYTES = 16 << 20
 SEGMENTS = 8
-"""So many are kept: 128 MB, some 10,000 completions of 2,000 tokens."""
-
+"""How many are kept: 128 MB, some 10,000 completions of 2,000 tokens."""
 
 Place = tuple[int, int, int]
 """Segment, offset and length of a record's payload."""
@@ -34,24 +33,22 @@ Place = tuple[int, int, int]
 class Ledger:
     """The ledger of one job. Used from one thread."""
 
-    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, segments: int = SEGMENTS) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.segment_bytes, self.segments = folder, segment_bytes, segments
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, max_segments: int = SEGMENTS) -> None:
+        self.segment_bytes, self.max_segments = segment_bytes, max_segments
         self.places: dict[tuple[str, int], Place] = {}
         self.by_key: dict[bytes, list[tuple[str, int]]] = {}
         """Oldest first."""
         self.spent: set[tuple[str, int]] = set()
         self.held: dict[int, list[tuple[tuple[str, int], bytes]]] = {}
         """By segment: what it holds."""
-        numbers = sorted(int(path.stem) for path in folder.glob("*.log") if path.stem.isdigit())
-        for number in numbers:
-            for offset, completion in self._read(number):
-                self._note(completion, (number, *offset))
-        self.number = numbers[-1] if numbers else 0
-        self.file = self._path(self.number).open("ab", buffering=0)
-        whole = max((at + length for n, at, length in self.places.values() if n == self.number), default=0)
-        self.file.truncate(whole)  # what a killed server left of a record
-        self.size = whole
+        end = 0
+        for number, path in segments(folder):
+            end = 0
+            for header, completion in _completions(path):
+                self._note(completion, (number, header.payload_start, header.end - header.payload_start))
+                end = header.end
+        self.log = SegmentLog("ledger", folder)
+        self.log.cut_tail(end)
         self.closed = False
 
     def add(self, completion: Completion) -> None:
@@ -60,19 +57,13 @@ class Ledger:
         if self.closed:
             return
         payload = msgspec.msgpack.encode(completion)
-        record = HEADER.pack(len(payload), zlib.crc32(payload)) + payload
         try:
-            if self.size >= self.segment_bytes:
+            if self.log.size >= self.segment_bytes:
                 self._rotate()
-            written = self.file.write(record)
-            crash_point("ledger.written")
+            (end,) = self.log.append([FORMAT.header(payload) + payload])
         except OSError:
-            written = 0
-        if written != len(record):
-            self.file.truncate(self.size)
             return
-        self._note(completion, (self.number, self.size + HEADER.size, len(payload)))
-        self.size += len(record)
+        self._note(completion, (self.log.number, end - len(payload), len(payload)))
 
     def get(self, id: str, index: int = 0) -> Completion | None:
         """A completion, if it is still known."""
@@ -80,7 +71,7 @@ class Ledger:
         if place is None:
             return None
         number, offset, length = place
-        with self._path(number).open("rb") as file:
+        with self.log.path(number).open("rb") as file:
             file.seek(offset)
             return msgspec.msgpack.decode(file.read(length), type=Completion)
 
@@ -107,25 +98,11 @@ class Ledger:
         self.by_key.setdefault(completion.key, []).append(known)
         self.held.setdefault(place[0], []).append((known, completion.key))
 
-    def _read(self, number: int) -> Iterator[tuple[tuple[int, int], Completion]]:
-        content, at = self._path(number).read_bytes(), 0
-        while at + HEADER.size <= len(content):
-            length, crc = HEADER.unpack_from(content, at)
-            at += HEADER.size
-            payload = content[at : at + length]
-            if len(payload) < length or zlib.crc32(payload) != crc:
-                return
-            yield (at, length), msgspec.msgpack.decode(payload, type=Completion)
-            at += length
-
     def _rotate(self) -> None:
-        """Begin a new segment; the oldest goes when there are too many."""
-        fresh = self._path(self.number + 1).open("ab", buffering=0)  # a full disk leaves the old one open
-        self.file.close()
-        self.file, self.number, self.size = fresh, self.number + 1, 0
-        crash_point("ledger.rotated")
-        gone = self.number - self.segments
-        forgotten = self.held.pop(gone, [])
+        """Begin a new segment; the oldest is removed when there are too many."""
+        self.log.rotate(self.log.number + 1)
+        oldest = self.log.number - self.max_segments
+        forgotten = self.held.pop(oldest, [])
         for known, _ in forgotten:
             self.places.pop(known, None)
             self.spent.discard(known)
@@ -133,14 +110,18 @@ class Ledger:
             del self.by_key[key][:count]  # the oldest
             if not self.by_key[key]:
                 del self.by_key[key]
-        self._path(gone).unlink(missing_ok=True)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number}.log"
+        self.log.path(oldest).unlink(missing_ok=True)
 
     def close(self) -> None:
         self.closed = True
-        self.file.close()
+        self.log.close()
+
+
+def _completions(path: Path) -> Iterator[tuple[Header, Completion]]:
+    """The completions of a segment, up to the first that a power failure or a killed server left damaged."""
+    with contextlib.suppress(DamagedRecordError, msgspec.DecodeError):
+        for header, payload in records(path, FORMAT):
+            yield header, msgspec.msgpack.decode(payload, type=Completion)
 
 
 def key_of(messages: Sequence[Mapping[str, Any]], content: str | None) -> bytes:

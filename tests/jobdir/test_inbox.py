@@ -26,7 +26,7 @@ def group(number: int, words: int = 50) -> Group:
 
 def record(number: int) -> bytes:
     payload = msgspec.msgpack.encode(group(number))
-    return inbox.header(payload, number, number) + payload
+    return inbox.FORMAT.header(payload, number, number) + payload
 
 
 def ids(folder: Path, position: int = 0) -> list[int]:
@@ -103,7 +103,7 @@ def test_what_a_power_failure_left_beyond_the_mark_is_kept_where_it_is_whole(tmp
     (second,) = box.append([(group(1), 1)])
     box.close()
     (tmp_path / inbox.SYNCED).write_bytes(inbox.POSITION.pack(first))  # the newer mark had not reached the disk
-    zeros = inbox.header(bytes(100), 2, 2).ljust(500, b"\0")  # nor had the pages of the third record
+    zeros = inbox.FORMAT.header(bytes(100), 2, 2).ljust(500, b"\0")  # nor had the pages of the third record
     with inbox.segments(tmp_path)[-1][1].open("ab") as file:
         file.write(zeros)
     again = Inbox(tmp_path)
@@ -169,7 +169,7 @@ def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: 
         def write(self, content: bytearray) -> int:
             return int(self.file.write(content[:room]))
 
-    whole, box.file = box.file, Filling(box.file)  # type: ignore[assignment]
+    whole, box.log.file = box.log.file, Filling(box.log.file)  # type: ignore[assignment]
     several = [(group(n), n) for n in (1, 2, 3)]
     size = inbox.HEADER_BYTES + len(msgspec.msgpack.encode(group(1)))
     taken = min(3, room // size)
@@ -178,7 +178,7 @@ def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: 
     else:
         with pytest.raises(OSError, match="only a part"):
             box.append(several)
-    box.file = whole
+    box.log.file = whole
     assert ids(tmp_path) == list(range(taken + 1))
     box.append([(group(9), 9)])
     assert ids(tmp_path) == [*range(taken + 1), 9]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import zlib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from arbor_core.rollouts.ledger import HEADER, Ledger, key_of, key_of_tools, packed_floats, packed_ids
+from arbor_core.rollouts.ledger import FORMAT, Ledger, key_of, key_of_tools, packed_floats, packed_ids
 from arbor_core.types import Completion
 
 ASKED = [{"role": "user", "content": "say a"}]
@@ -116,7 +115,7 @@ def test_records_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     """They said only whether there were tools."""
     record = {**msgspec.to_builtins(completion(7), builtin_types=(bytes,)), "tools": True}
     payload = msgspec.msgpack.encode(record)
-    (tmp_path / "0.log").write_bytes(HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+    (tmp_path / "0.log").write_bytes(FORMAT.header(payload) + payload)
     assert Ledger(tmp_path).get("chatcmpl-7") == completion(7)
 
 
@@ -134,8 +133,19 @@ def test_another_server_finds_what_was_written(tmp_path: Path) -> None:
     assert again.get("chatcmpl-5") == completion(5)
 
 
+def test_zeros_that_a_power_failure_left_are_no_completions(tmp_path: Path) -> None:
+    before = Ledger(tmp_path)
+    before.add(completion(0))
+    before.close()
+    with (tmp_path / "0.log").open("ab") as file:
+        file.write(bytes(4096))
+    after = Ledger(tmp_path)
+    after.add(completion(1))
+    assert Ledger(tmp_path).get("chatcmpl-1") == completion(1)
+
+
 def test_old_completions_go(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, segment_bytes=400, segments=3)
+    ledger = Ledger(tmp_path, segment_bytes=400, max_segments=3)
     for n in range(40):
         ledger.add(completion(n))
     ledger.spend(("chatcmpl-39", 0))
@@ -145,15 +155,15 @@ def test_old_completions_go(tmp_path: Path) -> None:
     known = len(ledger.places)
     assert 3 <= known < 40
     assert len(ledger.by_key[key_of(ASKED, "a")]) == known
-    assert len(Ledger(tmp_path, segment_bytes=400, segments=3).places) == known
+    assert len(Ledger(tmp_path, segment_bytes=400, max_segments=3).places) == known
 
 
 def test_what_is_forgotten_is_forgotten_whole(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, segment_bytes=400, segments=2)
+    ledger = Ledger(tmp_path, segment_bytes=400, max_segments=2)
     for n in range(40):
         ledger.add(completion(n, said="ab"[n % 2]))
         ledger.spend((f"chatcmpl-{n}", 0))
-    again = Ledger(tmp_path, segment_bytes=400, segments=2)
+    again = Ledger(tmp_path, segment_bytes=400, max_segments=2)
     again.spend(*((f"chatcmpl-{n}", 0) for n in range(40)))
     for one in (ledger, again):
         assert one.spent == one.places.keys()
@@ -172,12 +182,12 @@ def test_a_full_disk_forgets_a_completion_and_goes_on(tmp_path: Path, monkeypatc
         def write(self, _: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def truncate(self, size: int) -> None:
-            file.truncate(size)
+        def fileno(self) -> int:
+            return file.fileno()
 
-    file = ledger.file
+    file = ledger.log.file
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "file", Full())
+        patched.setattr(ledger.log, "file", Full())
         ledger.add(completion(1))
     assert ledger.get("chatcmpl-1") is None
     ledger.add(completion(2))

@@ -186,7 +186,7 @@ from arbor_core.types import Completion, Group, Rollout
 from arbor_core.rollouts.ledger import Ledger
 
 box = Inbox(Path(sys.argv[1]) / "inbox", segment_bytes=1)
-ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, segments=9)
+ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, max_segments=9)
 for n in range(int(sys.argv[2]), 4):
     box.append([(Group(id=n, rollouts=(Rollout(reward=1.0),), version=0), n)])
     ledger.add(Completion(id=f"c{n}", version=0, prompt=b"", tokens=b"", logprobs=b"", temperature=1.0, key=b"k"))
