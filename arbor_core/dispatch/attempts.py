@@ -135,7 +135,7 @@ class Attempts:
 
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
-        replace(self.dir(job).desired, job.wanted.encode(), durable=False)
+        replace(self.dir(job).desired, job.instruction.encode(), durable=False)
 
     async def pass_on(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""

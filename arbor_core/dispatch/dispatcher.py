@@ -17,7 +17,7 @@ import msgspec
 
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.cleanup import sweep
-from arbor_core.jobs.leases import keep_lease
+from arbor_core.jobs.leases import read_leases, write_lease
 from arbor_core.jobs.queue import JobQueue, training_claim
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
@@ -120,10 +120,9 @@ class Dispatcher:
         """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
         await asyncio.to_thread(self._sweep)
         self.running = {job.id: job for job in self.queue.running()}
-        for row in self.jobs.store.read("SELECT owner, lease FROM leases"):
-            if row["owner"] in self.running:
-                lease = msgspec.json.decode(row["lease"], type=Lease)
-                self.leases[row["owner"]] = lease
+        for lease in read_leases(self.jobs.store):
+            if lease.claim.owner in self.running:
+                self.leases[lease.claim.owner] = lease
                 self.allocator.restore(lease)
 
     def _sweep(self) -> None:
@@ -232,7 +231,7 @@ class Dispatcher:
                 started,
                 attempt=job.attempt + 1,
                 only_if=job.desired,
-                also=lambda db: keep_lease(db, lease),
+                also=lambda db: write_lease(db, lease),
             )
         except BaseException:  # a full disk, say: it waits for the next look, and so do the devices
             self.release(job.id)
@@ -275,7 +274,7 @@ class Dispatcher:
                 log.warning("job %s: attempt %d waits to be started: %s", job.id, job.attempt, error)
             await asyncio.sleep(POLL_SECONDS)
             fresh = self.jobs.get(job.id)
-            if fresh is None or fresh.wanted != "run":
+            if fresh is None or fresh.instruction != "run":
                 return None
 
     async def _follow(self, job: Job) -> None:

@@ -104,9 +104,9 @@ class Following:
             await self.settlement.settle(job, seen.ended)
             crash_point("job.settled")
             return False
-        if job.wanted != followed.told:
+        if job.instruction != followed.told:
             await self.attempts.pass_on(job)
-            followed.told = job.wanted
+            followed.told = job.instruction
         return True
 
     async def _lives(self, followed: Followed) -> bool:

@@ -18,6 +18,7 @@ from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
 from arbor_core.jobdir.layout import AttemptDir, checkpoint_path
+from arbor_core.jobs.leases import delete_leases
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
@@ -94,7 +95,7 @@ class Settlement:
         also = changes.pop("also", None)
 
         def give_back(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM leases WHERE owner=?", (job.id,))
+            delete_leases(db, job.id)
             if also:
                 also(db)
 

@@ -22,6 +22,7 @@ import msgspec
 from arbor_core import ids
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
+from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.atomic import sync_folder
 from arbor_core.storage.database import Store
 from arbor_core.types import NO_RETRY, ApiError, not_found
@@ -236,13 +237,10 @@ class Files:
         await self.store.write(lambda db: db.execute("UPDATE files SET status='error' WHERE id=?", (id,)))
 
 
-IN_USE = (
-    "SELECT id FROM jobs WHERE (training_file=? OR validation_file=?)"
-    " AND status NOT IN ('succeeded','failed','cancelled')"
-)
+IN_USE = f"SELECT id FROM jobs WHERE (training_file=? OR validation_file=?) AND {NOT_ENDED}"  # noqa: S608
 EXPIRED = (
-    "SELECT id FROM files f WHERE deleted=0 AND expires_at<=? AND NOT EXISTS(SELECT 1 FROM jobs"
-    " WHERE (training_file=f.id OR validation_file=f.id) AND status NOT IN ('succeeded','failed','cancelled'))"
+    "SELECT id FROM files f WHERE deleted=0 AND expires_at<=? AND NOT EXISTS(SELECT 1 FROM jobs"  # noqa: S608
+    f" WHERE (training_file=f.id OR validation_file=f.id) AND {NOT_ENDED})"
 )
 
 

@@ -1,6 +1,6 @@
-"""What a job has to tell: how its events and its checkpoints get into the database.
+"""A job's events and checkpoints in the database.
 
-All of it is part of the caller's transaction: a job's state never changes without its history.
+Everything here is part of the caller's transaction: a job's state never changes without its events.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from arbor_core.types import Event
 from .policies import name_checkpoint, record_policy
 from .records import Job, to_json
 
-SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
-"""Events of a run that its followers see."""
+PUBLIC = ("message", "metrics", "checkpoint", "withdrawn")
+"""Types of an attempt's events that clients see."""
 
 
 def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], model: str) -> None:
-    """Take what an attempt has told. `model`: name of the job's model; a checkpoint's is this with `:ckpt-step-N`."""
-    add_events(db, job.id, [event for event in events if event.type in SHOWN])
+    """Store what an attempt reports: its events, and what follows from them.
+
+    Args:
+        model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
+    """
+    add_events(db, job.id, [event for event in events if event.type in PUBLIC])
     for event in events:
         if event.type == "resolved":
-            both = {**job.hyperparameters, **event.data}
-            db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (to_json(both), job.id))
+            hyperparameters = {**job.hyperparameters, **event.data}
+            db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (to_json(hyperparameters), job.id))
         elif event.type == "checkpoint":
             add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
         elif event.type == "weights":
@@ -35,12 +39,12 @@ def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], mode
 
 
 def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
-    """Append events to a job's list; part of the caller's transaction."""
+    """Append events to a job's list. Their times never decrease, though a clock may be set back."""
     last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
     seq, newest = (last[0] or 0), (last[1] or 0)
     for event in events:
         seq += 1
-        newest = max(newest, int(event.at or time.time()))  # a clock that jumps back must not reorder
+        newest = max(newest, int(event.at or time.time()))
         kind = "metrics" if event.type == "metrics" else "message"
         db.execute(
             "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
@@ -49,7 +53,7 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> 
 
 
 def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
-    """Note a checkpoint; one that a later attempt wrote again at the same step takes the place of the old."""
+    """Store a checkpoint. One that a later attempt wrote at the same step replaces the earlier one."""
     db.execute(
         "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
         " ON CONFLICT(job_id,step) DO UPDATE SET dir=excluded.dir, metrics=excluded.metrics",
@@ -73,12 +77,12 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
 
 
 def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
-    """Offer a checkpoint no longer; part of the caller's transaction."""
+    """Remove a checkpoint from the job's list; `folder` is the name of its directory."""
     db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder))
-    left = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
-    db.execute(f"UPDATE jobs SET progress=min(progress, ({left})) WHERE id=?", (job_id, job_id))  # noqa: S608
+    highest = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
+    db.execute(f"UPDATE jobs SET progress=min(progress, ({highest})) WHERE id=?", (job_id, job_id))  # noqa: S608
 
 
 def has_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> bool:
-    """Whether a checkpoint is offered."""
+    """Whether a checkpoint is in the job's list; `folder` is the name of its directory."""
     return db.execute("SELECT 1 FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder)).fetchone() is not None

@@ -1,4 +1,4 @@
-"""What trainers that learn from rollouts have published: the newest policy of each job, in the database."""
+"""Policies that trainers published, the newest of each job, and checkpoints that clients named."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from arbor_core.types import Event, NamedCheckpoint, Policy
 
 
 def record_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
-    """Take a `weights` event; part of the caller's transaction.
+    """Store a `weights` event; part of the caller's transaction.
 
-    A later attempt, which makes steps again that an earlier one had made, takes nothing back: completions come from the
-    newest version that was ever published, and credits wait until the trainer has caught up. A version that no attempt
-    had reached before is progress, though a job that writes no checkpoints begins again: it may crash as often anew.
+    A later attempt that repeats steps of an earlier one reverts nothing: completions come from the newest version that
+    was ever published, and there are no new credits until the trainer has caught up. A version that no attempt had
+    reached before is progress and resets `crashes`, even of a job without checkpoints, whose attempts begin anew.
     """
     db.execute(
         "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
@@ -50,13 +50,13 @@ def name_checkpoint(
 
 
 def named_checkpoint_sizes(store: Store, job_id: str) -> dict[str, int]:
-    """How much is kept with each checkpoint of a job that has a name."""
+    """The size of the metadata of each named checkpoint of a job, in characters of JSON."""
     sql = "SELECT name, length(metadata) AS size FROM named_checkpoints WHERE job_id=?"
     return {row["name"]: row["size"] for row in store.read(sql, job_id)}
 
 
 def named_checkpoints(store: Store, job_id: str) -> list[NamedCheckpoint]:
-    """The checkpoints of a job that clients gave names, oldest first."""
+    """The named checkpoints of a job, oldest first."""
     rows = store.read(
         "SELECT n.name, n.step, c.model, n.metadata, n.created_at FROM named_checkpoints n"
         " JOIN checkpoints c ON c.job_id=n.job_id AND c.step=n.step WHERE n.job_id=? ORDER BY n.created_at, n.step",

@@ -1,4 +1,4 @@
-"""The line that jobs stand in, as schedulers see it: who is next, who runs, who is not where it was asked to be."""
+"""The job queue as the scheduler sees it: which jobs may start, which run, and which must move without a process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from arbor_core.storage.database import Store
 from arbor_core.types import Bundle, Claim, QueuedJob, RunningJob
 
 from .records import Job, job_from_row
-from .states import OUT_OF_PLACE
+from .states import OUT_OF_PLACE, STARTABLE
 
-IN_LINE = (
+SCHEDULED = (
     "SELECT id, json_extract(spec,'$.devices'), seq, priority,"
     " waited + (status='queued') * ((SELECT max(turn) FROM jobs) - turn) FROM jobs"
 )
+"""What the scheduler sees of a job; the last column is how many attempts of others were started while it waited."""
 
 
 class JobQueue:
@@ -23,19 +24,20 @@ class JobQueue:
         self.store = store
 
     def out_of_place(self) -> list[Job]:
-        """Jobs that no process works on, and that are asked to be in another state."""
-        return [job_from_row(row) for row in self.store.read(f"SELECT * FROM jobs WHERE {OUT_OF_PLACE} ORDER BY seq")]  # noqa: S608 - our words
+        """Jobs that no process works on, and that are desired to be in another state; oldest first."""
+        sql = f"SELECT * FROM jobs INDEXED BY jobs_out_of_place WHERE {OUT_OF_PLACE} ORDER BY seq"  # noqa: S608 - our words
+        return [job_from_row(row) for row in self.store.read(sql)]
 
     def next_jobs(self, limit: int, devices: int, trainers: Sequence[str]) -> list[QueuedJob]:
-        """The next jobs to start: the `limit` that came first and the `limit` of the highest priority.
+        """The next jobs to start: the `limit` oldest, and the `limit` oldest of the highest priorities.
 
         Args:
-            devices: Leaves out jobs that need more.
-            trainers: Leaves out jobs of others.
+            devices: Jobs that need more are left out.
+            trainers: Jobs of other trainers are left out.
         """
         marks = ",".join("?" * len(trainers))
         sql = (
-            f"{IN_LINE} WHERE status='queued' AND desired IN('run','finish') AND json_extract(spec,'$.devices')<=?"
+            f"{SCHEDULED} WHERE {STARTABLE} AND json_extract(spec,'$.devices')<=?"
             f" AND json_extract(spec,'$.trainer') IN ({marks}) ORDER BY %s LIMIT ?"
         )
         orders = ("seq", "priority DESC, seq")
@@ -43,25 +45,25 @@ class JobQueue:
         return list({job: QueuedJob(job, training_claim(job, count), *rest) for job, count, *rest in rows}.values())
 
     def unschedulable(self, devices: int, trainers: Sequence[str]) -> list[Job]:
-        """The queued jobs that `front` leaves out."""
+        """The queued jobs that `next_jobs` leaves out because of their devices or trainer."""
         marks = ",".join("?" * len(trainers))
         sql = (
-            "SELECT * FROM jobs WHERE status='queued' AND desired IN('run','finish')"  # noqa: S608
+            f"SELECT * FROM jobs WHERE {STARTABLE}"  # noqa: S608 - our words
             f" AND (json_extract(spec,'$.devices')>? OR json_extract(spec,'$.trainer') NOT IN ({marks})) ORDER BY seq"
         )
         return [job_from_row(row) for row in self.store.read(sql, devices, *trainers)]
 
     def running(self) -> list[RunningJob]:
         """The running jobs, oldest first."""
-        rows = self.store.read(f"{IN_LINE} WHERE status='running' ORDER BY seq")
+        rows = self.store.read(f"{SCHEDULED} WHERE status='running' ORDER BY seq")
         return [RunningJob(job, training_claim(job, count), *rest) for job, count, *rest in rows]
 
     def stopping(self) -> set[str]:
-        """The ids of the running jobs that are asked to end, or to make room."""
+        """The ids of the running jobs that will give their devices back: they are to end, pause, or be preempted."""
         sql = "SELECT id FROM jobs WHERE status='running' AND (desired<>'run' OR preempted)"
         return {row[0] for row in self.store.read(sql)}
 
 
 def training_claim(job_id: str, devices: int) -> Claim:
-    """What a job needs in order to train."""
+    """The claim of a job that trains on `devices` devices."""
     return Claim(job_id, (Bundle("train", devices),))

@@ -1,8 +1,9 @@
-"""The rows of the tables about jobs, as structs."""
+"""The rows of the tables of jobs as structs, and how they get in and out of the database."""
 
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,24 +21,24 @@ class JobError(msgspec.Struct, frozen=True):
 
 
 class JobSpec(msgspec.Struct, frozen=True):
-    """What was asked for, resolved when the job was created. Never changes."""
+    """The request that created the job, with all its names resolved. Never changes."""
 
     trainer: str
     method: str
     """OpenAI's `method.type`."""
     config: dict[str, Any]
     model: str
-    """Public name of the base."""
+    """Public name of the base model."""
     model_path: str | None
-    """Weights that a job has made: their path in the storage directory. None: the base model of this name, which is
-    looked for anew whenever it is needed."""
+    """Weights that another job trained: their path in the storage directory. None: the base model of this name, which
+    is looked up whenever it is needed."""
     seed: int
     suffix: str | None = None
     integrations: list[dict[str, Any]] | None = None
     devices: int = 1
     rows: dict[str, int] = {}
     rollouts: bool = False
-    """It learns from groups that clients send, and has no training file."""
+    """It learns from groups of rollouts that clients send, and has no training file."""
     adapter_path: str | None = None
     """The adapter that it starts from: its path in the storage directory."""
 
@@ -55,7 +56,7 @@ class Job(msgspec.Struct):
     created_at: int
     finished_at: int | None
     training_file: str
-    """Empty: it has none."""
+    """Empty: it has none; it learns from rollouts."""
     validation_file: str | None
     fine_tuned_model: str | None
     metadata: dict[str, str] | None
@@ -66,25 +67,25 @@ class Job(msgspec.Struct):
     result_files: list[str]
     ref: str | None
     offset: int
-    """Bytes of the attempt's event log that are in the database."""
+    """How much of the attempt's event log is in the database, in bytes."""
     progress: int
-    """Highest step that a checkpoint holds."""
+    """Highest step of a checkpoint that is there."""
     furthest: int
-    """Highest step that a checkpoint ever held: writing again what was found to be damaged is no progress."""
+    """Highest step of any checkpoint ever: to write one again that was found to be damaged is no progress."""
     crashes: int
-    """Attempts that died since the last progress."""
+    """How many attempts in a row died without progress."""
     memory_retries: int
-    """Attempts that ran out of memory and were followed by one with smaller micro-batches."""
+    """How many attempts ran out of memory and were followed by one with smaller micro-batches."""
     preempted: int
     """1 while the scheduler wants the running job's devices for another."""
     turn: int
-    """How many attempts the server had started when the job was queued, or with its own when that was started."""
+    """How many attempts of all jobs had been started when the job was queued, or with its own when that began."""
     waited: int
-    """How many attempts were started while the job was queued, before it was queued the last time."""
+    """How many attempts were started while the job was queued, not counting the last time that it was queued."""
 
     @property
-    def wanted(self) -> Desired:
-        """What the worker is to do: what was asked of the job, unless the scheduler has it make room."""
+    def instruction(self) -> Desired:
+        """What the worker is to do: what is desired of the job, or pause while the scheduler preempts it."""
         return "pause" if self.desired == "run" and self.preempted else self.desired
 
 
@@ -117,7 +118,7 @@ class CheckpointRow(msgspec.Struct, frozen=True):
 
 
 class NewJob(msgspec.Struct, frozen=True):
-    """What `Jobs.create` needs."""
+    """The columns that `Jobs.create` sets."""
 
     owner: str
     training_file: str
@@ -129,10 +130,11 @@ class NewJob(msgspec.Struct, frozen=True):
 
 
 def to_json(value: Any) -> str | None:
+    """JSON text for a column; None stays None (SQL's NULL)."""
     return None if value is None else msgspec.json.encode(value).decode()
 
 
-def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
+def _values(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
     return {
         name: msgspec.json.decode(row[name]) if name in json_columns and row[name] is not None else row[name]
         for name in row.keys()  # noqa: SIM118 - a Row iterates over values
@@ -140,12 +142,31 @@ def _plain(row: sqlite3.Row, json_columns: Sequence[str]) -> dict[str, Any]:
 
 
 def job_from_row(row: sqlite3.Row) -> Job:
-    return msgspec.convert(_plain(row, JSON_COLUMNS), Job)
+    return msgspec.convert(_values(row, JSON_COLUMNS), Job)
 
 
 def event_from_row(row: sqlite3.Row) -> EventRow:
-    return msgspec.convert(_plain(row, ("data",)), EventRow)
+    return msgspec.convert(_values(row, ("data",)), EventRow)
 
 
 def checkpoint_from_row(row: sqlite3.Row) -> CheckpointRow:
-    return msgspec.convert(_plain(row, ("metrics",)), CheckpointRow)
+    return msgspec.convert(_values(row, ("metrics",)), CheckpointRow)
+
+
+def insert_job(db: sqlite3.Connection, job_id: str, new: NewJob) -> Job:
+    """Insert the row of a new job; part of the caller's transaction."""
+    values = {
+        "id": job_id,
+        "owner": new.owner,
+        "status": "validating_files",
+        "created_at": int(time.time()),
+        "priority": new.priority,
+        "training_file": new.training_file,
+        "validation_file": new.validation_file,
+        "metadata": to_json(new.metadata),
+        "spec": to_json(new.spec),
+        "hyperparameters": to_json(new.hyperparameters),
+    }
+    marks = ",".join(f":{name}" for name in values)
+    db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
+    return job_from_row(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())

@@ -1,7 +1,7 @@
 """Jobs in the database, and the state machine: every transition is one compare-and-swap together with its event.
 
-`status` is where a job is, `desired` what was asked of it; the dispatcher moves one towards the other. `attempt` fences
-off what an older process still writes. A terminal status never changes.
+`status` is where a job is, `desired` where its client wants it (`types/jobs.py`); the dispatcher moves one towards the
+other. `attempt` fences off what an older process still writes. A terminal status never changes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from .records import (
     NewJob,
     checkpoint_from_row,
     event_from_row,
+    insert_job,
     job_from_row,
     to_json,
 )
+from .states import ENDED, NOT_ENDED, WAITING
 from .subscriptions import Subscriptions
 
 T = TypeVar("T")
+LAST_TURN = "SELECT max(turn) FROM jobs"
+"""The number of attempts that were started so far, of all jobs."""
 
 
 class Jobs:
@@ -41,7 +45,7 @@ class Jobs:
         self.subscriptions = Subscriptions()
 
     async def _write(self, change: Callable[[sqlite3.Connection], T], *job_ids: str) -> T:
-        """Change these jobs, then wake who waits for them."""
+        """Change these jobs, then wake those who wait for them."""
         result = await self.store.write(change)
         for job_id in job_ids:
             self.subscriptions.notify(job_id)
@@ -60,33 +64,21 @@ class Jobs:
         """
         job_id = ids.new("ftjob-")
 
-        def insert(db: sqlite3.Connection) -> Job:
-            values = {
-                "id": job_id,
-                "owner": new.owner,
-                "status": "validating_files",
-                "created_at": int(time.time()),
-                "priority": new.priority,
-                "training_file": new.training_file,
-                "validation_file": new.validation_file,
-                "metadata": to_json(new.metadata),
-                "spec": to_json(new.spec),
-                "hyperparameters": to_json(new.hyperparameters),
-            }
-            marks = ",".join(f":{name}" for name in values)
-            db.execute(f"INSERT INTO jobs({','.join(values)}) VALUES({marks})", values)
-            add_events(db, job_id, [Event("message", f"Created fine-tuning job: {job_id}")])
-            add_events(db, job_id, [Event("message", warning, "warn") for warning in warnings])
-            if new.training_file:
-                add_events(db, job_id, [Event("message", f"Validating training file: {new.training_file}")])
-            made = job_from_row(db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone())
-            if also:
-                also(db, made)
-            return made
+        events = [Event("message", f"Created fine-tuning job: {job_id}")]
+        events += [Event("message", warning, "warn") for warning in warnings]
+        if new.training_file:
+            events.append(Event("message", f"Validating training file: {new.training_file}"))
 
-        made = await self.store.write(insert)
+        def insert(db: sqlite3.Connection) -> Job:
+            job = insert_job(db, job_id, new)
+            add_events(db, job_id, events)
+            if also:
+                also(db, job)
+            return job
+
+        job = await self.store.write(insert)
         crash_point("job.created")
-        return made
+        return job
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """One job; with `owner`, only if it is theirs."""
@@ -128,28 +120,24 @@ class Jobs:
     def newest_rollout_job(self, owner: str) -> str | None:
         """The newest job that learns from rollouts, of those that have not ended if there are any."""
         sql = (
-            "SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts')"
-            " ORDER BY status IN ('succeeded','failed','cancelled'), seq DESC LIMIT 1"
+            f"SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts') ORDER BY {ENDED}, seq DESC LIMIT 1"  # noqa: S608
         )
         row = self.store.one(sql, owner)
         return str(row[0]) if row else None
 
     def rollout_jobs_after(self, seq: int) -> list[tuple[int, str]]:
-        """`seq` and id of the jobs made later than `seq` that learn from rollouts, oldest first."""
+        """`seq` and id of the jobs that learn from rollouts and were created after the job `seq`, oldest first."""
         sql = "SELECT seq, id FROM jobs WHERE seq>? AND json_extract(spec,'$.rollouts') ORDER BY seq"
         return [(row["seq"], row["id"]) for row in self.store.read(sql, seq)]
 
     def ended(self, job_ids: Collection[str]) -> set[str]:
-        """Those of these jobs that have ended, or were never there."""
-        sql = (
-            "SELECT value FROM json_each(?) WHERE value NOT IN"
-            " (SELECT id FROM jobs WHERE status IN ('validating_files','queued','running','paused'))"
-        )
+        """Those of these jobs that have ended, or that do not exist."""
+        sql = f"SELECT value FROM json_each(?) WHERE value NOT IN (SELECT id FROM jobs WHERE {NOT_ENDED})"  # noqa: S608
         return {row[0] for row in self.store.read(sql, to_json(list(job_ids)))}
 
     def count_waiting(self) -> int:
-        """How many jobs have not begun."""
-        row = self.store.one("SELECT count(*) FROM jobs WHERE status IN ('validating_files','queued')")
+        """How many jobs wait for an attempt."""
+        row = self.store.one(f"SELECT count(*) FROM jobs WHERE {WAITING}")  # noqa: S608
         return int(row[0]) if row else 0
 
     async def transition(
@@ -166,33 +154,34 @@ class Jobs:
 
         Args:
             to: The new status.
-            events: What to tell those who follow the job, in the same transaction.
-            attempt: The new attempt's number, when one begins.
-            only_if: What must be wanted of the job still: one that was cancelled meanwhile does not start.
+            events: The job's new events, for the same transaction.
+            attempt: The number of the attempt that begins, if one does.
+            only_if: What must still be desired of the job: one that was cancelled meanwhile does not start.
             also: More changes for the same transaction.
             changes: Columns to set.
 
         Returns:
-            The job as it is then; None means that somebody else moved it first, and nothing was changed.
+            The job after the transition; None: it was moved before, and nothing was changed.
         """
         if job.status in TERMINAL:
             return None
         if to in TERMINAL:
             changes |= {"finished_at": max(int(time.time()), job.created_at)}  # a clock may be set back
-        turns = ["preempted=0"]
+        sets = ["status=:_to", "preempted=0"]
         if to == "queued":
-            turns.append("turn=(SELECT max(turn) FROM jobs)")
+            sets.append(f"turn=({LAST_TURN})")
         if attempt is not None:
             changes |= {"attempt": attempt, "offset": 0}
-            turns += ["waited=waited+(SELECT max(turn) FROM jobs)-turn", "turn=(SELECT max(turn) FROM jobs)+1"]
+            sets += [f"waited=waited+({LAST_TURN})-turn", f"turn=({LAST_TURN})+1"]
+        values = {name: to_json(value) if name in JSON_COLUMNS else value for name, value in changes.items()}
+        sets += [f"{name}=:{name}" for name in values]
+        values |= {"_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt, "_only_if": only_if}
 
         def swap(db: sqlite3.Connection) -> Job | None:
-            values = {name: to_json(v) if name in JSON_COLUMNS else v for name, v in changes.items()}
-            sets = ",".join(["status=:_to", *turns, *(f"{name}=:{name}" for name in values)])
             swapped = db.execute(
-                f"UPDATE jobs SET {sets} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
+                f"UPDATE jobs SET {','.join(sets)} WHERE id=:_id AND status=:_from AND attempt=:_attempt"  # noqa: S608 - our columns
                 " AND desired=coalesce(:_only_if,desired)",
-                values | {"_to": to, "_id": job.id, "_from": job.status, "_attempt": job.attempt, "_only_if": only_if},
+                values,
             )
             if swapped.rowcount == 0:
                 return None
@@ -204,7 +193,7 @@ class Jobs:
         return await self._write(swap, job.id)
 
     async def add_event(self, event: Event, *job_ids: str) -> None:
-        """Add an event that the server itself has to report of these jobs."""
+        """Add an event of the server's own to these jobs."""
 
         def change(db: sqlite3.Connection) -> None:
             for job_id in job_ids:
@@ -213,49 +202,47 @@ class Jobs:
         await self._write(change, *job_ids)
 
     async def preempt(self, job_id: str) -> None:
-        """Have a running job make room: it writes a checkpoint, ends its attempt and is queued again."""
+        """Let a running job write a checkpoint, give its devices back and queue again."""
         sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run'"
         await self.store.write(lambda db: db.execute(sql, (job_id,)))
 
     async def set_desired(self, job_id: str, desired: Desired) -> Job | None:
-        """Set what is wanted of a job that has not ended; returns the job as it is then."""
-
-        def change(db: sqlite3.Connection) -> None:
-            db.execute(
-                "UPDATE jobs SET desired=? WHERE id=? AND status NOT IN ('succeeded','failed','cancelled')"
-                " AND desired<>'cancel'",
-                (desired, job_id),
-            )
-
-        await self._write(change, job_id)
+        """Set what is desired of a job, unless it has ended or is to be cancelled; returns the job after that."""
+        sql = f"UPDATE jobs SET desired=? WHERE id=? AND {NOT_ENDED} AND desired<>'cancel'"  # noqa: S608
+        await self._write(lambda db: db.execute(sql, (desired, job_id)), job_id)
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
     async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
-        """Take events from an attempt's log, together with the offset that follows them: none twice, none lost.
+        """Store events of an attempt's log together with the offset that follows them: none twice, none lost.
 
         Args:
-            model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
+            offset: In bytes; `job.offset` is where the events begin.
+            model: See `apply_events`.
 
         Returns:
-            The job as it is then; None if the attempt is no longer the job's: nothing was taken.
+            The job after that; None: the attempt is not the job's any more, and nothing was stored.
         """
 
-        def take(db: sqlite3.Connection) -> Job | None:
-            moved = db.execute(
+        def store_events(db: sqlite3.Connection) -> Job | None:
+            advanced = db.execute(
                 "UPDATE jobs SET offset=? WHERE id=? AND attempt=? AND offset=?",
                 (offset, job.id, job.attempt, job.offset),
             )
-            if moved.rowcount == 0:
+            if advanced.rowcount == 0:
                 return None
             apply_events(db, job, events, model)
             return read_job(db, job.id)
 
-        return await self._write(take, job.id)
+        return await self._write(store_events, job.id)
 
     async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
-        """Note checkpoints that are on the disk and in no attempt's log, and withdraw damaged ones, each once.
-        `model`: see `ingest`."""
+        """Store checkpoints that are on the disk but in no attempt's log, and withdraw damaged ones, each once.
+
+        Args:
+            found: `checkpoint` and `withdrawn` events.
+            model: See `apply_events`.
+        """
 
         def change(db: sqlite3.Connection) -> None:
             for event in found:
@@ -275,7 +262,7 @@ class Jobs:
         return [event_from_row(row) for row in self.store.read(sql, job_id, seq)]
 
     def event_seq(self, job_id: str, event_id: str) -> int | None:
-        """Where an event of the job stands."""
+        """The `seq` of an event of the job."""
         row = self.store.one("SELECT seq FROM events WHERE id=? AND job_id=?", event_id, job_id)
         return int(row[0]) if row else None
 
@@ -291,6 +278,6 @@ class Jobs:
 
 
 def read_job(db: sqlite3.Connection, job_id: str) -> Job | None:
-    """A job as it is in the caller's transaction."""
+    """A job as the caller's transaction sees it."""
     row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()
     return job_from_row(row) if row else None

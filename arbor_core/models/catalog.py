@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.config.settings import ModelsConfig
+from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import ApiError, Weights
 
@@ -155,7 +156,7 @@ class Models:
             if row is None:
                 return "not a model of its own"
             user = db.execute(
-                "SELECT id FROM jobs WHERE status NOT IN ('succeeded','failed','cancelled')"
+                f"SELECT id FROM jobs WHERE {NOT_ENDED}"  # noqa: S608
                 " AND ? IN (json_extract(spec, '$.model_path'), json_extract(spec, '$.adapter_path'))",
                 (row["path"],),
             ).fetchone()

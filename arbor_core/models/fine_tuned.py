@@ -15,6 +15,7 @@ import msgspec
 
 from arbor_core.jobdir.layout import JobDir, checkpoint_path
 from arbor_core.jobs.policies import newest_policy
+from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, ApiError, Status, Weights
 
@@ -143,7 +144,7 @@ class Made:
     def policies(self, owner: str) -> list[tuple[str, int]]:
         """Ids of the jobs that learn from rollouts now, and when they were created; newest first."""
         rows = self.store.read(
-            "SELECT id, created_at FROM jobs WHERE owner=? AND status NOT IN ('succeeded','failed','cancelled')"
+            f"SELECT id, created_at FROM jobs WHERE owner=? AND {NOT_ENDED}"  # noqa: S608
             " AND json_extract(spec,'$.rollouts') ORDER BY seq DESC",
             owner,
         )

@@ -12,6 +12,7 @@ import msgspec
 from arbor_core.jobdir import inbox
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
+from arbor_core.jobs.states import VALIDATED
 from arbor_core.storage.database import Store
 from arbor_core.types import (
     TERMINAL,
@@ -154,7 +155,7 @@ class LiveJobs:
     def settle(self) -> None:
         """Let trainers read all that is on the disk, before any client comes: after a power failure that may be more
         than they were told. To be called before any session is open."""
-        sql = "SELECT id FROM jobs WHERE status IN ('queued','running','paused') AND json_extract(spec,'$.rollouts')"
+        sql = f"SELECT id FROM jobs WHERE {VALIDATED} AND json_extract(spec,'$.rollouts')"  # noqa: S608
         for row in self.store.read(sql):
             try:
                 inbox.Inbox(self.root / "jobs" / row["id"] / "inbox").close()
