@@ -1,7 +1,7 @@
 """The allocator `local`: the GPUs of this machine, or CPU slots where there are none.
 
-Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it is
-leased once. A device that a job has lost is set aside until the server starts again.
+Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it has
+one lease at a time. A device that a job lost is set aside until the server starts again.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ log = logging.getLogger(__name__)
 
 
 class PoolAllocator:
-    """Leases whole devices from fixed pools, in the order of asking: a claim is granted as a whole or waits."""
+    """Leases whole devices from fixed pools. A claim is granted as a whole or waits; the oldest that fits is first."""
 
     def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
         self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
-        self.gone: dict[str, tuple[Device, ...]] = dict.fromkeys(self.pools, ())
+        self.lost_devices: dict[str, tuple[Device, ...]] = dict.fromkeys(self.pools, ())
         self.leases: dict[str, Lease] = {}
         self.held: dict[str, set[str]] = {pool: set() for pool in self.pools}
+        """Ids of the devices of each pool that are leased."""
         self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
 
     def inventory(self) -> Mapping[str, Sequence[Device]]:
         return self.pools
 
     def lost(self) -> Mapping[str, Sequence[Device]]:
-        return self.gone
+        return self.lost_devices
 
     def set_aside(self, devices: Collection[str]) -> None:
-        for pool, there in self.pools.items():
-            self.gone[pool] += tuple(device for device in there if device.id in devices)
-            self.pools[pool] = tuple(device for device in there if device.id not in devices)
+        for pool, members in self.pools.items():
+            self.lost_devices[pool] += tuple(device for device in members if device.id in devices)
+            self.pools[pool] = tuple(device for device in members if device.id not in devices)
         for claim, granted in self.waiting:
             if not granted.done() and (refusal := self._refusal(claim)):
                 granted.set_exception(refusal)
@@ -81,14 +82,14 @@ class PoolAllocator:
             raise
 
     def _refusal(self, claim: Claim) -> ArborError | None:
-        """Why a claim does not fit these pools, however long it waits; None: it does."""
+        """Why a claim can never be granted; None: it can."""
         for pool, count in devices_by_pool(claim).items():
-            have, gone = len(self.pools.get(pool, ())), self.gone.get(pool, ())
+            have, lost = len(self.pools.get(pool, ())), self.lost_devices.get(pool, ())
             if count > have:
                 text = f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}"
-                if count > have + len(gone):
+                if count > have + len(lost):
                     return ArborError(text)
-                return DevicesLostError(f"{text}: {', '.join(device.id for device in gone)} is lost")
+                return DevicesLostError(f"{text}: {', '.join(device.id for device in lost)} is lost")
         return None
 
     def release(self, lease: Lease) -> None:
@@ -98,19 +99,21 @@ class PoolAllocator:
             self._grant()
 
     def _grant(self) -> None:
-        left = []
+        """Grant the claims that fit now, oldest first."""
+        still_waiting = []
         for claim, granted in self.waiting:
             if granted.done():
                 continue
-            lease = self._fit(claim)
+            lease = self._lease(claim)
             if lease is None:
-                left.append((claim, granted))
+                still_waiting.append((claim, granted))
                 continue
             self._hold(lease)
             granted.set_result(lease)
-        self.waiting = left
+        self.waiting = still_waiting
 
-    def _fit(self, claim: Claim) -> Lease | None:
+    def _lease(self, claim: Claim) -> Lease | None:
+        """A lease of free devices for a claim; None: it does not fit now."""
         free: dict[str, list[Device]] = {}
         chosen: list[tuple[Device, ...]] = []
         for bundle in claim.bundles:
@@ -130,12 +133,12 @@ class LocalAllocator(PoolAllocator):
 
     @classmethod
     def from_settings(cls, settings: AllocatorSettings) -> LocalAllocator:
-        """Pools from `gpu.train` and `gpu.inference`.
+        """The pools that `gpu.train` and `gpu.inference` describe.
 
-        With GPUs and nothing set: all but the last train, the last serves; one alone does both.
+        Without these settings all GPUs but the last train, and the last serves; a single one does both.
 
         Raises:
-            ArborError: a GPU id is asked for that is not there.
+            ArborError: a setting names a GPU that is not there.
         """
         gpus = find_gpus()
         if not gpus:
@@ -144,15 +147,20 @@ class LocalAllocator(PoolAllocator):
             return cls({"train": cpu_slots(train), "engine": cpu_slots(serve)})
         train = settings.train if settings.train is not None else [gpu.index for gpu in (gpus[:-1] or gpus)]
         serve = settings.inference if settings.inference is not None else [gpus[-1].index]
-        return cls({"train": pick(gpus, train, "train"), "engine": pick(gpus, serve, "inference")})
+        return cls({"train": select_gpus(gpus, train, "train"), "engine": select_gpus(gpus, serve, "inference")})
 
 
 def cpu_slots(indices: Sequence[int]) -> list[Device]:
+    """Devices that stand for a CPU without GPUs; each can train one job, or serve one model, at a time."""
     return [Device(f"cpu:{index}", "cpu", index) for index in indices]
 
 
-def pick(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device]:
-    """The GPUs with these indices."""
+def select_gpus(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device]:
+    """The GPUs with the indices that the setting `gpu.<key>` names.
+
+    Raises:
+        ArborError: one is not there.
+    """
     by_index = {gpu.index: gpu for gpu in gpus}
     for index in wanted:
         if index not in by_index:
@@ -162,7 +170,7 @@ def pick(gpus: Sequence[Device], wanted: Sequence[int], key: str) -> list[Device
 
 
 def find_gpus() -> list[Device]:
-    """The GPUs that NVML shows, by UUID, without those that are lost; none where there is no driver."""
+    """The GPUs that NVML finds, without those that are lost; none where there is no driver. Their ids are UUIDs."""
     try:
         import pynvml
     except ImportError:
@@ -187,6 +195,7 @@ def find_gpus() -> list[Device]:
 
 @contextlib.contextmanager
 def closing_nvml(pynvml: object) -> Iterator[None]:
+    """Shut NVML down at the end of a block."""
     try:
         yield
     finally:

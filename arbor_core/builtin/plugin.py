@@ -1,4 +1,4 @@
-"""The core's own plugin: the schedulers `fifo` and `priority`, the allocator `local`, the executor `local`."""
+"""The core's own plugin: the schedulers, the allocator and the executor that come with Arbor."""
 
 from __future__ import annotations
 

@@ -63,7 +63,6 @@ class Jobs:
             also: More changes for the same transaction; if it raises, there is no job.
         """
         job_id = ids.new("ftjob-")
-
         events = [Event("message", f"Created fine-tuning job: {job_id}")]
         events += [Event("message", warning, "warn") for warning in warnings]
         if new.training_file:

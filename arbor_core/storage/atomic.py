@@ -9,7 +9,11 @@ from arbor_core.crash_points import crash_point
 
 
 def replace(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        durable: Wait until it is on the disk, so that this holds after a power failure too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -24,7 +28,7 @@ def replace(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
+    """Make new, renamed and removed entries of a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

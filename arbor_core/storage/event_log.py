@@ -1,4 +1,4 @@
-"""Append-only logs of one JSON record a line, and small files that are replaced as a whole.
+"""Append-only logs of JSON records, one a line: the events of an attempt.
 
 A record counts once its newline is written: a torn tail (a line without one, left by a crash) is not read, and is cut
 off before the next append.
@@ -18,9 +18,9 @@ T = TypeVar("T")
 READ_BYTES = 1 << 20
 
 
-class Log:
-    """One writer's end of a log. What cannot be written now (the disk is full) waits in memory and goes with the next
-    record; a part of it is never left in the file."""
+class EventLog:
+    """The writing end of a log. Records that cannot be written now (the disk is full) wait in memory and are written
+    with the next one; a part of a record is never left in the file."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,21 +28,29 @@ class Log:
         self.path = path
         self.file = path.open("ab", buffering=0)
         self.end = path.stat().st_size
-        self.waiting = b""
+        """Offset that follows the last whole record, in bytes."""
+        self.unwritten = b""
 
     def append(self, record: Any, *, durable: bool = False) -> bool:
-        """Write one record, and what waits; returns whether it is written, with `durable` also to the disk itself."""
-        self.waiting += msgspec.json.encode(record) + b"\n"
+        """Write one record, after those that wait.
+
+        Args:
+            durable: Wait until it is on the disk itself.
+
+        Returns:
+            Whether it was written.
+        """
+        self.unwritten += msgspec.json.encode(record) + b"\n"
         return self.flush(durable=durable)
 
     def flush(self, *, durable: bool = False) -> bool:
-        """Write what waits."""
+        """Write the records that wait; see `append`."""
         try:
-            written = self.file.write(self.waiting) if self.waiting else 0
-            if written == len(self.waiting):
+            written = self.file.write(self.unwritten) if self.unwritten else 0
+            if written == len(self.unwritten):
                 if durable:
                     os.fsync(self.file.fileno())
-                self.end, self.waiting = self.end + written, b""
+                self.end, self.unwritten = self.end + written, b""
                 return True
         except OSError:
             traceback.print_exc()
@@ -71,10 +79,10 @@ def cut_torn_tail(path: Path) -> None:
 
 
 def tail(path: Path, offset: int, type_: type[T]) -> Iterator[tuple[int, T]]:
-    """Whole records from `offset` (bytes) on, each with the offset that follows it.
+    """The whole records from `offset` on, each with the offset that follows it; offsets are in bytes.
 
     Raises:
-        msgspec.DecodeError: a whole line that is not a record: the log was tampered with or the disk lies.
+        msgspec.DecodeError: a whole line is not a record: the log was changed, or the disk is faulty.
     """
     decoder = msgspec.json.Decoder(type_)
     try:

@@ -1,4 +1,4 @@
-"""Devices: what a job asks for and what it holds."""
+"""Devices: what a job claims, and what it is leased."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Struct
 
 
 class Device(Struct, frozen=True):
-    """One thing that can be leased. `id` is unique on the machine: a GPU's UUID, or `cpu:0` for a CPU slot."""
+    """A device that can be leased. `id` is unique on the machine: a GPU's UUID, or `cpu:0` for a CPU slot."""
 
     id: str
     kind: Literal["cpu", "cuda", "mock"] = "cpu"
@@ -30,7 +30,7 @@ class Bundle(Struct, frozen=True):
 
 
 class Claim(Struct, frozen=True):
-    """What somebody asks for: all bundles or none, so that nobody holds half of what it needs."""
+    """The devices that an owner needs: it gets all bundles or none, so that nobody holds half of what it needs."""
 
     owner: str
     """A job's id, or an engine's key."""
@@ -38,7 +38,7 @@ class Claim(Struct, frozen=True):
 
 
 class Lease(Struct, frozen=True):
-    """What the owner holds: the devices of each bundle, in the claim's order."""
+    """The devices that the owner of a claim holds: those of each bundle, in the claim's order."""
 
     id: str
     claim: Claim
@@ -67,7 +67,7 @@ class Allocator(Protocol):
         ...
 
     def free(self) -> Mapping[str, int]:
-        """How many devices of each pool nobody holds."""
+        """How many devices of each pool are not leased."""
         ...
 
     def restore(self, lease: Lease) -> None:
@@ -88,14 +88,14 @@ class Allocator(Protocol):
 
 
 def pool_for(role: str) -> str:
-    """`engine:Qwen/Qwen3-0.6B` is served from the pool `engine`."""
+    """The pool of the devices for a role: `engine` for `engine:Qwen/Qwen3-0.6B`."""
     return role.partition(":")[0]
 
 
 def devices_by_pool(claim: Claim) -> dict[str, int]:
-    """How many devices of each pool a claim takes."""
+    """How many devices of each pool a claim needs."""
     counts: dict[str, int] = {}
     for bundle in claim.bundles:
-        pool = bundle.role.partition(":")[0]
+        pool = pool_for(bundle.role)
         counts[pool] = counts.get(pool, 0) + bundle.count
     return counts

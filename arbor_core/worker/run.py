@@ -29,7 +29,7 @@ from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobdir.weights import publishing
 from arbor_core.process.resources import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, is_disk_full, wait_for_disk_space
 from arbor_core.process.wakeup import URGENT, wake
-from arbor_core.storage.event_log import Log
+from arbor_core.storage.event_log import EventLog
 from arbor_core.types import (
     AttemptOrder,
     Checkpoint,
@@ -64,7 +64,7 @@ class WorkerRun(Generic[ConfigT]):
     placement: Placement
     rank: int = 0
     world_size: int = 1
-    log: Log | None = field(init=False, default=None)
+    log: EventLog | None = field(init=False, default=None)
     feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class WorkerRun(Generic[ConfigT]):
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
-            self.log = Log(self.files.events)
+            self.log = EventLog(self.files.events)
 
     def _stored(self, path: str | None) -> Path | None:
         """A path of the job's document: it is relative to the storage directory."""

@@ -13,7 +13,7 @@ from test_lifecycle import create, held, messages, step_events, until
 
 from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot
 from arbor_core.builtin.allocator import PoolAllocator
-from arbor_core.builtin.schedulers import STARTS_PER_POINT, FifoScheduler, PriorityScheduler, fits, rank
+from arbor_core.builtin.schedulers import STARTS_PER_POINT, FifoScheduler, PriorityScheduler, fits, urgency
 from arbor_core.types import devices_by_pool
 
 TRAIN, ENGINE = 4, 2
@@ -143,7 +143,7 @@ class World:
         if not now.queued:
             assert not start and not preempt
             return
-        key = (lambda j: j.seq) if isinstance(self.scheduler, FifoScheduler) else (lambda j: (-rank(j), j.seq))
+        key = (lambda j: j.seq) if isinstance(self.scheduler, FifoScheduler) else (lambda j: (-urgency(j), j.seq))
         line = sorted(now.queued, key=key)
         assert start == tuple(job.id for job in line[: len(start)])
         if fits(devices_by_pool(line[0].claim), now.free):

@@ -10,7 +10,7 @@ from arbor_core import Event
 from arbor_core.jobdir import checkpoints
 from arbor_core.process.wakeup import WakeupSocket, wake
 from arbor_core.storage.atomic import replace
-from arbor_core.storage.event_log import Log, tail
+from arbor_core.storage.event_log import EventLog, tail
 
 
 def steps(path: Path, offset: int = 0) -> list[int]:
@@ -18,7 +18,7 @@ def steps(path: Path, offset: int = 0) -> list[int]:
 
 
 def test_what_is_appended_is_read_back_from_any_offset(tmp_path):
-    log = Log(tmp_path / "events.jsonl")
+    log = EventLog(tmp_path / "events.jsonl")
     for step in range(5):
         log.append(Event("metrics", step=step), durable=step == 4)
     offsets = [offset for offset, _ in tail(log.path, 0, Event)]
@@ -31,18 +31,18 @@ def test_what_is_appended_is_read_back_from_any_offset(tmp_path):
 @pytest.mark.parametrize("torn", [b'{"type":"met', b"{", b'{"type":"metrics","step":9}', b"x" * (3 << 20)])
 def test_a_torn_tail_is_neither_read_nor_kept(tmp_path, torn):
     path = tmp_path / "events.jsonl"
-    Log(path).append(Event("metrics", step=1))
+    EventLog(path).append(Event("metrics", step=1))
     with path.open("ab") as file:
         file.write(torn)
     assert steps(path) == [1]
-    Log(path).append(Event("metrics", step=2))
+    EventLog(path).append(Event("metrics", step=2))
     assert steps(path) == [1, 2]
 
 
 def test_a_log_that_is_all_torn_starts_again(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b"{")
-    Log(path).append(Event("metrics", step=1))
+    EventLog(path).append(Event("metrics", step=1))
     assert steps(path) == [1]
 
 

@@ -37,7 +37,7 @@ from arbor_core.process.lifecycle import kill_session, process_ref
 from arbor_core.process.resources import DiskFullError, is_disk_full, wait_for_disk_space
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, network_kind
-from arbor_core.storage.event_log import Log, tail
+from arbor_core.storage.event_log import EventLog, tail
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants, processes
 from arbor_core.types import ArborError
@@ -194,8 +194,8 @@ def test_a_log_that_has_no_room_keeps_its_records_whole(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from arbor_core import Event\nfrom arbor_core.storage.event_log import Log\n"
-        "log = Log(Path(sys.argv[1]))\n"
+        "from arbor_core import Event\nfrom arbor_core.storage.event_log import EventLog\n"
+        "log = EventLog(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))\n"
         "said = [log.append(Event('metrics', step=step)) for step in range(1, 21)]\n"
         "assert said[0] and not said[-1], said\n"
@@ -248,7 +248,7 @@ def committed(job_dir: Path, step: int, attempt: int) -> Path:
 
 
 def test_row_93_checkpoints_without_an_event_are_found(tmp_path: Path) -> None:
-    log = Log(tmp_path / "attempts" / "2" / "events.jsonl")
+    log = EventLog(tmp_path / "attempts" / "2" / "events.jsonl")
     committed(tmp_path, 2, 1)
     for step in (4, 6, 8):
         committed(tmp_path, step, 2)
