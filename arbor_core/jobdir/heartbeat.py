@@ -10,8 +10,6 @@ import contextlib
 import time
 from pathlib import Path
 
-HEARTBEAT = "heartbeat"
-"""The file, in the attempt's directory."""
 BEAT_SECONDS = 1.0
 """The least time between two touches of the file."""
 

@@ -19,12 +19,14 @@ from live import LiveServer
 from test_storage_faults import check_and_stop, create, events, steps, until
 
 from arbor_core.dispatch.monitor import Followed, Following
-from arbor_core.jobdir.heartbeat import HEARTBEAT, Heartbeat, HeartbeatMonitor
+from arbor_core.jobdir.heartbeat import Heartbeat, HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
 from arbor_core.types import Group, Rollout
 from arbor_core.worker.run import WorkerRun, open_run
+
+HEARTBEAT = AttemptDir(Path()).heartbeat.name
 
 
 def test_row_90_a_trainer_that_hangs_before_its_first_step_is_ended_and_tried_again(
