@@ -12,7 +12,7 @@ import pytest
 
 from arbor_core import ArborError, Event, JobView, Trainer, hookspecs
 from arbor_core import plugins as loading
-from arbor_core.dispatch.observers import Onlookers
+from arbor_core.dispatch.observers import Observers
 
 ANY = Trainer(config=msgspec.Struct, entry="x:y")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("arbor_")]
@@ -39,11 +39,11 @@ def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
 
     plugin("bad 1.0", arbor_job_event=bad)
     plugin("good 1.0", arbor_job_event=lambda event: seen.append(event.step))
-    onlookers = Onlookers(plugins)
+    observers = Observers(plugins)
     view = JobView("ftjob-1", "mock", "m", "running")
     for step in range(3):
-        onlookers.tell(view, Event("metrics", step=step))
-    onlookers.close()
+        observers.notify(view, Event("metrics", step=step))
+    observers.close()
     deadline = time.monotonic() + 10
     while len(seen) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -56,10 +56,10 @@ def test_a_plugin_that_hangs_loses_events_but_stops_nobody(plugins, plugin, monk
     monkeypatch.setattr("arbor_core.dispatch.observers.CAPACITY", 4)
     held = threading.Event()
     plugin("slow 1.0", arbor_job_event=lambda job: held.wait())
-    onlookers = Onlookers(plugins)
+    observers = Observers(plugins)
     for step in range(50):
-        onlookers.tell(JobView("ftjob-1", "mock", "m", "running"), Event("metrics", step=step))
-    assert onlookers.dropped >= 40
+        observers.notify(JobView("ftjob-1", "mock", "m", "running"), Event("metrics", step=step))
+    assert observers.dropped >= 40
     held.set()
 
 

@@ -16,7 +16,11 @@ from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
-from arbor_core.dispatch.observers import Onlookers
+from arbor_core.dispatch.ingest import Ingest
+from arbor_core.dispatch.monitor import Monitor
+from arbor_core.dispatch.observers import Observers
+from arbor_core.dispatch.outcome import Outcomes
+from arbor_core.dispatch.validation import Validation
 from arbor_core.files.repository import Files
 from arbor_core.files.uploads import Uploads
 from arbor_core.inference.engines import Engines
@@ -60,7 +64,7 @@ class Arbor:
     engines: Engines
     allocator: Allocator
     executor: Executor
-    onlookers: Onlookers
+    observers: Observers
     dispatcher: Dispatcher
     live: LiveJobs
     live_weights: LiveWeights
@@ -86,7 +90,7 @@ class Arbor:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.engines.close()
             await self.executor.close()
-            self.onlookers.close()
+            self.observers.close()
             self.live.close()
             self.store.close()
             self.lock.close()
@@ -139,7 +143,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     identity = upgraded(store, models)
     slots = max(1, len(allocator.inventory().get("train", ())))
     cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
-    onlookers = Onlookers(plugins)
+    observers = Observers(plugins)
     end_engines(root / "engines")
     engines = Engines(
         backend,
@@ -151,9 +155,21 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
     live_weights = LiveWeights(models.jobs, engines, jobs)
-    attempts = Attempts(jobs, files, executor, onlookers, models, identity, settings, cores, live_weights.published)
+    attempts = Attempts(jobs, files, models, executor, identity, settings, cores)
+    ingest = Ingest(jobs, observers, root, settings.organization, live_weights.published)
+    outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
-    dispatcher = Dispatcher(jobs, attempts, by_name, scheduler, allocator, executor, root / "run" / "bell")
+    dispatcher = Dispatcher(
+        jobs,
+        attempts,
+        Validation(jobs, files, attempts, executor, by_name),
+        Monitor(attempts, ingest, outcomes, executor, settings.limits),
+        by_name,
+        scheduler,
+        allocator,
+        root / "run" / "bell",
+        settings.limits.room_seconds,
+    )
     return Arbor(
         settings,
         plugins,
@@ -167,7 +183,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         engines,
         allocator,
         executor,
-        onlookers,
+        observers,
         dispatcher,
         LiveJobs(store, root),
         live_weights,

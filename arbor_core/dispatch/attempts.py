@@ -1,4 +1,4 @@
-"""One attempt of a job: its documents, its start, its events."""
+"""One attempt of a job: its documents, its start, and what is wanted of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-import sqlite3
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,43 +20,41 @@ from arbor_core.jobdir.documents import JobDocument, object_path, read_document,
 from arbor_core.jobdir.layout import AttemptDir, JobDir
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
-from arbor_core.jobs.repository import Jobs, read_job
-from arbor_core.models.catalog import Models, ft_name
+from arbor_core.jobs.repository import Jobs
+from arbor_core.models.catalog import Models
 from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
-from arbor_core.storage.event_log import tail
-from arbor_core.types import AttemptOrder, Event, Executor, Exit, JobView, Lease, Placement, Trainer
+from arbor_core.types import AttemptOrder, Executor, Lease, Placement, Trainer
 from arbor_core.worker.launchers import SAME_MACHINE, ranks_command
-
-from .ingest import BATCH, Seen
-from .observers import Onlookers
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
+MEMORY_RETRY_SHARE = 0.5
+"""How large micro-batches are after the job ran out of memory, in parts of what they were."""
 
 
 class Attempts:
-    """Starts attempts and takes their events into the database."""
+    """Starts attempts, and tells them what is wanted.
+
+    Args:
+        storage: Identity of the storage directory.
+        threads: CPU threads of a new job.
+    """
 
     def __init__(
         self,
         jobs: Jobs,
         files: Files,
-        executor: Executor,
-        onlookers: Onlookers,
         models: Models,
+        executor: Executor,
         storage: str,
         settings: ServeConfig,
         threads: int,
-        published: Callable[[str], object] = lambda job_id: None,
     ) -> None:
-        self.jobs, self.files, self.executor, self.onlookers = jobs, files, executor, onlookers
-        self.models, self.root, self.storage = models, models.root, storage
-        self.settings, self.threads = settings, threads
-        self.published = published
-        """Called with a job's id when its newest policy is in the database."""
+        self.jobs, self.files, self.models, self.executor = jobs, files, models, executor
+        self.root, self.storage, self.settings, self.threads = models.root, storage, settings, threads
 
     def dir(self, job: Job) -> JobDir:
         return JobDir.of(self.root, job.id)
@@ -137,7 +133,7 @@ class Attempts:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
         replace(self.dir(job).desired, job.instruction.encode(), durable=False)
 
-    async def pass_on(self, job: Job) -> None:
+    async def instruct(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
         await asyncio.to_thread(self.write_desired, job)
         wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
@@ -150,56 +146,9 @@ class Attempts:
         """End an attempt that makes no progress any more; the mark says why, to whichever server settles it."""
         log.warning("job %s: attempt %d makes no progress and is ended", job.id, job.attempt)
         with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
-            self.hung(job).touch()
+            self.attempt_dir(job).hung.touch()
         if job.ref:
             self.executor.signal(job.ref, signal.SIGTERM)
-
-    def hung(self, job: Job) -> Path:
-        return self.attempt_dir(job).hung
-
-    def look(self, job: Job) -> Seen:
-        """Read what the attempt has written since the last time, `BATCH` events at most."""
-        seen = Seen(self.exit(job), [], job.offset)  # before the events: what is written before it is then all there
-        for seen.offset, event in tail(self.attempt_dir(job).events, job.offset, Event):
-            seen.events.append(event)
-            if len(seen.events) == BATCH:
-                break
-        return seen
-
-    async def take(self, job: Job, seen: Seen) -> Job:
-        """Take what was seen, and all that comes after it; returns the job as it is then."""
-        while seen.events:
-            taken = await self.jobs.ingest(job, seen.events, seen.offset, self.model_name(job))
-            if taken is None:
-                break
-            crash_point("events.taken")
-            if any(event.type == "weights" and "dir" in event.data for event in seen.events):
-                self.published(job.id)
-            view = self.view(job)
-            for event in seen.events:
-                self.onlookers.tell(view, event)
-            if len(seen.events) < BATCH:
-                return taken
-            job = taken
-            seen = await asyncio.to_thread(self.look, job)
-        return self.jobs.get(job.id) or job
-
-    async def collect(self, job: Job) -> Job:
-        """Take what the attempt has written since the last time; returns the job as it is then."""
-        return await self.take(job, await asyncio.to_thread(self.look, job))
-
-    def model_name(self, job: Job) -> str:
-        return ft_name(job.spec.model, self.settings.organization, job.spec.suffix, job.id)
-
-    def view(self, job: Job) -> JobView:
-        return JobView(job.id, job.spec.trainer, job.spec.model, job.status, job.spec.config, job.metadata or {})
-
-    def exit(self, job: Job) -> Exit | None:
-        """How the attempt ended; None while its keeper has not said so."""
-        try:
-            return msgspec.json.decode(self.attempt_dir(job).exit.read_bytes(), type=Exit)
-        except FileNotFoundError:
-            return None
 
     async def find(self, job: Job) -> Job | None:
         """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
@@ -207,16 +156,7 @@ class Attempts:
         ref = await asyncio.to_thread(self.attempt_dir(job).revoke_claim)
         if not ref or ref == job.ref or not self.executor.adopt(ref):
             return None
-        return await self.note_ref(job, ref)
-
-    async def note_ref(self, job: Job, ref: str) -> Job | None:
-        """Remember where an attempt runs, if the job is still at it; returns the job as it is then."""
-
-        def change(db: sqlite3.Connection) -> Job | None:
-            db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
-            return read_job(db, job.id)
-
-        return await self.jobs.store.write(change)
+        return await self.jobs.note_ref(job, ref)
 
 
 @cache
@@ -229,7 +169,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-MEMORY_RETRY_SHARE = 0.5
-"""How large micro-batches are after that, in parts of what they were."""

@@ -1,4 +1,4 @@
-"""Moves jobs from where they are towards what was asked: validate, plan, claim, start, follow, settle.
+"""Moves jobs from where they are towards what was asked: validate, plan, claim, start, monitor, settle.
 
 One loop decides; a task per job does what takes time. Everything it knows is in the database and in the job
 directories, so a dispatcher that starts finds what an earlier one left.
@@ -29,7 +29,6 @@ from arbor_core.types import (
     ArborError,
     DevicesLostError,
     Event,
-    Executor,
     Lease,
     QueuedJob,
     RunningJob,
@@ -39,8 +38,8 @@ from arbor_core.types import (
 )
 
 from .attempts import Attempts
-from .monitor import Following
-from .validation import Checking
+from .monitor import Monitor
+from .validation import Validation
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -57,30 +56,31 @@ class Dispatcher:
         self,
         jobs: Jobs,
         attempts: Attempts,
+        validation: Validation,
+        monitor: Monitor,
         trainers: Mapping[str, Trainer],
         scheduler: Scheduler,
         allocator: Allocator,
-        executor: Executor,
         bell: Path,
+        room_seconds: float,
     ) -> None:
-        self.jobs, self.attempts, self.trainers = jobs, attempts, trainers
-        self.scheduler, self.allocator, self.executor, self.bell = scheduler, allocator, executor, bell
+        self.jobs, self.attempts, self.validation, self.monitor = jobs, attempts, validation, monitor
+        self.trainers, self.scheduler, self.allocator = trainers, scheduler, allocator
+        self.bell, self.room_seconds = bell, room_seconds
         self.queue = JobQueue(jobs.store)
-        self.checking = Checking(jobs, attempts, executor, trainers)
-        self.following = Following(attempts, executor, allocator.set_aside)
         self.leases: dict[str, Lease] = {}
         self.running: dict[str, RunningJob] = {}
         """The jobs whose status is `running`, and those that have left it a moment ago."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.awake = asyncio.Event()
-        self.waiting_told: set[str] = set()
+        self.told_to_wait: set[str] = set()
         self.pool = -1
 
     def wake(self, job_id: str | None = None) -> None:
         """Something changed, for this job or for what can start: look now instead of at the next poll."""
         if job_id:
-            self.checking.wake(job_id)
-            self.following.wake(job_id)
+            self.validation.wake(job_id)
+            self.monitor.wake(job_id)
         self.awake.set()
 
     def release(self, job_id: str) -> None:
@@ -92,8 +92,8 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Work until cancelled. Attempts go on without us."""
-        bell = WakeupSocket(self.bell, self.following.wake)
-        patrol = asyncio.create_task(self.following.patrol())
+        bell = WakeupSocket(self.bell, self.monitor.wake)
+        patrol = asyncio.create_task(self.monitor.patrol())
         try:
             await self._restore()
             while True:
@@ -136,11 +136,11 @@ class Dispatcher:
                 await self.settle_idle(job)
         for job_id in self.jobs.ids_with_status("validating_files", CHECKED):
             if job_id not in self.tasks and (new := self.jobs.get(job_id)):
-                self._spawn(new.id, self.checking.check(new))
+                self._spawn(new.id, self.validation.check(new))
         for job_id in self.running.keys() - self.tasks.keys():
             found = self.jobs.get(job_id)
             if found and found.status == "running":
-                self._spawn(job_id, self._follow(found))
+                self._spawn(job_id, self._monitor(found))
             else:
                 self.release(job_id)
         await self._plan()
@@ -162,7 +162,7 @@ class Dispatcher:
         while found is not None and (to := idle_target(found)):
             event = Event("message", f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
             if await self.jobs.transition(found, to, event):
-                self.waiting_told.discard(found.id)
+                self.told_to_wait.discard(found.id)
                 break
             found = self.jobs.get(found.id)
         self.wake()
@@ -181,9 +181,9 @@ class Dispatcher:
         ended = await asyncio.gather(*(self._start(job_id) for job_id in plan.start), return_exceptions=True)
         for error in filter(None, ended):  # all have ended: the next look finds none half started
             raise error
-        waiting = [job.id for job in line if job.id not in self.waiting_told and job.id not in plan.start]
+        waiting = [job.id for job in line if job.id not in self.told_to_wait and job.id not in plan.start]
         if waiting:
-            self.waiting_told.update(waiting)
+            self.told_to_wait.update(waiting)
             await self.jobs.add_event(Event("message", "Waiting for a device"), *waiting)
 
     def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
@@ -222,7 +222,7 @@ class Dispatcher:
             return
         self.leases[job.id] = lease
         crash_point("lease.acquired")
-        self.waiting_told.discard(job.id)
+        self.told_to_wait.discard(job.id)
         started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
         try:
             moved = await self.jobs.transition(
@@ -248,13 +248,13 @@ class Dispatcher:
             ref = await self._started(job, trainer, lease)
         except Exception as error:  # an executor may raise anything, and would do so again
             log.exception("job %s: attempt %d did not start", job.id, job.attempt)
-            await self.following.settlement.not_started(job, error)
+            await self.monitor.outcomes.not_started(job, error)
             self.release(job.id)
             return
-        noted = await self.attempts.note_ref(job, ref) if ref else self.jobs.get(job.id)
+        noted = await self.jobs.note_ref(job, ref) if ref else self.jobs.get(job.id)
         crash_point("attempt.noted")
         if noted:
-            await self._follow(noted)
+            await self._monitor(noted)
 
     async def _started(self, job: Job, trainer: Trainer, lease: Lease) -> str | None:
         """Start the attempt, and wait for what the machine lacks: room on a disk, descriptors, processes, memory.
@@ -263,7 +263,7 @@ class Dispatcher:
         Raises:
             OSError: it cannot be started, or the shortage has lasted for `limits.room_seconds`.
         """
-        until = time.monotonic() + self.attempts.settings.limits.room_seconds
+        until = time.monotonic() + self.room_seconds
         while True:
             try:
                 return await self.attempts.start(job, trainer, lease, self.bell)
@@ -277,7 +277,7 @@ class Dispatcher:
             if fresh is None or fresh.instruction != "run":
                 return None
 
-    async def _follow(self, job: Job) -> None:
-        await self.following.follow(job)
+    async def _monitor(self, job: Job) -> None:
+        await self.monitor.monitor(job)
         self.release(job.id)
         crash_point("lease.released")

@@ -1,7 +1,7 @@
-"""Follows attempts: takes their events as they come until they have ended, then settles their jobs.
+"""Monitors attempts: takes their events as they come until they have ended, then settles their jobs.
 
-Who is followed looks at its files when it rang the bell, or when something is asked of it. Rings get lost, and a keeper
-that was killed does not ring: one patrol for all goes round once a second, and wakes those that have news.
+An attempt's files are read when it has woken the server, or when something is asked of its job. Wake-ups get lost, and
+a supervisor that was killed sends none: one patrol goes round all attempts once a second, and wakes those with news.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
+from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.heartbeat import HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
@@ -22,7 +23,8 @@ from arbor_core.process.wakeup import URGENT
 from arbor_core.types import Desired, Executor
 
 from .attempts import Attempts
-from .outcome import Settlement
+from .ingest import Ingest
+from .outcome import Outcomes
 
 log = logging.getLogger(__name__)
 PATROL_SECONDS = 1.0
@@ -33,18 +35,18 @@ GATHER_SECONDS = 0.03
 
 
 @dataclass
-class Followed:
-    """An attempt that is followed."""
+class MonitoredAttempt:
+    """An attempt that is monitored."""
 
     job: Job
     """As it was seen last."""
     files: AttemptDir
-    watch: HeartbeatMonitor
-    bell: asyncio.Event = field(default_factory=asyncio.Event)
+    heartbeat: HeartbeatMonitor
+    wakeup: asyncio.Event = field(default_factory=asyncio.Event)
     urgent: bool = False
     """Clients wait for what it has written: it is taken at once."""
-    told: Desired = "run"
-    """What its worker was told to do."""
+    instruction: Desired = "run"
+    """What its worker knows to do."""
 
     def has_news(self) -> bool:
         """Whether its files hold what nobody has taken yet."""
@@ -54,68 +56,70 @@ class Followed:
             return False
 
 
-class Following:
-    """The attempts that are followed."""
+class Monitor:
+    """The attempts that are monitored."""
 
-    def __init__(self, attempts: Attempts, executor: Executor, set_aside: Callable[[Sequence[str]], object]) -> None:
-        self.attempts, self.executor = attempts, executor
-        self.settlement = Settlement(attempts, set_aside)
-        self.followed: dict[str, Followed] = {}
+    def __init__(
+        self, attempts: Attempts, ingest: Ingest, outcomes: Outcomes, executor: Executor, limits: LimitsConfig
+    ) -> None:
+        self.attempts, self.ingest, self.outcomes = attempts, ingest, outcomes
+        self.executor, self.limits = executor, limits
+        self.monitored: dict[str, MonitoredAttempt] = {}
 
-    def wake(self, said: str) -> None:
-        """Look at an attempt now, if it is followed. `said`: the job's id, and URGENT where clients wait."""
-        job_id = said.removesuffix(URGENT)
-        if found := self.followed.get(job_id):
-            found.urgent = found.urgent or said != job_id
-            found.bell.set()
+    def wake(self, message: str) -> None:
+        """Look at an attempt now, if it is monitored. `message`: the job's id, and URGENT where clients wait."""
+        job_id = message.removesuffix(URGENT)
+        if attempt := self.monitored.get(job_id):
+            attempt.urgent = attempt.urgent or message != job_id
+            attempt.wakeup.set()
 
-    async def follow(self, job: Job) -> None:
+    async def monitor(self, job: Job) -> None:
         """Take an attempt's events until it has ended, then settle its job."""
-        folder = self.attempts.attempt_dir(job)
-        followed = self.followed[job.id] = Followed(job, folder, HeartbeatMonitor(folder.heartbeat))
+        files = self.ingest.attempt_dir(job)
+        attempt = self.monitored[job.id] = MonitoredAttempt(job, files, HeartbeatMonitor(files.heartbeat))
         try:
-            while await self._goes_on(followed):
-                await followed.bell.wait()
-                await asyncio.sleep(0 if followed.urgent else GATHER_SECONDS)
+            while await self._goes_on(attempt):
+                await attempt.wakeup.wait()
+                await asyncio.sleep(0 if attempt.urgent else GATHER_SECONDS)
         except UNREADABLE as error:  # nor will it be tomorrow: the job would keep its devices for ever
-            log.exception("job %s: what attempt %d has told cannot be taken", job.id, job.attempt)
-            await self._give_up(followed.job, error)
+            log.exception("job %s: the events of attempt %d cannot be taken", job.id, job.attempt)
+            await self._give_up(attempt.job, error)
         finally:
-            del self.followed[job.id]
+            del self.monitored[job.id]
 
     async def _give_up(self, job: Job, error: Exception) -> None:
         """End an attempt whose events cannot be taken, and its job."""
         while job.ref and self.executor.poll(job.ref):
             self.executor.signal(job.ref, signal.SIGTERM)
             await asyncio.sleep(PATROL_SECONDS)
-        await self.settlement.unreadable(self.attempts.jobs.get(job.id) or job, error)
+        await self.outcomes.unreadable(self.ingest.jobs.get(job.id) or job, error)
 
-    async def _goes_on(self, followed: Followed) -> bool:
+    async def _goes_on(self, attempt: MonitoredAttempt) -> bool:
         """Look at an attempt, and tell it what is wanted; False: it has ended, and its job is settled."""
-        followed.bell.clear()  # before anything is read: what changes from now on rings again
-        followed.urgent = False
-        seen = await asyncio.to_thread(self.attempts.look, followed.job)
-        alive = seen.ended is None and await self._lives(followed)
-        if seen.ended is None and not alive:
-            seen = await asyncio.to_thread(self.attempts.look, followed.job)  # its last words, now that all are there
-        job = followed.job = await self.attempts.take(followed.job, seen)
+        attempt.wakeup.clear()  # before anything is read: what changes from now on wakes again
+        attempt.urgent = False
+        unread = await asyncio.to_thread(self.ingest.read, attempt.job)
+        alive = unread.exit is None and await self._lives(attempt)
+        if unread.exit is None and not alive:
+            unread = await asyncio.to_thread(self.ingest.read, attempt.job)  # its last words, now that all are there
+        job = attempt.job = await self.ingest.take(attempt.job, unread)
         if not alive:
             crash_point("attempt.ended")
-            await self.settlement.settle(job, seen.ended)
+            await self.outcomes.settle(job, unread.exit)
             crash_point("job.settled")
             return False
-        if job.instruction != followed.told:
-            await self.attempts.pass_on(job)
-            followed.told = job.instruction
+        if job.instruction != attempt.instruction:
+            await self.attempts.instruct(job)
+            attempt.instruction = job.instruction
         return True
 
-    async def _lives(self, followed: Followed) -> bool:
-        """Whether the attempt's keeper lives, wherever it is."""
-        job = followed.job
+    async def _lives(self, attempt: MonitoredAttempt) -> bool:
+        """Whether the attempt's supervisor lives, wherever it is."""
+        job = attempt.job
         if job.ref is not None and self.executor.poll(job.ref):
             return True
         if found := await self.attempts.find(job):
-            followed.job = found
+            attempt.job = found
         return found is not None
 
     async def patrol(self) -> None:
@@ -129,23 +133,22 @@ class Following:
 
     async def go_round(self) -> None:
         """Look at every attempt once."""
-        followed = list(self.followed.values())
-        for one, news in zip(followed, await asyncio.to_thread(looked_at, followed), strict=True):
-            if news or one.job.ref is None or not self.executor.poll(one.job.ref):
-                one.bell.set()
-            if self._hangs(one.watch):
-                self.attempts.end_hung(one.job)
-                one.watch = HeartbeatMonitor(one.watch.path)
+        attempts = list(self.monitored.values())
+        for attempt, news in zip(attempts, await asyncio.to_thread(look_for_news, attempts), strict=True):
+            if news or attempt.job.ref is None or not self.executor.poll(attempt.job.ref):
+                attempt.wakeup.set()
+            if self._hangs(attempt.heartbeat):
+                self.attempts.end_hung(attempt.job)
+                attempt.heartbeat = HeartbeatMonitor(attempt.heartbeat.path)
 
-    def _hangs(self, watch: HeartbeatMonitor) -> bool:
+    def _hangs(self, heartbeat: HeartbeatMonitor) -> bool:
         """Whether an attempt has shown no sign of life for too long. One look is too few: it may have come late."""
-        limits = self.attempts.settings.limits
-        allowed = limits.heartbeat_seconds if watch.started else limits.start_seconds
-        return watch.missed * PATROL_SECONDS > max(allowed, PATROL_SECONDS)
+        allowed = self.limits.heartbeat_seconds if heartbeat.started else self.limits.start_seconds
+        return heartbeat.missed * PATROL_SECONDS > max(allowed, PATROL_SECONDS)
 
 
-def looked_at(followed: Iterable[Followed]) -> list[bool]:
+def look_for_news(attempts: Iterable[MonitoredAttempt]) -> list[bool]:
     """Look at the heartbeat of each; whether it has news."""
-    for one in followed:
-        one.watch.check()
-    return [one.has_news() for one in followed]
+    for attempt in attempts:
+        attempt.heartbeat.check()
+    return [attempt.has_news() for attempt in attempts]

@@ -1,4 +1,4 @@
-"""The hook `arbor_job_event`: plugins that look on, on a thread of their own.
+"""The hook `arbor_job_event`: plugins that observe jobs, on a thread of their own.
 
 A plugin that raises is logged; one that hangs fills the queue, and what does not fit is dropped and counted. Neither
 reaches the jobs.
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 CAPACITY = 10_000
 
 
-class Onlookers:
+class Observers:
     """Hands events to the plugins that asked for them."""
 
     def __init__(self, plugins: Plugins) -> None:
@@ -26,9 +26,9 @@ class Onlookers:
         self.dropped = 0
         self.wanted = bool(self.hook.get_hookimpls())
         if self.wanted:
-            threading.Thread(target=self._run, name="onlookers", daemon=True).start()
+            threading.Thread(target=self._run, name="observers", daemon=True).start()
 
-    def tell(self, job: JobView, event: Event) -> None:
+    def notify(self, job: JobView, event: Event) -> None:
         """Pass an event on; never waits."""
         if not self.wanted:
             return

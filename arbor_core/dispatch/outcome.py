@@ -9,17 +9,21 @@ import logging
 import signal
 import sqlite3
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
+from arbor_core.files.repository import Files
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
-from arbor_core.jobdir.layout import AttemptDir, checkpoint_path
+from arbor_core.jobdir.layout import AttemptDir, JobDir, checkpoint_path
 from arbor_core.jobs.leases import delete_leases
 from arbor_core.jobs.records import Job, JobError
+from arbor_core.jobs.repository import Jobs
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
 from arbor_core.process.lifecycle import kill_session
@@ -27,21 +31,35 @@ from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.storage.event_log import tail
 from arbor_core.types import Event, Exit
 
-from .attempts import Attempts
+from .ingest import Ingest, view
 
 log = logging.getLogger(__name__)
 
 
-class Settlement:
-    """Settles jobs whose attempts are over."""
+class Outcomes:
+    """Moves jobs whose attempts are over to where they belong.
 
-    def __init__(self, attempts: Attempts, set_aside: Callable[[Sequence[str]], object] = lambda devices: None) -> None:
-        self.attempts, self.set_aside = attempts, set_aside
+    Args:
+        root: The storage directory.
+        set_aside: Called with the ids of devices that were lost: nobody gets them any more.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        files: Files,
+        ingest: Ingest,
+        root: Path,
+        limits: LimitsConfig,
+        set_aside: Callable[[Sequence[str]], object] = lambda devices: None,
+    ) -> None:
+        self.jobs, self.files, self.ingest = jobs, files, ingest
+        self.root, self.limits, self.set_aside = root, limits, set_aside
 
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
-        job = await self.tidied(job, ended)
-        last = await asyncio.to_thread(last_word, self.attempts.attempt_dir(job))
+        job = await self._tidy(job, ended)
+        last = await asyncio.to_thread(last_word, self.ingest.attempt_dir(job))
         if last and last.type == "result":
             await self._succeed(job, last)
         elif last and last.type == "error":
@@ -61,9 +79,9 @@ class Settlement:
 
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
-        if keeper := await asyncio.to_thread(self.attempts.attempt_dir(job).revoke_claim):
-            await asyncio.to_thread(kill_session, keeper)
-        await asyncio.to_thread(sweep, self.attempts.dir(job))
+        if supervisor := await asyncio.to_thread(self.ingest.attempt_dir(job).revoke_claim):
+            await asyncio.to_thread(kill_session, supervisor)
+        await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
         if job.desired == "cancel":
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
             return
@@ -74,19 +92,19 @@ class Settlement:
         failed = JobError("event_log_damaged", message)
         await self._end(job, "failed", Event("message", message, "error"), error=failed)
 
-    async def tidied(self, job: Job, ended: Exit | None) -> Job:
+    async def _tidy(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
-        if ended is None and (keeper := self.attempts.attempt_dir(job).revoke_claim()):  # it was killed
-            await asyncio.to_thread(kill_session, keeper)
-            job = await self.attempts.collect(job)  # its worker may have written until now
-        await asyncio.to_thread(sweep, self.attempts.dir(job))
-        if missed := await asyncio.to_thread(reconciled, self.attempts.attempt_dir(job)):
-            await self.attempts.jobs.reconcile(job, missed, self.attempts.model_name(job))
+        if ended is None and (supervisor := self.ingest.attempt_dir(job).revoke_claim()):  # it was killed
+            await asyncio.to_thread(kill_session, supervisor)
+            job = await self.ingest.collect(job)  # its worker may have written until now
+        await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
+        if missed := await asyncio.to_thread(reconciled, self.ingest.attempt_dir(job)):
+            await self.jobs.reconcile(job, missed, self.ingest.model_name(job))
             for event in missed:
                 if event.type == "withdrawn":  # after that was written down: what is offered is there
-                    damaged = self.attempts.dir(job).checkpoints / event.data["dir"]
+                    damaged = JobDir.of(self.root, job.id).checkpoints / event.data["dir"]
                     await asyncio.to_thread(checkpoints.set_aside, damaged)
-            job = self.attempts.jobs.get(job.id) or job
+            job = self.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
 
@@ -99,18 +117,16 @@ class Settlement:
             if also:
                 also(db)
 
-        if await self.attempts.jobs.transition(job, status, *events, also=give_back, ref=None, **changes):
-            view = self.attempts.view(job)
-            view.status = status
+        if await self.jobs.transition(job, status, *events, also=give_back, ref=None, **changes):
+            seen = view(job)
+            seen.status = status
             for event in events:
-                self.attempts.onlookers.tell(view, event)
+                self.ingest.observers.notify(seen, event)
 
     async def _succeed(self, job: Job, result: Event) -> None:
-        name = self.attempts.model_name(job)
+        name = self.ingest.model_name(job)
         metrics = await asyncio.to_thread(self.metrics_csv, job)
-        file_id, insert = await self.attempts.files.add_bytes(
-            job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results"
-        )
+        file_id, insert = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
         crash_point("result.stored")
 
         def register(db: sqlite3.Connection) -> None:
@@ -142,8 +158,8 @@ class Settlement:
         if error.code == OUT_OF_MEMORY and job.memory_retries == 0 and job.desired != "cancel":
             text = (
                 f"The training process ran out of memory ({error.message}); attempt {job.attempt + 1} starts "
-                f"{from_where(job)}, with micro-batches half the size where the trainer can cut them: gradients are "
-                "the same but for their last digits, and digests are others than without this"
+                f"{starting_point(job)}, with micro-batches half the size where the trainer can cut them: gradients "
+                "are the same but for their last digits, and digests are others than without this"
             )
             await self._end(job, "queued", Event("message", text, "warn"), memory_retries=1)
             return
@@ -157,33 +173,33 @@ class Settlement:
 
     async def _lost(self, job: Job, error: JobError) -> None:
         """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
-        note = read_note(self.attempts.attempt_dir(job).path)
+        note = read_note(self.ingest.attempt_dir(job).path)
         devices = note.devices if note else []
         names = ", ".join(devices) or "a device"
         log.warning("job %s lost %s, which nobody gets before this server starts again", job.id, names)
         self.set_aside(devices)
         crashes = job.crashes + 1
         text = f"The training process lost {names} ({error.message.rstrip('.')})"
-        if crashes >= self.attempts.settings.limits.attempts or job.desired == "cancel":
+        if crashes >= self.limits.attempts or job.desired == "cancel":
             failed = JobError(error.code, f"{text}. It died {crashes} times without progress")
             await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
             return
-        text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {from_where(job)}"
+        text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {starting_point(job)}"
         data = {"code": DEVICE_LOST, "devices": devices}
         await self._end(job, "queued", Event("message", text, "warn", data=data), crashes=crashes)
 
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
-        if ended is None and job.ref is None and not self.attempts.attempt_dir(job).revoke_claim():
+        if ended is None and job.ref is None and not self.ingest.attempt_dir(job).revoke_claim():
             text = f"The server ended before attempt {job.attempt} began; another one starts"
             await self._end(job, "queued", Event("message", text, "warn"))
             return
-        hung = self.attempts.hung(job).exists()
-        how = "its keeper was lost" if ended is None else exit_words(ended.code)
+        hung = self.ingest.attempt_dir(job).hung.exists()
+        how = "its supervisor was lost" if ended is None else describe_exit(ended.code)
         if hung:
-            how = self._silence(job)
+            how = self._missed_signs(job)
         crashes = job.crashes + 1
-        if crashes >= self.attempts.settings.limits.attempts:
+        if crashes >= self.limits.attempts:
             error = JobError(
                 "worker_hung" if hung else "worker_crashed",
                 f"The training process died {crashes} times without progress; the last time {how}. "
@@ -191,22 +207,22 @@ class Settlement:
             )
             await self._end(job, "failed", Event("message", error.message, "error"), error=error)
             return
-        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {from_where(job)}"
+        text = f"The training process died ({how}); attempt {job.attempt + 1} starts {starting_point(job)}"
         await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
 
-    def _silence(self, job: Job) -> str:
+    def _missed_signs(self, job: Job) -> str:
         """What was missed of an attempt that hung."""
-        limits = self.attempts.settings.limits
-        if self.attempts.attempt_dir(job).heartbeat.exists():
+        limits = self.limits
+        if self.ingest.attempt_dir(job).heartbeat.exists():
             return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
         return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
 
     async def not_started(self, job: Job, error: Exception) -> None:
         """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
         Any other fault of it will not mend itself."""
-        await asyncio.to_thread(give_up, self.attempts.attempt_dir(job))
+        await asyncio.to_thread(give_up, self.ingest.attempt_dir(job))
         code = None
-        if isinstance(error, OSError) and is_disk_full(error, self.attempts.root):
+        if isinstance(error, OSError) and is_disk_full(error, self.root):
             code = "insufficient_storage"
             message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
         elif isinstance(error, OSError) and (what := resource_shortage(error)):
@@ -223,7 +239,7 @@ class Settlement:
         """OpenAI's result file: one row a step, of the newest attempt that trained it."""
         rows: dict[int, dict[str, Any]] = {}
         sql = "SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq"
-        for (data,) in self.attempts.jobs.store.read(sql, job.id):
+        for (data,) in self.jobs.store.read(sql, job.id):
             values = msgspec.json.decode(data)
             rows[values["step"]] = {**rows.get(values["step"], {}), **values}
         text = io.StringIO()
@@ -255,8 +271,8 @@ def give_up(attempt: AttemptDir) -> None:
         TimeoutError: one does not end.
     """
     try:
-        if keeper := attempt.revoke_claim():
-            kill_session(keeper)
+        if supervisor := attempt.revoke_claim():
+            kill_session(supervisor)
     except TimeoutError:  # it may still hold a device: nobody else may have that yet
         raise
     except OSError as error:
@@ -268,12 +284,12 @@ def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
     return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
 
 
-def from_where(job: Job) -> str:
+def starting_point(job: Job) -> str:
     """Where the next attempt starts."""
     return f"from the checkpoint at step {job.progress}" if job.progress else "from the beginning"
 
 
-def exit_words(code: int) -> str:
+def describe_exit(code: int) -> str:
     """An exit status for people."""
     if code >= 0:
         return f"it ended with status {code}"

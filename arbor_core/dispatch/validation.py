@@ -11,6 +11,7 @@ import msgspec
 
 from arbor_core.crash_points import crash_point
 from arbor_core.data.validator import FileCheck, Report
+from arbor_core.files.repository import Files
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
 from arbor_core.process.environment import clean_env
@@ -21,11 +22,14 @@ from .attempts import Attempts
 POLL_SECONDS = 1.0
 
 
-class Checking:
+class Validation:
     """The jobs that are in validation."""
 
-    def __init__(self, jobs: Jobs, attempts: Attempts, executor: Executor, trainers: Mapping[str, Trainer]) -> None:
-        self.jobs, self.attempts, self.executor, self.trainers = jobs, attempts, executor, trainers
+    def __init__(
+        self, jobs: Jobs, files: Files, attempts: Attempts, executor: Executor, trainers: Mapping[str, Trainer]
+    ) -> None:
+        self.jobs, self.files, self.attempts = jobs, files, attempts
+        self.executor, self.trainers = executor, trainers
         self.validators = Validators()
         self.rung: dict[str, asyncio.Event] = {}
 
@@ -51,8 +55,8 @@ class Checking:
         files = FileCheck(
             trainer.check_row,
             trainer.min_rows,
-            str(self.attempts.files.path(job.training_file)),
-            str(self.attempts.files.path(job.validation_file)) if job.validation_file else None,
+            str(self.files.path(job.training_file)),
+            str(self.files.path(job.validation_file)) if job.validation_file else None,
         )
         python = self.attempts.python(trainer)
         report = self.validators.good.get((python, files))

@@ -16,7 +16,7 @@ import msgspec
 
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import decode, encode
-from arbor_core.types import PROTOCOL, ArborError, AttemptOrder, Desired, Placement
+from arbor_core.types import PROTOCOL, ArborError, AttemptOrder, Desired, Exit, Placement
 
 from .layout import AttemptDir, JobDir
 
@@ -95,6 +95,14 @@ def read_order(attempt: AttemptDir) -> AttemptOrder:
 def read_placement(attempt: AttemptDir) -> Placement:
     """On which devices an attempt runs."""
     return decode(attempt.placement.read_bytes(), Placement)
+
+
+def read_exit(attempt: AttemptDir) -> Exit | None:
+    """How an attempt ended; None while its supervisor has not said so."""
+    try:
+        return msgspec.json.decode(attempt.exit.read_bytes(), type=Exit)
+    except FileNotFoundError:
+        return None
 
 
 def relative(path: Path, storage: Path) -> str:

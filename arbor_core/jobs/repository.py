@@ -212,6 +212,15 @@ class Jobs:
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
+    async def note_ref(self, job: Job, ref: str) -> Job | None:
+        """Remember where an attempt runs, if the job is still at it; returns the job as it is then."""
+
+        def change(db: sqlite3.Connection) -> Job | None:
+            db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
+            return read_job(db, job.id)
+
+        return await self.store.write(change)
+
     async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
         """Store events of an attempt's log together with the offset that follows them: none twice, none lost.
 

@@ -121,7 +121,7 @@ async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_pat
         raise sqlite3.OperationalError("database or disk is full")
 
     jobs = SimpleNamespace(get=lambda _: job, transition=full, store=None)
-    dispatcher = Dispatcher(jobs, None, {"t": None}, FifoScheduler(), allocator, None, tmp_path)
+    dispatcher = Dispatcher(jobs, None, None, None, {"t": None}, FifoScheduler(), allocator, tmp_path, 60)
     with pytest.raises(sqlite3.OperationalError):
         await dispatcher._start("j")
     assert allocator.free()["train"] == 1 and not dispatcher.leases

@@ -18,7 +18,7 @@ from http_calls import call
 from live import LiveServer
 from test_storage_faults import check_and_stop, create, events, steps, until
 
-from arbor_core.dispatch.monitor import Followed, Following
+from arbor_core.dispatch.monitor import Monitor, MonitoredAttempt
 from arbor_core.jobdir.heartbeat import Heartbeat, HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
@@ -83,17 +83,19 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
     """However late each of them comes: the machine may have stood still before."""
     ended: list[str] = []
     seconds = (allowed, 1e9) if begun else (1e9, allowed)
-    limits = SimpleNamespace(heartbeat_seconds=seconds[0], start_seconds=seconds[1])
-    attempts = SimpleNamespace(settings=SimpleNamespace(limits=limits), end_hung=lambda job: ended.append(job.id))
-    following = Following(cast("Any", attempts), cast("Any", SimpleNamespace(poll=lambda ref: True)), list)
+    limits: Any = SimpleNamespace(heartbeat_seconds=seconds[0], start_seconds=seconds[1])
+    attempts: Any = SimpleNamespace(end_hung=lambda job: ended.append(job.id))
+    executor: Any = SimpleNamespace(poll=lambda ref: True)
+    unused: Any = None
+    monitor = Monitor(attempts, unused, unused, executor, limits)
     job = cast("Any", SimpleNamespace(id="ftjob-x", ref="1", offset=0))
-    following.followed[job.id] = Followed(job, AttemptDir(tmp_path), HeartbeatMonitor(tmp_path / HEARTBEAT))
+    monitor.monitored[job.id] = MonitoredAttempt(job, AttemptDir(tmp_path), HeartbeatMonitor(tmp_path / HEARTBEAT))
     if begun:
         (tmp_path / HEARTBEAT).touch()
-        await following.go_round()
+        await monitor.go_round()
     for _ in range(looks):
         assert not ended
-        await following.go_round()
+        await monitor.go_round()
     assert ended == [job.id]
 
 

@@ -141,7 +141,7 @@ def test_row_89_a_killed_attempt_is_taken_up_again(start_server, chat_rows):
     os.kill(keeper_of(server, job.id), signal.SIGKILL)
     job = server.wait(job.id)
     assert job.status == "succeeded"
-    assert any("its keeper was lost" in text and "from the checkpoint" in text for text in messages(server, job.id))
+    assert any("its supervisor was lost" in text and "from the checkpoint" in text for text in messages(server, job.id))
     assert max(step_events(server, job.id)) == 40
     assert held(server) == 0
 

@@ -25,7 +25,10 @@ from arbor_core.builtin.executor import LocalExecutor, TemplateKey
 from arbor_core.dispatch import dispatcher, outcome
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
-from arbor_core.dispatch.observers import Onlookers
+from arbor_core.dispatch.ingest import Ingest
+from arbor_core.dispatch.monitor import Monitor
+from arbor_core.dispatch.observers import Observers
+from arbor_core.dispatch.outcome import Outcomes
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.queue import training_claim
 from arbor_core.jobs.records import Job, JobSpec, NewJob
@@ -46,7 +49,7 @@ class Desk:
     lease: Lease
     faults: Iterator[Exception] = field(default_factory=lambda: iter(()))
     starts: int = 0
-    followed: list[str] = field(default_factory=list)
+    monitored: list[str] = field(default_factory=list)
 
     async def start(self, *_: Any) -> str:
         self.starts += 1
@@ -64,11 +67,15 @@ class Desk:
 async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
     store = Store(tmp_path / "arbor.db")
     jobs = Jobs(store)
-    settings: Any = SimpleNamespace(limits=SimpleNamespace(room_seconds=60))
     nobody: Any = None
     models: Any = SimpleNamespace(root=tmp_path)
-    attempts = Attempts(jobs, nobody, nobody, Onlookers(plugins), models, "storage_x", settings, 1)
-    made = Dispatcher(jobs, attempts, {}, nobody, PoolAllocator({}), nobody, tmp_path / "bell")
+    attempts = Attempts(jobs, nobody, models, nobody, "storage_x", nobody, 1)
+    ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
+    outcomes = Outcomes(jobs, nobody, ingest, tmp_path, nobody)
+    monitor = Monitor(attempts, ingest, outcomes, nobody, nobody)
+    made = Dispatcher(
+        jobs, attempts, nobody, monitor, {}, nobody, PoolAllocator({}), tmp_path / "bell", room_seconds=60
+    )
     job = await jobs.create(
         NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
     )
@@ -77,12 +84,12 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     assert running is not None
     found = Desk(made, running, Lease("lease-1", training_claim(job.id, 1), ((),)))
 
-    async def follow(job: Job) -> None:
-        found.followed.append(job.ref or "")
+    async def watch(job: Job) -> None:
+        found.monitored.append(job.ref or "")
 
     monkeypatch.setattr(dispatcher, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(attempts, "start", found.start)
-    monkeypatch.setattr(made.following, "follow", follow)
+    monkeypatch.setattr(monitor, "monitor", watch)
     yield found
     store.close()
 
@@ -91,7 +98,7 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
 async def test_row_115_a_start_waits_for_what_the_machine_is_short_of(desk: Desk, number: int) -> None:
     desk.faults = repeat(OSError(number, os.strerror(number)), 2)
     job = await desk.launch()
-    assert (desk.starts, desk.followed) == (3, ["a ref"])
+    assert (desk.starts, desk.monitored) == (3, ["a ref"])
     assert (job.status, job.error) == ("running", None)
 
 
@@ -101,10 +108,10 @@ async def test_row_115_a_start_waits_for_what_the_machine_is_short_of(desk: Desk
 )
 async def test_row_115_and_is_paused_when_that_lasts(desk: Desk, number: int, said: str) -> None:
     desk.faults = repeat(OSError(number, os.strerror(number)))
-    desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
+    desk.dispatcher.room_seconds = 0.3
     job = await desk.launch()
     assert desk.starts > 1
-    assert desk.followed == []
+    assert desk.monitored == []
     assert (job.status, job.desired, job.error) == ("paused", "pause", None)
     last = desk.dispatcher.jobs.events(job.id, 1)[0]
     assert last.level == "error"
@@ -128,7 +135,7 @@ async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk
     with subprocess.Popen(sleep, start_new_session=True) as keeper:
         desk.dispatcher.attempts.attempt_dir(desk.job).claim(process_ref(keeper.pid))
         desk.faults = repeat(OSError(errno.EMFILE, "Too many open files"))
-        desk.dispatcher.attempts.settings.limits.room_seconds = 0.3
+        desk.dispatcher.room_seconds = 0.3
         assert (await desk.launch()).status == "paused"
         assert keeper.wait() == -signal.SIGKILL
 
@@ -164,7 +171,7 @@ async def test_a_start_that_fails_in_an_unknown_way_is_not_tried_for_ever(desk: 
     assert job.error.code == "worker_not_started"
     assert "the cluster is gone" in job.error.message
     assert desk.starts == 1
-    assert not desk.followed
+    assert not desk.monitored
 
 
 async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_does_not_end(

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from http_calls import FILE, PURPOSE, post
@@ -22,10 +21,10 @@ from live import ENDED, LiveServer
 
 from arbor_core import Event, ExecutorSettings
 from arbor_core.builtin.executor import LocalExecutor
-from arbor_core.dispatch import attempts
-from arbor_core.dispatch.attempts import Attempts
-from arbor_core.dispatch.observers import Onlookers
-from arbor_core.dispatch.outcome import Settlement
+from arbor_core.dispatch import ingest
+from arbor_core.dispatch.ingest import Ingest
+from arbor_core.dispatch.observers import Observers
+from arbor_core.dispatch.outcome import Outcomes
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.layout import JobDir
@@ -400,13 +399,12 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
     store = Store(tmp_path / "arbor.db")
     jobs = Jobs(store)
     unused: Any = None
-    models: Any = SimpleNamespace(root=tmp_path)
-    starting = Attempts(jobs, unused, unused, Onlookers(plugins), models, "storage_x", unused, 1)
+    outcomes = Outcomes(jobs, unused, Ingest(jobs, Observers(plugins), tmp_path, "arbor"), tmp_path, unused)
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     await jobs.transition(job, "queued")
     await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
-    await Settlement(starting).not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
+    await outcomes.not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
     found = jobs.get(job.id)
     assert found is not None
     if code == errno.ENOSPC:
@@ -420,12 +418,10 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
 
 
 async def test_any_number_of_events_is_taken(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "BATCH", 1)
+    monkeypatch.setattr(ingest, "BATCH", 1)
     store = Store(tmp_path / "arbor.db")
-    jobs, unused = Jobs(store), cast("Any", None)
-    settings = cast("Any", SimpleNamespace(organization="arbor"))
-    models: Any = SimpleNamespace(root=tmp_path)
-    collecting = Attempts(jobs, unused, unused, Onlookers(plugins), models, "storage_x", settings, 1)
+    jobs = Jobs(store)
+    collecting = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     count = 1 + sys.getrecursionlimit()

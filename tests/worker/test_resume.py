@@ -61,12 +61,19 @@ async def test_row_95_an_attempt_waits_for_room_to_start_for_some_time(monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         return "ref"
 
-    job = SimpleNamespace(id="ftjob-x", attempt=1, wanted=wanted)
-    settings = SimpleNamespace(limits=SimpleNamespace(room_seconds=patience))
-    attempts = SimpleNamespace(start=start, settings=settings, root=tmp_path)
+    job = SimpleNamespace(id="ftjob-x", attempt=1, instruction=wanted)
+    attempts = SimpleNamespace(start=start, root=tmp_path)
     allocator = SimpleNamespace(set_aside=lambda *_: None)
     made = dispatcher.Dispatcher(
-        SimpleNamespace(get=lambda _: job, store=None), attempts, {}, None, allocator, None, Path("unused")
+        SimpleNamespace(get=lambda _: job, store=None),
+        attempts,
+        None,
+        None,
+        {},
+        None,
+        allocator,
+        Path("unused"),
+        patience,
     )
     if found is OSError:
         with pytest.raises(OSError, match="No space"):
