@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from arbor_core.jobdir import checkpoints, inbox
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.storage.event_log import tail
 from arbor_core.types import TERMINAL, Event, Lease, rollouts
 from arbor_core.worker.replay import reported
@@ -114,36 +115,36 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
     written = [event.data for events in logs for event in events if event.type == "metrics"]
     whole = job["status"] in TERMINAL or job["status"] == "paused"
     assert told == (written if whole else written[: len(told)]), f"{name}: metrics were lost or told twice"
+    files = JobDir.of(storage, name)
     dirs = {row["dir"] for row in db.execute("SELECT dir FROM checkpoints WHERE job_id=?", (name,))}
     for folder in dirs:
-        reason = checkpoints.fault(storage / "jobs" / name / "checkpoints" / folder)
+        reason = checkpoints.fault(files.checkpoints / folder)
         assert reason is None, f"{name}: checkpoint {folder} is offered, but: {reason}"
     if whole:
-        check_told_checkpoints(storage / "jobs" / name, dirs)
-    check_rollouts(storage / "jobs" / name)
+        check_told_checkpoints(files, dirs)
+    check_rollouts(files)
 
 
-def check_rollouts(job_dir: Path) -> None:
+def check_rollouts(job: JobDir) -> None:
     """Every group stands in the inbox once, no completion is in two of them, and the steps took all of them in order:
     each step those that follow the step before."""
-    records = list(inbox.read(job_dir / "inbox", 0))
+    records = list(inbox.read(job.inbox, 0))
     ids = Counter(record.group.id for record in records if record.group.id != rollouts.UNNUMBERED)
     labels = Counter(record.group.label for record in records if record.group.label is not None)
     sampled = Counter(n for record in records for rollout in record.group.rollouts for n in rollout.completions)
     twice = [key for found in (ids, labels, sampled) for key, count in found.items() if count > 1]
-    assert not twice, f"{job_dir.name}: these batch ids, names or completions are in the inbox twice: {twice}"
+    assert not twice, f"{job.path.name}: these batch ids, names or completions are in the inbox twice: {twice}"
     position = 0
-    for number, step in sorted(reported(job_dir).items() if records else ()):
-        assert step.fed, f"{job_dir.name}: step {number} does not say what it was trained on"
+    for number, step in sorted(reported(job.path).items() if records else ()):
+        assert step.fed, f"{job.path.name}: step {number} does not say what it was trained on"
         given = [record.start for record in records if position <= record.start < step.fed.end]
         taken = sorted([start for start, _ in step.fed.groups] + list(step.fed.skipped))
-        assert taken == given, f"{job_dir.name}, step {number} took the groups at {taken}; next were {given}"
+        assert taken == given, f"{job.path.name}, step {number} took the groups at {taken}; next were {given}"
         position = step.fed.end
 
 
 def attempt_log(storage: Path, job_id: str, attempt: int) -> list[Event]:
-    path = storage / "jobs" / job_id / "attempts" / str(attempt) / "events.jsonl"
-    return [event for _, event in tail(path, 0, Event)]
+    return [event for _, event in tail(JobDir.of(storage, job_id).attempt(attempt).events, 0, Event)]
 
 
 def check_steps(what: str, events: list[Event], every_step: bool) -> None:
@@ -157,14 +158,12 @@ def check_steps(what: str, events: list[Event], every_step: bool) -> None:
         assert steps == sorted(steps), f"{what}: steps {steps}"
 
 
-def check_told_checkpoints(job_dir: Path, offered: set[str]) -> None:
+def check_told_checkpoints(job: JobDir, offered: set[str]) -> None:
     """What is whole on the disk is offered, unless a later attempt wrote the same step again."""
-    whole = {
-        folder.name for folder in checkpoints.newest_first(job_dir / "checkpoints") if not checkpoints.fault(folder)
-    }
+    whole = {folder.name for folder in checkpoints.newest_first(job.checkpoints) if not checkpoints.fault(folder)}
     steps = {name.partition("-")[0] for name in offered}
     missing = {name for name in whole - offered if name.partition("-")[0] not in steps}
-    assert not missing, f"{job_dir.name}: checkpoints {missing} are whole and not offered"
+    assert not missing, f"{job.path.name}: checkpoints {missing} are whole and not offered"
 
 
 def check_files(db: sqlite3.Connection, storage: Path) -> None:

@@ -27,9 +27,9 @@ def check_numbers(event: Event) -> None:
 def check_checkpoints(job: JobDirectory) -> None:
     """Every checkpoint that was reported is whole, and none is half-written."""
     for event in job.events("checkpoint"):
-        reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
+        reason = checkpoints.fault(job.files.checkpoints / event.data["dir"])
         assert reason is None, f"checkpoint {event.data['dir']}: {reason}"
-    left = [path.name for path in (job.dir / "checkpoints").glob("*.tmp")]
+    left = [path.name for path in job.files.checkpoints.glob("*.tmp")]
     assert not left, f"unfinished checkpoints are left: {left}"
 
 
@@ -38,7 +38,7 @@ def check_result(job: JobDirectory) -> Event:
     (*_, last) = job.events()
     assert last.type == "result", f"the last event is '{last.type}', expected 'result': call run.finish at the end"
     assert len(job.events(*LAST_WORDS)) == 1, "there is more than one of result, error and paused"
-    folder = job.dir / "checkpoints" / last.data["dir"]
+    folder = job.files.checkpoints / last.data["dir"]
     assert checkpoints.fault(folder) is None, f"the result's checkpoint {folder.name} is not whole"
     assert last.data["trained_tokens"] > 0, "the result's trained_tokens is not above 0"
     is_adapter = (folder / "adapter_config.json").is_file()

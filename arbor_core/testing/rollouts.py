@@ -85,7 +85,7 @@ class Attempt:
 
     def sent(self) -> int:
         """Groups in the inbox."""
-        return sum(1 for _ in read(self.job.dir / "inbox", 0))
+        return sum(1 for _ in read(self.job.files.inbox, 0))
 
     def end(self, what: str) -> None:
         """Wait for the worker."""
@@ -140,7 +140,7 @@ def check_named(attempt: Attempt) -> None:
     event = next(event for event in job.events("checkpoint") if event.data.get("name") == "first")
     said = event.data["metadata"]
     assert said == {"why": "conformance"}, f"the checkpoint's metadata came back as {said}: hand on the request itself"
-    reason = checkpoints.fault(job.dir / "checkpoints" / event.data["dir"])
+    reason = checkpoints.fault(job.files.checkpoints / event.data["dir"])
     assert reason is None, f"the checkpoint 'first': {reason}"
 
 
@@ -154,7 +154,7 @@ def check_passed_over(attempt: Attempt) -> None:
 
 def check_fed(job: JobDirectory, events: list[Event]) -> None:
     """Each step says of which groups it was made: those that came first and were not too old, and no others."""
-    records = {record.start: record for record in read(job.dir / "inbox", 0)}
+    records = {record.start: record for record in read(job.files.inbox, 0)}
     ids = {number: step for step in range(1, STEPS + 1) for number in (g.id for g in groups(step))}
     position = 0
     for event in events:
@@ -180,9 +180,9 @@ def check_published(job: JobDirectory, result: Event) -> None:
     versions = [data["version"] for data in published]
     assert versions == sorted(versions), f"versions are published out of order: {versions}"
     assert versions[-1:] == [STEPS], f"the versions published are {versions}; expected the last to be {STEPS}"
-    folder = job.dir / "weights" / published[-1]["dir"]
+    folder = job.files.weights / published[-1]["dir"]
     assert any(folder.iterdir()), f"the published policy {folder.name} is empty"
-    adapters = [(at / "adapter_config.json").is_file() for at in (folder, job.dir / "checkpoints" / result.data["dir"])]
+    adapters = [(at / "adapter_config.json").is_file() for at in (folder, job.files.checkpoints / result.data["dir"])]
     assert adapters[0] == adapters[1], "of the published policy and the result, one is a PEFT adapter and one is not"
 
 
