@@ -26,6 +26,8 @@ from arbor_core.types import AttemptOrder, ExecutorSettings, Placement
 log = logging.getLogger(__name__)
 TEMPLATE_SECONDS = 300.0
 """How long importing and proving may take."""
+CLOSE_SECONDS = 1.0
+"""How long a template may take to end on SIGTERM: it has nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LocalExecutor:
         self.launcher, self.runtime = settings.launcher, settings.runtime
         self.templates: dict[TemplateKey, asyncio.Task[Template]] = {}
         self.faults: dict[TemplateKey, str] = {}
+        self.processes: set[asyncio.subprocess.Process] = set()
+        """Every template process that may still live, whatever became of its task."""
         self.children: set[asyncio.Task[int]] = set()
         self.started = 0
 
@@ -132,6 +136,7 @@ class LocalExecutor:
                 env={**clean_env(), **threads_env(os.cpu_count() or 1), **extra},
                 start_new_session=True,
             )
+        self.processes = {process, *(one for one in self.processes if one.returncode is None)}
         assert process.stdout is not None
         try:
             said = await asyncio.wait_for(process.stdout.readline(), TEMPLATE_SECONDS)
@@ -176,15 +181,12 @@ class LocalExecutor:
         return self.poll(ref)
 
     async def close(self) -> None:
-        """End the templates; attempts go on under their keepers."""
+        """End the templates, also those that still import; attempts go on under their supervisors."""
         for task in self.templates.values():
-            if not task.done():
-                task.cancel()
-            elif not task.cancelled() and not task.exception():
-                process = task.result().process
-                if process.returncode is None:
-                    process.send_signal(signal.SIGTERM)
-                    await process.wait()
+            task.cancel()
+        await asyncio.gather(*self.templates.values(), return_exceptions=True)
+        living = [process for process in self.processes if process.returncode is None]
+        await asyncio.gather(*(terminate(process, CLOSE_SECONDS) for process in living))
         for waiter in list(self.children):
             waiter.cancel()
 

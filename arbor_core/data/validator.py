@@ -7,7 +7,6 @@ object on standard output.
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import msgspec
 
 from arbor_core.jobdir.documents import import_object
-from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
+from arbor_core.process.prctl import die_with_parent
 from arbor_core.types import JobFailed
 
 from .rows import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
@@ -97,7 +96,7 @@ def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], Non
 
 
 def main(files: FileCheck) -> None:
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the server nobody wants to know
+    die_with_parent(sys.stdout.fileno())  # without the server nobody reads the report
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))  # SIGXCPU, which is no SIGKILL
     report = check(files)

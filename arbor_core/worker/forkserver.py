@@ -26,7 +26,7 @@ import msgspec
 
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.documents import import_object
-from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
+from arbor_core.process.prctl import PR_SET_PDEATHSIG, die_with_parent, prctl
 from arbor_core.process.wakeup import short_address
 from arbor_core.storage.codec import decode
 
@@ -43,9 +43,9 @@ class ForkRequest(msgspec.Struct, frozen=True):
 
 def main(path: Path, prove: str, modules: list[str]) -> int:
     """Import, prove, serve."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # standard input is looked at only between requests
+    die_with_parent(sys.stdin.fileno())  # serve() reads standard input, but not while libraries are imported
     answer = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while they are import_object is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while they are imported is no answer
     for module in modules:
         import_module(module)
     gc.collect()
@@ -119,16 +119,19 @@ def _redirect(log: Path) -> None:
 
 def _proof(prove: str) -> int:
     """Exit status of a fork that calls the function; negative for a signal."""
-    pid = os.fork()
+    template, pid = os.getpid(), os.fork()
     if pid == 0:
-        _try(prove)
+        _try(prove, template)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _try(prove: str) -> NoReturn:
+def _try(prove: str, template: int) -> NoReturn:
     status = 1
     try:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a template that is killed leaves no orphan
+        if os.getppid() != template:  # it was killed before we said so
+            os._exit(status)
         signal.alarm(120)  # a fork that hangs is a proof too
         import_object(prove)()
         status = 0

@@ -17,7 +17,7 @@ from arbor_core.dispatch.validation import validate
 from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
-from arbor_core.process.lifecycle import process_ref
+from arbor_core.process.lifecycle import process_ref, stat_fields
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
@@ -246,6 +246,79 @@ async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_lib
     assert await until(lambda: ended(order))
     assert not executor.faults
     assert (await executor.template(TemplateKey(sys.executable, ("slow",), None))).process.returncode is None
+
+
+WAITING = (
+    "import os,time\n"
+    "def wait():\n    open('tmp','w').write(str(os.getpid())); os.rename('tmp','waiting'); time.sleep(999)\n"
+)
+
+
+@pytest.mark.parametrize("where", ["import", "proof"])
+async def test_a_template_that_is_not_ready_ends_before_close_returns(executor, tmp_path, monkeypatch, where):
+    (tmp_path / "slow.py").write_text(WAITING + ("wait()" if where == "import" else ""))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.chdir(tmp_path)
+    executor.prepare(None, ("slow",), "slow:wait")
+    pid = int(await until(lambda: text_of(tmp_path / "waiting")))
+    parent = int(stat_fields(Path(f"/proc/{pid}/stat"))[1])
+    await executor.close()
+    assert not alive(pid) and (where == "import" or not alive(parent))
+
+
+async def test_a_template_that_was_given_up_ends_before_close_returns(executor, tmp_path, monkeypatch):
+    (tmp_path / "light.py").write_text("import fractions")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    template = await executor.template(TemplateKey(sys.executable, ("light",), None))
+    template.process.send_signal(signal.SIGSTOP)
+    template.socket.unlink()
+    await executor.start(papers(tmp_path, "", argv=(), preload=("light",)), PLACEMENT)  # cold
+    assert alive(template.process.pid)
+    await executor.close()
+    assert not alive(template.process.pid)
+
+
+@pytest.fixture
+async def killed_server(tmp_path, monkeypatch):
+    """`await killed_server("python")` kills a server whose template has come that far; returns the pid of who waits
+    there, once it goes on."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    server = (
+        "import asyncio, pathlib\n"
+        "from arbor_core import ExecutorSettings\n"
+        "from arbor_core.builtin.executor import LocalExecutor\n"
+        "async def serve():\n"
+        "    LocalExecutor(ExecutorSettings('warm', pathlib.Path('run'))).prepare(None, ('slow',), 'slow:wait')\n"
+        "    await asyncio.sleep(999)\n"
+        "asyncio.run(serve())"
+    )
+    pids = []
+
+    async def kill(where):
+        held = "while not os.path.exists('killed'): time.sleep(0.01)\n"
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os,sys,time\n"
+            "if 'arbor_core.worker.forkserver' in sys.orig_argv:\n"
+            f"    open('early','w').write(str(os.getpid()))\n    {held if where == 'python' else ''}"
+        )
+        (tmp_path / "slow.py").write_text(WAITING + ("wait()" if where == "import" else ""))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", server, cwd=tmp_path)
+        named = tmp_path / ("early" if where == "python" else "waiting")
+        pids.extend([process.pid, int(await until(lambda: text_of(named)))])
+        process.kill()
+        await process.wait()
+        (tmp_path / "killed").touch()
+        return pids[-1]
+
+    yield kill
+    for pid in filter(alive, pids):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["python", "import", "proof"])
+async def test_a_template_ends_with_a_server_that_is_killed_while_it_starts(killed_server, where):
+    pid = await killed_server(where)
+    await until(lambda: not alive(pid))
 
 
 async def test_a_validator_that_is_killed_runs_again(tmp_path):
