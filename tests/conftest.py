@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from disks import mounted
 from live import LiveServer, launch
 
 from arbor_core import hookimpl
@@ -34,6 +35,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     live = launch(tmp_path_factory.mktemp("server"))
     yield live
     live.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    with mounted(tmp_path / "disk", 24) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -4,19 +4,17 @@ matrices do not come to, because no job of theirs fails, is damaged or removes c
 from __future__ import annotations
 
 import ast
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import crash
 import pytest
-import test_crash_matrix as jobs
-import test_session_crashes as rollouts
-import test_uploads_in_parts as uploads
-from compat.calls import UPGRADE_DEATHS
+from jobs import create, events, offered
 from live import LiveServer
-from test_damaged_checkpoints import offered
-from test_lifecycle import create, events, until
+from waiting import until
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import LIVE, reconciled
@@ -35,10 +33,16 @@ FAMILIES = {
 """The names that each f-string may come to."""
 HERE = ["error.event", "withdrawn.event", "discarded.event"]
 MATRICES = {
-    "jobs": [*jobs.SOME, *jobs.SERVER, *jobs.WORKERS_SOME, *jobs.WORKERS],
-    "rollouts": [*rollouts.SOME, *rollouts.SERVER, *rollouts.WORKERS_SOME, *rollouts.WORKERS, *rollouts.ROTATED],
-    "uploads": uploads.DEATHS,
-    "upgrades": UPGRADE_DEATHS,
+    "jobs": [*crash.SERVER_ALWAYS, *crash.SERVER, *crash.WORKERS_ALWAYS, *crash.WORKERS],
+    "rollouts": [
+        *crash.SESSION_SERVER_ALWAYS,
+        *crash.SESSION_SERVER,
+        *crash.SESSION_WORKERS_ALWAYS,
+        *crash.SESSION_WORKERS,
+        *crash.SEGMENTS,
+    ],
+    "uploads": crash.UPLOADS,
+    "upgrades": crash.UPGRADES,
     "here": HERE,
 }
 EXCEPTIONS: dict[str, str] = {}
@@ -93,7 +97,7 @@ def test_a_trainer_that_dies_when_it_has_said_why_it_fails(
     assert (tmp_path / "died").exists()
     assert found.error.code == "mock_failure"
     assert sorted(path.name for path in server.storage.glob(f"jobs/{job}/attempts/*")) == ["1"]
-    jobs.check_the_rest(server, seen)
+    crash.check_the_rest(server, seen)
 
 
 def test_a_trainer_that_dies_when_it_has_withdrawn_a_damaged_checkpoint(
@@ -116,7 +120,7 @@ def test_a_trainer_that_dies_when_it_has_withdrawn_a_damaged_checkpoint(
     assert any("The training process died" in event.message for event in events(server, job))
     assert [path.name for path in checkpoints.aside(weights.parent.parent)] == [f"{newest}-1.damaged"]
     assert sorted(offered(server, job)) == [10, 20, 30, 40, 50, 60]
-    jobs.check_the_rest(server, seen)
+    crash.check_the_rest(server, seen)
 
 
 KEEPS_ONE = """
@@ -135,7 +139,7 @@ def test_a_trainer_that_dies_when_it_has_discarded_a_checkpoint(
 ) -> None:
     """It is still there, and removed before the next attempt begins."""
     (tmp_path / "keeps_one.py").write_text(KEEPS_ONE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny")
     job.entry = "keeps_one:train"
     with monkeypatch.context() as dying:

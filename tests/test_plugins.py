@@ -4,11 +4,11 @@ import importlib
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import until
 
 from arbor_core import ArborError, Event, JobView, Trainer, hookspecs
 from arbor_core import plugins as loading
@@ -44,9 +44,7 @@ def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
     for step in range(3):
         observers.notify(view, Event("metrics", step=step))
     observers.close()
-    deadline = time.monotonic() + 10
-    while len(seen) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(seen) >= 3)
     assert seen == [0, 1, 2]
 
 

@@ -9,69 +9,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from attempts import PLACEMENT, attempt_order, ended, text_of, write_job_document
+from jobs import alive
+from waiting import until_async
 
-from arbor_core import AttemptOrder, Event, ExecutorSettings, Placement
+from arbor_core import Event, ExecutorSettings
 from arbor_core.builtin.executor import LocalExecutor, TemplateKey
 from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
-from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
 from arbor_core.process.lifecycle import process_ref, stat_fields
-from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import Device, Exit
-
-PLACEMENT = Placement((Device("cpu:0"),), threads=1)
-
-
-def papers(tmp_path: Path, code: str, name: str = "1", grace: float = 5.0, **changes) -> AttemptOrder:
-    """An attempt whose worker runs `code`."""
-    folder = tmp_path / "ftjob-x" / "attempts" / name
-    folder.mkdir(parents=True)
-    order = AttemptOrder(dir=folder, argv=(sys.executable, "-c", code), env={}, python=sys.executable, grace=grace)
-    order = msgspec.structs.replace(order, **changes)
-    write_order(order, Placement((), 1))
-    return order
-
-
-def job_papers(order: AttemptOrder, entry: str) -> None:
-    """What the attempt's worker reads of its job."""
-    order = msgspec.structs.replace(order, entry=entry, config_type="msgspec:Struct", base="m")
-    write_order(order, PLACEMENT)
-    document = JobDocument(
-        storage="storage_x",
-        job_id="ftjob-x",
-        trainer="x",
-        config={},
-        model=None,
-        model_name="m",
-        training_file=None,
-        seed=0,
-        created_at=0,
-    )
-    replace(AttemptDir(order.dir).job.document, encode(document))
-
-
-def text_of(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-async def until(condition, seconds: float = 20.0):
-    async with asyncio.timeout(seconds):
-        while not (value := condition()):
-            await asyncio.sleep(0.02)
-    return value
-
-
-def ended(order: AttemptOrder) -> Exit | None:
-    path = order.dir / "exit.json"
-    return msgspec.json.decode(path.read_bytes(), type=Exit) if path.exists() else None
-
-
-def alive(pid: int) -> bool:
-    return bool(process_ref(pid))
 
 
 @pytest.fixture
@@ -85,11 +34,11 @@ async def executor(tmp_path):
     ("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
 )
 async def test_the_keeper_writes_how_the_worker_ended(executor, tmp_path, code, status):
-    order = papers(tmp_path, code)
+    order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
-    found = await until(lambda: ended(order))
+    found = await until_async(lambda: ended(order))
     assert found.code == status
-    await until(lambda: not executor.poll(ref))
+    await until_async(lambda: not executor.poll(ref))
     assert not executor.adopt(ref)
 
 
@@ -102,12 +51,12 @@ async def test_a_signal_ends_the_worker_and_everything_it_started(executor, tmp_
         "os.rename('pids.tmp','pids')\n"
         "time.sleep(999)"
     )
-    order = papers(tmp_path, code)
+    order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
-    pids = [int(pid) for pid in (await until(lambda: text_of(order.dir / "pids"))).split()]
+    pids = [int(pid) for pid in (await until_async(lambda: text_of(order.dir / "pids"))).split()]
     assert executor.poll(ref) and all(map(alive, pids))
     executor.signal(ref, signal.SIGTERM)
-    assert (await until(lambda: ended(order))).code == -signal.SIGTERM
+    assert (await until_async(lambda: ended(order))).code == -signal.SIGTERM
     assert not any(map(alive, pids))
 
 
@@ -115,20 +64,20 @@ async def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace(executor,
     code = (
         "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf','w').close(); time.sleep(999)"
     )
-    order = papers(tmp_path, code, grace=0.2)
+    order = attempt_order(tmp_path, code, grace=0.2)
     ref = await executor.start(order, PLACEMENT)
-    await until((order.dir / "deaf").exists)
+    await until_async((order.dir / "deaf").exists)
     executor.signal(ref, signal.SIGTERM)
-    assert (await until(lambda: ended(order))).code == -signal.SIGKILL
+    assert (await until_async(lambda: ended(order))).code == -signal.SIGKILL
 
 
 async def test_a_keeper_that_is_killed_leaves_no_worker(executor, tmp_path):
     code = "import os,time; open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
-    order = papers(tmp_path, code)
+    order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
-    pid = int(await until(lambda: text_of(order.dir / "pid")))
+    pid = int(await until_async(lambda: text_of(order.dir / "pid")))
     executor.signal(ref, signal.SIGKILL)
-    await until(lambda: not alive(pid))
+    await until_async(lambda: not alive(pid))
     assert not executor.poll(ref) and ended(order) is None
 
 
@@ -137,32 +86,32 @@ async def test_a_killed_keeper_takes_the_ranks_of_its_launcher_along(executor, t
         "import os,time\n"
         "def train(run):\n    open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     launcher = "import subprocess,sys; subprocess.run(sys.argv[1:],start_new_session=True)"  # as torchrun does
     folder = tmp_path / "ftjob-x" / "attempts" / "1"
     rank = (sys.executable, "-c", launcher, sys.executable, "-m", "arbor_core.worker.main", str(folder))
-    order = papers(tmp_path, "", argv=rank, env={"RANK": "0", "WORLD_SIZE": "2"})
-    job_papers(order, "ranked:train")
+    order = attempt_order(tmp_path, "", argv=rank, env={"RANK": "0", "WORLD_SIZE": "2"})
+    write_job_document(order, "ranked:train")
     ref = await executor.start(order, PLACEMENT)
-    pid = int(await until(lambda: text_of(order.dir / "pid")))
+    pid = int(await until_async(lambda: text_of(order.dir / "pid")))
     executor.signal(ref, signal.SIGKILL)
-    await until(lambda: not alive(pid))
+    await until_async(lambda: not alive(pid))
 
 
 async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
-    order = papers(tmp_path, "open('runs','a').write('x')")
+    order = attempt_order(tmp_path, "open('runs','a').write('x')")
     refs = [await executor.start(order, PLACEMENT) for _ in range(2)]
-    await until(lambda: ended(order) and not any(map(executor.poll, refs)))
+    await until_async(lambda: ended(order) and not any(map(executor.poll, refs)))
     assert text_of(order.dir / "runs") == "x"
     assert text_of(order.dir / "keeper") in refs
     assert "has another keeper" in text_of(order.dir / "worker.log")
 
 
 async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
-    order = papers(tmp_path, "open('runs','a').write('x')")
+    order = attempt_order(tmp_path, "open('runs','a').write('x')")
     assert AttemptDir(order.dir).revoke_claim() == ""
     ref = await executor.start(order, PLACEMENT)
-    await until(lambda: not executor.poll(ref))
+    await until_async(lambda: not executor.poll(ref))
     assert not (order.dir / "runs").exists() and ended(order) is None
 
 
@@ -188,12 +137,12 @@ async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_pat
         "import fractions, os\nprint('a library that talks')\nPID = os.getpid()\ndef prove(): fractions.Fraction(1)\n"
         "def train(run): run.message('trained', imported_by=PID, seed=os.environ['PYTHONHASHSEED'])\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     executor.prepare(None, ("proving",), "proving:prove")
-    order = papers(tmp_path, "", argv=(), preload=("proving",), prove="proving:prove")
-    job_papers(order, "proving:train")
+    order = attempt_order(tmp_path, "", argv=(), preload=("proving",), prove="proving:prove")
+    write_job_document(order, "proving:train")
     ref = await executor.start(order, PLACEMENT)
-    assert (await until(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
+    assert (await until_async(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
     [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
     template = await executor.template(TemplateKey(sys.executable, ("proving",), "proving:prove"))
     assert event.data == {"imported_by": template.process.pid, "seed": "0"}
@@ -211,23 +160,23 @@ async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_pat
 )
 async def test_libraries_that_do_not_survive_a_fork_start_cold(executor, tmp_path, monkeypatch, code, says):
     (tmp_path / "unproven.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    order = papers(tmp_path, "", argv=(), preload=("unproven",), prove="unproven:prove")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    order = attempt_order(tmp_path, "", argv=(), preload=("unproven",), prove="unproven:prove")
     await executor.start(order, PLACEMENT)
-    assert (await until(lambda: ended(order))).code == 1  # it ran, cold, as far as the missing job.json
+    assert (await until_async(lambda: ended(order))).code == 1  # it ran, cold, as far as the missing job.json
     assert says in next(iter(executor.faults.values()))
 
 
 async def test_a_template_that_dies_is_replaced(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     key = TemplateKey(sys.executable, ("light",), None)
     first = await executor.template(key)
     first.process.kill()
     await first.process.wait()
-    order = papers(tmp_path, "", argv=(), preload=("light",))
+    order = attempt_order(tmp_path, "", argv=(), preload=("light",))
     await executor.start(order, PLACEMENT)
-    assert await until(lambda: ended(order))
+    assert await until_async(lambda: ended(order))
     assert (await executor.template(key)).process.pid != first.process.pid
 
 
@@ -237,13 +186,13 @@ async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_lib
         "if not pathlib.Path('slow.pid').exists():\n"
         "    open('slow.tmp','w').write(str(os.getpid())); os.rename('slow.tmp','slow.pid'); time.sleep(999)"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     executor.prepare(None, ("slow",), None)
-    os.kill(int(await until(lambda: text_of(tmp_path / "slow.pid"))), signal.SIGKILL)
-    order = papers(tmp_path, "", argv=(), preload=("slow",))
+    os.kill(int(await until_async(lambda: text_of(tmp_path / "slow.pid"))), signal.SIGKILL)
+    order = attempt_order(tmp_path, "", argv=(), preload=("slow",))
     await executor.start(order, PLACEMENT)  # cold
-    assert await until(lambda: ended(order))
+    assert await until_async(lambda: ended(order))
     assert not executor.faults
     assert (await executor.template(TemplateKey(sys.executable, ("slow",), None))).process.returncode is None
 
@@ -257,10 +206,10 @@ WAITING = (
 @pytest.mark.parametrize("where", ["import", "proof"])
 async def test_a_template_that_is_not_ready_ends_before_close_returns(executor, tmp_path, monkeypatch, where):
     (tmp_path / "slow.py").write_text(WAITING + ("wait()" if where == "import" else ""))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     executor.prepare(None, ("slow",), "slow:wait")
-    pid = int(await until(lambda: text_of(tmp_path / "waiting")))
+    pid = int(await until_async(lambda: text_of(tmp_path / "waiting")))
     parent = int(stat_fields(Path(f"/proc/{pid}/stat"))[1])
     await executor.close()
     assert not alive(pid) and (where == "import" or not alive(parent))
@@ -268,11 +217,11 @@ async def test_a_template_that_is_not_ready_ends_before_close_returns(executor, 
 
 async def test_a_template_that_was_given_up_ends_before_close_returns(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     template = await executor.template(TemplateKey(sys.executable, ("light",), None))
     template.process.send_signal(signal.SIGSTOP)
     template.socket.unlink()
-    await executor.start(papers(tmp_path, "", argv=(), preload=("light",)), PLACEMENT)  # cold
+    await executor.start(attempt_order(tmp_path, "", argv=(), preload=("light",)), PLACEMENT)  # cold
     assert alive(template.process.pid)
     await executor.close()
     assert not alive(template.process.pid)
@@ -282,7 +231,7 @@ async def test_a_template_that_was_given_up_ends_before_close_returns(executor, 
 async def killed_server(tmp_path, monkeypatch):
     """`await killed_server("python")` kills a server whose template has come that far; returns the pid of who waits
     there, once it goes on."""
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     server = (
         "import asyncio, pathlib\n"
         "from arbor_core import ExecutorSettings\n"
@@ -304,7 +253,7 @@ async def killed_server(tmp_path, monkeypatch):
         (tmp_path / "slow.py").write_text(WAITING + ("wait()" if where == "import" else ""))
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", server, cwd=tmp_path)
         named = tmp_path / ("early" if where == "python" else "waiting")
-        pids.extend([process.pid, int(await until(lambda: text_of(named)))])
+        pids.extend([process.pid, int(await until_async(lambda: text_of(named)))])
         process.kill()
         await process.wait()
         (tmp_path / "killed").touch()
@@ -318,14 +267,14 @@ async def killed_server(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["python", "import", "proof"])
 async def test_a_template_ends_with_a_server_that_is_killed_while_it_starts(killed_server, where):
     pid = await killed_server(where)
-    await until(lambda: not alive(pid))
+    await until_async(lambda: not alive(pid))
 
 
 async def test_a_validator_that_is_killed_runs_again(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ -e struck ] || {{ touch struck; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o700)
-    order = papers(tmp_path, "")
+    order = attempt_order(tmp_path, "")
     files = FileCheck("builtins:len", 1, str(order.dir / "data.jsonl"))
     (order.dir / "data.jsonl").write_text('{"a": 1}\n' * 12)
     with contextlib.chdir(tmp_path):
@@ -338,12 +287,12 @@ async def test_a_validator_that_is_killed_runs_again(tmp_path):
 async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
     (tmp_path / "other.py").write_text("import decimal")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     key = TemplateKey(sys.executable, ("light",), None)
     first = await executor.template(key)
     other = await executor.template(TemplateKey(sys.executable, ("other",), None))
     first.socket.unlink()
-    order = papers(tmp_path, "pass", argv=(), preload=("light",))
+    order = attempt_order(tmp_path, "pass", argv=(), preload=("light",))
     await executor.start(order, PLACEMENT)  # cold
     await first.process.wait()
     second = await executor.template(key)
@@ -352,7 +301,7 @@ async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(exec
 
 
 async def test_a_validator_ends_with_the_server(tmp_path):
-    order = papers(tmp_path, "")
+    order = attempt_order(tmp_path, "")
     text = msgspec.json.encode(FileCheck("builtins:len", 1, str(order.dir / "data.jsonl"))).decode()
     os.mkfifo(order.dir / "data.jsonl")
     start = "import subprocess,sys,time; print(subprocess.Popen(sys.argv[1:]).pid,flush=True); time.sleep(999)"
@@ -370,4 +319,4 @@ async def test_a_validator_ends_with_the_server(tmp_path):
     with await asyncio.to_thread((order.dir / "data.jsonl").open, "wb"):  # opens when the validator reads
         server.kill()
         await server.wait()
-        await until(lambda: not alive(pid))
+        await until_async(lambda: not alive(pid))

@@ -26,10 +26,6 @@ CUT = 9
 """Where `TEXT` is cut into its two parts; only the first was sent."""
 
 
-UPGRADE_DEATHS = ("job.upgraded", "job.upgraded:4")
-"""Points at which the server that brings the old storage up to date is killed."""
-
-
 def options(name: str, root: Path) -> dict[str, Any]:
     """How `live.launch` starts the server of a storage, whose archive lies unpacked at `root`: with what whoever moves
     a storage directory gives a server too, and with as many devices to train on as when it was written."""

@@ -24,7 +24,6 @@ from compat.calls import (
     GRPO,
     JOBS,
     TEXT,
-    UPGRADE_DEATHS,
     answer,
     get,
     here,
@@ -39,6 +38,7 @@ from compat.calls import (
     steps,
     wait_for,
 )
+from crash import UPGRADES
 from live import LiveServer
 
 SETTLED = ("succeeded", "failed", "cancelled", "paused")
@@ -220,7 +220,7 @@ def test_jobs_of_real_trainers(root: Path, opened: Callable[[str], LiveServer]) 
     old.check_answers(again)
 
 
-@pytest.mark.parametrize("point", UPGRADE_DEATHS)
+@pytest.mark.parametrize("point", UPGRADES)
 def test_a_server_that_dies_while_it_brings_a_storage_up_to_date(
     point: str, root: Path, start_server: Callable[..., LiveServer]
 ) -> None:

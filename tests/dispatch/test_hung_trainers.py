@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import pytest
 from http_calls import call
+from jobs import check_and_stop, events, step_events, train
 from live import LiveServer
-from test_storage_faults import check_and_stop, create, events, steps, until
+from waiting import until
 
 from arbor_core.dispatch.monitor import Monitor, MonitoredAttempt
 from arbor_core.jobdir.heartbeat import Heartbeat, HeartbeatMonitor
@@ -103,7 +104,7 @@ def test_row_90_a_machine_that_stood_still_loses_no_trainer(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server("limits.heartbeat_seconds=3")
-    job = create(server, chat_rows, steps=60, step_seconds=0.05)
+    job = train(server, chat_rows, steps=60, step_seconds=0.05)
     [heartbeat] = until(lambda: list(server.storage.glob(f"jobs/{job}/attempts/1/{HEARTBEAT}")))
     others = processes(server.storage).keys() - {server.process.pid}
     for pid in others:
@@ -117,6 +118,6 @@ def test_row_90_a_machine_that_stood_still_loses_no_trainer(
     for pid in others:
         os.kill(pid, signal.SIGCONT)
     assert server.wait(job).status == "succeeded"
-    assert steps(server, job) == list(range(1, 61))
+    assert step_events(server, job) == list(range(1, 61))
     assert not list(server.storage.glob(f"jobs/{job}/attempts/2"))
     check_and_stop(server)

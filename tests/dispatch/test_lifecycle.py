@@ -6,58 +6,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
-
-
-def create(server, rows, **options):
-    hyper = options.pop("hyperparameters", {"steps": 5})
-    return server.client.fine_tuning.jobs.create(
-        model="mock/tiny",
-        training_file=server.upload(rows),
-        method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
-        **options,
-    )
-
-
-def events(server, job_id):
-    page = server.client.fine_tuning.jobs.list_events(job_id, limit=100)
-    return list(page)[::-1]
-
-
-def messages(server, job_id):
-    return [event.message for event in events(server, job_id) if event.type == "message"]
-
-
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.03)
-    return value
-
-
-def held(server) -> int:
-    with sqlite3.connect(server.storage / "arbor.db") as db:
-        return db.execute("SELECT count(*) FROM leases").fetchone()[0]
-
-
-def keeper_of(server, job_id) -> int:
-    with sqlite3.connect(server.storage / "arbor.db") as db:
-        ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]
-    return int(ref.split(":")[0]) if ref else 0
-
-
-def alive(pid: int) -> bool:
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def step_events(server, job_id):
-    return [event.data["step"] for event in events(server, job_id) if event.type == "metrics"]
+from jobs import alive, create, events, held, keeper_of, messages, step_events
+from waiting import until
 
 
 def test_a_job_goes_through_every_state_in_order(server, chat_rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, cast
 
 import pytest
 from http_calls import call, submit, supervised
+from jobs import check_and_stop, events, step_events
 from live import LiveServer
-from test_storage_faults import check_and_stop, events, steps, until
+from waiting import until
 
 from arbor_core import Device
 from arbor_core.builtin.allocator import find_gpus
@@ -38,7 +40,7 @@ def test_row_105_a_lost_device_is_set_aside_and_its_job_goes_on_with_another(
     assert health(server) == "ok"
     job = create(server, file, **LOSES)
     assert server.wait(job).status == "succeeded"
-    assert steps(server, job) == [1, 2, 3, 4, 5]
+    assert step_events(server, job) == [1, 2, 3, 4, 5]
     [warning] = [event for event in events(server, job) if event.level == "warn"]
     assert warning.data == {"code": "device_lost", "devices": ["mock:0"]}
     assert "lost mock:0 (DeviceLostError: CUDA error: GPU is lost (simulated))" in warning.message
@@ -98,7 +100,7 @@ def test_row_105_the_rank_that_lost_its_device_names_it(
 ) -> None:
     """Another rank than the first reports nothing, and leaves word; one that is alone cannot tell which it was."""
     (tmp_path / "unlucky.py").write_text(f"def train(run):\n    raise {raised}\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     devices = (Device("GPU-a", "cuda", 0), Device("GPU-b", "cuda", 1))

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing import Any
 import pytest
 from chaos_checks import keepers
 from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
+from jobs import events, step_events
 from live import LiveServer
+from waiting import until
 
 from arbor_core.dispatch.outcome import last_word
 from arbor_core.models import memory
@@ -27,23 +28,6 @@ from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants
 
 ENDS = {"succeeded": "The job has successfully completed", "cancelled": "Fine-tuning job {} cancelled"}
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
-    return value
-
-
-def told(server: LiveServer, job: str) -> list[Any]:
-    """A job's events, oldest first."""
-    return list(server.client.fine_tuning.jobs.list_events(job, limit=100))[::-1]
-
-
-def steps(server: LiveServer, job: str) -> list[int]:
-    return [event.data["step"] for event in told(server, job) if event.type == "metrics"]
 
 
 def test_row_92_server_and_trainer_die_together(
@@ -54,7 +38,7 @@ def test_row_92_server_and_trainer_die_together(
     plan = supervised(steps=40, step_seconds=0.05, checkpoint_steps=5)
     job = submit(server, file, method=plan, metadata={"kept": "yes"}).json["id"]
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
-    seen = steps(server, job)
+    seen = step_events(server, job)
     server.process.kill()
     for keeper in keepers(server.storage):
         os.kill(keeper, signal.SIGKILL)
@@ -62,9 +46,9 @@ def test_row_92_server_and_trainer_die_together(
     again = start_server()
     found = again.wait(job)
     assert (found.status, found.metadata) == ("succeeded", {"kept": "yes"})
-    assert steps(again, job)[: len(seen)] == seen
-    assert max(steps(again, job)) == 40
-    assert any("attempt 2 starts from the checkpoint at step" in event.message for event in told(again, job))
+    assert step_events(again, job)[: len(seen)] == seen
+    assert max(step_events(again, job)) == 40
+    assert any("attempt 2 starts from the checkpoint at step" in event.message for event in events(again, job))
     assert again.stop() == 0
     check_invariants(again.storage)
 
@@ -73,11 +57,11 @@ def test_row_92_server_and_trainer_die_together(
 def test_row_100_cancelling_at_the_end(server: LiveServer, chat_rows: list[dict[str, Any]], seen: int) -> None:
     """Asked by several clients at once, around the last step: whoever wins, everybody sees one and the same end."""
     job = submit(server, server.upload(chat_rows), method=supervised(steps=4, step_seconds=0.02)).json["id"]
-    until(lambda: len(steps(server, job)) >= seen)
+    until(lambda: len(step_events(server, job)) >= seen)
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: call(server.url, "POST", f"{JOBS}/{job}/cancel"), range(3)))
     end = server.wait(job, "succeeded", "cancelled").status
-    texts = [event.message for event in told(server, job)]
+    texts = [event.message for event in events(server, job)]
     assert [texts.count(text.format(job)) for text in ENDS.values()] == [int(name == end) for name in ENDS]
     for answer in answers:
         if answer.status == 200:
@@ -103,7 +87,7 @@ def test_row_88_memory_that_does_not_do_is_named(
     (tmp_path / "hungry.py").write_text(
         f"class OutOfMemoryError(RuntimeError):\n    pass\n\n\ndef train(run):\n    raise {raised}\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("RANK", str(rank))
     job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny")
     job.entry = "hungry:train"
@@ -121,10 +105,10 @@ def test_row_88_it_is_tried_once_more_with_smaller_micro_batches(
     fault = {"steps": 5, "checkpoint_steps": 1, "fault": "out_of_memory", "fault_step": 3}
     job = submit(server, server.upload(chat_rows), method=supervised(**fault)).json["id"]
     assert server.wait(job).status == "succeeded"
-    [warning] = [event.message for event in told(server, job) if event.level == "warn"]
+    [warning] = [event.message for event in events(server, job) if event.level == "warn"]
     assert "Tried to allocate" in warning
     assert "attempt 2 starts from the checkpoint at step 3, with micro-batches half the size" in warning
-    assert steps(server, job) == [1, 2, 3, 4, 5]
+    assert step_events(server, job) == [1, 2, 3, 4, 5]
     shares = [placement(server, job, attempt)["micro_batch_share"] for attempt in (1, 2)]
     assert shares == [1.0, 0.5]
 
@@ -136,7 +120,7 @@ def test_row_88_and_fails_then(server: LiveServer, chat_rows: list[dict[str, Any
     assert error.code == "out_of_memory"
     assert "Tried to allocate" in error.message
     assert "take a smaller base model" in error.message
-    assert [event.level for event in told(server, job) if event.level != "info"] == ["warn", "error"]
+    assert [event.level for event in events(server, job) if event.level != "info"] == ["warn", "error"]
 
 
 def placement(server: LiveServer, job: str, attempt: int) -> dict[str, Any]:
@@ -181,7 +165,7 @@ def test_row_115_without_descriptors_jobs_go_on(
 ) -> None:
     server = start_server()
     job = submit(server, server.upload(chat_rows), method=supervised(steps=60, step_seconds=0.05)).json["id"]
-    until(lambda: steps(server, job))
+    until(lambda: step_events(server, job))
     before = settled(server)
     with no_descriptors(server) as connection:
         connection.request("POST", "/v1/files", form(PURPOSE, FILE), MULTIPART)
@@ -191,7 +175,7 @@ def test_row_115_without_descriptors_jobs_go_on(
     assert int(refused.headers["retry-after"]) > 0
     assert settled(server) == before
     assert server.wait(job).status == "succeeded"
-    assert steps(server, job) == list(range(1, 61))
+    assert step_events(server, job) == list(range(1, 61))
     assert server.upload(b"{}\n")
 
 
@@ -200,10 +184,10 @@ def test_row_101_what_has_ended_is_neither_paused_nor_resumed(
 ) -> None:
     job = submit(server, server.upload(chat_rows), method=supervised(steps=1)).json["id"]
     server.wait(job)
-    seen = told(server, job)
+    seen = events(server, job)
     for verb in ("pause", "resume"):
         call(server.url, "POST", f"{JOBS}/{job}/{verb}").error(400, "invalid_job_state")
-    assert told(server, job) == seen
+    assert events(server, job) == seen
 
 
 def test_the_database_is_sound_after_all_that(server: LiveServer) -> None:

@@ -9,7 +9,8 @@ import pytest
 from http_calls import submit, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lifecycle import create, held, messages, step_events, until
+from jobs import create, held, messages, step_events
+from waiting import until
 
 from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot
 from arbor_core.builtin.allocator import PoolAllocator

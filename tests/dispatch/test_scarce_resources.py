@@ -144,7 +144,7 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "light.py").write_text("import fractions")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
     key = TemplateKey(sys.executable, ("light",), None)
     template = await executor.template(key)

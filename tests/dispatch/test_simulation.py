@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from jobs import create, events, held, messages, step_events
 from live import LiveServer
-from test_lifecycle import create, events, held, messages, step_events, until
+from waiting import until
 
 SIMULATED = ("executor=mock", "scheduler=priority")
 

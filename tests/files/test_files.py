@@ -18,6 +18,7 @@ import pytest
 from http_calls import FILE, PURPOSE, call, form, post, raw_socket, settled
 from live import LiveServer
 from omegaconf import OmegaConf
+from waiting import until
 
 from arbor_core.config.compose import core_config_dir
 from arbor_core.config.convert import typed
@@ -92,10 +93,7 @@ def test_row_22_a_server_that_is_killed_while_it_takes_an_upload(start_server: C
             b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
             b"content-type: multipart/form-data; boundary=XX\r\n\r\n" + f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n"
         )
-        deadline = time.monotonic() + 10
-        while not any(part.stat().st_size for part in incoming.iterdir()):
-            assert time.monotonic() < deadline, "nothing of the upload has come to the disk"
-            time.sleep(0.01)
+        until(lambda: any(part.stat().st_size for part in incoming.iterdir()))
         server.stop(signal.SIGKILL)
     assert [part.suffix for part in incoming.iterdir()] == [".part"]
     again = start_server()

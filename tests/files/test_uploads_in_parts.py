@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import io
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,9 +14,11 @@ from typing import Any
 
 import openai
 import pytest
+from crash import UPLOADS as POINTS
 from http_calls import MULTIPART, Answer, call, form, raw_socket, settled
 from live import LiveServer, launch
 from omegaconf import OmegaConf
+from waiting import until
 
 from arbor_core.config.compose import core_config_dir
 from arbor_core.config.convert import typed
@@ -168,10 +169,7 @@ def test_row_30_an_upload_that_has_expired(start_server: Callable[..., LiveServe
     server = start_server("limits.upload_seconds=1")
     upload, parts = in_parts(server, b"abc", b"def")
     assert len(parts) == 2
-    deadline = time.monotonic() + 30
-    while kept(server):  # nobody asks: the server sees to it
-        assert time.monotonic() < deadline, "its parts are still there"
-        time.sleep(0.05)
+    until(lambda: not kept(server))  # nobody asks: the server sees to it
     for answer in (send(server, upload, b"x"), complete(server, upload, *parts), cancel(server, upload)):
         assert "is expired" in answer.error(400, "upload_not_pending", "upload_id")["message"]
 
@@ -240,10 +238,8 @@ def test_row_34_completing_while_a_part_comes_in(server: LiveServer) -> None:
     with raw_socket(server.url) as connection:
         head = f"POST {UPLOADS}/{upload}/parts HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
         connection.sendall(f"{head}content-type: {MULTIPART['content-type']}\r\n\r\n".encode() + body[:-12])
-        incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 10
-        while not any(incoming.iterdir()):
-            assert time.monotonic() < deadline, "the part has not begun"
-            time.sleep(0.01)
+        incoming = server.storage / "files" / ".incoming"
+        until(lambda: any(incoming.iterdir()))
         file = complete(server, upload, *parts).json["file"]
         connection.sendall(body[-12:])
         answer = connection.makefile("rb").read()
@@ -287,19 +283,7 @@ def test_row_24_no_room_for_an_upload(start_server: Callable[..., LiveServer]) -
     call(server.url, "POST", UPLOADS, BODY).error(507, "insufficient_storage")
 
 
-DEATHS = [
-    "upload.written",
-    "upload.renamed",
-    "part.stored",
-    "part.stored:2",
-    "parts.joined",
-    "parts.renamed",
-    "upload.closed",
-    *(f"store.{when}:{count}" for count in (1, 2, 3, 4) for when in ("changed", "committed")),
-]
-
-
-@pytest.mark.parametrize("point", DEATHS)
+@pytest.mark.parametrize("point", POINTS)
 def test_a_server_that_is_killed_leaves_the_parts_or_the_file(
     point: str, start_server: Callable[..., LiveServer]
 ) -> None:

@@ -7,19 +7,18 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
+from engines import loaded, used
+from waiting import until_async
 
-from arbor_core import AllocatorSettings, Engine, UnknownModelError, Weights
-from arbor_core.config.compose import defaults, merged
+from arbor_core import UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
 from arbor_core.inference import engines as engines_module
-from arbor_core.inference.engines import Engines
 from arbor_core.inference.process import quiet_seconds
 from arbor_core.inference.redaction import without_paths
 from arbor_core.inference.served_model import hanging
@@ -31,44 +30,6 @@ arbor_mock = pytest.importorskip("arbor_mock")
 ONE, TWO = (Resolved(name, name, f"/models/{name}") for name in ("one", "two"))
 
 
-@pytest.fixture(scope="module")
-def options() -> dict[str, Any]:
-    from hydra import initialize_config_dir
-
-    from arbor_core.config.compose import core_config_dir
-
-    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
-        return defaults("backend", "mock")
-
-
-@pytest.fixture
-async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callable[..., Engines]]:
-    """`make(devices=2, load_seconds=1.0)`: the engines of a server with so many devices to serve from."""
-    made: list[Engines] = []
-
-    def engines(
-        devices: int = 1, idle_seconds: float = 60.0, hang_seconds: float = 60.0, load_wait: float = 60.0, **values: Any
-    ) -> Engines:
-        allocator = arbor_mock.simulated_devices(AllocatorSettings([], list(range(devices))))
-        made.append(
-            Engines(
-                arbor_mock.MockBackend(),
-                allocator,
-                tmp_path / "engines",
-                options=merged(options, values),
-                threads=1,
-                idle_seconds=idle_seconds,
-                hang_seconds=hang_seconds,
-                load_wait=load_wait,
-            )
-        )
-        return made[-1]
-
-    yield engines
-    for each in made:
-        await each.close()
-
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Resolved:
     """An adapter on model `one`."""
@@ -77,25 +38,6 @@ def adapter(tmp_path: Path) -> Resolved:
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return Resolved("ft:one:x", ONE.base, ONE.base_path, Weights("ft:one:x", str(folder)))
-
-
-async def used(engines: Engines, resolved: Resolved) -> EngineProcess:
-    """Use a model for a moment."""
-    async with engines.using(resolved) as engine:
-        assert isinstance(engine, EngineProcess)
-        assert await engine.health()
-        return engine
-
-
-async def loaded(engine: Engine) -> list[str]:
-    async with aiohttp.ClientSession() as session, session.get(f"{engine.url}/health") as answer:
-        return list((await answer.json())["adapters"])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_first_requests_share_one_start(make):
@@ -131,7 +73,7 @@ async def test_the_next_request_after_a_death_starts_another(make, adapter):
     engines = make()
     first = await used(engines, adapter)
     os.killpg(first.process.pid, signal.SIGKILL)
-    await until(lambda: not engines.served)
+    await until_async(lambda: not engines.served)
     assert engines.allocator.free()["engine"] == 1
     second = await used(engines, adapter)
     assert second is not first
@@ -187,7 +129,7 @@ async def test_an_engine_that_hangs_is_killed_though_nothing_was_asked_of_it(mak
         async with aiohttp.ClientSession(headers=first.headers) as session:
             with pytest.raises(aiohttp.ClientError):
                 await session.post(f"{first.url}/v1/completions", json=body)
-    await until(lambda: not engines.served)
+    await until_async(lambda: not engines.served)
     assert first.process.returncode == -signal.SIGKILL
     assert engines.allocator.free()["engine"] == 1
     assert await used(engines, adapter) is not first
@@ -216,7 +158,7 @@ async def test_a_start_waits_for_an_engine_in_use(make):
     engines = make(devices=1)
     async with engines.using(ONE) as engine:
         waiting = asyncio.create_task(used(engines, TWO))
-        await until(lambda: (TWO.base, TWO.base_path) in engines.served)
+        await until_async(lambda: (TWO.base, TWO.base_path) in engines.served)
         assert await engine.health()
         assert not waiting.done()
     await waiting
@@ -309,7 +251,7 @@ async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monke
 
     for name in ("a", "b", "a", "c"):
         engine = await used(engines, named(name))
-    await until(lambda: not any(served.leaving for served in engines.served.values()))
+    await until_async(lambda: not any(served.leaving for served in engines.served.values()))
     assert await loaded(engine) == ["a", "c"]
     await used(engines, named("b"))
     assert "b" in await loaded(engine)
@@ -338,7 +280,7 @@ async def test_a_deleted_model_is_unloaded(make, adapter):
     engines = make()
     engine = await used(engines, adapter)
     await engines.forget("ft:one:x")
-    await until(lambda: not any(served.leaving for served in engines.served.values()))
+    await until_async(lambda: not any(served.leaving for served in engines.served.values()))
     assert await loaded(engine) == []
     await engines.forget("one")
     assert engine.process.returncode is not None
@@ -362,7 +304,7 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_alone(make, ad
 async def test_a_request_that_gives_up_does_not_stop_the_start(make):
     engines = make(load_seconds=0.3)
     asked = asyncio.create_task(used(engines, ONE))
-    await until(lambda: bool(engines.served))
+    await until_async(lambda: bool(engines.served))
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await used(engines, ONE)
@@ -374,7 +316,7 @@ async def test_closing_ends_every_process_even_one_that_starts(make):
     engines = make(devices=3, load_seconds=0.5)
     one = await used(engines, ONE)
     starting = asyncio.create_task(used(engines, TWO))
-    await until((engines.root / "2" / "spec.json").exists)
+    await until_async((engines.root / "2" / "spec.json").exists)
     await engines.close()
     await asyncio.gather(starting, return_exceptions=True)
     assert one.process.returncode is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from test_engines import loaded, make, options  # noqa: F401 - fixtures among them
+from engines import loaded
 
 from arbor_core import Event
 from arbor_core.config.settings import ModelsConfig
@@ -82,7 +82,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.fixture
-async def live(world: World, make: Any) -> LiveWeights:  # noqa: F811
+async def live(world: World, make: Any) -> LiveWeights:
     return LiveWeights(world.models.jobs, make(devices=2), world.jobs)
 
 

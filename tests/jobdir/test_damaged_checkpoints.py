@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from http_calls import JOBS, call
+from jobs import create, events, keeper_of, offered
 from live import LiveServer
 from openai import NotFoundError
-from test_lifecycle import create, events, keeper_of, until
+from waiting import until
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled
@@ -21,12 +22,6 @@ from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import check_invariants, processes
 
 Rows = list[dict[str, Any]]
-
-
-def offered(server: LiveServer, job: str) -> dict[int, str]:
-    """Model name of each checkpoint, by step."""
-    page = server.client.fine_tuning.jobs.checkpoints.list(job)
-    return {checkpoint.step_number: checkpoint.fine_tuned_model_checkpoint for checkpoint in page}
 
 
 def chat(server: LiveServer, model: str) -> str | None:

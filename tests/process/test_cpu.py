@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import attempt_order, ended, text_of, write_job_document
+from jobs import events
 from live import LiveServer
-from test_executor import ended, job_papers, papers, text_of
-from test_executor import until as come_true
-from test_lifecycle import events, until
+from waiting import until, until_async
 
 from arbor_core import Event, ExecutorSettings, Placement
 from arbor_core.builtin.executor import LocalExecutor
@@ -59,13 +60,13 @@ async def test_an_attempt_computes_as_its_job_was_made(
         "import os, torch\nPID = os.getpid()\n"
         "def train(run): run.message(torch.backends.cpu.get_cpu_capability(), template=PID)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
     try:
-        order = papers(tmp_path, "", argv=(), preload=("vectored",), env=instruction_set_env(made, HERE))
-        job_papers(order, "vectored:train")
+        order = attempt_order(tmp_path, "", argv=(), preload=("vectored",), env=instruction_set_env(made, HERE))
+        write_job_document(order, "vectored:train")
         ref = await executor.start(order, Placement((Device("cpu:0"),), threads=1))
-        assert (await come_true(lambda: ended(order), 120)).code == 0, text_of(order.dir / "worker.log")
+        assert (await until_async(lambda: ended(order), 120)).code == 0, text_of(order.dir / "worker.log")
     finally:
         await executor.close()
     [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from arbor_core.jobdir.inbox import read
 from arbor_core.rollouts import credits as credits_module
-from arbor_core.rollouts.credits import Session
+from arbor_core.rollouts.credits import Session, Spans
 from arbor_core.types import UNNUMBERED, ApiError, Group, Policy, Rollout, RolloutConfig
 
 START = Policy()
@@ -224,3 +224,22 @@ def test_a_session_is_a_function_of_its_inbox(per_step: int, staleness: int, dee
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(all_of_it(Path(folder)))
+
+
+# --- a set of whole numbers that takes as much memory as it has gaps
+
+
+@given(numbers=st.lists(st.integers(0, 30)))
+def test_it_holds_what_was_added_and_nothing_else(numbers: list[int]) -> None:
+    spans = Spans()
+    for number in numbers:
+        spans.add(number)
+    assert {number for number in range(-1, 33) if number in spans} == set(numbers)
+    assert spans.edges == sorted(set(spans.edges)), "neighbours are one span"
+
+
+def test_a_row_takes_two_numbers_however_it_came() -> None:
+    spans = Spans()
+    for number in [*range(0, 10_000, 2), *range(9_999, 0, -2)]:
+        spans.add(number)
+    assert spans.edges == [0, 10_000]

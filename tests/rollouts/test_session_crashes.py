@@ -23,44 +23,25 @@ from typing import Any
 import pytest
 from chaos_checks import of_forgotten, of_lesson
 from chaos_rollouts import ENDED, GRPO, Told, by_ids, name_of
+from crash import (
+    SEGMENTS,
+    SESSION_SERVER,
+    SESSION_SERVER_ALWAYS,
+    SESSION_WORKERS,
+    SESSION_WORKERS_ALWAYS,
+    check_the_rest,
+    marked,
+)
 from http_calls import Answer, call
 from live import LiveServer
-from test_crash_matrix import gone, marked
 
 from arbor_core.jobdir import checkpoints, inbox
 from arbor_core.rollouts.ledger import Ledger
-from arbor_core.testing.invariants import Seen, check_invariants
+from arbor_core.testing.invariants import Seen
 
 pytest.importorskip("arbor_grpo", reason="brings the routes")
 
 STEPS, SIZE = 4, 2
-SOME = ["inbox.written", "inbox.synced", "ledger.written:3"]
-SERVER = [
-    "inbox.written:3",
-    "inbox.synced:3",
-    "inbox.marked",
-    "ledger.written",
-    "checkpoint.asked",
-    "job.finish",
-    "forgotten.weights",
-    "forgotten.ledger",
-    "forgotten.asked",
-]
-WORKERS_SOME = ["weights.renamed", "name_checkpoint.told"]
-WORKERS = [
-    "weights.written",
-    "weights.written:3",
-    "weights.renamed:3",
-    "weights.event",
-    "weights.event:3",
-    "metrics.event",
-    "metrics.event:3",
-    "checkpoint.renamed",
-    "checkpoint.event",
-    "name_checkpoint.linked",
-    "name_checkpoint.answered",
-    "result.event",
-]
 
 
 @dataclass
@@ -148,13 +129,10 @@ class Pupil:
 
 def finished(pupil: Pupil, seen: Seen) -> None:
     pupil.check()
-    assert pupil.server.stop() == 0
-    gone(pupil.server.storage)
-    seen.look()
-    check_invariants(pupil.server.storage)
+    check_the_rest(pupil.server, seen)
 
 
-@pytest.mark.parametrize("point", marked(SOME, SERVER))
+@pytest.mark.parametrize("point", marked(SESSION_SERVER_ALWAYS, SESSION_SERVER))
 def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServer]) -> None:
     first = start_server(env={"ARBOR_CRASH_AT": point})
     seen = Seen(first.storage)
@@ -167,7 +145,7 @@ def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServe
     finished(pupil, seen)
 
 
-@pytest.mark.parametrize("point", marked(WORKERS_SOME, WORKERS))
+@pytest.mark.parametrize("point", marked(SESSION_WORKERS_ALWAYS, SESSION_WORKERS))
 def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServer], tmp_path: Path) -> None:
     once = tmp_path / "died"
     server = start_server(env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
@@ -178,7 +156,7 @@ def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServ
     finished(pupil, seen)
 
 
-SEGMENTS = """
+WRITING = """
 import sys
 from pathlib import Path
 from arbor_core.jobdir.inbox import Inbox
@@ -193,12 +171,9 @@ for n in range(int(sys.argv[2]), 4):
 """
 
 
-ROTATED = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
-
-
-@pytest.mark.parametrize("point", ROTATED)
+@pytest.mark.parametrize("point", SEGMENTS)
 def test_a_server_that_dies_between_two_segments(point: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SEGMENTS, str(tmp_path)]
+    command = [sys.executable, "-c", WRITING, str(tmp_path)]
     died = subprocess.run([*command, "0"], env={**os.environ, "ARBOR_CRASH_AT": point}, check=False)
     assert died.returncode == -signal.SIGKILL
     there = [record.group.id for record in inbox.read(tmp_path / "inbox", 0)]

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from chaos_rollouts import GRPO, by_ids
+from disks import fill
 from http_calls import JOBS, Answer, call
+from jobs import check_and_stop, until
 from live import LiveServer
-from test_storage_faults import check_and_stop, fill, small_disk, until  # noqa: F401 - a fixture among them
 
 from arbor_core.jobdir import inbox
 
@@ -63,7 +64,7 @@ def text(word: str = LONG) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def server(small_disk: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:  # noqa: F811
+def server(small_disk: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
     live = start_server("limits.free_bytes=0", storage=small_disk)
     yield live
     (small_disk / "ballast").unlink(missing_ok=True)
@@ -71,7 +72,7 @@ def server(small_disk: Path, start_server: Callable[..., LiveServer]) -> Iterato
         live.cancel_all()
 
 
-def test_a_group_for_which_there_is_no_room_is_refused_and_taken_later(server: LiveServer, small_disk: Path) -> None:  # noqa: F811
+def test_a_group_for_which_there_is_no_room_is_refused_and_taken_later(server: LiveServer, small_disk: Path) -> None:
     job = Pupil(server, checkpoint_steps=1)
     job.until("running")
     assert job.post("step", batch=text("short"), batch_id=0).status == 200
@@ -94,7 +95,7 @@ def test_a_group_for_which_there_is_no_room_is_refused_and_taken_later(server: L
     job.end()
 
 
-def test_a_policy_for_which_there_is_no_room_pauses_the_job(server: LiveServer, small_disk: Path) -> None:  # noqa: F811
+def test_a_policy_for_which_there_is_no_room_pauses_the_job(server: LiveServer, small_disk: Path) -> None:
     job = Pupil(server, checkpoint_steps=1, step_seconds=1.0)
     job.until("running")
     assert job.post("step", batch=text(), batch_id=0).status == 200
@@ -114,7 +115,7 @@ def test_a_policy_for_which_there_is_no_room_pauses_the_job(server: LiveServer, 
 
 def test_a_completion_for_which_there_is_no_room_is_answered_and_cannot_be_rewarded(
     server: LiveServer,
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
 ) -> None:
     job = Pupil(server)
     job.until("running")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from completions import CHAT, MODEL, PLAIN, asked, engine_health, frames, post
 from http_calls import MULTIPART, PURPOSE, form, raw_socket
 from live import LiveServer
-from test_inference_api import CHAT, MODEL, PLAIN, asked, engine_health, frames, post, until
+from waiting import until
 
 from arbor_core.server.http.serving import Ending
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,51 +12,19 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from http_calls import Answer, call, raw_socket
+from completions import CHAT, MODEL, PLAIN, asked, engine_health, frames, post
+from http_calls import call, raw_socket
 from live import LiveServer, engine_dir, launch, process_of
+from waiting import until
 
-CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
-MODEL = "mock/tiny"
 HELLO = [{"role": "user", "content": "hello wörld out there"}]
 SCHEMAS = json.loads((Path(__file__).parents[1] / "fixtures" / "openai-schemas.json").read_text())["$defs"]
 FREED_SECONDS = 2.0
 
 
-def asked(text: str, **more: Any) -> dict[str, Any]:
-    """A chat request."""
-    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
-
-
-def post(server: LiveServer, path: str, body: Any) -> Answer:
-    return call(server.url, "POST", path, body, {"content-type": "application/json"})
-
-
-def frames(raw: bytes) -> list[Any]:
-    """The events of a stream, every one of them whole."""
-    assert raw.endswith(b"data: [DONE]\n\n")
-    events = [event for event in raw.decode().split("\n\n")[:-2] if not event.startswith(":")]
-    return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
 def conforms(value: Any, name: str) -> None:
     """Whether an object is what OpenAI's document says."""
     jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": SCHEMAS}).validate(value)
-
-
-def engine_health(server: LiveServer) -> dict[str, Any]:
-    url = json.loads((engine_dir(server) / "ready.json").read_bytes())["url"]
-    with urllib.request.urlopen(f"{url}/health") as answer:
-        found: dict[str, Any] = json.loads(answer.read())
-        return found
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Wait for a condition; returns how long it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + seconds, "it did not happen"
-        time.sleep(0.01)
-    return time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +379,7 @@ def test_a_client_that_goes_away_frees_its_place(server: LiveServer, path: str, 
         until(lambda: engine_health(server)["running"] == 1)
         if stream:
             assert b"data: " in connection.recv(4096) + connection.recv(4096)
-    assert until(lambda: engine_health(server)["running"] == 0) < FREED_SECONDS
+    until(lambda: engine_health(server)["running"] == 0, FREED_SECONDS, pause=0.01)
     assert post(server, CHAT, asked("next")).status == 200
 
 

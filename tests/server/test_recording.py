@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from http_calls import JOBS, call, raw_socket
 from live import LiveServer, launch
+from waiting import until
 
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.process.wakeup import wake
@@ -161,13 +161,6 @@ def test_a_client_that_leaves_records_nothing(server: LiveServer, job: str) -> N
     done = call(server.url, "POST", CHAT, {"model": job, "messages": HELLO}, JSON).json
     until(lambda: (done["id"], 0) in ledger(server, job).places)
     assert set(ledger(server, job).places) - before == {(done["id"], 0)}
-
-
-def until(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_errors_are_passed_on_and_not_recorded(server: LiveServer, job: str) -> None:

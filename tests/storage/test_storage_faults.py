@@ -10,14 +10,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import fill
 from http_calls import FILE, PURPOSE, post
+from jobs import check_and_stop, events, step_events, train
 from live import ENDED, LiveServer
+from waiting import until
 
 from arbor_core import Event, ExecutorSettings
 from arbor_core.builtin.executor import LocalExecutor
@@ -38,62 +40,7 @@ from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, network_kind
 from arbor_core.storage.event_log import EventLog, tail
 from arbor_core.testing import JobDirectory
-from arbor_core.testing.invariants import check_invariants, processes
 from arbor_core.types import ArborError
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
-    return value
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a file system can be mounted by root only")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Use up every byte; removing the file that is returned gives them back."""
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * (1 << 16)):
-                pass
-        except OSError:
-            return ballast
-    return ballast
-
-
-def create(server: LiveServer, rows: list[dict[str, Any]], **hyper: Any) -> str:
-    return server.client.fine_tuning.jobs.create(
-        model="mock/tiny",
-        training_file=server.upload(rows),
-        method={"type": "supervised", "supervised": {"hyperparameters": hyper}},  # type: ignore[typeddict-item]
-    ).id
-
-
-def events(server: LiveServer, job: str) -> list[Any]:
-    return server.client.fine_tuning.jobs.list_events(job, limit=100).data[::-1]
-
-
-def steps(server: LiveServer, job: str) -> list[int]:
-    return [event.data["step"] for event in events(server, job) if event.type == "metrics"]
-
-
-def check_and_stop(server: LiveServer) -> None:
-    assert server.stop() == 0
-    until(lambda: not processes(server.storage))
-    check_invariants(server.storage)
 
 
 def test_row_24_a_full_disk_delays_everything_and_loses_nothing(
@@ -101,7 +48,7 @@ def test_row_24_a_full_disk_delays_everything_and_loses_nothing(
 ) -> None:
     server = start_server("limits.free_bytes=0", storage=small_disk)
     client = server.new_client(_strict_response_validation=False)
-    job = create(server, chat_rows, steps=60, step_seconds=0.05, checkpoint_steps=10)
+    job = train(server, chat_rows, steps=60, step_seconds=0.05, checkpoint_steps=10)
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
     ballast = fill(small_disk)
     refused = post(server, PURPOSE, ("file", b"{}" * 100_000, "rows.jsonl"))
@@ -113,7 +60,7 @@ def test_row_24_a_full_disk_delays_everything_and_loses_nothing(
     assert client.fine_tuning.jobs.retrieve(job).status == "running", log.read_text()
     ballast.unlink()
     assert server.wait(job).status == "succeeded", server.log
-    assert steps(server, job) == list(range(1, 61)), [e.message for e in events(server, job)] + [log.read_text()]
+    assert step_events(server, job) == list(range(1, 61)), [e.message for e in events(server, job)] + [log.read_text()]
     assert not list((server.storage / "files" / ".incoming").iterdir())
     check_and_stop(server)
 
@@ -139,7 +86,7 @@ def test_row_95_a_checkpoint_that_finds_no_room_pauses_the_job(
 ) -> None:
     server = start_server("limits.free_bytes=0", "limits.room_seconds=0.3", storage=small_disk)
     client = server.new_client(_strict_response_validation=False)
-    job = create(server, chat_rows, steps=30, step_seconds=0.05, checkpoint_steps=10)
+    job = train(server, chat_rows, steps=30, step_seconds=0.05, checkpoint_steps=10)
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
     ballast = fill(small_disk)
     log = next(server.storage.glob("jobs/*/attempts/1/worker.log"))
@@ -218,7 +165,7 @@ def test_row_90_a_trainer_that_hangs_is_ended_and_tried_again(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server("limits.heartbeat_seconds=2")
-    job = create(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=2, fault="hang", fault_step=4)
+    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=2, fault="hang", fault_step=4)
     found = server.wait(job)
     assert found.status == "succeeded", found.error
     said = [event.message for event in events(server, job)]
@@ -230,7 +177,7 @@ def test_row_90_a_trainer_that_keeps_hanging_fails(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server("limits.heartbeat_seconds=1", "limits.attempts=1")
-    job = create(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=6, fault="hang", fault_step=2)
+    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=6, fault="hang", fault_step=2)
     found = server.wait(job, "failed")
     assert found.error.code == "worker_hung"
     check_and_stop(server)
@@ -346,7 +293,7 @@ def test_row_110_a_damaged_database_is_refused_and_left_alone(
     tmp_path: Path, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], damage: str
 ) -> None:
     server = start_server()
-    server.wait(create(server, chat_rows, steps=1, step_seconds=0))
+    server.wait(train(server, chat_rows, steps=1, step_seconds=0))
     server.stop()
     path = server.storage / "arbor.db"
     raw = bytearray(path.read_bytes())
@@ -380,8 +327,8 @@ def test_row_111_a_database_that_somebody_holds_is_busy_and_nothing_is_lost(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server()
-    job = create(server, chat_rows, steps=20, step_seconds=0.02)
-    until(lambda: steps(server, job))
+    job = train(server, chat_rows, steps=20, step_seconds=0.02)
+    until(lambda: step_events(server, job))
     with sqlite3.connect(server.storage / "arbor.db", isolation_level=None) as holder:
         holder.execute("BEGIN IMMEDIATE")
         answer = post(server, PURPOSE, FILE)
@@ -389,7 +336,7 @@ def test_row_111_a_database_that_somebody_holds_is_busy_and_nothing_is_lost(
     answer.error(503, "database_busy")
     assert int(answer.headers["retry-after"]) > 0
     assert server.wait(job).status == "succeeded"
-    assert steps(server, job) == list(range(1, 21))
+    assert step_events(server, job) == list(range(1, 21))
     assert len([path for path in (server.storage / "files").iterdir() if path.is_file()]) == 2, "rows and result"
     check_and_stop(server)
 

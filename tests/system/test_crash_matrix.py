@@ -17,64 +17,12 @@ from typing import Any
 
 import openai
 import pytest
+from crash import SERVER, SERVER_ALWAYS, WORKERS, WORKERS_ALWAYS, check_the_rest, marked
 from live import ENDED, LiveServer
 
-from arbor_core.testing.invariants import Seen, check_invariants, processes
+from arbor_core.testing.invariants import Seen
 
 STEPS = 30
-SOME = ["job.running", "attempt.started", "result.stored"]
-SERVER = [
-    "upload.renamed",
-    "job.validated",
-    "events.taken",
-    "job.settled",
-    "upload.opened",
-    "upload.written",
-    "upload.stored",
-    "job.created",
-    "job.document",
-    "job.queued",
-    "job.pause",
-    "job.run",
-    "job.cancel",
-    "lease.acquired",
-    "lease.released",
-    "attempt.desired",
-    "attempt.ordered",
-    "attempt.noted",
-    "attempt.told",
-    "attempt.signalled",
-    "attempt.ended",
-    "attempt.tidied",
-    "file.written",
-    "file.renamed",
-    "file.written:3",
-    "file.renamed:3",
-    *(f"store.{when}:{count}" for count in (1, 2, 3, 4, 5, 7, 9) for when in ("changed", "committed")),
-]
-WORKERS_SOME = ["checkpoint.renamed"]
-WORKERS = [
-    "keeper.ended",
-    "checkpoint.written",
-    "checkpoint.vouched",
-    "checkpoint.event",
-    "checkpoint.event:2",
-    "checkpoint.renamed:2",
-    "result.event",
-    "paused.event",
-    "metrics.event:3",
-    "resolved.event",
-    "message.event",
-    "keeper.claimed",
-    "keeper.forked",
-    "keeper.told",
-    "template.asked",
-    "template.forked",
-]
-
-
-def marked(some: list[str], rest: list[str]) -> list[Any]:
-    return [*some, *(pytest.param(name, marks=pytest.mark.crash) for name in rest)]
 
 
 @dataclass
@@ -146,22 +94,7 @@ def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -
         assert hashlib.sha256(client.files.content(file_id).read()).hexdigest() == digest
 
 
-def check_the_rest(server: LiveServer, seen: Seen) -> None:
-    assert server.stop() == 0
-    gone(server.storage)
-    seen.look()
-    check_invariants(server.storage)
-
-
-def gone(storage: Path, seconds: float = 20) -> None:
-    """Wait until no process works on the directory any more."""
-    deadline = time.monotonic() + seconds
-    while left := processes(storage):
-        assert time.monotonic() < deadline, f"these processes are left: {left}"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("point", marked(SOME, SERVER))
+@pytest.mark.parametrize("point", marked(SERVER_ALWAYS, SERVER))
 def test_a_server_that_dies_at(
     point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
@@ -176,7 +109,7 @@ def test_a_server_that_dies_at(
     check_the_rest(again, seen)
 
 
-@pytest.mark.parametrize("point", marked(WORKERS_SOME, WORKERS))
+@pytest.mark.parametrize("point", marked(WORKERS_ALWAYS, WORKERS))
 def test_a_process_of_a_job_that_dies_at(
     point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

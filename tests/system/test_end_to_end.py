@@ -11,13 +11,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from live import LiveServer, launch
+from waiting import until
 
 AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 
@@ -181,10 +181,7 @@ def test_checkpoints_that_are_not_kept_are_not_offered(real):
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint(real):
     job = train(real, lora=None, n_epochs=20, checkpoint_steps=5, max_steps=60)
-    deadline = time.monotonic() + 200
-    while not list(real.client.fine_tuning.jobs.checkpoints.list(job.id)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: list(real.client.fine_tuning.jobs.checkpoints.list(job.id)), 200)
     with sqlite3.connect(real.storage / "arbor.db") as db:
         ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job.id,)).fetchone()[0]
     os.kill(int(ref.split(":")[0]), signal.SIGKILL)

@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live import LiveServer, launch
+from waiting import until
 
 from arbor_core.builtin.allocator import find_gpus
 
@@ -93,10 +93,7 @@ def test_row_89_a_trainer_killed_on_a_gpu_goes_on_from_its_checkpoint(server: Li
     undisturbed = server.wait(supervised(server, lora=None, checkpoint_steps=10).id, seconds=200)
     job = supervised(server, lora=None, checkpoint_steps=10)
     folder = server.storage / "jobs" / job.id
-    deadline = time.monotonic() + 200
-    while not (folder / "checkpoints" / "10-1").is_dir():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until((folder / "checkpoints" / "10-1").is_dir, 200)
     os.kill(worker_of(folder), signal.SIGKILL)
     job = server.wait(job.id, seconds=200)
     assert (folder / "attempts" / "2").is_dir()

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_lifecycle import create, events, until
+from jobs import create, events
+from waiting import until
 
 from arbor_core.dispatch import dispatcher
 

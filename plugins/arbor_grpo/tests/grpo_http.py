@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from http_calls import Answer, call
 from live import LiveServer, launch
+from waiting import until
 
 GRPO = "/v1/fine_tuning/grpo"
 MODEL = "mock/tiny"
@@ -30,14 +29,6 @@ def item(reward: Any, answer: str = "hi", **more: Any) -> dict[str, Any]:
 def group(*answers: str) -> list[dict[str, Any]]:
     """A group of two, another one for other answers."""
     return [item(0.0, *answers), item(1, *answers)]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.03)
-    return found
 
 
 @dataclass
@@ -63,10 +54,10 @@ class Job:
         return self.ok("step", batch=group() if batch is None else batch, **more)
 
     def until(self, *statuses: str, seconds: float = 60) -> dict[str, Any]:
-        return dict(wait_for(lambda: (found := self.status)["status"] in statuses and found, seconds))
+        return dict(until(lambda: (found := self.status)["status"] in statuses and found, seconds))
 
     def handled(self, count: int) -> dict[str, Any]:
-        return dict(wait_for(lambda: (found := self.status)["groups"]["handled"] >= count and found))
+        return dict(until(lambda: (found := self.status)["groups"]["handled"] >= count and found))
 
     @property
     def dir(self) -> Path:
@@ -113,7 +104,7 @@ def signal_worker(job: Job, number: signal.Signals) -> None:
                 found.append(int(folder.name))
         return found
 
-    for pid in wait_for(workers):
+    for pid in until(workers):
         os.kill(pid, number)
 
 
@@ -139,5 +130,4 @@ __all__ = [
     "launch",
     "signal_worker",
     "stop",
-    "wait_for",
 ]

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import api_requests
 import pytest
 import schemathesis
-import test_schemathesis
+from api_requests import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
 from arbor_grpo.api.routes import routes
 from grpo_http import GRPO, MODEL, item
 from http_calls import call, supervised
 from hypothesis import settings
 from live import LiveServer, launch
-from test_schemathesis import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
 
 OPERATIONS = labels(routes(SimpleNamespace(changed=None)))  # type: ignore[arg-type]
 ENDING = ("checkpoint", "cancel", "terminate")
 """Operations that wait for a job."""
-LOOK = settings(test_schemathesis.LOOK, max_examples=EXAMPLES or 8)
+LOOK = settings(api_requests.LOOK, max_examples=EXAMPLES or 8)
 """Groups take long to make up."""
 pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 180)
 

@@ -8,8 +8,9 @@ import sqlite3
 from collections.abc import Iterator
 
 import pytest
-from grpo_http import GRPO, MODEL, Job, call, created, group, item, launch, signal_worker, stop, wait_for
+from grpo_http import GRPO, MODEL, Job, call, created, group, item, launch, signal_worker, stop
 from live import LiveServer
+from waiting import until
 
 STATUS = {
     *("job_id", "status", "current_model", "checkpoints", "last_checkpoint", "pending_batch_ids"),
@@ -78,7 +79,7 @@ def test_the_order_of_calls_of_the_stock_client(server: LiveServer) -> None:
     job = initialize(server, STOCK)
     sent: list[int] = []
     for step in range(3):
-        pending = wait_for(lambda: sorted(set(job.status["pending_batch_ids"]) - set(sent)))
+        pending = until(lambda: sorted(set(job.status["pending_batch_ids"]) - set(sent)))
         said = [job.sample("one two three", temperature=1.0, top_p=1.0, top_k=-1)["choices"][0] for _ in range(2)]
         if step == 1:
             metadata = {"score": 0.5, "step_index": 1}

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 from chaos_checks import keepers
-from grpo_http import Job, call, created, group, launch, signal_worker, stop, wait_for
+from grpo_http import Job, call, created, group, launch, signal_worker, stop
 from live import LiveServer, engine_dir, process_of
+from waiting import until
 
 HEARTBEAT = 3
 IMPATIENT = "import arbor_grpo.api.routes as r; r.END_SECONDS = 1.0; r.CHECKPOINT_SECONDS = 1.0"
@@ -156,7 +157,7 @@ def test_a_checkpoint_that_does_not_come_is_told_of_and_comes_later(impatient: L
     assert error.headers["x-should-retry"] == "false"
     assert job.status["checkpoints"] == {}
     signal_worker(job, signal.SIGCONT)
-    found = wait_for(lambda: job.status["checkpoints"])
+    found = until(lambda: job.status["checkpoints"])
     assert (found["best"]["global_step"], found["best"]["metadata"]) == (1, {"a": 1})
     job.ok("cancel")
 
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_a_job_that_waits_for_a_device(impatient: LiveServer) ->
     second.post("checkpoint", checkpoint_name="begin").error(504, "checkpoint_pending")
     assert second.status["status"] == "created"
     first.ok("cancel")
-    assert wait_for(lambda: second.status["checkpoints"])["begin"]["global_step"] == 0
+    assert until(lambda: second.status["checkpoints"])["begin"]["global_step"] == 0
     second.ok("cancel")
 
 
@@ -179,12 +180,12 @@ def test_a_checkpoint_of_a_job_that_is_paused(impatient: LiveServer) -> None:
     job.until("paused")
     job.post("checkpoint", checkpoint_name="first").error(504, "checkpoint_pending")
     call(impatient.url, "POST", f"{url}/resume")
-    wait_for(lambda: job.status["checkpoints"])
+    until(lambda: job.status["checkpoints"])
     call(impatient.url, "POST", f"{url}/pause")
     job.until("paused")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(job.post, "checkpoint", checkpoint_name="second")
-        wait_for((job.dir / "asked" / "second.json").exists)
+        until((job.dir / "asked" / "second.json").exists)
         job.ok("cancel")
         answer = waiting.result()
     assert (answer.status, answer.json["error"]["code"]) in [(400, "invalid_job_state"), (504, "checkpoint_pending")]
@@ -227,5 +228,5 @@ def test_an_engine_that_hangs_is_ended_and_launched_again(start: Callable[..., L
     engine = process_of(engine_dir(server))
     os.killpg(engine, signal.SIGSTOP)
     launched(server, job.id, "engine_unavailable")
-    assert wait_for(lambda: call(server.url, "POST", "/v1/chat/launch", {"model": job.id}).status == 200)
+    assert until(lambda: call(server.url, "POST", "/v1/chat/launch", {"model": job.id}).status == 200)
     assert process_of(engine_dir(server)) != engine

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop, wait_for
+from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop
 from http_calls import Answer
 from live import LiveServer
+from waiting import until
 
 from arbor_core.jobdir.inbox import read
 
@@ -63,9 +64,9 @@ class Asking(threading.Thread):
 def test_a_checkpoint_survives_the_worker_that_was_to_write_it(server: LiveServer) -> None:
     job = created(server, step_seconds=2.0, checkpoint_steps=1)
     job.step()
-    wait_for(lambda: job.status["status"] == "running")
+    until(lambda: job.status["status"] == "running")
     asking = Asking(job, "checkpoint", checkpoint_name="best")
-    wait_for((job.dir / "asked" / "best.json").exists)
+    until((job.dir / "asked" / "best.json").exists)
     kill_worker(job)
     answer = asking.get()
     assert (answer.status, answer.json["last_checkpoint"]) == (200, "best"), answer.body
@@ -90,7 +91,7 @@ def test_a_checkpoint_that_is_asked_for_in_the_last_step_is_the_result(server: L
     signal_worker(job, signal.SIGSTOP)
     job.step()
     asking = Asking(job, "checkpoint", checkpoint_name="best", metadata={"a": 1})
-    wait_for((job.dir / "asked" / "best.json").exists)
+    until((job.dir / "asked" / "best.json").exists)
     signal_worker(job, signal.SIGCONT)
     answer = asking.get()
     assert (answer.status, answer.json["status"]) == (200, "succeeded"), answer.body
@@ -105,7 +106,7 @@ def test_terminating_survives_the_worker(server: LiveServer) -> None:
     job.step()
     job.step()
     asking = Asking(job, "terminate")
-    wait_for(lambda: (job.dir / "desired").read_text() == "finish")
+    until(lambda: (job.dir / "desired").read_text() == "finish")
     kill_worker(job)
     answer = asking.get()
     assert (answer.status, answer.json["status"]) == (200, "succeeded"), answer.body
@@ -126,18 +127,16 @@ def test_row_89_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveS
     job = created(server)
     for number in range(1, 5):
         job.step(group(str(number)))
-        wait_for(lambda count=number: job.status["policy_version"] == count)
+        until(lambda count=number: job.status["policy_version"] == count)
         kill_worker(job)
-        wait_for(
-            lambda count=number: sum("training process died" in event["message"] for event in job.events()) == count
-        )
+        until(lambda count=number: sum("training process died" in event["message"] for event in job.events()) == count)
     assert job.ok("terminate")["policy_version"] == 4
 
 
 def test_row_89_steps_are_taken_while_no_worker_runs(server: LiveServer) -> None:
     job = created(server, fault="crash", fault_step=1, checkpoint_steps=1)
     for number in range(4):
-        wait_for(lambda: job.status["pending_batch_ids"])
+        until(lambda: job.status["pending_batch_ids"])
         job.step(group(f"{number}"))
     job.handled(4)
     steps = [event["data"] for event in job.events() if event["type"] == "metrics"]
@@ -218,7 +217,7 @@ def test_new_completions_come_from_the_newest_policy(server: LiveServer) -> None
     words = " ".join(f"word{number}" for number in range(12))
     said = []
     for version in range(3):
-        wait_for(lambda: job.status["policy_version"] == version)  # noqa: B023 - called at once
+        until(lambda: job.status["policy_version"] == version)  # noqa: B023 - called at once
         said.append(job.sample(words)["choices"][0]["message"]["content"])
         assert job.sample(words)["choices"][0]["message"]["content"] == said[-1]
         job.step(group(f"{version}"))
@@ -253,7 +252,7 @@ def test_a_client_that_waits_hears_of_a_step(server: LiveServer) -> None:
 def test_offers_expire(server: LiveServer) -> None:
     job = created(server, offer_seconds=0.2)
     first = set(job.status["pending_batch_ids"])
-    fresh = wait_for(lambda: set(job.status["pending_batch_ids"]) - first)
+    fresh = until(lambda: set(job.status["pending_batch_ids"]) - first)
     assert job.step(batch_id=min(fresh))["accepted"]
     job.post("cancel")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
 from arbor_mock.grpo import Learned
 from arbor_mock.train import STATE
+from waiting import until
 
 from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.inbox import Inbox
@@ -41,13 +41,6 @@ def send(folder, *versions, first=0, **metrics):
     inbox.close()
 
 
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_steps_are_made_of_groups_in_order(grpo):
     done = grpo(max_steps=3, groups_per_step=2, too_stale=9)
     send(done, 0, 0, 0, 0, 0, 0, 0, validation_score=0.5)
@@ -77,7 +70,7 @@ def test_skipping_gives_credits_back_without_a_step(grpo):
     waiting = grpo(max_steps=2, max_staleness=0)
     send(waiting, 0, 0)
     process = waiting.start()
-    wait_for(lambda: len(waiting.events("weights")) == 2)
+    until(lambda: len(waiting.events("weights")) == 2)
     assert [event.data for event in waiting.events("weights")][-1] == {"handled": 2}
     waiting.desire("finish")
     assert process.wait(30) == 0
@@ -88,7 +81,7 @@ def test_a_checkpoint_is_named_while_no_group_comes(grpo):
     waiting = grpo()
     process = waiting.start()
     ask(waiting.dir, CheckpointRequest("best", {"score": 1}))
-    wait_for(lambda: any("name" in event.data for event in waiting.events("checkpoint")))
+    until(lambda: any("name" in event.data for event in waiting.events("checkpoint")))
     assert (waiting.dir / "checkpoints" / "named" / "best").resolve().name == "0-1"
     waiting.desire("finish")
     assert process.wait(30) == 0
@@ -116,7 +109,7 @@ def test_a_paused_job_keeps_its_place(grpo):
     paused = grpo(step_seconds=0.05, too_stale=64)
     send(paused, *[0] * 100)
     process = paused.start()
-    wait_for(lambda: len(paused.events("metrics")) > 2)
+    until(lambda: len(paused.events("metrics")) > 2)
     paused.desire("pause")
     assert process.wait(30) == 0
     step = paused.events("metrics")[-1].step

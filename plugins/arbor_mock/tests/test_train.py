@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
+from waiting import until
 
 from arbor_core.jobdir.checkpoints import fault
 
@@ -52,7 +52,7 @@ def test_the_loss_is_a_function_of_seed_and_step(job):
 def test_a_paused_job_goes_on_where_it_stopped(job):
     paused = job(steps=200, step_seconds=0.02, checkpoint_steps=1000)
     process = paused.start()
-    wait_for(lambda: len(paused.events("metrics")) > 2)
+    until(lambda: len(paused.events("metrics")) > 2)
     paused.desire("pause")
     assert process.wait(30) == 0
     stopped_at = paused.events("checkpoint")[-1].step
@@ -127,7 +127,7 @@ def test_a_hang_is_deaf_to_everything_but_sigkill(job):
         with open(f"/proc/{process.pid}/stat", encoding="ascii") as stat:
             return stat.read().rsplit(")", 1)[1].split()[0] == "T"
 
-    wait_for(stopped)
+    until(stopped)
     process.terminate()
     assert stopped()
     assert process.poll() is None
@@ -143,13 +143,6 @@ def test_an_unreadable_row_fails_the_job(job):
     error = broken.events("error")[0].data
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     assert "line 13" in error["message"]
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("rows", [0])

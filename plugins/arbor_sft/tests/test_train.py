@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -248,7 +249,7 @@ def test_row_88_smaller_micro_batches_after_the_memory_did_not_do(
     tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hungry.py").write_text(HUNGRY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     settings = {**FULL, "batch_size": 8, "n_epochs": 3, "max_steps": 10, "checkpoint_steps": 4}
 
     def attempt(made: Job, sizes: str) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """A tiny random model made on the spot, adapters for it, and the real engine process serving a model."""
 
-import asyncio
 import json
 import os
 import subprocess
@@ -137,10 +136,3 @@ class World:
 
     model: Path
     adapters: dict[str, Path] = field(default_factory=dict)
-
-
-async def until(condition: Any, seconds: float = 5.0) -> None:
-    """Wait for an async condition."""
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.01)

@@ -8,7 +8,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from embedded import Running, World, until
+from embedded import Running, World
+from waiting import until_async
 
 ODD: list[Any] = [
     None, 0, 1, -1, 2, 0.5, 1e308, -1e308, 10**30, "x", "", [], {}, True, ["a"], [1], [[1]], {"a": 1}, "\ud83d",
@@ -105,6 +106,6 @@ async def test_random_requests(tight: Running, world: World, seed: int) -> None:
                 now = await answer.json()
             return bool(now["running"] == now["waiting"] == 0)
 
-        await until(idle, 10)
+        await until_async(idle, 10)
     assert seen[200] > 20 and seen[400] > 20 and seen[0] > 5, seen
     assert "Traceback" not in (tight.dir / "engine.log").read_text()

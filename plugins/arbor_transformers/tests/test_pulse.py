@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,10 @@ from arbor_transformers.model.loading import load, make_batch
 from arbor_transformers.model.lora import AdapterRows
 from embedded import World, options
 from transformers import LlamaForCausalLM
+from waiting import until
 
 from arbor_core.engine import UnknownModelError
 from arbor_core.testing import device
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_a_loop_without_work_is_never_stuck_and_one_with_a_call_that_hangs_is(world: World) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from embedded import Running, World, launch, make_adapter, start, until
+from embedded import Running, World, launch, make_adapter, start
+from waiting import until_async
 
 LONG = {"model": "base", "prompt": "the", "max_tokens": 500, "ignore_eos": True}
 
@@ -53,25 +54,25 @@ def session_of(engine: Running) -> aiohttp.ClientSession:
 async def test_a_client_that_leaves_frees_its_rows(narrow: Running, stream: bool) -> None:
     session = session_of(narrow)
     request = asyncio.create_task(session.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 4, "stream": stream}))
-    await until(busy(narrow, 2, 2))
+    await until_async(busy(narrow, 2, 2))
     await asyncio.sleep(0)
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
     await session.close()
-    await until(idle(narrow), 1.0)
+    await until_async(idle(narrow), 1.0)
 
 
 async def test_row_135_a_full_queue_refuses(narrow: Running) -> None:
     async with session_of(narrow) as session:
         first = asyncio.create_task(session.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 4}))
-        await until(busy(narrow, 2, 2))
+        await until_async(busy(narrow, 2, 2))
         with pytest.raises(openai.RateLimitError) as error:
             await narrow.aclient.completions.create(model="base", prompt="x")
         assert error.value.code == "rate_limit_exceeded"
         assert error.value.response.headers["retry-after"] == "1"
         answer = await (await first).json()
         assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
-    await until(idle(narrow))
+    await until_async(idle(narrow), 5.0)
 
 
 async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
@@ -106,8 +107,8 @@ async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
         async def cut() -> bool:
             return "reads too slowly" in log.read_text()
 
-        await until(cut, 20)
-        await until(idle(narrow))
+        await until_async(cut, 20)
+        await until_async(idle(narrow), 5.0)
         received = b""
         with contextlib.suppress(ConnectionResetError):
             while part := await loop.sock_recv(client, 1 << 20):
@@ -134,7 +135,7 @@ async def test_a_poisoned_adapter_fails_only_its_own_requests(narrow: Running, w
             assert bad.headers["x-should-retry"] == "false"
         assert (await (await good).json())["choices"][0]["text"] == alone["choices"][0]["text"]
         await session.post(f"{narrow.url}/v1/unload_lora_adapter", json={"lora_name": "poison"})
-    await until(idle(narrow))
+    await until_async(idle(narrow), 5.0)
 
 
 async def test_an_error_in_a_stream_comes_in_band(narrow: Running, world: World, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ async def test_adapters_come_and_go_under_traffic(engine: Running, world: World)
             name = f"v{turn}"
             await load(name, adapter)
             running = [asyncio.create_task(ask(model)) for model in ("base", name, name)]
-            await until(busy(engine, 3))
+            await until_async(busy(engine, 3))
             await unload(name)
             gone = await session.post(f"{engine.url}/v1/completions", json={"model": name, "prompt": "x"})
             assert gone.status == 404
@@ -211,7 +212,7 @@ async def test_many_clients_that_come_and_go(engine: Running) -> None:
         if text is not None:
             by_seed.setdefault(i % 5, set()).add(text)
     assert all(len(found) == 1 for found in by_seed.values())
-    await until(idle(engine))
+    await until_async(idle(engine), 5.0)
 
 
 async def test_sigterm_ends_streams_in_band(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Fixtures: the engines of a server, real processes of the mock plugin."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbor_core import AllocatorSettings
+from arbor_core.config.compose import defaults, merged
+from arbor_core.inference.engines import Engines
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, Any]:
+    from hydra import initialize_config_dir
+
+    from arbor_core.config.compose import core_config_dir
+
+    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
+        return defaults("backend", "mock")
+
+
+@pytest.fixture
+async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callable[..., Engines]]:
+    """`make(devices=2, load_seconds=1.0)`: the engines of a server with so many devices to serve from."""
+    arbor_mock = pytest.importorskip("arbor_mock")
+    made: list[Engines] = []
+
+    def engines(
+        devices: int = 1, idle_seconds: float = 60.0, hang_seconds: float = 60.0, load_wait: float = 60.0, **values: Any
+    ) -> Engines:
+        allocator = arbor_mock.simulated_devices(AllocatorSettings([], list(range(devices))))
+        made.append(
+            Engines(
+                arbor_mock.MockBackend(),
+                allocator,
+                tmp_path / "engines",
+                options=merged(options, values),
+                threads=1,
+                idle_seconds=idle_seconds,
+                hang_seconds=hang_seconds,
+                load_wait=load_wait,
+            )
+        )
+        return made[-1]
+
+    yield engines
+    for each in made:
+        await each.close()

@@ -1,0 +1,129 @@
+"""The fault points of the crash matrices, and what must hold when a process has died at one.
+
+Those in `..._ALWAYS` belong to every run; the others are marked `crash`. `tests/test_crash_points.py` fails when one
+of the code is missing here.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import LiveServer
+
+from arbor_core.testing.invariants import Seen, check_invariants, processes
+
+SERVER_ALWAYS = ["job.running", "attempt.started", "result.stored"]
+SERVER = [
+    "upload.renamed",
+    "job.validated",
+    "events.taken",
+    "job.settled",
+    "upload.opened",
+    "upload.written",
+    "upload.stored",
+    "job.created",
+    "job.document",
+    "job.queued",
+    "job.pause",
+    "job.run",
+    "job.cancel",
+    "lease.acquired",
+    "lease.released",
+    "attempt.desired",
+    "attempt.ordered",
+    "attempt.noted",
+    "attempt.told",
+    "attempt.signalled",
+    "attempt.ended",
+    "attempt.tidied",
+    "file.written",
+    "file.renamed",
+    "file.written:3",
+    "file.renamed:3",
+    *(f"store.{when}:{count}" for count in (1, 2, 3, 4, 5, 7, 9) for when in ("changed", "committed")),
+]
+WORKERS_ALWAYS = ["checkpoint.renamed"]
+WORKERS = [
+    "keeper.ended",
+    "checkpoint.written",
+    "checkpoint.vouched",
+    "checkpoint.event",
+    "checkpoint.event:2",
+    "checkpoint.renamed:2",
+    "result.event",
+    "paused.event",
+    "metrics.event:3",
+    "resolved.event",
+    "message.event",
+    "keeper.claimed",
+    "keeper.forked",
+    "keeper.told",
+    "template.asked",
+    "template.forked",
+]
+
+SESSION_SERVER_ALWAYS = ["inbox.written", "inbox.synced", "ledger.written:3"]
+SESSION_SERVER = [
+    "inbox.written:3",
+    "inbox.synced:3",
+    "inbox.marked",
+    "ledger.written",
+    "checkpoint.asked",
+    "job.finish",
+    "forgotten.weights",
+    "forgotten.ledger",
+    "forgotten.asked",
+]
+SESSION_WORKERS_ALWAYS = ["weights.renamed", "name_checkpoint.told"]
+SESSION_WORKERS = [
+    "weights.written",
+    "weights.written:3",
+    "weights.renamed:3",
+    "weights.event",
+    "weights.event:3",
+    "metrics.event",
+    "metrics.event:3",
+    "checkpoint.renamed",
+    "checkpoint.event",
+    "name_checkpoint.linked",
+    "name_checkpoint.answered",
+    "result.event",
+]
+SEGMENTS = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
+
+UPLOADS = [
+    "upload.written",
+    "upload.renamed",
+    "part.stored",
+    "part.stored:2",
+    "parts.joined",
+    "parts.renamed",
+    "upload.closed",
+    *(f"store.{when}:{count}" for count in (1, 2, 3, 4) for when in ("changed", "committed")),
+]
+UPGRADES = ["job.upgraded", "job.upgraded:4"]
+"""While a server brings an old storage directory up to date."""
+
+
+def marked(always: list[str], rest: list[str]) -> list[Any]:
+    """Parameters of a test: the rest runs with `make crash` only."""
+    return [*always, *(pytest.param(name, marks=pytest.mark.crash) for name in rest)]
+
+
+def gone(storage: Path, seconds: float = 20) -> None:
+    """Wait until no process works on the directory any more."""
+    deadline = time.monotonic() + seconds
+    while left := processes(storage):
+        assert time.monotonic() < deadline, f"these processes are left: {left}"
+        time.sleep(0.02)
+
+
+def check_the_rest(server: LiveServer, seen: Seen) -> None:
+    """Stop a server whose jobs have ended: nothing of it is left, nothing that was seen is lost."""
+    assert server.stop() == 0
+    gone(server.storage)
+    seen.look()
+    check_invariants(server.storage)

@@ -1,0 +1,72 @@
+"""Jobs of the mock trainer on a live server: creating one, and what the server and its database say of it."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from live import LiveServer
+from waiting import until
+
+from arbor_core.process.lifecycle import process_ref
+from arbor_core.testing.invariants import check_invariants, processes
+
+
+def create(server: LiveServer, rows: list[dict[str, Any]] | bytes, **options: Any) -> Any:
+    """A job with these `hyperparameters` (default: five steps) and options of the client's `create`."""
+    hyperparameters = options.pop("hyperparameters", {"steps": 5})
+    return server.client.fine_tuning.jobs.create(
+        model="mock/tiny",
+        training_file=server.upload(rows),
+        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        **options,
+    )
+
+
+def train(server: LiveServer, rows: list[dict[str, Any]], **hyperparameters: Any) -> str:
+    """Id of a new job with these hyperparameters."""
+    return str(create(server, rows, hyperparameters=hyperparameters).id)
+
+
+def events(server: LiveServer, job_id: str) -> list[Any]:
+    """A job's last hundred events and more, oldest first."""
+    return list(server.client.fine_tuning.jobs.list_events(job_id, limit=100))[::-1]
+
+
+def messages(server: LiveServer, job_id: str) -> list[str]:
+    return [event.message for event in events(server, job_id) if event.type == "message"]
+
+
+def step_events(server: LiveServer, job_id: str) -> list[int]:
+    """The steps that have reported metrics, oldest first."""
+    return [event.data["step"] for event in events(server, job_id) if event.type == "metrics"]
+
+
+def offered(server: LiveServer, job_id: str) -> dict[int, str]:
+    """Model name of each checkpoint, by step."""
+    page = server.client.fine_tuning.jobs.checkpoints.list(job_id)
+    return {checkpoint.step_number: checkpoint.fine_tuned_model_checkpoint for checkpoint in page}
+
+
+def held(server: LiveServer) -> int:
+    """How many leases there are."""
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        return int(db.execute("SELECT count(*) FROM leases").fetchone()[0])
+
+
+def keeper_of(server: LiveServer, job_id: str) -> int:
+    """Process id of the supervisor of a job's attempt; 0 if it has none."""
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]
+    return int(ref.split(":")[0]) if ref else 0
+
+
+def alive(pid: int) -> bool:
+    return bool(process_ref(pid))
+
+
+def check_and_stop(server: LiveServer) -> None:
+    """Stop a server whose jobs have ended: nothing of it is left, and the invariants hold."""
+    assert server.stop() == 0
+    until(lambda: not processes(server.storage))
+    check_invariants(server.storage)
