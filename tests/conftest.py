@@ -14,6 +14,29 @@ from live import LiveServer, launch
 from arbor_core import hookimpl
 from arbor_core.plugins import Plugins, new_manager
 
+ROOT = Path(__file__).parents[1]
+SLOWEST = (
+    "plugins/arbor_sft/tests/test_train.py",
+    "tests/testing/test_conformance.py",
+    "tests/system/test_end_to_end.py",
+    "tests/rollouts/test_session_crashes.py",
+    "tests/dispatch/test_lifecycle.py",
+    "tests/storage/test_storage_faults.py",
+    "tests/inference/test_live_engines.py",
+    "tests/server/test_schemathesis.py",
+    "plugins/arbor_grpo/tests/test_routes_hanging.py",
+    "plugins/arbor_grpo/tests/test_train.py",
+    "tests/system/test_crash_matrix.py",
+    "tests/files/test_uploads_in_parts.py",
+)
+"""Files that take over half a minute, the slowest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first: no worker is left alone with one in the end."""
+    rank = {ROOT / path: place for place, path in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:

@@ -41,7 +41,7 @@ MATRICES = {
         *crash.SESSION_WORKERS,
         *crash.SEGMENTS,
     ],
-    "uploads": crash.UPLOADS,
+    "uploads": [*crash.UPLOAD_POINTS_ALWAYS, *crash.UPLOAD_POINTS],
     "upgrades": crash.UPGRADES,
     "here": HERE,
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from crash import UPLOADS as POINTS
+from crash import UPLOAD_POINTS, UPLOAD_POINTS_ALWAYS, marked
 from http_calls import MULTIPART, Answer, call, form, raw_socket, settled
 from live import LiveServer, launch
 from omegaconf import OmegaConf
@@ -283,7 +283,7 @@ def test_row_24_no_room_for_an_upload(start_server: Callable[..., LiveServer]) -
     call(server.url, "POST", UPLOADS, BODY).error(507, "insufficient_storage")
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", marked(UPLOAD_POINTS_ALWAYS, UPLOAD_POINTS))
 def test_a_server_that_is_killed_leaves_the_parts_or_the_file(
     point: str, start_server: Callable[..., LiveServer]
 ) -> None:

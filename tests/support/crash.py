@@ -94,7 +94,7 @@ SESSION_WORKERS = [
 ]
 SEGMENTS = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
 
-UPLOADS = [
+UPLOAD_POINTS_ALWAYS = [
     "upload.written",
     "upload.renamed",
     "part.stored",
@@ -102,8 +102,10 @@ UPLOADS = [
     "parts.joined",
     "parts.renamed",
     "upload.closed",
-    *(f"store.{when}:{count}" for count in (1, 2, 3, 4) for when in ("changed", "committed")),
+    "store.changed:2",
+    "store.committed:2",
 ]
+UPLOAD_POINTS = [f"store.{when}:{count}" for count in (1, 3, 4) for when in ("changed", "committed")]
 UPGRADES = ["job.upgraded", "job.upgraded:4"]
 """While a server brings an old storage directory up to date."""
 

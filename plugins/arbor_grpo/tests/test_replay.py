@@ -12,7 +12,6 @@ from arbor_core.worker.replay import replay
 pytestmark = pytest.mark.ml
 
 
-@pytest.mark.slow
 def test_every_step_of_a_job_that_was_paused_comes_out_again(tiny: Path, tmp_path: Path) -> None:
     """With all that a step may depend on: dropout, a reference, steps on the same batch, a group that is skipped."""
     storage = tmp_path / "storage" / "jobs"

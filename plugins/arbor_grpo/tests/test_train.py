@@ -137,7 +137,6 @@ def paused_goes_on(job: Any, more: dict[str, Any], adapter: Path | None = None) 
     return paused
 
 
-@pytest.mark.slow
 def test_a_killed_job_goes_on_from_its_last_checkpoint(job):
     keys = {"max_steps": 4, "checkpoint_steps": 2, **QUICK}
     whole = job("whole", **keys)
@@ -234,9 +233,10 @@ def test_an_adapter_cannot_be_trained_as_full_weights(job, tmp_path):
     assert "lora is null" in error.message
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(device().kind == "cuda", reason="one GPU, and NCCL wants one for each rank")
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bnpo", "dapo"))]
+)
 def test_two_ranks_train_what_one_does(job, loss_type):
     """Seven rows for two ranks, in micro-batches of two rows; one group is no good, one request for a checkpoint."""
     keys = {"max_steps": 3, "loss_type": loss_type, "micro_batch_size": 2, "learning_rate": 1e-3, "max_staleness": 64}

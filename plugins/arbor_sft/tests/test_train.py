@@ -161,7 +161,6 @@ def test_packing_is_for_models_that_tell_rows_apart(tiny: Path) -> None:
     assert not tells_rows_apart(MambaForCausalLM(mamba), samples)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(device().kind == "cuda", reason="one GPU, and NCCL wants one for each rank")
 def test_two_ranks(job: Any) -> None:
     settings = {**FULL, "batch_size": 8, "checkpoint_steps": 3}
