@@ -1,9 +1,12 @@
 """Keepers, templates and the executor `local`, with real processes."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -320,3 +323,15 @@ async def test_a_validator_ends_with_the_server(tmp_path):
         server.kill()
         await server.wait()
         await until_async(lambda: not alive(pid))
+
+
+def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_killed(tmp_path: Path) -> None:
+    executor = LocalExecutor(ExecutorSettings("cold", tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"]) as foreign:
+        pid, start, boot = process_ref(foreign.pid).split(":")
+        for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
+            assert not executor.adopt(ref)
+            executor.signal(ref, signal.SIGKILL)
+        assert executor.adopt(f"{pid}:{start}:{boot}")
+        assert foreign.poll() is None
+        foreign.kill()

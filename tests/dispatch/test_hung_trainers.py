@@ -121,3 +121,25 @@ def test_row_90_a_machine_that_stood_still_loses_no_trainer(
     assert step_events(server, job) == list(range(1, 61))
     assert not list(server.storage.glob(f"jobs/{job}/attempts/2"))
     check_and_stop(server)
+
+
+def test_row_90_a_trainer_that_hangs_is_ended_and_tried_again(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server = start_server("limits.heartbeat_seconds=2")
+    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=2, fault="hang", fault_step=4)
+    found = server.wait(job)
+    assert found.status == "succeeded", found.error
+    said = [event.message for event in events(server, job)]
+    assert any("made no progress for 2 seconds" in text and "checkpoint at step 4" in text for text in said), said
+    check_and_stop(server)
+
+
+def test_row_90_a_trainer_that_keeps_hanging_fails(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server = start_server("limits.heartbeat_seconds=1", "limits.attempts=1")
+    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=6, fault="hang", fault_step=2)
+    found = server.wait(job, "failed")
+    assert found.error.code == "worker_hung"
+    check_and_stop(server)

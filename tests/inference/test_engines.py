@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from waiting import until_async
 from arbor_core import UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
 from arbor_core.inference import engines as engines_module
-from arbor_core.inference.process import quiet_seconds
+from arbor_core.inference.process import REF, end_engines, quiet_seconds
 from arbor_core.inference.redaction import without_paths
 from arbor_core.inference.served_model import hanging
 from arbor_core.models.fine_tuned import Resolved
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.types import ApiError
 
 arbor_mock = pytest.importorskip("arbor_mock")
@@ -357,3 +360,20 @@ def test_engines_that_say_nothing_of_their_progress_are_not_stuck(raw, seconds):
 )
 def test_of_a_path_clients_hear_the_last_name(text, known, wanted):
     assert without_paths(text, *known) == wanted
+
+
+def test_an_engine_that_was_stopped_while_it_started_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"]
+    stopped = subprocess.Popen(command, start_new_session=True)
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        for name, ref in (("1", process_ref(stopped.pid)), ("2", f"{other.pid}:1:another-boot"), ("3", "")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / REF).write_text(ref)
+        end_engines(tmp_path)
+        assert stopped.wait(30) == -9
+        assert other.poll() is None
+    finally:
+        for process in (stopped, other):
+            process.kill()
+            process.wait()

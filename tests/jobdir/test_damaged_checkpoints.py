@@ -159,3 +159,23 @@ def test_a_job_whose_checkpoints_were_all_set_aside_does_not_start_anew(tmp_path
     assert error.data["code"] == "checkpoint_corrupted"
     assert "2-1.damaged" in error.message
     assert not job.events("metrics")
+
+
+@pytest.mark.parametrize("damaged", [[4], [2, 4]], ids=["falls-back", "none-is-left"])
+def test_row_94_damaged_checkpoints(tmp_path: Path, chat_rows: list[dict[str, Any]], damaged: list[int]) -> None:
+    hyper = {"steps": 6, "step_seconds": 0, "checkpoint_steps": 2, "fault": "crash", "fault_step": 5}
+    job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny", hyper)
+    assert job.attempt() == -signal.SIGKILL
+    for step in damaged:
+        (job.dir / "checkpoints" / f"{step}-1" / "adapter_model.safetensors").write_bytes(b"")
+    status = job.attempt()
+    told = [event.message for event in job.events() if event.level == "error"]
+    assert "checkpoint 4-1 is not used" in told[0]
+    if damaged == [4]:
+        assert status == 0
+        assert [event.data["step"] for event in job.events("metrics")] == [3, 4, 5, 6]
+    else:
+        assert status == 1
+        [error] = job.events("error")
+        assert error.data["code"] == "checkpoint_corrupted"
+        assert not job.events("metrics")

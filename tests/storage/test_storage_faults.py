@@ -1,12 +1,10 @@
-"""Full disks, damaged databases and checkpoints, clocks and pids that lie. The ids `row_N` are rows of the table of
-faults. A full disk is a small file system in memory; where it cannot be mounted, those tests are skipped."""
+"""Full disks, damaged databases and those that somebody holds. The ids `row_N` are rows of the table of faults.
+A full disk is a small file system in memory; where it cannot be mounted, those tests are skipped."""
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -21,25 +19,10 @@ from jobs import check_and_stop, events, step_events, train
 from live import ENDED, LiveServer
 from waiting import until
 
-from arbor_core import Event, ExecutorSettings
-from arbor_core.builtin.executor import LocalExecutor
-from arbor_core.dispatch import ingest
-from arbor_core.dispatch.ingest import Ingest
-from arbor_core.dispatch.observers import Observers
-from arbor_core.dispatch.outcome import Outcomes
-from arbor_core.jobdir import checkpoints
-from arbor_core.jobdir.cleanup import reconciled, sweep
-from arbor_core.jobdir.layout import JobDir
-from arbor_core.jobs.records import JobSpec, NewJob
-from arbor_core.jobs.repository import Jobs
-from arbor_core.plugins import Plugins
-from arbor_core.process import lifecycle
-from arbor_core.process.lifecycle import kill_session, process_ref
+from arbor_core import Event
 from arbor_core.process.resources import DiskFullError, is_disk_full, wait_for_disk_space
-from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, network_kind
-from arbor_core.storage.event_log import EventLog, tail
-from arbor_core.testing import JobDirectory
+from arbor_core.storage.event_log import tail
 from arbor_core.types import ArborError
 
 
@@ -158,133 +141,6 @@ def test_a_log_that_has_no_room_keeps_its_records_whole(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-# --- hung trainers ----------------------------------------------------------------------------------------------------
-
-
-def test_row_90_a_trainer_that_hangs_is_ended_and_tried_again(
-    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
-) -> None:
-    server = start_server("limits.heartbeat_seconds=2")
-    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=2, fault="hang", fault_step=4)
-    found = server.wait(job)
-    assert found.status == "succeeded", found.error
-    said = [event.message for event in events(server, job)]
-    assert any("made no progress for 2 seconds" in text and "checkpoint at step 4" in text for text in said), said
-    check_and_stop(server)
-
-
-def test_row_90_a_trainer_that_keeps_hanging_fails(
-    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
-) -> None:
-    server = start_server("limits.heartbeat_seconds=1", "limits.attempts=1")
-    job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=6, fault="hang", fault_step=2)
-    found = server.wait(job, "failed")
-    assert found.error.code == "worker_hung"
-    check_and_stop(server)
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def committed(job_dir: Path, step: int, attempt: int) -> Path:
-    folder = job_dir / "checkpoints" / f"{step}-{attempt}"
-    with checkpoints.writing(folder, step, attempt, {"train_loss": 1.0}) as inside:
-        (inside / "weights").write_bytes(b"1234")
-    return folder
-
-
-def test_row_93_checkpoints_without_an_event_are_found(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "attempts" / "2" / "events.jsonl")
-    committed(tmp_path, 2, 1)
-    for step in (4, 6, 8):
-        committed(tmp_path, step, 2)
-    log.append(Event("checkpoint", step=4, data={"dir": "4-2"}))
-    log.append(Event("discarded", data={"dir": "6-2"}))
-    [found] = reconciled(JobDir(tmp_path).attempt(2))
-    assert (found.type, found.step, found.data) == ("checkpoint", 8, {"dir": "8-2", "metrics": {"train_loss": 1.0}})
-    assert not (tmp_path / "checkpoints" / "6-2").exists(), "one that was discarded is removed"
-    assert (tmp_path / "checkpoints" / "2-1").exists()
-
-
-def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
-    kept = [tmp_path / "job.json", tmp_path / "attempts/1/events.jsonl", tmp_path / "checkpoints/2-1/weights"]
-    left = ["checkpoints/4-1.tmp/weights", "attempts/1/work/x", ".desired.7.tmp", "attempts/1/.keeper.9"]
-    for path in (*kept, *(tmp_path / name for name in left)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    sweep(JobDir(tmp_path))
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
-
-
-SLEEP = [sys.executable, "-c", "import time; time.sleep(999)"]
-
-
-def test_what_outlives_its_keeper_is_ended(tmp_path: Path) -> None:
-    start = f"import os, subprocess; print(subprocess.Popen({SLEEP}, stdout=2).pid, flush=True); input(); os.abort()"
-    keeper = subprocess.Popen(
-        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert keeper.stdout is not None
-    stray = int(keeper.stdout.readline())
-    ref = process_ref(keeper.pid)
-    keeper.communicate("go on\n", timeout=10)
-    with subprocess.Popen(SLEEP, cwd=tmp_path) as other:
-        assert process_ref(stray)
-        kill_session(ref)
-        assert not process_ref(stray)
-        assert other.poll() is None
-        other.kill()
-
-
-def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
-    rename = "import ctypes; ctypes.CDLL(None).prctl(15, ('я' * 8).encode(), 0, 0, 0)"  # cut inside a letter
-    foreign = subprocess.Popen([sys.executable, "-c", f"{rename}; {SLEEP[2]}"], start_new_session=True)
-    try:
-        while not (cut := Path(f"/proc/{foreign.pid}/comm").read_bytes()).startswith("я".encode()):
-            assert foreign.poll() is None
-        with pytest.raises(UnicodeDecodeError):
-            cut.decode()
-        pid, start, boot = process_ref(foreign.pid).split(":")
-        for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
-            kill_session(ref)
-        assert foreign.poll() is None
-        kill_session(f"{pid}:{start}:{boot}")
-        assert foreign.wait(10) == -signal.SIGKILL
-    finally:
-        foreign.kill()
-        foreign.wait()
-
-
-def test_a_session_that_does_not_end_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "KILL_SECONDS", 0.1)
-    with subprocess.Popen(SLEEP, start_new_session=True) as stuck, monkeypatch.context() as patch:
-        patch.setattr(os, "kill", lambda pid, number: None)  # as if it hung in the kernel
-        with pytest.raises(TimeoutError, match=str(stuck.pid)):
-            kill_session(process_ref(stuck.pid))
-        patch.undo()
-        stuck.kill()
-
-
-@pytest.mark.parametrize("damaged", [[4], [2, 4]], ids=["falls-back", "none-is-left"])
-def test_row_94_damaged_checkpoints(tmp_path: Path, chat_rows: list[dict[str, Any]], damaged: list[int]) -> None:
-    hyper = {"steps": 6, "step_seconds": 0, "checkpoint_steps": 2, "fault": "crash", "fault_step": 5}
-    job = JobDirectory(tmp_path / "job", "mock", chat_rows, "mock/tiny", hyper)
-    assert job.attempt() == -signal.SIGKILL
-    for step in damaged:
-        (job.dir / "checkpoints" / f"{step}-1" / "adapter_model.safetensors").write_bytes(b"")
-    status = job.attempt()
-    told = [event.message for event in job.events() if event.level == "error"]
-    assert "checkpoint 4-1 is not used" in told[0]
-    if damaged == [4]:
-        assert status == 0
-        assert [event.data["step"] for event in job.events("metrics")] == [3, 4, 5, 6]
-    else:
-        assert status == 1
-        [error] = job.events("error")
-        assert error.data["code"] == "checkpoint_corrupted"
-        assert not job.events("metrics")
-
-
 # --- the database and the directory -----------------------------------------------------------------------------------
 
 
@@ -339,67 +195,3 @@ def test_row_111_a_database_that_somebody_holds_is_busy_and_nothing_is_lost(
     assert step_events(server, job) == list(range(1, 21))
     assert len([path for path in (server.storage / "files").iterdir() if path.is_file()]) == 2, "rows and result"
     check_and_stop(server)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT])
-async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, plugins: Plugins, code: int) -> None:
-    store = Store(tmp_path / "arbor.db")
-    jobs = Jobs(store)
-    unused: Any = None
-    outcomes = Outcomes(jobs, unused, Ingest(jobs, Observers(plugins), tmp_path, "arbor"), tmp_path, unused)
-    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
-    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
-    await jobs.transition(job, "queued")
-    await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
-    await outcomes.not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
-    found = jobs.get(job.id)
-    assert found is not None
-    if code == errno.ENOSPC:
-        assert (found.status, found.desired, found.error) == ("paused", "pause", None)
-        assert (jobs.events(job.id, 1)[0].data or {})["code"] == "insufficient_storage"
-    else:
-        assert found.status == "failed"
-        assert found.error is not None
-        assert found.error.code == "worker_not_started"
-    store.close()
-
-
-async def test_any_number_of_events_is_taken(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "BATCH", 1)
-    store = Store(tmp_path / "arbor.db")
-    jobs = Jobs(store)
-    collecting = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
-    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
-    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
-    count = 1 + sys.getrecursionlimit()
-    collecting.attempt_dir(job).path.mkdir(parents=True)
-    collecting.attempt_dir(job).events.write_bytes(b'{"type":"message","message":"again"}\n' * count)
-    await collecting.collect(job)
-    assert sum(event.message == "again" for event in jobs.events(job.id, 9999)) == count
-    store.close()
-
-
-async def test_row_112_a_clock_that_jumps_back_reorders_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "arbor.db")
-    jobs = Jobs(store)
-    job = await jobs.create(
-        NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
-    )
-    for at in (2e9, 1e9, 3e9):
-        await jobs.ingest(job, [Event("message", f"{at:g}", at=at)], job.offset, "m")
-    times = [event.created_at for event in jobs.events(job.id, 100)][::-1]
-    assert times[-3:] == [2_000_000_000, 2_000_000_000, 3_000_000_000]
-    assert times == sorted(times)
-    store.close()
-
-
-def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_killed(tmp_path: Path) -> None:
-    executor = LocalExecutor(ExecutorSettings("cold", tmp_path))
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"]) as foreign:
-        pid, start, boot = process_ref(foreign.pid).split(":")
-        for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
-            assert not executor.adopt(ref)
-            executor.signal(ref, signal.SIGKILL)
-        assert executor.adopt(f"{pid}:{start}:{boot}")
-        assert foreign.poll() is None
-        foreign.kill()

@@ -1,0 +1,41 @@
+"""What the end of an attempt means for its job, without a server."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbor_core.dispatch.ingest import Ingest
+from arbor_core.dispatch.observers import Observers
+from arbor_core.dispatch.outcome import Outcomes
+from arbor_core.jobs.records import JobSpec, NewJob
+from arbor_core.jobs.repository import Jobs
+from arbor_core.plugins import Plugins
+from arbor_core.storage.database import Store
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT])
+async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, plugins: Plugins, code: int) -> None:
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    unused: Any = None
+    outcomes = Outcomes(jobs, unused, Ingest(jobs, Observers(plugins), tmp_path, "arbor"), tmp_path, unused)
+    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
+    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    await jobs.transition(job, "queued")
+    await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
+    await outcomes.not_started(jobs.get(job.id) or job, OSError(code, os.strerror(code)))
+    found = jobs.get(job.id)
+    assert found is not None
+    if code == errno.ENOSPC:
+        assert (found.status, found.desired, found.error) == ("paused", "pause", None)
+        assert (jobs.events(job.id, 1)[0].data or {})["code"] == "insufficient_storage"
+    else:
+        assert found.status == "failed"
+        assert found.error is not None
+        assert found.error.code == "worker_not_started"
+    store.close()
