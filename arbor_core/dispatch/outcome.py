@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
@@ -21,9 +19,10 @@ from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
 from arbor_core.jobdir.layout import AttemptDir, JobDir, checkpoint_path
+from arbor_core.jobs.events import metrics_by_step
 from arbor_core.jobs.leases import delete_leases
 from arbor_core.jobs.records import Job, JobError
-from arbor_core.jobs.repository import Jobs
+from arbor_core.jobs.repository import Jobs, keep_paused
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
 from arbor_core.process.lifecycle import kill_session
@@ -68,7 +67,7 @@ class Outcomes:
             await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
         elif last and last.type == "paused" and last.data.get("code"):
             said = Event("message", last.message, "error", data=last.data)
-            await self._end(job, "paused", said, also=keep_paused(job))
+            await self._end(job, "paused", said, also=keep_paused(job.id))
         elif last and last.type == "paused" and job.preempted and job.desired == "run":
             text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
             await self._end(job, "queued", Event("message", text))
@@ -230,18 +229,14 @@ class Outcomes:
             message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
         if code:
             data = {"code": code, "message": message}
-            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job))
+            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job.id))
             return
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
         await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
 
     def metrics_csv(self, job: Job) -> bytes:
         """OpenAI's result file: one row a step, of the newest attempt that trained it."""
-        rows: dict[int, dict[str, Any]] = {}
-        sql = "SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq"
-        for (data,) in self.jobs.store.read(sql, job.id):
-            values = msgspec.json.decode(data)
-            rows[values["step"]] = {**rows.get(values["step"], {}), **values}
+        rows = metrics_by_step(self.jobs.store, job.id)
         text = io.StringIO()
         writer = csv.writer(text)
         columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -277,11 +272,6 @@ def give_up(attempt: AttemptDir) -> None:
         raise
     except OSError as error:
         log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt.path, error)
-
-
-def keep_paused(job: Job) -> Callable[[sqlite3.Connection], object]:
-    """A job that had to be paused stays so until it is resumed; part of the caller's transaction."""
-    return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job.id,))
 
 
 def starting_point(job: Job) -> str:

@@ -1,6 +1,6 @@
 """A job's events and checkpoints in the database.
 
-Everything here is part of the caller's transaction: a job's state never changes without its events.
+What writes is part of the caller's transaction: a job's state never changes without its events.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Sequence
+from typing import Any
+
+import msgspec
 
 from arbor_core import ids
+from arbor_core.storage.database import Store
 from arbor_core.types import Event
 
 from .policies import name_checkpoint, record_policy
@@ -50,6 +54,15 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> 
             "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
             (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, to_json(event.data or None)),
         )
+
+
+def metrics_by_step(store: Store, job_id: str) -> dict[int, dict[str, Any]]:
+    """The metrics of each step; where several events have the same metric of a step, the last value."""
+    steps: dict[int, dict[str, Any]] = {}
+    for (data,) in store.read("SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq", job_id):
+        metrics = msgspec.json.decode(data)
+        steps.setdefault(metrics["step"], {}).update(metrics)
+    return steps
 
 
 def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:

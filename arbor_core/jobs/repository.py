@@ -285,6 +285,11 @@ class Jobs:
         return checkpoint_from_row(row) if row else None
 
 
+def keep_paused(job_id: str) -> Callable[[sqlite3.Connection], object]:
+    """A change, for another's transaction, that lets a job that had to be paused stay so until it is resumed."""
+    return lambda db: db.execute("UPDATE jobs SET desired='pause' WHERE id=? AND desired='run'", (job_id,))
+
+
 def read_job(db: sqlite3.Connection, job_id: str) -> Job | None:
     """A job as the caller's transaction sees it."""
     row = db.execute("SELECT * FROM jobs WHERE id=?", (job_id,)).fetchone()

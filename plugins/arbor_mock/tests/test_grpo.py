@@ -12,6 +12,7 @@ from waiting import until
 
 from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.inbox import Inbox
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.types import CheckpointRequest, Group, Rollout
 
 
@@ -80,7 +81,7 @@ def test_skipping_gives_credits_back_without_a_step(grpo):
 def test_a_checkpoint_is_named_while_no_group_comes(grpo):
     waiting = grpo()
     process = waiting.start()
-    ask(waiting.dir, CheckpointRequest("best", {"score": 1}))
+    ask(JobDir(waiting.dir), CheckpointRequest("best", {"score": 1}))
     until(lambda: any("name" in event.data for event in waiting.events("checkpoint")))
     assert (waiting.dir / "checkpoints" / "named" / "best").resolve().name == "0-1"
     waiting.desire("finish")
