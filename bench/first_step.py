@@ -1,6 +1,6 @@
 """How long a user waits for the first training step: `trl sft` from a cold shell against a job on a running server.
 
-Same model, data, batch size and threads. Warm: the template has imported the libraries. Cold: `launcher=cold`.
+Same model, data, batch size and threads. Warm: the template has imported the libraries. Cold: `start=cold`.
 Prints seconds and ratios as JSON on its last line. Aims: warm at most 0.2 of `trl sft`, cold at most 1.1.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
         (root / "data").mkdir()
         (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         trl = min(trl_seconds(root, model) for _ in range(2))
-        cold = min(arbor_seconds(root, "launcher=cold", warm=False) for _ in range(2))
+        cold = min(arbor_seconds(root, "start=cold", warm=False) for _ in range(2))
         warm = min(arbor_seconds(root, "+trainer=sft", warm=True) for _ in range(2))
     print(
         json.dumps(

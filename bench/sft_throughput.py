@@ -41,8 +41,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from arbor_core.config.compose import load_yaml, merged
-from arbor_core.config.convert import typed
+from arbor_core.config.convert import load_yaml, merged, typed
 from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.testing import device

@@ -97,20 +97,15 @@ def memcpy_seconds(size: int) -> float:
 
 async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict[str, float]:
     """Medians of the parts of an update, in milliseconds."""
-    from hydra import compose, initialize_config_dir
     from weights import Settings  # the worker imports it from there, too
 
     from arbor_core import plugins
     from arbor_core.application.system import open_system
-    from arbor_core.config import convert
-    from arbor_core.config.compose import core_config_dir, plain
-    from arbor_core.config.settings import ServeConfig
+    from arbor_core.config.compose import serve_settings
     from arbor_core.jobs.records import JobSpec, NewJob
 
-    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
-        overrides = [f"storage={storage}", f"models.dirs=[{model.parent}]", "threads=1"]
-        settings = convert.typed(plain(compose("serve", overrides)), ServeConfig, where="")
-        system = open_system(settings, plugins.load([]), None)
+    settings = serve_settings(f"storage={storage}", f"models.dirs=[{model.parent}]", "threads=1")
+    system = open_system(settings, plugins.load([]), None)
     worker = dataclasses.replace(
         system.trainers["mock_grpo"].trainer,
         config=Settings,

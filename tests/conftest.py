@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
-    """`start_server("launcher=cold", mock=False)` starts a server of the test's own; every one is ended."""
+    """`start_server("start=cold", mock=False)` starts a server of the test's own; every one is ended."""
     servers: list[LiveServer] = []
 
     def start(*overrides: str, storage: Path | None = None, **options: Any) -> LiveServer:

@@ -13,8 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from arbor_core import ids
-from arbor_core.config.compose import merged
-from arbor_core.config.convert import typed
+from arbor_core.config.convert import merged, typed
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.models import memory

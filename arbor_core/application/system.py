@@ -132,8 +132,8 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     )
     backend = plugins.get("inference_backends", settings.inference)()
     root = settings.storage.absolute()
-    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.launcher, root / "run"))
-    engine_options = compose.merged(compose.defaults("backend", settings.inference), settings.engine)
+    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
+    engine_options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
     convert.typed(engine_options, backend.options, where="engine")
     lock = locked(root)
     make_private(root)
@@ -219,7 +219,7 @@ def trainer_defaults(
         where = f"trainers.{name}"
         if name == default_trainer and settings.trainer:
             values, where = settings.trainer, "trainer"
-        values = compose.merged(values, settings.trainers.get(name, {}))
+        values = convert.merged(values, settings.trainers.get(name, {}))
         convert.typed(values, trainer.config, where=where)
         found[name] = TrainerDefaults(trainer, values)
     for name in settings.trainers:

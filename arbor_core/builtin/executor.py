@@ -48,10 +48,10 @@ class Template:
 
 
 class LocalExecutor:
-    """Starts attempts by forking a template (`launcher=warm`) or a new interpreter (`cold`)."""
+    """Starts attempts by forking a template (`start=warm`) or a new interpreter (`cold`)."""
 
     def __init__(self, settings: ExecutorSettings) -> None:
-        self.launcher, self.runtime = settings.launcher, settings.runtime
+        self.warm, self.runtime = settings.start == "warm", settings.runtime
         self.templates: dict[TemplateKey, asyncio.Task[Template]] = {}
         self.faults: dict[TemplateKey, str] = {}
         self.processes: set[asyncio.subprocess.Process] = set()
@@ -62,7 +62,7 @@ class LocalExecutor:
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
         """Start to warm up for a trainer, without waiting."""
         key = TemplateKey(python or sys.executable, preload, prove)
-        if self.launcher == "warm" and preload and key not in self.faults:
+        if self.warm and preload and key not in self.faults:
             self.template(key)
 
     async def start(self, order: AttemptOrder, placement: Placement) -> str:
@@ -70,7 +70,7 @@ class LocalExecutor:
         env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
         key = TemplateKey(order.python, order.preload, order.prove)
         forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
-        if self.launcher == "warm" and forkable and key not in self.faults:
+        if self.warm and forkable and key not in self.faults:
             try:
                 pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
                 return process_ref(pid)

@@ -31,7 +31,7 @@ def main() -> None:
 
             print(f"key {(made := api_keys.new())}\nsha256 {api_keys.digest(made)}")
         elif arguments.command == "replay":
-            from arbor_core.config.compose import arbor_home
+            from arbor_core.config.user_file import arbor_home
             from arbor_core.worker.replay import find_job, replay
 
             replay(find_job(arguments.job, arguments.storage or arbor_home() / "storage"), print)

@@ -27,10 +27,10 @@ def serve() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from arbor_core.config.compose import core_config_dir
-    from arbor_core.config.user_file import overrides
+    from arbor_core.config.user_file import overrides, with_new_key
 
     try:
-        sys.argv[1:] = [open_ended(word) for word in sys.argv[1:]]
+        sys.argv[1:] = [open_ended(with_new_key(word)) for word in sys.argv[1:]]
         ours = first_override(sys.argv[1:]) + 1
         sys.argv[ours:ours] = overrides(os.environ)
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
@@ -99,10 +99,9 @@ def start(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from arbor_core import plugins
-    from arbor_core.config import compose, convert
-    from arbor_core.config.settings import ServeConfig
+    from arbor_core.config.compose import settings_of
 
-    settings = convert.typed(compose.plain(cfg), ServeConfig, where="")
+    settings = settings_of(cfg)
     loaded = plugins.load(settings.plugins.disabled)
     chosen = HydraConfig.get().runtime.choices.get("trainer")
     if chosen is None and os.environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):

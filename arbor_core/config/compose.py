@@ -1,35 +1,39 @@
-"""Configuration: YAML composed by Hydra, typed by msgspec. The only file that knows Hydra's classes.
+"""Configuration composed from YAML: all that Arbor uses of Hydra, and the only module that knows its classes.
 
 Hydra composes the command line, once, at start. What a client sends never reaches it: JSON is laid over the composed
-defaults as plain data, so `${...}` in a request stays a string.
+defaults as plain data, so `${...}` in a request stays a string. Nothing here needs an initialised Hydra: it is
+initialised where it is needed, and left as it was.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose
+import hydra
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins as HydraPlugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from arbor_core.plugins import installed
-from arbor_core.types import ArborError, ConfigError
+from arbor_core.types import ArborError
+
+from .convert import load_yaml, typed
+from .settings import ServeConfig
+from .user_file import with_new_keys
+
+HYDRA_VERSION = "1.3"
+"""Whose defaults Hydra keeps to."""
 
 
 def core_config_dir() -> Path:
     """`conf/` inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1]
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
-
-
-def arbor_home() -> Path:
-    """`~/.arbor`, or where ARBOR_HOME says."""
-    return Path(os.environ.get("ARBOR_HOME") or "~/.arbor").expanduser()
 
 
 class PluginConfigs(SearchPathPlugin):
@@ -59,43 +63,50 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """One YAML file as Hydra reads it (`yaml.safe_load` would read 1e-5 as text).
+def settings_of(cfg: DictConfig) -> ServeConfig:
+    """The server's settings, as Hydra composed them.
+
+    Raises:
+        ConfigError: a key or a value that the settings do not have.
+    """
+    return typed(with_new_keys(plain(cfg)), ServeConfig, where="")
+
+
+def serve_settings(*overrides: str) -> ServeConfig:
+    """The settings of `arbor-serve OVERRIDES`, without the command line. `~/.arbor/config.yaml` is not read.
+
+    Raises:
+        ConfigError: a value that the settings do not take.
+        hydra.errors.HydraException: a key that they do not have, or an override that cannot be read.
+    """
+    return settings_of(_composed("serve", overrides))
+
+
+def defaults(group: str, name: str) -> dict[str, Any]:
+    """The plain contents of `<group>/<name>.yaml` in the `conf/` of the core or a plugin; empty where there is no such
+    file.
+
+    A file with a `defaults:` list is composed by Hydra (about 100 ms): call this at start, not in a request.
 
     Raises:
         ConfigError: it is not YAML, or not a mapping.
     """
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml and omegaconf raise many kinds
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        what = f"line {mark.line + 1}: {problem}" if mark and problem else str(error).splitlines()[0]
-        raise ConfigError(f"{path}: {what}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of keys to values")
-    return plain(loaded)
-
-
-def defaults(group: str, name: str) -> dict[str, Any]:
-    """The plain contents of `<group>/<name>.yaml` on the search path; empty where no plugin brings it.
-
-    About 100 ms: call it at start, not in a request.
-    """
-    found = [
-        folder / group / f"{name}.yaml"
-        for folder in (core_config_dir(), *(p.config_dir for p in installed()))
-        if folder and (folder / group / f"{name}.yaml").is_file()
-    ]
-    if not found:
+    folders = (core_config_dir(), *(plugin.config_dir for plugin in installed()))
+    files = [folder / group / f"{name}.yaml" for folder in folders if folder]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
         return {}
-    cfg = compose(overrides=[f"+{group}@_arbor={name}"])
-    return cast("dict[str, Any]", plain(cfg)["_arbor"])
+    if "defaults" not in load_yaml(path, resolve=False):
+        return load_yaml(path)
+    return cast("dict[str, Any]", plain(_composed(None, [f"+{group}@_arbor={name}"]))["_arbor"])
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, key by key, as plain data."""
-    both = dict(base)
-    for key, value in over.items():
-        mine = both.get(key)
-        both[key] = merged(mine, value) if isinstance(value, Mapping) and isinstance(mine, Mapping) else value
-    return both
+def _composed(config_name: str | None, overrides: Sequence[str]) -> DictConfig:
+    """Have Hydra compose, within the program's own initialisation if it has one."""
+    initialised = (
+        nullcontext()
+        if GlobalHydra.instance().is_initialized()
+        else hydra.initialize_config_dir(str(core_config_dir()), version_base=HYDRA_VERSION)
+    )
+    with initialised:
+        return hydra.compose(config_name, overrides=list(overrides))

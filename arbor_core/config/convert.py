@@ -1,9 +1,12 @@
-"""Plain values, as JSON or YAML has them, converted to structs; errors speak of the keys as the user typed them."""
+"""Plain values, as JSON or YAML has them: read, merged and converted to structs.
+
+Errors speak of the keys as the user typed them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -14,6 +17,37 @@ import msgspec
 from arbor_core.types import ConfigError
 
 T = TypeVar("T")
+
+
+def load_yaml(path: Path, *, resolve: bool = True) -> dict[str, Any]:
+    """One YAML file as Hydra reads it (`yaml.safe_load` would read 1e-5 as text).
+
+    Args:
+        resolve: Whether to put values in place of interpolations (`${...}`).
+
+    Raises:
+        ConfigError: it is not YAML, or not a mapping.
+    """
+    from omegaconf import DictConfig, OmegaConf  # here: workers convert values, but read no YAML
+
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml and omegaconf raise many kinds
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        what = f"line {mark.line + 1}: {problem}" if mark and problem else str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {what}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    return dict(OmegaConf.to_container(loaded, resolve=resolve, throw_on_missing=resolve))  # type: ignore[arg-type]
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, key by key, as plain data."""
+    both = dict(base)
+    for key, value in over.items():
+        mine = both.get(key)
+        both[key] = merged(mine, value) if isinstance(value, Mapping) and isinstance(mine, Mapping) else value
+    return both
 
 
 def typed(values: Any, type_: type[T], where: str) -> T:

@@ -12,20 +12,10 @@ from msgspec import Meta
 from .api_keys import ApiKey, Key, Name, entries
 
 Count = Annotated[int, Meta(ge=1)]
-
-
 Bytes = Annotated[int, Meta(ge=0)]
-
-
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
-
-
 Index = Annotated[int, Meta(ge=0)]
-
-
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
-
-
 Span = Annotated[str, Meta(pattern=r"^\d{1,6}-\d{1,6}$")]
 """`0-7`: the devices 0 to 7."""
 
@@ -113,7 +103,7 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     scheduler: str
     allocator: str
     executor: str
-    launcher: Literal["warm", "cold"]
+    start: Literal["warm", "cold"]
     inference: str
     organization: Name
     threads: Count | None

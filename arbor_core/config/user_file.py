@@ -1,18 +1,33 @@
-"""`~/.arbor/config.yaml`, laid between `conf/serve.yaml` and the command line, the original Arbor's keys included."""
+"""`~/.arbor/config.yaml`, laid between `conf/serve.yaml` and the command line; and keys that had another name before.
+
+The keys of the original Arbor are read in the file; Arbor's own earlier ones everywhere.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from arbor_core.types import ConfigError
 
-from .compose import arbor_home, load_yaml
+from .convert import load_yaml
 from .settings import ServeConfig
+
+log = logging.getLogger(__name__)
+
+
+def arbor_home() -> Path:
+    """`~/.arbor`, or where ARBOR_HOME says."""
+    return Path(os.environ.get("ARBOR_HOME") or "~/.arbor").expanduser()
 
 
 def overrides(environ: Mapping[str, str]) -> list[str]:
@@ -39,7 +54,7 @@ def overrides(environ: Mapping[str, str]) -> list[str]:
 
 def translated(values: dict[str, Any]) -> dict[str, Any]:
     """The original Arbor's keys as ours; ours as they are."""
-    ours = dict(values)
+    ours = with_new_keys(values)
     gpu: dict[str, Any] = dict(ours.pop("gpu", None) or {})
     if ids := ours.pop("gpu_ids", None):  # one list for both: the last serves, as with `gpu.train: null`
         gpu.setdefault("train", ids[:-1] or ids)
@@ -58,6 +73,30 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
         limits = ours.get("limits")
         ours["limits"] = {**(limits or {}), "engine_idle_seconds": ours.pop("inactivity_timeout")}
     return ours
+
+
+def with_new_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose keys may be of an earlier Arbor, with the keys of this one: `launcher: warm` is `start: warm`."""
+    found = dict(values)
+    if found.get("launcher") in ("warm", "cold"):
+        found["start"] = found.pop("launcher")
+        warn_of_launcher()
+    return found
+
+
+def with_new_key(argument: str) -> str:
+    """A word of the command line, in the same way."""
+    old = re.fullmatch(r"(\+{0,2})launcher=(['\"]?)(warm|cold)\2", argument)
+    if old is None:
+        return argument
+    warn_of_launcher()
+    return f"{old[1]}start={old[3]}"
+
+
+@cache
+def warn_of_launcher() -> None:
+    """Once in a process, wherever the old key stands."""
+    log.warning("the key 'launcher' is called 'start' now: write start=warm or start=cold")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -116,7 +116,7 @@ class Attempts:
             base=None if document.model else self.models.locate(document.model_name),
             preload=trainer.preload,
             prove=trainer.prove,
-            launcher=self.settings.launcher,
+            start=self.settings.start,
             bell=str(bell),
             room_seconds=self.settings.limits.room_seconds,
             handled=newest_policy(self.jobs.store, job.id)[0].handled,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from arbor_core import plugins
-from arbor_core.config import compose, convert
+from arbor_core.config import convert
 from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.jobdir.inbox import Inbox
@@ -65,7 +65,7 @@ class JobDirectory:
     def __post_init__(self) -> None:
         found = plugins.load().get("trainers", self.trainer)
         self.dir.mkdir(parents=True)
-        values = compose.merged(yaml_of(self.trainer), self.hyperparameters)
+        values = convert.merged(yaml_of(self.trainer), self.hyperparameters)
         typed = convert.typed(values, found.config, "hyperparameters")
         document = JobDocument(
             storage="storage_test",
@@ -174,4 +174,4 @@ def yaml_of(trainer: str) -> dict[str, Any]:
     paths = [folder / "trainer" / f"{trainer}.yaml" for folder in folders if folder]
     found = [path for path in paths if path.is_file()]
     assert found, f"no plugin has conf/trainer/{trainer}.yaml inside its package: the defaults of its keys go there"
-    return compose.load_yaml(found[0])
+    return convert.load_yaml(found[0])

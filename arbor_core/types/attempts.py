@@ -38,7 +38,8 @@ class AttemptOrder(Struct, frozen=True):
     """Directory or hub id of the base model; None: the job starts from weights in its storage directory."""
     preload: tuple[str, ...] = ()
     prove: str | None = None
-    launcher: str = "cold"
+    start: str = "cold"
+    """`warm` (forked from a process that has imported the libraries) or `cold`."""
     grace: float = 30.0
     """Seconds between SIGTERM and SIGKILL."""
     bell: str | None = None

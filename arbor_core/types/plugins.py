@@ -62,7 +62,7 @@ class AllocatorSettings:
 class ExecutorSettings:
     """What an executor's factory is given."""
 
-    launcher: str
+    start: str
     """`warm` or `cold`."""
     runtime: Path
     """Directory for sockets and logs that no job owns."""

@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 from http_calls import BASE
-from hydra import compose, initialize_config_dir
 
 from arbor_core import plugins
 from arbor_core.application.job_service import submit
 from arbor_core.application.submission import CreateFineTuningJobRequest
 from arbor_core.application.system import Arbor, open_system
-from arbor_core.config.compose import core_config_dir, plain
-from arbor_core.config.convert import typed
-from arbor_core.config.settings import ServeConfig
+from arbor_core.config.compose import serve_settings
 from arbor_core.models.catalog import add_model
 from arbor_core.types import ApiError
 
@@ -28,10 +25,8 @@ FULL = f"ft:{BASE}:arbor::12345678"
 @pytest.fixture
 def arbor(tmp_path: Path) -> Iterator[Arbor]:
     """A server's parts, of which nothing runs."""
-    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
-        mocked = ("executor=mock", "allocator=mock", "inference=mock", "limits.queued_jobs=1")
-        settings = typed(plain(compose("serve", [f"storage={tmp_path}", *mocked])), ServeConfig, where="")
-        system = open_system(settings, plugins.load([]), "mock")
+    mocked = ("executor=mock", "allocator=mock", "inference=mock", "limits.queued_jobs=1")
+    system = open_system(serve_settings(f"storage={tmp_path}", *mocked), plugins.load([]), "mock")
     yield system
     system.store.close()
     system.lock.close()

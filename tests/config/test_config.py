@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import msgspec
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 
-from arbor_core import ConfigError
+from arbor_core import ConfigError, Order
 from arbor_core.config import compose, convert, settings, user_file
+from arbor_core.storage.codec import decode, encode
 
 
 class Inner(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,7 +65,7 @@ def test_good_values_are_typed():
 
 def test_merging_is_by_key_and_changes_nothing():
     base = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert compose.merged(base, {"b": {"c": 9}, "e": None}) == {"a": 1, "b": {"c": 9, "d": 3}, "e": None}
+    assert convert.merged(base, {"b": {"c": 9}, "e": None}) == {"a": 1, "b": {"c": 9, "d": 3}, "e": None}
     assert base == {"a": 1, "b": {"c": 2, "d": 3}}
 
 
@@ -133,6 +138,87 @@ def test_one_list_of_gpus_is_for_training_and_serving(home):
     assert composed()["gpu"] == {"train": [0, 1], "inference": [2]}
 
 
+RENAMED = "the key 'launcher' is called 'start' now: write start=warm or start=cold\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "argument", "start"),
+    [
+        ("", "launcher=cold", "cold"),
+        ("", "++launcher='cold'", "cold"),
+        ("launcher: cold\n", "port=1", "cold"),
+        ("launcher: cold\n", "launcher=warm", "warm"),
+        ("start: cold\n", "launcher=warm", "warm"),
+        ("launcher: cold\n", "start=warm", "warm"),
+    ],
+)
+def test_launcher_is_the_old_name_of_start(home, file, argument, start):
+    (home / "config.yaml").write_text(file)
+    done = arbor_serve("--cfg", "job", argument)
+    assert (done.returncode, done.stderr) == (0, RENAMED)
+    found = yaml.safe_load(done.stdout)
+    assert found["start"] == start and "launcher" not in found
+
+
+def test_start_needs_no_warning(home):
+    (home / "config.yaml").write_text("start: cold\n")
+    done = arbor_serve("--cfg", "job")
+    assert (yaml.safe_load(done.stdout)["start"], done.stderr) == ("cold", "")
+
+
+def test_launcher_in_a_yaml_file_of_the_operator(home, tmp_path):
+    """The configuration of this file is laid over serve.yaml: the server refuses to start after it was read."""
+    (tmp_path / "mine.yaml").write_text("defaults: [serve, _self_]\nlauncher: cold\nmodels: {dirs: [/nowhere]}\n")
+    done = arbor_serve("-cd", str(tmp_path), "-cn", "mine", "port=0")
+    assert done.stderr == f"{RENAMED}arbor-serve: models.dirs: there is no folder /nowhere\n"
+
+
+def test_launcher_in_settings_and_what_it_may_mean_later(caplog):
+    compose_values = {"start": "warm", "launcher": "cold", "port": 1}
+    user_file.warn_of_launcher.cache_clear()
+    assert user_file.with_new_keys(compose_values) == {"start": "cold", "port": 1}
+    assert user_file.with_new_keys(compose_values) == {"start": "cold", "port": 1}
+    assert [record.getMessage() for record in caplog.records] == [RENAMED.strip()], "one warning"
+    assert user_file.with_new_keys({"launcher": "torchrun"}) == {"launcher": "torchrun"}
+    assert user_file.with_new_key("launcher=torchrun") == "launcher=torchrun"
+
+
+def test_an_order_of_an_earlier_server_is_read():
+    """Nothing is started from an order a second time, so what its `launcher` was does not matter."""
+    order = Order(Path("/jobs/1/attempts/1"), (), {}, sys.executable)
+    old = {**json.loads(encode(order)), "launcher": "warm"}
+    del old["start"]
+    assert decode(json.dumps(old).encode(), Order) == order
+
+
+def test_settings_without_a_command_line():
+    assert not GlobalHydra.instance().is_initialized()
+    found = compose.serve_settings("port=9", "limits.attempts=7", "start=cold")
+    assert (found.port, found.limits.attempts, found.start) == (9, 7, "cold")
+    assert not GlobalHydra.instance().is_initialized(), "it is left as it was"
+    with pytest.raises(HydraException, match="Could not override 'prot'"):
+        compose.serve_settings("prot=9")
+
+
+def test_the_defaults_of_a_group_need_no_initialised_hydra(monkeypatch, tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/base.yaml").write_text("learning_rate: 1e-5\nsteps: 3\n")
+    (tmp_path / "trainer/longer.yaml").write_text("defaults: [base, _self_]\nsteps: 9\nwarmup: ${.steps}\n")
+    (tmp_path / "trainer/broken.yaml").write_text("steps: [\n")
+    ours = SimpleNamespace(label="ours 1.0", config_dir=tmp_path)
+    monkeypatch.setattr(compose, "installed", lambda: [ours])
+    assert compose.defaults("trainer", "base") == {"learning_rate": 1e-5, "steps": 3}
+    assert compose.defaults("trainer", "nobody's") == {}
+    longer = {"learning_rate": 1e-5, "steps": 9, "warmup": 9}
+    assert compose.defaults("trainer", "longer") == longer
+    assert not GlobalHydra.instance().is_initialized()
+    with initialize_config_dir(str(compose.core_config_dir()), version_base="1.3"):
+        assert compose.defaults("trainer", "longer") == longer
+        assert GlobalHydra.instance().is_initialized(), "whose program initialised it goes on with it"
+    with pytest.raises(ConfigError, match="broken.yaml: line 2"):
+        compose.defaults("trainer", "broken")
+
+
 def test_the_storage_defaults_to_the_home(home):
     done = arbor_serve("--cfg", "job", "--resolve")
     assert yaml.safe_load(done.stdout)["storage"] == f"{home}/storage"
@@ -175,6 +261,7 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("plugins.disabled=[nobody]", "no plugin called nobody"),
         ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
         ("host=0.0.0.0", "auth.keys"),
+        ("start=luke", "Invalid 'start'"),
         ("launcher=luke", "launcher"),
         ("trainer=sft", "+trainer=NAME"),
         ("engine.token_secondss=1", "Did you mean 'token_seconds'?"),

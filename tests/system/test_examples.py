@@ -106,7 +106,7 @@ def test_plugin_that_learns_from_rollouts_conforms(site: str) -> None:
 
 def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:
     pytest.importorskip("arbor_grpo")  # its routes send the groups
-    server = start_server("launcher=cold", env={"PYTHONPATH": site})
+    server = start_server("start=cold", env={"PYTHONPATH": site})
     client = server.new_client(_strict_response_validation=False)
     hyperparameters = {"num_generations": 2, "max_staleness": 9}
     body = {"model": "mock/tiny", "method": {"type": "reinforce", "reinforce": {"hyperparameters": hyperparameters}}}
@@ -140,7 +140,7 @@ def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Cal
 def test_plugin_trains_through_the_api(
     site: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
-    server = start_server("launcher=cold", env={"PYTHONPATH": site})
+    server = start_server("start=cold", env={"PYTHONPATH": site})
     server.new_client(_strict_response_validation=False)  # OpenAI's schema knows no method 'bigram'
     job = server.client.fine_tuning.jobs.create(
         model="mock/tiny",

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from arbor_core import AllocatorSettings, Plan, Snapshot, Trainer
-from arbor_core.config import compose
+from arbor_core.config import convert
 from arbor_core.plugins import load
 from arbor_core.testing import JobDirectory, check_allocator, check_backend, check_scheduler, check_trainer
 from arbor_core.testing import rollouts as rollout_checks
@@ -51,7 +51,7 @@ def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: p
 
 @pytest.mark.parametrize("name", names("inference_backends"))
 def test_backend_conforms(name: str, request: pytest.FixtureRequest) -> None:
-    options = compose.load_yaml(yaml(name))
+    options = convert.load_yaml(yaml(name))
     check_backend(
         INSTALLED.get("inference_backends", name), base_model(name, request), options=options, refuses=name not in LIGHT
     )

@@ -13,8 +13,7 @@ from arbor_sft.tiny import tokenizer
 from arbor_trl.chat import ChatFormat
 from grpo_jobs import floats, group, rollout
 
-from arbor_core.config.compose import merged
-from arbor_core.config.convert import typed
+from arbor_core.config.convert import merged, typed
 from arbor_core.storage.codec import DEEPEST
 from arbor_core.testing.job_directory import yaml_of
 from arbor_core.types import ConfigError, Group, Record, Rollout

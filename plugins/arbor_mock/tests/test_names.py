@@ -12,7 +12,7 @@ import pytest
 from arbor_mock.rows import check_row
 
 from arbor_core import AllocatorSettings, Bundle, Claim, ConfigError
-from arbor_core.config import compose, convert
+from arbor_core.config import convert
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 
@@ -26,7 +26,7 @@ CONF = Path(arbor_mock.__file__).parent / "conf"
     ],
 )
 def test_yaml_and_struct_have_the_same_keys(yaml, struct):
-    values = compose.load_yaml(CONF / yaml)
+    values = convert.load_yaml(CONF / yaml)
     assert list(values) == [field.name for field in msgspec.structs.fields(struct)]
     msgspec.convert(values, struct)
 
@@ -50,7 +50,7 @@ async def test_the_allocator_simulates_devices():
 
 
 def test_an_unknown_engine_option_is_named():
-    options = {**compose.load_yaml(CONF / "backend/mock.yaml"), "contxt": 5}
+    options = {**convert.load_yaml(CONF / "backend/mock.yaml"), "contxt": 5}
     with pytest.raises(ConfigError, match="'engine.contxt'. Did you mean 'context'?"):
         convert.typed(options, arbor_mock.MockBackend.options, where="engine")
 

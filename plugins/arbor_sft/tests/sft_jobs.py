@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from arbor_sft import SftConfig
 
-from arbor_core.config.compose import load_yaml, merged
-from arbor_core.config.convert import typed
+from arbor_core.config.convert import load_yaml, merged, typed
 from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
