@@ -1,7 +1,7 @@
-"""Requests that come twice: a client that did not hear an answer sends its request again, and must not get two jobs.
+"""Requests that come twice: a client that received no response sends its request again, and must not get two jobs.
 
-A client names what it sends (`Idempotency-Key`), or says that it tries again (`x-stainless-retry-count`, as OpenAI's
-does). What it was answered is written in the transaction that made the job, so there is never one without the other.
+A client names its request (`Idempotency-Key`), or says that it tries again (`x-stainless-retry-count`, as OpenAI's
+does). The response is stored in the transaction that creates the job, so there is never one without the other.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import msgspec
 from arbor_core.types import ApiError
 
 NAMED_SECONDS = 24 * 3600
-"""How long the answer to a request with a key is kept."""
+"""How long the response to a request with a key is kept."""
 UNNAMED_SECONDS = 15 * 60
-"""How long an attempt that says it is another one finds the first, by its body."""
-MOST_CHARS = 255
+"""How long a retry without a key finds the first request, by its body."""
+MAX_CHARS = 255
 KEY, RETRY = "idempotency-key", "x-stainless-retry-count"
 Query = Callable[..., sqlite3.Row | None]
 
 
 class RepeatedError(Exception):
-    """The request came before: undoes the transaction, and holds what was answered then."""
+    """The request came before: undoes the transaction, and holds the response to the first one."""
 
     def __init__(self, response: bytes) -> None:
         super().__init__("the request came before")
@@ -34,34 +34,35 @@ class RepeatedError(Exception):
 
 
 class Repeatable(msgspec.Struct, frozen=True):
-    """A request that may have come before: what tells it from others."""
+    """Identifies a request that may have come before."""
 
     caller: str
     key: str
     body: bytes
-    """Digest of what was asked for, in whatever order its fields came."""
-    again: bool
-    """Whether an earlier one is to be looked for."""
+    """SHA-256 of the request, its fields in a fixed order."""
+    look_up: bool
+    """Whether there may be an earlier one."""
     seconds: int
+    """How long the response is kept."""
 
     @classmethod
-    def of(cls, caller: str, asked: msgspec.Struct, headers: Mapping[str, str]) -> Self:
+    def of(cls, caller: str, request: msgspec.Struct, headers: Mapping[str, str]) -> Self:
         """Read the headers.
 
         Raises:
             ApiError: the key is empty, too long, or not ASCII.
         """
-        body = hashlib.sha256(msgspec.json.encode(asked, order="sorted")).digest()
+        body = hashlib.sha256(msgspec.json.encode(request, order="sorted")).digest()
         if (key := headers.get(KEY)) is not None:
-            if not 0 < len(key) <= MOST_CHARS or not key.isascii() or not key.isprintable():
-                message = f"Invalid 'Idempotency-Key': expected 1 to {MOST_CHARS} printable ASCII characters."
+            if not 0 < len(key) <= MAX_CHARS or not key.isascii() or not key.isprintable():
+                message = f"Invalid 'Idempotency-Key': expected 1 to {MAX_CHARS} printable ASCII characters."
                 raise ApiError(400, message, "invalid_value", "Idempotency-Key")
             return cls(caller, f"key {key}", body, True, NAMED_SECONDS)
         tried = headers.get(RETRY, "")
         return cls(caller, f"body {body.hex()}", body, tried.isdigit() and tried.strip("0") != "", UNNAMED_SECONDS)
 
-    def answered(self, one: Query) -> bytes | None:
-        """What the first request of the same key, or the same one before a retry, was answered.
+    def earlier_response(self, one: Query) -> bytes | None:
+        """The response to the first request with the same key, or to the same request before a retry.
 
         Args:
             one: Gets the first row of a query.
@@ -70,7 +71,7 @@ class Repeatable(msgspec.Struct, frozen=True):
             ApiError: the key was used for something else.
         """
         sql = "SELECT body, response FROM repeats WHERE caller=? AND key=? AND expires_at>?"
-        row = one(sql, self.caller, self.key, int(time.time())) if self.again else None
+        row = one(sql, self.caller, self.key, int(time.time())) if self.look_up else None
         if row is None:
             return None
         if row["body"] != self.body:
@@ -79,12 +80,12 @@ class Repeatable(msgspec.Struct, frozen=True):
         return bytes(row["response"])
 
     def remember(self, db: sqlite3.Connection, response: bytes) -> None:
-        """Keep the answer, and forget what is too old; part of the caller's transaction.
+        """Store the response and delete expired ones; part of the caller's transaction.
 
         Raises:
-            RepeatedError: another one was faster.
+            RepeatedError: another request of the same kind was faster.
         """
-        if earlier := self.answered(lambda sql, *values: db.execute(sql, values).fetchone()):
+        if earlier := self.earlier_response(lambda sql, *values: db.execute(sql, values).fetchone()):
             raise RepeatedError(earlier)
         now = int(time.time())
         db.execute("DELETE FROM repeats WHERE expires_at<=?", (now,))

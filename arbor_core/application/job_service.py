@@ -1,89 +1,161 @@
-"""What can be done with a job: create it, find it, show it, ask something of it. Works without HTTP."""
+"""Fine-tuning jobs without HTTP: create them, find, list and show them, ask them to pause, resume, finish or cancel.
+
+Routes and plugins use it alike, and so does whoever has a server's parts in their own process. A job of another owner
+does not exist for the caller: 404.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from arbor_core import ids
+from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.jobs.records import Job
+from arbor_core.jobs.repository import Jobs
+from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, ApiError, Desired, not_found
 
 from . import objects
 from .idempotency import Repeatable, RepeatedError
-from .submission import CreateFineTuningJobRequest, check_again, prepare
-from .system import Arbor
+from .requests import CreateFineTuningJobRequest
+from .submission import Submission
+
+NOT_FOUND = ("fine_tune_not_found", "fine_tune_id")
+"""OpenAI's code and parameter."""
+PARTICIPLES = {"cancel": "cancelled", "pause": "paused", "run": "resumed"}
 
 
-def found(arbor: Arbor, job_id: str, owner: str) -> Job:
-    """A job of the caller's.
-
-    Raises:
-        ApiError: 404.
-    """
-    job = arbor.jobs.get(ids.require(job_id, "fine tune", *MISSING), owner)
-    if job is None:
-        raise not_found("fine tune", job_id, *MISSING)
-    return job
-
-
-MISSING = ("fine_tune_not_found", "fine_tune_id")
-
-
-def shown(arbor: Arbor, job: Job) -> objects.FineTuningJob:
-    return objects.job_object(job, arbor.settings.organization)
-
-
-async def submit(
-    arbor: Arbor,
-    request: CreateFineTuningJobRequest,
-    owner: str,
-    sent: Repeatable | None = None,
-    remarks: Sequence[str] = (),
-) -> objects.FineTuningJob:
-    """Create a job; it is in the database when this returns.
+class JobService:
+    """The jobs of a server.
 
     Args:
-        sent: How the request was sent, to answer one that came before as it was answered then.
-        remarks: What its author should be warned of besides.
+        organization: What `organization_id` of a job object says.
     """
-    if sent and (before := sent.answered(arbor.store.one)):
-        return as_answered(before)
-    new, warnings = prepare(arbor, request, owner)
 
-    def note(db: sqlite3.Connection, job: Job) -> None:
-        if sent:
-            sent.remember(db, msgspec.json.encode(shown(arbor, job)))
-        check_again(arbor, request, owner, rollouts=job.spec.rollouts)
+    def __init__(
+        self, store: Store, jobs: Jobs, submission: Submission, dispatcher: Dispatcher, organization: str
+    ) -> None:
+        self.store, self.jobs, self.submission = store, jobs, submission
+        self.dispatcher, self.organization = dispatcher, organization
 
-    try:
-        job = await arbor.jobs.create(new, [*warnings, *remarks], note)
-    except RepeatedError as error:
-        return as_answered(error.response)
-    arbor.dispatcher.wake()
-    return shown(arbor, job)
+    async def create(
+        self,
+        request: CreateFineTuningJobRequest,
+        owner: str,
+        repeatable: Repeatable | None = None,
+        warnings: Sequence[str] = (),
+    ) -> objects.FineTuningJob:
+        """Create a job; it is in the database when this returns.
 
+        Args:
+            repeatable: How the request was sent: one that came before gets the response that it got then.
+            warnings: More events to begin the job with.
 
-def as_answered(response: bytes) -> objects.FineTuningJob:
-    return msgspec.json.decode(response, type=objects.FineTuningJob)
+        Raises:
+            ApiError, ConfigError: saying which field is wrong, and how.
+        """
+        if repeatable and (response := repeatable.earlier_response(self.store.one)):
+            return decoded(response)
+        new, found = self.submission.prepare(request, owner)
 
+        def in_transaction(db: sqlite3.Connection, job: Job) -> None:
+            if repeatable:
+                repeatable.remember(db, msgspec.json.encode(self.show(job)))
+            self.submission.check_again(request, owner, rollouts=job.spec.rollouts)
 
-async def ask(arbor: Arbor, job: Job, desired: Desired) -> Job:
-    """Set what is wanted of a job; one that no process works on is there at once.
+        try:
+            job = await self.jobs.create(new, [*found, *warnings], in_transaction)
+        except RepeatedError as error:
+            return decoded(error.response)
+        self.dispatcher.wake()
+        return self.show(job)
 
-    Raises:
-        ApiError: the job has ended otherwise.
-    """
-    if desired == "cancel" and job.status == "cancelled":
+    def find(self, job_id: str, owner: str) -> Job:
+        """A job of an owner's.
+
+        Raises:
+            ApiError: 404.
+        """
+        job = self.jobs.get(ids.require(job_id, "fine tune", *NOT_FOUND), owner)
+        if job is None:
+            raise not_found("fine tune", job_id, *NOT_FOUND)
         return job
-    if job.status in TERMINAL:
-        word = {"cancel": "cancelled", "pause": "paused", "run": "resumed"}.get(desired, desired)
-        message = f"Job {job.id} cannot be {word}: it has {job.status}."
-        raise ApiError(400, message, "invalid_job_state")
-    asked = await arbor.jobs.set_desired(job.id, desired) or job
-    if asked.status in ("queued", "paused") or (asked.desired == "cancel" and asked.status == "validating_files"):
-        await arbor.dispatcher.settle_idle(asked)
-    arbor.dispatcher.wake(job.id)
-    return arbor.jobs.get(job.id) or asked
+
+    def show(self, job: Job) -> objects.FineTuningJob:
+        """The job as OpenAI's object."""
+        return objects.job_object(job, self.organization)
+
+    async def ask(self, job: Job, desired: Desired) -> Job:
+        """Ask a job to run, pause, finish or cancel; one that no process works on does so at once.
+
+        Raises:
+            ApiError: the job has ended otherwise.
+        """
+        if desired == "cancel" and job.status == "cancelled":
+            return job
+        if job.status in TERMINAL:
+            message = f"Job {job.id} cannot be {PARTICIPLES.get(desired, desired)}: it has {job.status}."
+            raise ApiError(400, message, "invalid_job_state")
+        current = await self.jobs.set_desired(job.id, desired) or job
+        if current.status in ("queued", "paused") or (
+            current.desired == "cancel" and current.status == "validating_files"
+        ):
+            await self.dispatcher.settle_idle(current)
+        self.dispatcher.wake(job.id)
+        return self.jobs.get(job.id) or current
+
+    def list_jobs(
+        self, owner: str, limit: int, after: str | None = None, metadata: Mapping[str, str] | str | None = ""
+    ) -> objects.FineTuningJobList:
+        """A page of an owner's jobs, newest first.
+
+        Args:
+            limit: Most jobs on the page.
+            after: The id of the last job of the page before.
+            metadata: Only jobs with these pairs; None: those without metadata; "": all.
+
+        Raises:
+            ApiError: `after` is no job of the owner's.
+        """
+
+        def seq(id: str) -> int | None:
+            cursor = self.jobs.get(id, owner)
+            return cursor.seq if cursor else None
+
+        rows = self.jobs.page(owner, limit + 1, objects.position(after, seq), metadata)
+        return objects.FineTuningJobList([self.show(job) for job in rows[:limit]], has_more=len(rows) > limit)
+
+    def list_events(self, job: Job, limit: int, after: str | None = None) -> objects.FineTuningJobEventList:
+        """A page of a job's events, newest first.
+
+        Raises:
+            ApiError: `after` is no event of the job.
+        """
+        before = objects.position(after, lambda event: self.jobs.event_seq(job.id, event))
+        rows = self.jobs.events(job.id, limit + 1, before)
+        data = [objects.event_object(row) for row in rows[:limit]]
+        return objects.FineTuningJobEventList(data, has_more=len(rows) > limit)
+
+    def list_checkpoints(self, job: Job, limit: int, after: str | None = None) -> objects.FineTuningJobCheckpointList:
+        """A page of a job's checkpoints, newest first.
+
+        Raises:
+            ApiError: `after` is no checkpoint of the job.
+        """
+
+        def step(id: str) -> int | None:
+            cursor = self.jobs.checkpoint(id=id)
+            return cursor.step if cursor and cursor.job_id == job.id else None
+
+        rows = self.jobs.checkpoints(job.id, limit + 1, objects.position(after, step))
+        data = [objects.checkpoint_object(row) for row in rows[:limit]]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return objects.FineTuningJobCheckpointList(data, first, last, has_more=len(rows) > limit)
+
+
+def decoded(response: bytes) -> objects.FineTuningJob:
+    """The job object of an earlier response."""
+    return msgspec.json.decode(response, type=objects.FineTuningJob)

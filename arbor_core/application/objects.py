@@ -1,15 +1,18 @@
-"""Requests and responses of the API, with OpenAI's fields: what must be there is there, null where it may be null."""
+"""OpenAI's objects and lists of them, made from rows. What OpenAI requires is there, null if it may be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from arbor_core import ids
 from arbor_core.files.repository import FileRow
 from arbor_core.files.uploads import PartRow, UploadRow
 from arbor_core.jobs.records import CheckpointRow, EventRow, Job
 from arbor_core.models.catalog import Listed
+from arbor_core.types import ApiError
 
 
 class FileObject(Struct):
@@ -220,3 +223,22 @@ def checkpoint_object(checkpoint: CheckpointRow) -> FineTuningJobCheckpoint:
 
 def model_object(model: Listed, organization: str) -> Model:
     return Model(model.name, model.created_at, organization if model.fine_tuned else "base")
+
+
+def position(after: str | None, find: Callable[[str], int | None]) -> int | None:
+    """Where in a list a page begins; None for the list's start.
+
+    Args:
+        after: The id of the last object of the page before.
+        find: Gives the position of an object that may be in the list, by its id.
+
+    Raises:
+        ApiError: it is not in the list. The first page in its place would send a client round for ever.
+    """
+    if after is None:
+        return None
+    found = find(after) if ids.plausible(after) else None
+    if found is None:
+        message = f"Invalid 'after': there is no object '{after[:80]}' in this list."
+        raise ApiError(400, message, "invalid_cursor", "after")
+    return found

@@ -15,28 +15,35 @@ from arbor_core.jobs.policies import name_checkpoint, named_checkpoint_sizes, na
 from arbor_core.jobs.records import Job
 from arbor_core.models.catalog import strip_provider
 from arbor_core.process.wakeup import wake
-from arbor_core.rollouts.session import Live
-from arbor_core.types import NO_RETRY, TERMINAL, ApiError, CheckpointRequest, Desired, NamedCheckpoint, Policy
+from arbor_core.types import (
+    NO_RETRY,
+    TERMINAL,
+    ApiError,
+    CheckpointRequest,
+    Desired,
+    NamedCheckpoint,
+    Policy,
+    RolloutSession,
+)
 
 from . import objects
-from .job_service import ask, found, shown, submit
-from .submission import CreateFineTuningJobRequest
+from .requests import CreateFineTuningJobRequest
 from .system import Arbor
 
 POLL_SECONDS = 0.2
-NAMED, NAMED_BYTES = 256, 1 << 20
-"""Checkpoints of a job that have names, and bytes of JSON that are kept with all of them: each status shows it all."""
+MAX_NAMED, MAX_METADATA_BYTES = 256, 1 << 20
+"""Named checkpoints of a job, and bytes of JSON that are kept with all of them: each status shows them all."""
 
 
 class ServerServices:
     """Jobs, for plugins: with the same checks and the same objects as over HTTP."""
 
     def __init__(self, arbor: Arbor) -> None:
-        self.arbor = arbor
+        self.arbor, self.jobs = arbor, arbor.job_service
 
     async def create_job(self, request: Mapping[str, Any], owner: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
         body = typed(dict(request), CreateFineTuningJobRequest, "")
-        return plain(await submit(self.arbor, body, owner, remarks=warnings))
+        return plain(await self.jobs.create(body, owner, warnings=warnings))
 
     def defaults(self, method: str) -> Mapping[str, Any]:
         return self.arbor.trainers[self.arbor.plugins.trainer_for(method, self.arbor.default_trainer)].values
@@ -47,20 +54,20 @@ class ServerServices:
         raise ApiError(400, "There is no job that learns from rollouts: initialize one.", "invalid_job_state", "job_id")
 
     async def job(self, job_id: str, owner: str) -> dict[str, Any]:
-        return plain(shown(self.arbor, found(self.arbor, job_id, owner)))
+        return plain(self.jobs.show(self.jobs.find(job_id, owner)))
 
     async def learner(self, job_id: str, owner: str) -> dict[str, Any]:
-        return plain(shown(self.arbor, self._learner(job_id, owner)))
+        return plain(self.jobs.show(self._learner(job_id, owner)))
 
     def _learner(self, job_id: str, owner: str) -> Job:
-        job = found(self.arbor, job_id, owner)
+        job = self.jobs.find(job_id, owner)
         if job.spec.rollouts:
             return job
         message = f"Job {job_id} is not a job that learns from rollouts: it learns from a file."
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
     async def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
-        job, seen = found(self.arbor, job_id, owner), 0
+        job, seen = self.jobs.find(job_id, owner), 0
         while True:
             ended = job.status in TERMINAL  # before the events: after a job's end there are no more
             for row in self.arbor.jobs.events_after(job.id, seen):
@@ -69,27 +76,27 @@ class ServerServices:
             if ended:
                 return
             await self.changed(job_id, owner, POLL_SECONDS)
-            job = found(self.arbor, job_id, owner)
+            job = self.jobs.find(job_id, owner)
 
     async def changed(self, job_id: str, owner: str, seconds: float) -> None:
-        await self.arbor.jobs.subscriptions.wait(found(self.arbor, job_id, owner).id, seconds)
+        await self.arbor.jobs.subscriptions.wait(self.jobs.find(job_id, owner).id, seconds)
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
-        job = self._learner(job_id, owner) if desired == "finish" else found(self.arbor, job_id, owner)
-        return plain(shown(self.arbor, await ask(self.arbor, job, desired)))
+        job = self._learner(job_id, owner) if desired == "finish" else self.jobs.find(job_id, owner)
+        return plain(self.jobs.show(await self.jobs.ask(job, desired)))
 
     def asked(self, job_id: str, owner: str) -> Desired:
-        return found(self.arbor, job_id, owner).desired
+        return self.jobs.find(job_id, owner).desired
 
-    def rollouts(self, job_id: str, owner: str) -> Live:
+    def rollouts(self, job_id: str, owner: str) -> RolloutSession:
         job = self._learner(job_id, owner)
-        if live := self.arbor.live.of(job):
-            return live
+        if session := self.arbor.sessions.of(job):
+            return session
         message = f"Job {job_id} takes no rollouts: it has ended ({job.status})."
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
     def policy(self, job_id: str, owner: str) -> Policy:
-        return newest_policy(self.arbor.store, found(self.arbor, job_id, owner).id)[0]
+        return newest_policy(self.arbor.store, self.jobs.find(job_id, owner).id)[0]
 
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
@@ -100,7 +107,7 @@ class ServerServices:
         until = time.monotonic() + seconds
         asked = None if job.status == "succeeded" else self._ask_for(job, request)
         while asked and job.status != "succeeded":
-            job = found(self.arbor, job_id, owner)  # before its checkpoints: after its end there are no more
+            job = self.jobs.find(job_id, owner)  # before its checkpoints: after its end there are no more
             there = {one.name: one for one in self.checkpoints(job_id, owner)}
             if name in there and not asked.exists():
                 return there[name]
@@ -130,11 +137,13 @@ class ServerServices:
         folder = self.arbor.dispatcher.attempts.dir(job)
         sizes = named_checkpoint_sizes(self.arbor.store, job.id) | checkpoint_requests.sizes(folder)
         sizes[request.name] = len(msgspec.json.encode(request.metadata))
-        if len(sizes) > NAMED:
-            message = f"Invalid 'checkpoint_name': job {job.id} has {NAMED} named checkpoints. Give one of them anew."
+        if len(sizes) > MAX_NAMED:
+            message = (
+                f"Invalid 'checkpoint_name': job {job.id} has {MAX_NAMED} named checkpoints. Give one of them anew."
+            )
             raise ApiError(400, message, "invalid_value", "checkpoint_name")
-        if sum(sizes.values()) > NAMED_BYTES:
-            message = f"Invalid 'metadata': with this, more than {NAMED_BYTES} bytes are kept with job {job.id}."
+        if sum(sizes.values()) > MAX_METADATA_BYTES:
+            message = f"Invalid 'metadata': with this, more than {MAX_METADATA_BYTES} bytes are kept with job {job.id}."
             raise ApiError(400, message, "invalid_value", "metadata")
 
     def _ask_for(self, job: Job, request: CheckpointRequest) -> Path:
@@ -148,7 +157,7 @@ class ServerServices:
         return path
 
     def checkpoints(self, job_id: str, owner: str) -> list[NamedCheckpoint]:
-        return named_checkpoints(self.arbor.store, found(self.arbor, job_id, owner).id)
+        return named_checkpoints(self.arbor.store, self.jobs.find(job_id, owner).id)
 
     async def warm(self, model: str, owner: str) -> None:
         name = strip_provider(model)

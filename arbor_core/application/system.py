@@ -9,7 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
@@ -31,21 +31,16 @@ from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
 from arbor_core.plugins import Plugins
-from arbor_core.rollouts.session import LiveJobs
+from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
-from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings, Trainer
+from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings
+
+from .job_service import JobService
+from .submission import Submission, TrainerDefaults
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class TrainerDefaults:
-    """A trainer and what its configuration is before a client says anything."""
-
-    trainer: Trainer
-    values: Mapping[str, Any]
 
 
 @dataclass
@@ -58,17 +53,19 @@ class Arbor:
     default_trainer: str | None
     store: Store
     jobs: Jobs
+    job_service: JobService
     files: Files
     uploads: Uploads
     models: Models
-    engines: Engines
+    sessions: OpenSessions
     allocator: Allocator
     executor: Executor
+    engines: Engines
+    live_weights: LiveWeights
     observers: Observers
     dispatcher: Dispatcher
-    live: LiveJobs
-    live_weights: LiveWeights
     lock: IO[str]
+    """Held while this server works on the storage directory."""
     failed: bool = False
     """It had to end by itself."""
 
@@ -78,7 +75,7 @@ class Arbor:
         if self.default_trainer:
             chosen = self.trainers[self.default_trainer].trainer
             self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
-        await asyncio.to_thread(self.live.settle)
+        await asyncio.to_thread(self.sessions.recover)
         tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
         for task in tasks:
             task.add_done_callback(self._ended)
@@ -91,12 +88,12 @@ class Arbor:
             await self.engines.close()
             await self.executor.close()
             self.observers.close()
-            self.live.close()
+            self.sessions.close()
             self.store.close()
             self.lock.close()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """End the server when what it lives for has ended: one that only looks alive would be left so."""
+        """End the server when one of its tasks has ended: it would look alive and do nothing."""
         if not task.cancelled() and (error := task.exception()):
             log.critical("the server cannot go on and ends; running jobs go on without it", exc_info=error)
             self.failed = True
@@ -114,9 +111,9 @@ class Arbor:
 
     async def _close_ended(self) -> None:
         """Close the rollouts of jobs that have ended, though nobody asks for them any more."""
-        for job_id in list(self.live.open):
+        for job_id in list(self.sessions.by_job):
             if job := self.jobs.get(job_id):
-                self.live.of(job)
+                self.sessions.of(job)
 
 
 def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
@@ -125,13 +122,13 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     Raises:
         ArborError: a name that no plugin brings, a device that is not there, a storage directory that cannot be used.
     """
+    root = settings.storage.absolute()
     trainers = trainer_defaults(settings, plugins, default_trainer)
     scheduler = plugins.get("schedulers", settings.scheduler)()
     allocator = plugins.get("allocators", settings.allocator)(
         AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
     backend = plugins.get("inference_backends", settings.inference)()
-    root = settings.storage.absolute()
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
     engine_options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
     convert.typed(engine_options, backend.options, where="engine")
@@ -141,8 +138,6 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
     identity = upgraded(store, models)
-    slots = max(1, len(allocator.inventory().get("train", ())))
-    cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     observers = Observers(plugins)
     end_engines(root / "engines")
     engines = Engines(
@@ -155,6 +150,8 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
     live_weights = LiveWeights(models.jobs, engines, jobs)
+    slots = max(1, len(allocator.inventory().get("train", ())))
+    cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
     attempts = Attempts(jobs, files, models, executor, identity, settings, cores)
     ingest = Ingest(jobs, observers, root, settings.organization, live_weights.published)
     outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
@@ -170,24 +167,26 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         root / "run" / "bell",
         settings.limits.room_seconds,
     )
+    submission = Submission(plugins, trainers, default_trainer, jobs, files, models, allocator, settings.limits)
     return Arbor(
-        settings,
-        plugins,
-        trainers,
-        default_trainer,
-        store,
-        jobs,
-        files,
-        Uploads(files),
-        models,
-        engines,
-        allocator,
-        executor,
-        observers,
-        dispatcher,
-        LiveJobs(store, root),
-        live_weights,
-        lock,
+        settings=settings,
+        plugins=plugins,
+        trainers=trainers,
+        default_trainer=default_trainer,
+        store=store,
+        jobs=jobs,
+        job_service=JobService(store, jobs, submission, dispatcher, settings.organization),
+        files=files,
+        uploads=Uploads(files),
+        models=models,
+        sessions=OpenSessions(store, root),
+        allocator=allocator,
+        executor=executor,
+        engines=engines,
+        live_weights=live_weights,
+        observers=observers,
+        dispatcher=dispatcher,
+        lock=lock,
     )
 
 
@@ -208,7 +207,7 @@ def upgraded(store: Store, models: Models) -> str:
 def trainer_defaults(
     settings: ServeConfig, plugins: Plugins, default_trainer: str | None
 ) -> dict[str, TrainerDefaults]:
-    """Every installed trainer with its YAML, under what the command line said of it; all of it type-checked.
+    """Every installed trainer with its YAML, and the command line's settings over it; all of it type-checked.
 
     Raises:
         ConfigError: a value that the trainer's struct does not take.

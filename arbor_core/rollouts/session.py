@@ -1,10 +1,14 @@
-"""The jobs that learn from rollouts while they run: their sessions and ledgers, opened when first asked for."""
+"""The server's side of a job that learns from rollouts while it runs (`arbor_core.types.RolloutSession`).
+
+A session brings together the job's credits, its inbox and the ledger of what its model has sampled. `OpenSessions` are
+those of a server, each opened when it is first needed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -26,69 +30,66 @@ from arbor_core.types import (
     reference,
 )
 
-from .credits import Session
+from .credits import Credits
 from .ledger import Ledger
+from .writer import InboxWriter, Sending
 
 log = logging.getLogger(__name__)
 
 
-class _Named(msgspec.Struct):
-    completions: tuple[str, ...] = ()
+class Session:
+    """One job's rollouts.
 
+    Args:
+        folder: The job's directory.
+        config: The job's, as far as the server must know it.
+        policy: Reads what the trainer has published and handled.
+    """
 
-class Summary(msgspec.Struct):
-    """A group, as far as it says which completions it was made of, and what it is called."""
-
-    rollouts: tuple[_Named, ...]
-    id: int = UNNUMBERED
-    label: str | None = None
-
-
-class Live:
-    """One job's rollouts."""
-
-    def __init__(self, store: Store, job: Job, root: Path) -> None:
-        folder = root / "jobs" / job.id
-        self.store, self.job_id = store, job.id
-        self.config = msgspec.convert(job.spec.config, RolloutConfig)
-        self.session = Session(folder / "inbox", self.config)
+    def __init__(self, folder: Path, config: RolloutConfig, policy: Callable[[], Policy]) -> None:
+        self.folder, self.config, self._policy = folder / "inbox", config, policy
+        self.credits = Credits(config)
+        self.writer = InboxWriter(self.folder, self._settle)
+        self.sending: dict[int, Sending] = {}
+        """Groups that are being written, by batch id."""
         self.ledger = Ledger(folder / "ledger")
         self.labels: dict[str, tuple[int, Accepted | asyncio.Future[Accepted]]] = {}
         """Digests of the groups that clients gave names, and what became of them or will."""
-        for start, digest, group in summaries(folder / "inbox"):
+        for position, digest, group in summaries(self.folder):
+            self.credits.receive(group.id, digest, position)
             self.ledger.spend(*(reference(name) for rollout in group.rollouts for name in rollout.completions))
             if group.label is not None:
-                self.labels[group.label] = (digest, Accepted(group.id, start))
+                self.labels[group.label] = (digest, Accepted(group.id, position))
 
     @property
     def policy(self) -> Policy:
-        """What the trainer has published and handled."""
-        return newest_policy(self.store, self.job_id)[0]
+        return self._policy()
 
     @property
     def received(self) -> int:
-        """How many groups have come."""
-        return self.session.count
+        return self.credits.received
 
     def pending(self) -> list[int]:
-        """The batch ids that a group may be sent for now."""
-        return self.session.pending(self.policy)
+        return self.credits.pending(self.policy)
 
     def sampled_at(self, batch_id: int) -> int:
-        """The policy version of a group that does not say: that of its credit."""
-        return self.session.sampled_at(batch_id, self.policy)
+        return self.credits.sampled_at(batch_id, self.policy)
 
     async def known(self, batch_id: int, digest: int) -> Accepted | None:
-        """What became of a group that was sent before under a batch id; see `Session.known`."""
-        return await self.session.known(batch_id, digest)
+        self.credits.check_id(batch_id)
+        if sending := self.sending.get(batch_id):
+            earlier: tuple[int, int] | None = (sending.digest, await asyncio.shield(sending.position))
+        else:
+            earlier = self.credits.latest.get(batch_id)
+        if earlier is None and batch_id not in self.credits.used:
+            return None
+        if earlier is None or earlier[0] != digest:
+            what = "another group" if earlier else "a group that came too long ago to tell whether it was this one"
+            message = f"Batch id {batch_id} was used for {what}: take one of pending_batch_ids."
+            raise ApiError(400, message, "batch_id_reuse", "batch_id")
+        return Accepted(batch_id, earlier[1], repeated=True)
 
     async def labelled(self, label: str, digest: int) -> Accepted | None:
-        """What became of a group that was sent before under a name. None: it was not; a `send` that follows at once
-        puts it in.
-
-        Raises:
-            ApiError: it was another one.
-        """
         if label not in self.labels:
             return None
         before, accepted = self.labels[label]
@@ -100,14 +101,13 @@ class Live:
         return msgspec.structs.replace(accepted, repeated=True)
 
     async def send(self, group: Group, digest: int) -> Accepted:
-        """Put a group into the inbox; see `Session.send`. The completions in it are spent from now on."""
         names = [reference(name) for rollout in group.rollouts for name in rollout.completions]
         self.ledger.spend(*names)  # before the first wait: a second group with one of them is refused meanwhile
         coming: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         if group.label is not None:
             self.labels[group.label] = (digest, coming)
         try:
-            accepted = await self.session.send(group, digest, self.policy)
+            accepted = await self._put(group, digest)
         except Exception as error:
             self.ledger.spent.difference_update(names)
             if group.label is not None:
@@ -121,40 +121,57 @@ class Live:
         coming.set_result(accepted)
         return accepted
 
+    async def _put(self, group: Group, digest: int) -> Accepted:
+        """Put a group into the inbox, under the lowest id that is offered if it has none."""
+        policy = self.policy
+        pending = self.credits.pending(policy)
+        if group.id == UNNUMBERED and pending:
+            group = msgspec.structs.replace(group, id=pending[0])
+        elif group.id != UNNUMBERED and (known := await self.known(group.id, digest)):
+            return known
+        self.credits.reserve(group.id, policy)
+        sending = self.writer.send(group, digest)
+        if group.id != UNNUMBERED:
+            self.sending[group.id] = sending
+        return Accepted(group.id, await asyncio.shield(sending.position))
+
+    def _settle(self, sending: Sending, position: int | Exception) -> None:
+        self.sending.pop(sending.group.id, None)
+        if isinstance(position, Exception):
+            self.credits.release(sending.group.id)
+        else:
+            self.credits.settle(sending.group.id, sending.digest, position)
+
     def group(self, accepted: Accepted) -> Group:
-        """A group that was accepted."""
-        return self.session.group(accepted.position)
+        return next(inbox.read(self.folder, accepted.position)).group
 
     def completion(self, id: str, index: int = 0) -> Completion | None:
-        """What was sampled under an id, if it is still known."""
         return self.ledger.get(id, index)
 
     def is_spent(self, id: str, index: int = 0) -> bool:
-        """Whether a completion was rewarded already."""
         return (id, index) in self.ledger.spent
 
     def match(
         self, key: bytes, without: frozenset[tuple[str, int]] = frozenset(), tools: bytes | None = None
     ) -> Completion | None:
-        """The newest completion with such messages and answer that is neither spent nor among `without`; see
-        `Ledger.match`."""
         return self.ledger.match(key, without, tools)
 
     def close(self) -> None:
-        self.session.close()
+        """Close the files; what is being written is written first."""
+        self.writer.close()
         self.ledger.close()
 
 
-class LiveJobs:
-    """The open sessions of a server."""
+class OpenSessions:
+    """The sessions of a server. `root`: its storage directory."""
 
     def __init__(self, store: Store, root: Path) -> None:
         self.store, self.root = store, root
-        self.open: dict[str, Live] = {}
+        self.by_job: dict[str, Session] = {}
 
-    def settle(self) -> None:
-        """Let trainers read all that is on the disk, before any client comes: after a power failure that may be more
-        than they were told. To be called before any session is open."""
+    def recover(self) -> None:
+        """Let trainers read all that is on the disk: after a power failure that may be more than they were told.
+        To be called before any session is open."""
         sql = f"SELECT id FROM jobs WHERE {VALIDATED} AND json_extract(spec,'$.rollouts')"  # noqa: S608
         for row in self.store.read(sql):
             try:
@@ -162,19 +179,34 @@ class LiveJobs:
             except (OSError, inbox.InboxDamagedError) as error:  # its trainer and its clients will hear of it
                 log.warning("the inbox of job %s: %s", row["id"], error)
 
-    def of(self, job: Job) -> Live | None:
-        """A job's rollouts; None where there are none to come: it learns from a file, or has ended."""
+    def of(self, job: Job) -> Session | None:
+        """A job's session; None where there are no rollouts to come: it learns from a file, or has ended."""
         if job.status in TERMINAL or not job.spec.rollouts:
-            if ended := self.open.pop(job.id, None):
+            if ended := self.by_job.pop(job.id, None):
                 ended.close()
             return None
-        if job.id not in self.open:
-            self.open[job.id] = Live(self.store, job, self.root)
-        return self.open[job.id]
+        if job.id not in self.by_job:
+            config = msgspec.convert(job.spec.config, RolloutConfig)
+            self.by_job[job.id] = Session(
+                self.root / "jobs" / job.id, config, lambda: newest_policy(self.store, job.id)[0]
+            )
+        return self.by_job[job.id]
 
     def close(self) -> None:
-        for live in self.open.values():
-            live.close()
+        for session in self.by_job.values():
+            session.close()
+
+
+class RolloutSummary(msgspec.Struct):
+    completions: tuple[str, ...] = ()
+
+
+class Summary(msgspec.Struct):
+    """A group in the inbox, as far as a session must know it: which completions it used, and what it is called."""
+
+    rollouts: tuple[RolloutSummary, ...]
+    id: int = UNNUMBERED
+    label: str | None = None
 
 
 def summaries(folder: Path) -> Iterator[tuple[int, int, Summary]]:

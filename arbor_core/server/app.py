@@ -19,15 +19,14 @@ from .http.auth import guard, owner
 from .http.errors import HANDLERS, request_id
 from .routes import chat, completions, files, fine_tuning, models, status, uploads
 
-ROOMS = (status, chat, completions, files, uploads, fine_tuning, models, openapi)
+ROUTE_MODULES = (status, chat, completions, files, uploads, fine_tuning, models, openapi)
 
 
 def create_app(arbor: Arbor) -> Litestar:
     """The ASGI application that serves one Arbor."""
-
     auth = arbor.settings.auth
 
-    def the_arbor() -> Arbor:
+    def provide_arbor() -> Arbor:
         return arbor
 
     @asynccontextmanager
@@ -36,8 +35,8 @@ def create_app(arbor: Arbor) -> Litestar:
             yield
 
     return Litestar(
-        route_handlers=[*(route for room in ROOMS for route in room.ROUTES), *plugin_routes(arbor)],
-        dependencies={"arbor": Provide(the_arbor, sync_to_thread=False), "owner": Provide(owner)},
+        route_handlers=[*(route for module in ROUTE_MODULES for route in module.ROUTES), *plugin_routes(arbor)],
+        dependencies={"arbor": Provide(provide_arbor, sync_to_thread=False), "owner": Provide(owner)},
         exception_handlers=HANDLERS,
         guards=[guard(entries(auth.keys), arbor.settings.limits, insecure=auth.insecure)],
         lifespan=[lifespan],

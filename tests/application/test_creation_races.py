@@ -12,8 +12,7 @@ import pytest
 from http_calls import BASE
 
 from arbor_core import plugins
-from arbor_core.application.job_service import submit
-from arbor_core.application.submission import CreateFineTuningJobRequest
+from arbor_core.application.requests import CreateFineTuningJobRequest
 from arbor_core.application.system import Arbor, open_system
 from arbor_core.config.compose import serve_settings
 from arbor_core.models.catalog import add_model
@@ -56,12 +55,12 @@ async def add_file(arbor: Arbor) -> str:
 async def test_row_26_row_54_a_file_is_deleted_or_used(arbor: Arbor, param: str) -> None:
     needed, other = await add_file(arbor), await add_file(arbor)
     asked = CreateFineTuningJobRequest(BASE, **{"training_file": other, param: needed})
-    codes = await at_once(arbor, arbor.files.delete(needed, "me"), submit(arbor, asked, "me"))
+    codes = await at_once(arbor, arbor.files.delete(needed, "me"), arbor.job_service.create(asked, "me"))
     assert codes == [None, "file_not_found"]
     assert arbor.jobs.count_waiting() == 0
     needed = await add_file(arbor)
     asked = CreateFineTuningJobRequest(BASE, **{"training_file": other, param: needed})
-    codes = await at_once(arbor, submit(arbor, asked, "me"), arbor.files.delete(needed, "me"))
+    codes = await at_once(arbor, arbor.job_service.create(asked, "me"), arbor.files.delete(needed, "me"))
     assert codes == [None, "file_in_use"]
     assert arbor.files.path(needed).exists()
 
@@ -75,15 +74,15 @@ async def test_row_116_a_model_is_deleted_or_trained_further(arbor: Arbor) -> No
 
     await arbor.store.write(add)
     asked = CreateFineTuningJobRequest(FULL, await add_file(arbor))
-    codes = await at_once(arbor, arbor.models.delete(FULL, "me"), submit(arbor, asked, "me"))
+    codes = await at_once(arbor, arbor.models.delete(FULL, "me"), arbor.job_service.create(asked, "me"))
     assert codes == [None, "model_not_found"]
     await arbor.store.write(lambda db: db.execute("UPDATE models SET deleted=0"))
-    codes = await at_once(arbor, submit(arbor, asked, "me"), arbor.models.delete(FULL, "me"))
+    codes = await at_once(arbor, arbor.job_service.create(asked, "me"), arbor.models.delete(FULL, "me"))
     assert codes == [None, "model_in_use"]
 
 
 async def test_row_66_one_place_in_the_queue(arbor: Arbor) -> None:
     asked = CreateFineTuningJobRequest(BASE, await add_file(arbor))
-    codes = await at_once(arbor, *(submit(arbor, asked, "me") for _ in range(3)))
+    codes = await at_once(arbor, *(arbor.job_service.create(asked, "me") for _ in range(3)))
     assert codes == [None, "queue_full", "queue_full"]
     assert arbor.jobs.count_waiting() == 1

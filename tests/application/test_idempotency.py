@@ -16,7 +16,7 @@ from live import LiveServer
 
 from arbor_core.application import idempotency
 from arbor_core.application.idempotency import Repeatable, RepeatedError
-from arbor_core.application.submission import CreateFineTuningJobRequest
+from arbor_core.application.requests import CreateFineTuningJobRequest
 from arbor_core.storage.database import Store
 
 
@@ -140,11 +140,11 @@ async def test_answers_are_kept_for_a_day_and_those_without_a_key_for_minutes(
     with pytest.raises(RepeatedError):
         await store.write(lambda db: named.remember(db, b"three"))
     now += idempotency.UNNAMED_SECONDS - 1
-    assert (named.answered(store.one), unnamed.answered(store.one)) == (b"one", b"two")
+    assert (named.earlier_response(store.one), unnamed.earlier_response(store.one)) == (b"one", b"two")
     now += 1
-    assert (named.answered(store.one), unnamed.answered(store.one)) == (b"one", None)
+    assert (named.earlier_response(store.one), unnamed.earlier_response(store.one)) == (b"one", None)
     now += idempotency.NAMED_SECONDS
-    assert named.answered(store.one) is None
+    assert named.earlier_response(store.one) is None
     await store.write(lambda db: unnamed.remember(db, b"four"))
     store.close()
     with closing(sqlite3.connect(tmp_path / "arbor.db")) as db:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from arbor_core.jobdir.inbox import read
 from arbor_core.rollouts import credits as credits_module
-from arbor_core.rollouts.credits import Session, Spans
-from arbor_core.types import UNNUMBERED, ApiError, Group, Policy, Rollout, RolloutConfig
+from arbor_core.rollouts.credits import Spans
+from arbor_core.rollouts.session import Session
+from arbor_core.types import UNNUMBERED, Accepted, ApiError, Group, Policy, Rollout, RolloutConfig
 
 START = Policy()
 
@@ -35,9 +36,41 @@ def group(id: int, reward: float = 0.0) -> Group:
     return Group(id=id, rollouts=(Rollout(reward=reward), Rollout(trajectory=1, reward=1.0)), version=0)
 
 
+class OpenSession:
+    """The session of a job whose trainer has got as far as each call says."""
+
+    def __init__(self, folder: Path, config: RolloutConfig) -> None:
+        self.policy = START
+        self.session = Session(folder, config, lambda: self.policy)
+        self.folder, self.inbox, self.close = self.session.folder, self.session.writer.inbox, self.session.close
+
+    @property
+    def received(self) -> int:
+        return self.session.received
+
+    @property
+    def latest(self) -> dict[int, tuple[int, int]]:
+        return self.session.credits.latest
+
+    def pending(self, policy: Policy) -> list[int]:
+        self.policy = policy
+        return self.session.pending()
+
+    def sampled_at(self, batch_id: int, policy: Policy) -> int:
+        self.policy = policy
+        return self.session.sampled_at(batch_id)
+
+    async def send(self, group: Group, digest: int, policy: Policy) -> Accepted:
+        self.policy = policy
+        return await self.session.send(group, digest)
+
+    async def known(self, batch_id: int, digest: int) -> Accepted | None:
+        return await self.session.known(batch_id, digest)
+
+
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    opened = Session(tmp_path / "inbox", config())
+def session(tmp_path: Path) -> Iterator[OpenSession]:
+    opened = OpenSession(tmp_path, config())
     yield opened
     opened.close()
 
@@ -46,7 +79,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
 async def test_credits_are_what_a_step_needs_times_how_far_ahead(
     tmp_path: Path, staleness: int, per_step: int, window: int
 ) -> None:
-    session = Session(tmp_path, config(per_step, staleness))
+    session = OpenSession(tmp_path, config(per_step, staleness))
     assert session.pending(START) == list(range(window))
     for number in range(window):
         await session.send(group(number), number, START)
@@ -56,7 +89,7 @@ async def test_credits_are_what_a_step_needs_times_how_far_ahead(
 
 
 async def test_row_87_strictly_on_policy_nothing_is_offered_before_the_step_is_made(tmp_path: Path) -> None:
-    session = Session(tmp_path, config(1, 0))
+    session = OpenSession(tmp_path, config(1, 0))
     await session.send(group(0), 1, START)
     assert session.pending(START) == []
     assert session.pending(Policy(1, 1)) == [1]
@@ -65,7 +98,7 @@ async def test_row_87_strictly_on_policy_nothing_is_offered_before_the_step_is_m
 
 
 async def test_an_offer_that_nobody_takes_is_made_again_under_another_id(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: OpenSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert session.pending(START) == [0, 1]
     now = credits_module.time.monotonic()
@@ -75,7 +108,7 @@ async def test_an_offer_that_nobody_takes_is_made_again_under_another_id(
     assert not late.repeated, "whoever comes late is welcome"
 
 
-async def test_row_87_the_same_group_again_changes_nothing(session: Session) -> None:
+async def test_row_87_the_same_group_again_changes_nothing(session: OpenSession) -> None:
     first = await session.send(group(0), 7, START)
     again = await session.send(group(0), 7, START)
     assert (again.id, again.position, again.repeated) == (0, first.position, True)
@@ -84,7 +117,7 @@ async def test_row_87_the_same_group_again_changes_nothing(session: Session) -> 
     assert len(list(read(session.folder, 0))) == 1
 
 
-async def test_the_same_group_twice_at_once(session: Session) -> None:
+async def test_the_same_group_twice_at_once(session: OpenSession) -> None:
     answers = await asyncio.gather(*(session.send(group(0), 7, START) for _ in range(4)))
     assert sorted(answer.repeated for answer in answers) == [False, True, True, True]
     assert len(list(read(session.folder, 0))) == 1
@@ -94,13 +127,13 @@ async def test_row_87_an_offered_id_is_taken_however_many_were_used_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credits_module, "REMEMBERED", 4)
-    session = Session(tmp_path, config())
+    session = OpenSession(tmp_path, config())
     late = session.pending(START)[0]
     for number in range(12):
         policy = Policy(number, number)
         (other,) = set(session.pending(policy)) - {late}
         await session.send(group(other), other, policy)
-    for opened in (session, Session(tmp_path, config())):
+    for opened in (session, OpenSession(tmp_path, config())):
         with pytest.raises(ApiError, match="too long ago") as caught:
             await opened.send(group(2), 2, policy)
         assert (caught.value.status, caught.value.code) == (400, "batch_id_reuse")
@@ -109,20 +142,22 @@ async def test_row_87_an_offered_id_is_taken_however_many_were_used_meanwhile(
     assert late in session.pending(policy)
     accepted = await session.send(group(late), 77, policy)
     assert not accepted.repeated
-    assert [record.group.id for record in read(tmp_path, accepted.position)] == [late]
+    assert [record.group.id for record in read(session.folder, accepted.position)] == [late]
     assert (await session.send(group(late), 77, policy)).repeated
     session.close()
     opened.close()
 
 
-async def test_row_87_ids_that_nobody_can_have_been_offered(session: Session) -> None:
+async def test_row_87_ids_that_nobody_can_have_been_offered(session: OpenSession) -> None:
     for number in (credits_module.AHEAD + 2, 1 << 60):
         with pytest.raises(ApiError, match="never offered") as caught:
             await session.send(group(number), 1, START)
         assert caught.value.code == "step_out_of_order"
 
 
-async def test_groups_without_ids_take_credits_and_then_wait(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_groups_without_ids_take_credits_and_then_wait(
+    session: OpenSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(credits_module, "WAITING", 3)
     taken = [(await session.send(group(UNNUMBERED), n, START)).id for n in range(5)]
     assert taken == [0, 1, UNNUMBERED, UNNUMBERED, UNNUMBERED]
@@ -132,7 +167,7 @@ async def test_groups_without_ids_take_credits_and_then_wait(session: Session, m
 
 
 async def test_a_full_disk_refuses_each_group_and_keeps_the_credits(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: OpenSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -146,7 +181,7 @@ async def test_a_full_disk_refuses_each_group_and_keeps_the_credits(
 
 
 async def test_of_groups_that_arrive_at_once_the_disk_may_take_some(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: OpenSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append = session.inbox.append
     with monkeypatch.context() as patched:
@@ -168,7 +203,7 @@ class Told:
 
     def __init__(self, folder: Path, per_step: int, staleness: int) -> None:
         self.folder, self.config = folder, config(per_step, staleness)
-        self.session = Session(folder, self.config)
+        self.session = OpenSession(folder, self.config)
         self.sent: dict[int, int] = {}
         self.unnumbered = self.trained = 0
 
@@ -179,7 +214,7 @@ class Told:
     async def do(self, what: str, number: int) -> None:
         if what == "restart":
             self.session.close()
-            self.session = Session(self.folder, self.config)
+            self.session = OpenSession(self.folder, self.config)
         elif what == "train" and (self.trained + 1) * self.config.groups_per_step <= len(self.sent) + self.unnumbered:
             self.trained += 1
         elif what == "repeat" and self.sent:
@@ -202,7 +237,7 @@ class Told:
         assert not self.sent.keys() & set(offered), "an id that was used is never offered again"
         open_ = len(self.sent) + self.unnumbered - self.policy.handled
         assert len(offered) == max(0, window - open_), "as many credits as the trainer has room for"
-        assert self.session.count == len(self.sent) + self.unnumbered
+        assert self.session.received == len(self.sent) + self.unnumbered
 
 
 WHAT = st.tuples(st.sampled_from(["send", "send", "train", "restart", "repeat", "unnumbered"]), st.integers(0, 99))
@@ -216,10 +251,10 @@ def test_a_session_is_a_function_of_its_inbox(per_step: int, staleness: int, dee
         for what, number in deeds:
             await told.do(what, number)
             told.check()
-        before = (told.session.count, dict(told.session.filled))
+        before = (told.session.received, dict(told.session.latest))
         await told.do("restart", 0)
-        assert (told.session.count, told.session.filled) == before
-        assert len(list(read(folder, 0))) == before[0]
+        assert (told.session.received, told.session.latest) == before
+        assert len(list(read(told.session.folder, 0))) == before[0]
         told.session.close()
 
     with tempfile.TemporaryDirectory() as folder:

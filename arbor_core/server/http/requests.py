@@ -1,15 +1,13 @@
-"""Reading requests: JSON bodies, query strings and ids, each mistake with OpenAI's code and the path of the field."""
+"""Reading requests: JSON bodies and query strings, each mistake with OpenAI's code and the path of the field."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
 
-from arbor_core import ids
 from arbor_core.config.convert import typed
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, ConfigError
 
@@ -88,26 +86,3 @@ def _fault(value: Any, type_: Any) -> str | None:
     except msgspec.ValidationError as error:
         return str(error).partition(", got")[0]
     return None
-
-
-def place(after: str | None, find: Callable[[str], int | None]) -> int | None:
-    """Where on a list a page begins; None for the list's start.
-
-    Args:
-        find: Gives the place of an object that may stand on the list, by its id.
-
-    Raises:
-        ApiError: there is no such object on it.
-    """
-    if after is None:
-        return None
-    found = find(after) if ids.plausible(after) else None
-    if found is None:
-        raise bad_cursor(after)
-    return found
-
-
-def bad_cursor(after: str) -> ApiError:
-    """An `after` that is not on the list: answering the first page again would send a client round for ever."""
-    message = f"Invalid 'after': there is no object '{after[:80]}' in this list."
-    return ApiError(400, message, "invalid_cursor", "after")

@@ -1,4 +1,4 @@
-"""What chat and plain completions share: parameters, their bounds, and the road from a request to an engine.
+"""From a completion request to the relay that answers it.
 
 The body is decoded to check it, and goes on to the engine as the bytes that came, unless the model's name has a prefix
 or a parameter is null: an engine need not know every parameter that may be null.
@@ -14,7 +14,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from arbor_core.application.system import Arbor
 from arbor_core.models.catalog import strip_provider
 from arbor_core.models.fine_tuned import Resolved
-from arbor_core.rollouts.session import Live
+from arbor_core.rollouts.session import Session
 from arbor_core.server.http.auth import caller_of
 from arbor_core.server.http.requests import AnyRequest, decoded
 
@@ -23,20 +23,24 @@ from .recording import RecordingRelay
 from .relay import Relay
 
 
-def relayed(request: AnyRequest, arbor: Arbor, owner: str, asked: Generation, raw: bytes) -> ASGIApp:
+def relayed(request: AnyRequest, arbor: Arbor, owner: str, generation: Generation, raw: bytes) -> ASGIApp:
     """The answer of the engine that serves the model, as it comes.
+
+    Args:
+        generation: The body, typed.
+        raw: The body as it came.
 
     Raises:
         ApiError: there is no such model.
     """
-    resolved = arbor.models.resolve(strip_provider(asked.model), owner)
+    resolved = arbor.models.resolve(strip_provider(generation.model), owner)
     path = request.scope["path"]
-    if live := live_of(arbor, resolved):
-        relay: Relay = RecordingRelay(arbor.engines, resolved, path, without_nulls(decoded(raw)), live.ledger)
+    if session := session_of(arbor, resolved):
+        relay: Relay = RecordingRelay(arbor.engines, resolved, path, without_nulls(decoded(raw)), session.ledger)
     else:
-        if resolved.name != asked.model or b"null" in raw:
+        if resolved.name != generation.model or b"null" in raw:
             raw = msgspec.json.encode(without_nulls(decoded(raw)) | {"model": resolved.name})
-        relay = Relay(arbor.engines, resolved, path, raw, bool(asked.stream))
+        relay = Relay(arbor.engines, resolved, path, raw, bool(generation.stream))
     caller = caller_of(request)
 
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,10 +50,10 @@ def relayed(request: AnyRequest, arbor: Arbor, owner: str, asked: Generation, ra
     return counted
 
 
-def live_of(arbor: Arbor, resolved: Resolved) -> Live | None:
+def session_of(arbor: Arbor, resolved: Resolved) -> Session | None:
     """The rollouts of the job whose policy a model is; None: it is not one."""
     job = arbor.jobs.get(resolved.live) if resolved.live else None
-    return arbor.live.of(job) if job else None
+    return arbor.sessions.of(job) if job else None
 
 
 def without_nulls(body: dict[str, Any]) -> dict[str, Any]:

@@ -13,22 +13,12 @@ from arbor_core.config.convert import explained
 from arbor_core.server.http.requests import decoded
 from arbor_core.types import ConfigError
 
-MOST_TOKENS = (1 << 31) - 1
-
-
-MOST_STOPS = 4
-
-
+MAX_TOKENS = (1 << 31) - 1
+MAX_STOPS = 4
 Unit = Annotated[float, Meta(ge=0, le=1)]
-
-
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
-
 Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-
-
-Count = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
+Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -61,7 +51,7 @@ class Generation(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
-    top_k: Annotated[int, Meta(ge=-1, le=MOST_TOKENS)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: Unit | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     stop_token_ids: list[Count] | None = None
@@ -70,7 +60,7 @@ class Generation(Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    """Parameters that no engine here can honour, and why. Their types admit only what changes nothing."""
+    """Parameters that no engine here can honour, and why. Their types admit only values that change nothing."""
     HINTS: ClassVar[Mapping[str, str]] = {}
     """What is expected, by the end of a path, where msgspec does not say."""
 
@@ -98,26 +88,26 @@ def read(raw: bytes, decoder: msgspec.json.Decoder[RequestT]) -> RequestT:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         decoded(raw)
         raise
-    said = str(fault).replace("[...]", "")
+    message = str(fault).replace("[...]", "")
     path = (fault.path or "").replace("[...]", "")
     root = path.partition(".")[0].partition("[")[0]
     if why := decoder.type.REFUSED.get(root):
         raise refused(path, why)
     place = re.sub(r"\d+", "", path)
     hint = next((f" {text}" for end, text in decoder.type.HINTS.items() if place.endswith(end)), "")
-    raise ConfigError(said + hint, path=path or None, code=fault.code)
+    raise ConfigError(message + hint, path=path or None, code=fault.code)
 
 
 def check_generation(request: Generation) -> None:
-    """What types cannot say of the shared parameters.
+    """Check what types cannot express of the shared parameters.
 
     Raises:
         ConfigError: with the parameter's name.
     """
     check_limit("max_tokens", request.max_tokens)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > MOST_STOPS:
-        message = f"Invalid 'stop': array too long. Expected at most {MOST_STOPS} items, but got {len(stops)}."
+    if len(stops) > MAX_STOPS:
+        message = f"Invalid 'stop': array too long. Expected at most {MAX_STOPS} items, but got {len(stops)}."
         raise ConfigError(message, path="stop", code="array_above_max_length")
     if not all(stops):
         raise ConfigError("Invalid 'stop': an empty string would stop every answer at once.", path="stop")
@@ -130,5 +120,5 @@ def check_generation(request: Generation) -> None:
 
 def check_limit(name: str, value: int | None) -> None:
     """Tokens to generate at most."""
-    if value is not None and not 1 <= value <= MOST_TOKENS:
+    if value is not None and not 1 <= value <= MAX_TOKENS:
         raise ConfigError(f"Invalid '{name}': expected a number of tokens from 1 on, but got {value}.", path=name)

@@ -149,7 +149,7 @@ DECODER = msgspec.json.Decoder(ChatRequest)
 
 
 def check(request: ChatRequest) -> None:
-    """What types cannot say.
+    """Check what types cannot express.
 
     Raises:
         ConfigError: with the path of the field at fault.
@@ -161,13 +161,13 @@ def check(request: ChatRequest) -> None:
     if request.store:
         raise refused("store", "This server keeps no completions.")
     for index, message in enumerate(request.messages):
-        if isinstance(message, AssistantMessage) and not says_something(message):
+        if isinstance(message, AssistantMessage) and not has_content(message):
             path = f"messages[{index}].content"
             text = f"Missing required parameter: '{path}'. An assistant message without tool calls has content."
             raise ConfigError(text, path=path, code="missing_required_parameter")
 
 
-def says_something(message: AssistantMessage) -> bool:
+def has_content(message: AssistantMessage) -> bool:
     """Whether a message has any content; the empty text counts."""
     return any(
         part is not None for part in (message.content, message.refusal, message.tool_calls, message.function_call)
@@ -188,9 +188,9 @@ def says_something(message: AssistantMessage) -> bool:
 )
 async def create_chat_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
-    asked = read(raw, DECODER)
-    check(asked)
-    return relayed(request, arbor, owner, asked, raw)
+    generation = read(raw, DECODER)
+    check(generation)
+    return relayed(request, arbor, owner, generation, raw)
 
 
 ROUTES = [create_chat_completion]

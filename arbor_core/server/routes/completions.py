@@ -18,8 +18,8 @@ from arbor_core.server.relay.forward import relayed
 from arbor_core.server.relay.parameters import Generation, check_generation, read, refused
 from arbor_core.types import ConfigError
 
-MOST_PROMPTS = 2048
-MOST_TOKEN_ID = (1 << 31) - 1
+MAX_PROMPTS = 2048
+MAX_TOKEN_ID = (1 << 31) - 1
 
 
 class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +49,7 @@ DECODER = msgspec.json.Decoder(CompletionRequest)
 
 
 def check(request: CompletionRequest) -> None:
-    """What types cannot say.
+    """Check what types cannot express.
 
     Raises:
         ConfigError: with the parameter's name.
@@ -67,8 +67,8 @@ def check(request: CompletionRequest) -> None:
 
 def check_prompts(prompt: list[str | int | list[int]]) -> None:
     """A list of texts, of token ids, or of lists of token ids. Whether an id is in the vocabulary the engine knows."""
-    if not 1 <= len(prompt) <= MOST_PROMPTS and not (prompt and isinstance(prompt[0], int)):
-        message = f"Invalid 'prompt': expected 1 to {MOST_PROMPTS} prompts, but got {len(prompt)}."
+    if not 1 <= len(prompt) <= MAX_PROMPTS and not (prompt and isinstance(prompt[0], int)):
+        message = f"Invalid 'prompt': expected 1 to {MAX_PROMPTS} prompts, but got {len(prompt)}."
         raise ConfigError(message, path="prompt")
     if len({type(item) for item in prompt}) > 1:
         message = "Invalid 'prompt': expected a text, token ids, a list of texts, or a list of lists of token ids."
@@ -82,7 +82,7 @@ def check_prompts(prompt: list[str | int | list[int]]) -> None:
 
 def check_tokens(tokens: list[int]) -> None:
     low, high = min(tokens), max(tokens)
-    if low < 0 or high > MOST_TOKEN_ID:
+    if low < 0 or high > MAX_TOKEN_ID:
         message = f"Invalid 'prompt': {low if low < 0 else high} is not the id of a token."
         raise ConfigError(message, path="prompt")
 
@@ -101,9 +101,9 @@ def check_tokens(tokens: list[int]) -> None:
 )
 async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
-    asked = read(raw, DECODER)
-    check(asked)
-    return relayed(request, arbor, owner, asked, raw)
+    generation = read(raw, DECODER)
+    check(generation)
+    return relayed(request, arbor, owner, generation, raw)
 
 
 ROUTES = [create_completion]

@@ -1,4 +1,4 @@
-"""/v1/files."""
+"""`/v1/files`: upload, list, show, download and delete files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arbor_core.server import schemas
 from arbor_core.server.http.auth import TRAIN
 from arbor_core.server.http.multipart import FORM, receive
 from arbor_core.server.http.openapi import described
-from arbor_core.server.http.requests import AnyRequest, place, query
+from arbor_core.server.http.requests import AnyRequest, query
 from arbor_core.types import not_found
 
 
@@ -38,7 +38,7 @@ async def create_file(request: AnyRequest, arbor: Arbor, owner: str) -> objects.
 )
 async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> objects.FileList:
     page = query(request, schemas.FilePage)
-    after = place(page.after, lambda found: arbor.files.seq(found, owner))
+    after = objects.position(page.after, lambda file_id: arbor.files.seq(file_id, owner))
     await arbor.files.expire()
     rows = arbor.files.page(owner, page.limit + 1, after, purpose=page.purpose, ascending=page.order == "asc")
     data = [objects.file_object(row) for row in rows[: page.limit]]
@@ -52,14 +52,14 @@ async def list_files(request: AnyRequest, arbor: Arbor, owner: str) -> objects.F
     opt=described("Retrieve a file's description.", scopes=TRAIN),
 )
 async def retrieve_file(file_id: str, arbor: Arbor, owner: str) -> objects.FileObject:
-    return objects.file_object(found(arbor, file_id, owner))
+    return objects.file_object(find(arbor, file_id, owner))
 
 
 @delete(
     "/v1/files/{file_id:str}", operation_id="deleteFile", status_code=200, opt=described("Delete a file.", scopes=TRAIN)
 )
 async def delete_file(file_id: str, arbor: Arbor, owner: str) -> objects.Deleted:
-    file = found(arbor, file_id, owner)
+    file = find(arbor, file_id, owner)
     await arbor.files.delete(file.id, owner)
     return objects.Deleted(file.id, "file")
 
@@ -70,7 +70,7 @@ async def delete_file(file_id: str, arbor: Arbor, owner: str) -> objects.Deleted
     opt=described("Download a file.", content="application/octet-stream", scopes=TRAIN),
 )
 async def download_file(file_id: str, arbor: Arbor, owner: str) -> Stream:
-    file = found(arbor, file_id, owner)
+    file = find(arbor, file_id, owner)
     await arbor.files.check(file)
     ascii_name = "".join(c if c.isascii() and c.isprintable() and c not in '"\\%' else "_" for c in file.filename)
     disposition = f"attachment; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(file.filename, safe='')}"
@@ -82,7 +82,7 @@ async def download_file(file_id: str, arbor: Arbor, owner: str) -> Stream:
     return Stream(arbor.files.read(file), headers=headers, media_type="application/octet-stream")
 
 
-def found(arbor: Arbor, file_id: str, owner: str) -> FileRow:
+def find(arbor: Arbor, file_id: str, owner: str) -> FileRow:
     """A file of the caller's.
 
     Raises:

@@ -1,19 +1,19 @@
-"""/v1/fine_tuning/jobs."""
+"""`/v1/fine_tuning/jobs`: create, list and show jobs, and ask them to pause, resume or cancel."""
 
 from __future__ import annotations
 
 from litestar import get, post
+from litestar.handlers import HTTPRouteHandler
 
 from arbor_core.application import objects
 from arbor_core.application.idempotency import Repeatable
-from arbor_core.application.job_service import ask, found, shown, submit
-from arbor_core.application.submission import METADATA_PAIRS, CreateFineTuningJobRequest
+from arbor_core.application.requests import METADATA_PAIRS, CreateFineTuningJobRequest
 from arbor_core.application.system import Arbor
 from arbor_core.server import schemas
 from arbor_core.server.http.auth import TRAIN, caller_of
 from arbor_core.server.http.openapi import described
-from arbor_core.server.http.requests import AnyRequest, body, place, query
-from arbor_core.types import ApiError
+from arbor_core.server.http.requests import AnyRequest, body, query
+from arbor_core.types import ApiError, Desired
 
 JOBS = "/v1/fine_tuning/jobs"
 JOB = JOBS + "/{job_id:str}"
@@ -26,9 +26,9 @@ JOB = JOBS + "/{job_id:str}"
     opt=described("Create a fine-tuning job.", body=CreateFineTuningJobRequest, scopes=TRAIN),
 )
 async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> objects.FineTuningJob:
-    seconds = arbor.settings.limits.upload_idle_seconds
-    asked = await body(request, CreateFineTuningJobRequest, seconds)
-    return await submit(arbor, asked, owner, Repeatable.of(caller_of(request).name, asked, request.headers))
+    new = await body(request, CreateFineTuningJobRequest, arbor.settings.limits.upload_idle_seconds)
+    repeatable = Repeatable.of(caller_of(request).name, new, request.headers)
+    return await arbor.job_service.create(new, owner, repeatable)
 
 
 @get(
@@ -38,15 +38,7 @@ async def create_job(request: AnyRequest, arbor: Arbor, owner: str) -> objects.F
 )
 async def list_jobs(request: AnyRequest, arbor: Arbor, owner: str) -> objects.FineTuningJobList:
     page = query(request, schemas.Page)
-
-    def seq(id: str) -> int | None:
-        cursor = arbor.jobs.get(id, owner)
-        return cursor.seq if cursor else None
-
-    after = place(page.after, seq)
-    jobs = arbor.jobs.page(owner, page.limit + 1, after, metadata_filter(request))
-    data = [shown(arbor, job) for job in jobs[: page.limit]]
-    return objects.FineTuningJobList(data, has_more=len(jobs) > page.limit)
+    return arbor.job_service.list_jobs(owner, page.limit, page.after, metadata_filter(request))
 
 
 def metadata_filter(request: AnyRequest) -> dict[str, str] | str | None:
@@ -70,37 +62,23 @@ def metadata_filter(request: AnyRequest) -> dict[str, str] | str | None:
 
 @get(JOB, operation_id="retrieveFineTuningJob", opt=described("Retrieve a job.", scopes=TRAIN))
 async def retrieve_job(job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJob:
-    return shown(arbor, found(arbor, job_id, owner))
+    return arbor.job_service.show(arbor.job_service.find(job_id, owner))
 
 
-@post(
-    JOB + "/cancel",
-    operation_id="cancelFineTuningJob",
-    status_code=200,
-    opt=described("Cancel a job; its checkpoints stay.", scopes=TRAIN),
-)
-async def cancel_job(job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJob:
-    return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "cancel"))
+def asks(action: str, desired: Desired, summary: str) -> HTTPRouteHandler:
+    """The route `/v1/fine_tuning/jobs/{id}/ACTION`, which asks a job for something and answers with the job."""
 
+    @post(
+        f"{JOB}/{action}",
+        operation_id=f"{action}FineTuningJob",
+        status_code=200,
+        opt=described(summary, scopes=TRAIN),
+    )
+    async def ask(job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJob:
+        jobs = arbor.job_service
+        return jobs.show(await jobs.ask(jobs.find(job_id, owner), desired))
 
-@post(
-    JOB + "/pause",
-    operation_id="pauseFineTuningJob",
-    status_code=200,
-    opt=described("Pause a job: it writes a checkpoint and gives its devices back.", scopes=TRAIN),
-)
-async def pause_job(job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJob:
-    return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "pause"))
-
-
-@post(
-    JOB + "/resume",
-    operation_id="resumeFineTuningJob",
-    status_code=200,
-    opt=described("Resume a paused job from its last checkpoint.", scopes=TRAIN),
-)
-async def resume_job(job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJob:
-    return shown(arbor, await ask(arbor, found(arbor, job_id, owner), "run"))
+    return ask
 
 
 @get(
@@ -109,11 +87,8 @@ async def resume_job(job_id: str, arbor: Arbor, owner: str) -> objects.FineTunin
     opt=described("List a job's events, newest first.", query=schemas.Page, scopes=TRAIN),
 )
 async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJobEventList:
-    job, page = found(arbor, job_id, owner), query(request, schemas.Page)
-    before = place(page.after, lambda event: arbor.jobs.event_seq(job.id, event))
-    rows = arbor.jobs.events(job.id, page.limit + 1, before)
-    data = [objects.event_object(row) for row in rows[: page.limit]]
-    return objects.FineTuningJobEventList(data, has_more=len(rows) > page.limit)
+    job, page = arbor.job_service.find(job_id, owner), query(request, schemas.Page)
+    return arbor.job_service.list_events(job, page.limit, page.after)
 
 
 @get(
@@ -124,26 +99,17 @@ async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str
 async def list_checkpoints(
     request: AnyRequest, job_id: str, arbor: Arbor, owner: str
 ) -> objects.FineTuningJobCheckpointList:
-    job, page = found(arbor, job_id, owner), query(request, schemas.CheckpointPage)
-
-    def step(id: str) -> int | None:
-        cursor = arbor.jobs.checkpoint(id=id)
-        return cursor.step if cursor and cursor.job_id == job.id else None
-
-    before = place(page.after, step)
-    rows = arbor.jobs.checkpoints(job.id, page.limit + 1, before)
-    data = [objects.checkpoint_object(row) for row in rows[: page.limit]]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return objects.FineTuningJobCheckpointList(data, first, last, has_more=len(rows) > page.limit)
+    job, page = arbor.job_service.find(job_id, owner), query(request, schemas.CheckpointPage)
+    return arbor.job_service.list_checkpoints(job, page.limit, page.after)
 
 
 ROUTES = [
     create_job,
     list_jobs,
     retrieve_job,
-    cancel_job,
-    pause_job,
-    resume_job,
+    asks("cancel", "cancel", "Cancel a job; its checkpoints stay."),
+    asks("pause", "pause", "Pause a job: it writes a checkpoint and gives its devices back."),
+    asks("resume", "run", "Resume a paused job from its last checkpoint."),
     list_events,
     list_checkpoints,
 ]

@@ -1,4 +1,4 @@
-"""/v1/models. A model's name may have slashes, raw or as %2F."""
+"""`/v1/models`: list, show and delete models. A model's name may have slashes, raw or as %2F."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ async def list_models(arbor: Arbor, owner: str) -> objects.ModelList:
 
 @get(MODEL, operation_id="retrieveModel", opt=described("Retrieve a model's description.", scopes=ANY))
 async def retrieve_model(model: str, arbor: Arbor, owner: str) -> objects.Model:
-    found = arbor.models.get(named(model), owner)
-    return objects.model_object(found, arbor.settings.organization)
+    return objects.model_object(arbor.models.get(name_in(model), owner), arbor.settings.organization)
 
 
 @delete(MODEL, operation_id="deleteModel", status_code=200, opt=described("Delete a fine-tuned model.", scopes=TRAIN))
 async def delete_model(model: str, arbor: Arbor, owner: str) -> objects.Deleted:
-    name = named(model)
+    name = name_in(model)
     await arbor.models.delete(name, owner)
     await arbor.engines.forget(name)
     return objects.Deleted(name, "model")
 
 
-def named(path: str) -> str:
-    """The model's name in a path.
+def name_in(path: str) -> str:
+    """The model's name in the path of a URL.
 
     Raises:
         ApiError: 404: no model is called that.

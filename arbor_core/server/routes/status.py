@@ -1,4 +1,4 @@
-"""What the server says of itself: /health, /ready, its plugins and its trainers' configuration."""
+"""`/health`, `/ready`, and `/v1/arbor`: the state of the server, its plugins and its trainers' configuration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def list_plugins(arbor: Arbor) -> schemas.PluginList:
             brings.setdefault(plugins.owner(kind, name), {}).setdefault(kind, []).append(name)
     return schemas.PluginList(
         [
-            *(schemas.PluginInfo(label, found) for label, found in sorted(brings.items())),
+            *(schemas.PluginInfo(label, kinds) for label, kinds in sorted(brings.items())),
             *(schemas.PluginInfo(name, {}, broken=why) for name, why in sorted(plugins.broken.items())),
             *(schemas.PluginInfo(name, {}, disabled=True) for name in sorted(plugins.disabled)),
         ]
@@ -52,10 +52,12 @@ async def list_plugins(arbor: Arbor) -> schemas.PluginList:
     opt=described("JSON Schema of a trainer's configuration, with this server's defaults.", scopes=ANY),
 )
 async def trainer_schema(name: str, arbor: Arbor) -> Response[bytes]:
-    found = arbor.trainers.get(name)
-    if found is None:
+    defaults = arbor.trainers.get(name)
+    if defaults is None:
         raise not_found("trainer", name, "trainer_not_found", "name")
-    return Response(msgspec.json.encode(schema(found.trainer.config, found.values)), media_type="application/json")
+    return Response(
+        msgspec.json.encode(schema(defaults.trainer.config, defaults.values)), media_type="application/json"
+    )
 
 
 def schema(config: type[msgspec.Struct], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""/v1/uploads: a file in parts, each of which may be sent again."""
+"""`/v1/uploads`: upload a file in parts, each of which may be sent again."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class CompleteUploadRequest(Struct, forbid_unknown_fields=True):
     opt=described("Begin to upload a file in parts.", body=CreateUploadRequest, scopes=TRAIN),
 )
 async def create_upload(request: AnyRequest, arbor: Arbor, owner: str) -> objects.Upload:
-    asked = await body(request, CreateUploadRequest, arbor.settings.limits.upload_idle_seconds)
-    lifetime = asked.expires_after.seconds if asked.expires_after else None
-    return shown(arbor, await arbor.uploads.create(owner, asked.filename, asked.bytes, asked.purpose, lifetime))
+    new = await body(request, CreateUploadRequest, arbor.settings.limits.upload_idle_seconds)
+    lifetime = new.expires_after.seconds if new.expires_after else None
+    return show(arbor, await arbor.uploads.create(owner, new.filename, new.bytes, new.purpose, lifetime))
 
 
 @post(
@@ -67,7 +67,7 @@ async def create_upload(request: AnyRequest, arbor: Arbor, owner: str) -> object
 )
 async def add_part(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.UploadPart:
     await arbor.uploads.expire()
-    upload = found(arbor, upload_id, owner)
+    upload = find(arbor, upload_id, owner)
     require_pending(upload)
     return objects.part_object(await receive_part(request, arbor.uploads, upload))
 
@@ -79,9 +79,9 @@ async def add_part(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str
     opt=described("Join the parts, in the order given, into a file.", body=CompleteUploadRequest, scopes=TRAIN),
 )
 async def complete_upload(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
-    upload = found(arbor, upload_id, owner)
-    asked = await body(request, CompleteUploadRequest, arbor.settings.limits.upload_idle_seconds)
-    return shown(arbor, await arbor.uploads.complete(upload, asked.part_ids, asked.md5))
+    upload = find(arbor, upload_id, owner)
+    complete = await body(request, CompleteUploadRequest, arbor.settings.limits.upload_idle_seconds)
+    return show(arbor, await arbor.uploads.complete(upload, complete.part_ids, complete.md5))
 
 
 @post(
@@ -91,15 +91,15 @@ async def complete_upload(request: AnyRequest, upload_id: str, arbor: Arbor, own
     opt=described("Give an upload up; its parts are removed.", scopes=TRAIN),
 )
 async def cancel_upload(upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
-    return shown(arbor, await arbor.uploads.cancel(found(arbor, upload_id, owner)))
+    return show(arbor, await arbor.uploads.cancel(find(arbor, upload_id, owner)))
 
 
-def shown(arbor: Arbor, upload: UploadRow) -> objects.Upload:
+def show(arbor: Arbor, upload: UploadRow) -> objects.Upload:
     file = arbor.files.get(upload.file_id, upload.owner) if upload.file_id else None
     return objects.upload_object(upload, file)
 
 
-def found(arbor: Arbor, upload_id: str, owner: str) -> UploadRow:
+def find(arbor: Arbor, upload_id: str, owner: str) -> UploadRow:
     """An upload of the caller's.
 
     Raises:

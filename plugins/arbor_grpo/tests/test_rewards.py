@@ -19,8 +19,7 @@ from live import LiveServer
 
 from arbor_core.jobdir.inbox import read
 from arbor_core.rollouts.ledger import packed_floats, packed_ids
-from arbor_core.rollouts.session import Live
-from arbor_core.types import ApiError, Completion, Group
+from arbor_core.types import ApiError, Completion, Group, RolloutSession
 
 
 class Sampled:
@@ -46,7 +45,7 @@ class Sampled:
 
 
 def grouped(sampled: Sampled, *rewards: Reward) -> Group:
-    return group_by_ids(RewardsRequest(rewards=list(rewards)), cast("Live", sampled), 0, 0.0)
+    return group_by_ids(RewardsRequest(rewards=list(rewards)), cast("RolloutSession", sampled), 0, 0.0)
 
 
 def ids(raw: bytes) -> list[int]:

@@ -1,0 +1,78 @@
+"""Writes the groups of one job into its inbox. Those that come while it writes are written together, with one sync."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arbor_core.jobdir.inbox import Inbox
+from arbor_core.process.wakeup import wake
+from arbor_core.types import Group
+
+
+@dataclass
+class Sending:
+    """A group that waits to be written."""
+
+    group: Group
+    digest: int
+    position: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Where the group begins in the inbox, once it is on the disk; or why it could not be written."""
+
+
+class InboxWriter:
+    """One job's inbox, as the server writes it.
+
+    Args:
+        folder: The inbox.
+        settle: Called with each group and its position in the inbox, or the error, before its sender hears of it.
+    """
+
+    def __init__(self, folder: Path, settle: Callable[[Sending, int | Exception], None]) -> None:
+        self.folder, self.settle = folder, settle
+        self.inbox = Inbox(folder)
+        self.queue: list[Sending] = []
+        self.writing: asyncio.Task[None] | None = None
+
+    def send(self, group: Group, digest: int) -> Sending:
+        """Have a group written."""
+        sending = Sending(group, digest)
+        self.queue.append(sending)
+        if self.writing is None:
+            self.writing = asyncio.create_task(self._write())
+        return sending
+
+    async def _write(self) -> None:
+        """Write what waits until nothing waits."""
+        while self.queue:
+            batch = self.queue[:]
+            try:
+                begin = self.inbox.end
+                ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
+                full = OSError(errno.ENOSPC, "the disk became full", str(self.folder))
+                starts: Sequence[int | Exception] = [begin, *ends[:-1]] + [full] * (len(batch) - len(ends))
+            except Exception as error:  # each sender gets it
+                starts = [error] * len(batch)
+            del self.queue[: len(batch)]
+            for sending, start in zip(batch, starts, strict=True):
+                self._finish(sending, start)
+            wake(self.folder / "bell", "")
+        self.writing = None
+
+    def _finish(self, sending: Sending, start: int | Exception) -> None:
+        self.settle(sending, start)
+        if isinstance(start, Exception):
+            sending.position.set_exception(start)
+            sending.position.exception()  # its sender may be gone
+        else:
+            sending.position.set_result(start)
+
+    def close(self) -> None:
+        """Close the inbox; what is being written is written first."""
+        if self.writing is None:
+            self.inbox.close()
+        else:
+            self.writing.add_done_callback(lambda _: self.inbox.close())
