@@ -92,12 +92,12 @@ def prose(comment: list[str]) -> str:
 
 def route_table() -> str:
     """Every route of the core, from the handlers themselves."""
-    from arbor_core.server.app import ROOMS
+    from arbor_core.server.app import ROUTE_MODULES
 
     found = [
         (path, min(handler.http_methods - {"OPTIONS"}), needs(handler.opt), handler.opt["summary"])
-        for room in ROOMS
-        for handler in room.ROUTES
+        for module in ROUTE_MODULES
+        for handler in module.ROUTES
         for path in sorted(handler.paths)
         if "summary" in handler.opt
     ]

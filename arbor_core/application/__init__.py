@@ -1,1 +1,1 @@
-"""What a request does, without HTTP: the composition root, jobs that are created and asked, what plugins may use."""
+"""What requests do, without HTTP: the composition root, the service of jobs, and what plugins may use."""

@@ -85,7 +85,7 @@ class ServerServices:
         job = self._learner(job_id, owner) if desired == "finish" else self.jobs.find(job_id, owner)
         return plain(self.jobs.show(await self.jobs.ask(job, desired)))
 
-    def asked(self, job_id: str, owner: str) -> Desired:
+    def desired(self, job_id: str, owner: str) -> Desired:
         return self.jobs.find(job_id, owner).desired
 
     def rollouts(self, job_id: str, owner: str) -> RolloutSession:
@@ -105,11 +105,11 @@ class ServerServices:
         checkpoint_requests.check(request)
         self._check_room(job, request)
         until = time.monotonic() + seconds
-        asked = None if job.status == "succeeded" else self._ask_for(job, request)
-        while asked and job.status != "succeeded":
+        pending = None if job.status == "succeeded" else self._ask_for(job, request)
+        while pending and job.status != "succeeded":
             job = self.jobs.find(job_id, owner)  # before its checkpoints: after its end there are no more
             there = {one.name: one for one in self.checkpoints(job_id, owner)}
-            if name in there and not asked.exists():
+            if name in there and not pending.exists():
                 return there[name]
             if job.status in TERMINAL - {"succeeded"}:
                 message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."

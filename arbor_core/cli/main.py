@@ -1,4 +1,4 @@
-"""The commands `arbor-serve` (Hydra: `key=value`, `+trainer=sft`, `--cfg job`) and `arbor`."""
+"""The command `arbor`: look at and prepare an installation."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ def main() -> None:
         elif arguments.command == "key":
             from arbor_core.config import api_keys
 
-            print(f"key {(made := api_keys.new())}\nsha256 {api_keys.digest(made)}")
+            key = api_keys.new()
+            print(f"key {key}\nsha256 {api_keys.digest(key)}")
         elif arguments.command == "replay":
             from arbor_core.config.user_file import arbor_home
             from arbor_core.worker.replay import find_job, replay
 
             replay(find_job(arguments.job, arguments.storage or arbor_home() / "storage"), print)
         elif arguments.command == "tiny-model":
-            from .main import tiny_model
-
             tiny_model(arguments.dir)
             print(f"wrote {arguments.dir}")
         else:
@@ -67,7 +66,7 @@ def tiny_model(folder: Path) -> None:
     """Write the 1M-parameter base model that demos and tests use.
 
     Raises:
-        ArborError: arbor-sft, which makes it, is not installed.
+        ArborError: arbor-sft, whose model it is, is not installed.
     """
     try:
         tiny = importlib.import_module("arbor_sft.tiny")

@@ -55,11 +55,11 @@ def open_ended(word: str) -> str:
     return f"++{word}" if word.startswith(("engine.", "trainers.")) else word
 
 
-def plain_words(said: str) -> str:
+def plain_words(message: str) -> str:
     """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
     from arbor_core.config import convert, settings
 
-    line = " ".join(said.split()).partition(" Config search path:")[0]
+    line = " ".join(message.split()).partition(" Config search path:")[0]
     if key := re.match(r"Could not override '([^']+)'", line):
         if key[1] == "trainer":
             return "a method is chosen with a plus sign: +trainer=NAME"
@@ -167,7 +167,7 @@ def check_exposure(settings: ServeConfig) -> None:
 
 
 def check_paths(settings: ServeConfig) -> None:
-    """Refuse paths that lead nowhere: what is not found later looks like an unknown model, or fails every job.
+    """Refuse paths that do not exist: later they would look like an unknown model, or fail every job.
 
     Raises:
         ArborError: with the path.

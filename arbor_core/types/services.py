@@ -152,8 +152,8 @@ class Services(Protocol):
         """
         ...
 
-    def asked(self, job_id: str, owner: str) -> Desired:
-        """What was asked of a job last."""
+    def desired(self, job_id: str, owner: str) -> Desired:
+        """What a job was asked to do last."""
         ...
 
     def rollouts(self, job_id: str, owner: str) -> RolloutSession:

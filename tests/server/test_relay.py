@@ -112,10 +112,10 @@ class BrokenEngines:
 
 async def test_whatever_breaks_an_open_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     @asynccontextmanager
-    async def asked(self: Relay, engine: Any, id: str) -> AsyncIterator[Any]:
+    async def response(self: Relay, engine: Any, id: str) -> AsyncIterator[Any]:
         yield self.engines
 
-    monkeypatch.setattr(Relay, "_asked", asked)
+    monkeypatch.setattr(Relay, "_response", response)
     client = Client()
     await relay(BrokenEngines())(scope(), client.receive, client.send)
     whole, error, done, end = client.body.split(b"\n\n")

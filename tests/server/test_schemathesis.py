@@ -12,12 +12,12 @@ from api_requests import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
 from http_calls import BASE, JOBS, call, submit, supervised
 from live import LiveServer, launch
 
-from arbor_core.server.app import ROOMS
+from arbor_core.server.app import ROUTE_MODULES
 
 OPERATIONS = labels(
     handler
-    for room in ROOMS
-    for handler in room.ROUTES
+    for module in ROUTE_MODULES
+    for handler in module.ROUTES
     if "summary" in handler.opt and handler.operation_id != "getOpenAPIDocument"
 )
 """Those of the core, but for the document itself, which every test has to read."""

@@ -20,7 +20,7 @@ from live import LiveServer, launch
 
 from arbor_core import ConfigError
 from arbor_core.config import api_keys, compose, convert, settings
-from arbor_core.server.app import ROOMS
+from arbor_core.server.app import ROUTE_MODULES
 from arbor_core.server.http import auth
 from arbor_core.types import ApiError
 
@@ -49,8 +49,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 def handlers() -> Iterator[tuple[str, str, HTTPRouteHandler]]:
-    for room in ROOMS:
-        for handler in room.ROUTES:
+    for module in ROUTE_MODULES:
+        for handler in module.ROUTES:
             for path in handler.paths:
                 yield next(iter(handler.http_methods - {"OPTIONS"})), path, handler
 

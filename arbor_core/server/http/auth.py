@@ -1,6 +1,6 @@
 """Who calls: every route but those marked `public` needs one of the operator's keys, when there are any.
 
-What a key must be for is said beside each route (`scopes` in its `opt`); a route that says nothing needs an admin's.
+Each route names what a key must be for (`scopes` in its `opt`); one that names nothing needs an admin's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Caller:
 
     @contextmanager
     def completion(self) -> Iterator[None]:
-        """Count a completion while it is being made.
+        """Count a completion while it is answered.
 
         Raises:
             ApiError: 429: there are too many.

@@ -186,8 +186,8 @@ class Form:
     def _begin(self, segment: MultipartSegment) -> None:
         self.name = segment.name or ""
         if self.name in self.seen:
-            shown = self.name[:80]
-            raise ApiError(400, f"The part '{shown}' came twice.", "duplicate_parameter", shown, CLOSE)
+            name = self.name[:80]
+            raise ApiError(400, f"The part '{name}' came twice.", "duplicate_parameter", name, CLOSE)
         self.seen.add(self.name)
         self.is_file = self.name == self.content and self.is_content(segment)
         if self.is_file:

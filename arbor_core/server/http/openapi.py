@@ -1,4 +1,4 @@
-"""Our OpenAPI document, made from the routes: ids and schemas are those of the handlers, so it cannot fall behind."""
+"""The OpenAPI document, from the routes: ids and schemas are those of the handlers, so it is never out of date."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def described(
     scopes: tuple[Scope, ...] = ADMIN,
     public: bool = False,
 ) -> dict[str, Any]:
-    """What a route's `opt` says about it.
+    """The `opt` of a route, which the document and the guard read.
 
     Args:
         query: Struct of its query string.
@@ -75,13 +75,13 @@ def routes(app: Litestar) -> Iterator[tuple[str, str, HTTPRouteHandler]]:
 
 def document(app: Litestar) -> dict[str, Any]:
     """The OpenAPI document of the whole API, plugins' routes included."""
-    shown = list(routes(app))
-    types = {type_ for _, _, handler in shown for type_ in _types(handler)} | {Error}
+    operations = list(routes(app))
+    types = {type_ for _, _, handler in operations for type_ in _types(handler)} | {Error}
     ordered = sorted(types, key=lambda type_: (type_.__name__, type_.__module__))
     schemas, components = msgspec.json.schema_components(ordered, schema_hook=lambda _: {}, ref_template=REF)
     schema_of = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for path, method, handler in shown:
+    for path, method, handler in operations:
         paths.setdefault(path, {})[method] = _operation(path, handler, schema_of, components)
     return {
         "openapi": VERSION,
@@ -126,29 +126,29 @@ def _struct(found: object) -> type | None:
 def _operation(
     path: str, handler: HTTPRouteHandler, schema_of: dict[type, dict[str, Any]], components: dict[str, Any]
 ) -> dict[str, Any]:
-    said = handler.opt
+    opt = handler.opt
     operation: dict[str, Any] = {
         "operationId": handler.operation_id or handler.handler_name,
-        "summary": said.get("summary") or (handler.fn.__doc__ or "").partition("\n")[0],
+        "summary": opt.get("summary") or (handler.fn.__doc__ or "").partition("\n")[0],
         "parameters": [
             *({"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in _in_path(path)),
-            *_query(said.get("query"), schema_of, components),
+            *_query(opt.get("query"), schema_of, components),
         ],
     }
-    if form := said.get("form"):
+    if form := opt.get("form"):
         operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
     elif (body := _body(handler)) is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of[body]}}}
     answer = _answer(handler)
-    good: dict[str, Any] = {said.get("content") or JSON: {"schema": schema_of[answer] if answer else {}}}
-    if said.get("streams"):
+    good: dict[str, Any] = {opt.get("content") or JSON: {"schema": schema_of[answer] if answer else {}}}
+    if opt.get("streams"):
         good[EVENTS] = {"schema": {}}
     operation["responses"] = {
         "200": {"description": "The answer.", "content": good},
         "default": {"description": "What went wrong.", "content": {JSON: {"schema": schema_of[Error]}}},
     }
-    if not said.get("public"):
-        operation["security"] = [{"key": list(said.get("scopes", ADMIN))}]
+    if not opt.get("public"):
+        operation["security"] = [{"key": list(opt.get("scopes", ADMIN))}]
     return operation
 
 

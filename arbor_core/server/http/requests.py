@@ -75,8 +75,8 @@ def query(request: AnyRequest, type_: type[T]) -> T:
     for name in fields.keys() & values.keys():
         if reason := _fault(values[name], fields[name]):
             code = "integer_above_max_value" if "<=" in reason else "invalid_value"
-            shown = f"Invalid '{name}': {reason}, got '{values[name][:80]}'."
-            raise ConfigError(shown, path=name, code=code)
+            message = f"Invalid '{name}': {reason}, got '{values[name][:80]}'."
+            raise ConfigError(message, path=name, code=code)
     raise AssertionError(f"msgspec refused {values} as {type_}, but none of its fields")
 
 

@@ -1,4 +1,4 @@
-"""The application on its socket: what uvicorn is told, and how the server ends."""
+"""The application on its socket: uvicorn's settings, and how the server ends."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .errors import envelope, request_id, shutting_down
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than clients keep theirs (5 to 60), so that a request is never
 sent into a connection that is being closed."""
-LAST_WORDS = 5
-"""Seconds in which clients must take what they are told at the end."""
+LAST_EVENT_SECONDS = 5
+"""Seconds in which clients must take the error that ends their request."""
 
 
 class Server(uvicorn.Server):
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
                 http=type("Connection", (PromptProtocol,), {"seconds": limits.head_seconds}),
                 log_level="warning",
                 lifespan="on",
-                timeout_graceful_shutdown=math.ceil(self.grace) + LAST_WORDS,
+                timeout_graceful_shutdown=math.ceil(self.grace) + LAST_EVENT_SECONDS,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE,
                 h11_max_incomplete_event_size=65536,
@@ -76,16 +76,16 @@ class Ending:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun, task = False, asyncio.current_task()
 
-        async def noted(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)
 
-        if scope["type"] != ScopeType.HTTP or task is None:  # the application's own life is not a request
+        if scope["type"] != ScopeType.HTTP or task is None:  # the lifespan of the application is not a request
             return await self.app(scope, receive, send)
         self.under_way.add(task)
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, send_and_note)
         except asyncio.CancelledError:
             if not self.over:
                 raise

@@ -13,12 +13,8 @@ from arbor_core.types import ApiError
 from .errors import envelope
 
 PING_SECONDS = 15.0
-"""A stream that is silent for so long gets a comment, so that nothing between us and the client gives it up."""
-
-
+"""A stream that is silent for this long gets a comment, so that nothing between us and the client gives it up."""
 DONE = b"data: [DONE]\n\n"
-
-
 Header = tuple[bytes, bytes]
 
 

@@ -1,7 +1,7 @@
-"""What the model of a live reinforcement job says is written into the job's ledger before its client has heard it all.
+"""Records the completions of a live reinforcement job's model in its ledger, before the client has the last token.
 
-The engine is asked for token ids and log-probabilities besides what the client asked for; the client hears what it
-asked for, and the policy version.
+The request to the engine also wants token ids and log-probabilities. They are taken out of the response again unless
+the client wants them too; the policy version is put in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .relay import Relay
 
 log = logging.getLogger(__name__)
 VERSION = "policy_version"
-"""Key of an answer, and of an engine's choice: the oldest policy that sampled any of it."""
+"""Key of a response, and of an engine's choice: the oldest policy that sampled any of it."""
 HEADER = b"x-arbor-policy-version"
 DATA, END = b"data: ", b"\n\n"
 Json = dict[str, Any]
@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Choice:
-    """What has come of one choice."""
+    """One choice of a response, as far as it has come."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Choice:
 
 
 class Recording:
-    """Takes the choices of one answer apart, whole or in pieces, and writes them down together when all have ended.
+    """The choices of one response, whole or in pieces; they are written into the ledger together when all have ended.
 
     Args:
         body: The client's request, nulls left out.
@@ -59,39 +59,39 @@ class Recording:
         self.choices: dict[int, Choice] = {}
         self.written = False
 
-    def asked(self, model: str) -> Json:
-        """The request as the engine hears it."""
+    def request(self, model: str) -> Json:
+        """The request to the engine."""
         logprobs = {"logprobs": True} if self.chat else {"logprobs": self.body.get("logprobs", 0)}
         return {**self.body, **logprobs, "model": model, "return_token_ids": True}
 
-    def take(self, said: Json) -> None:
-        """Note what an answer or a chunk of one holds, and leave of it what the client asked for."""
-        if (prompts := said.get("prompt_token_ids")) is not None:
+    def take(self, response: Json) -> None:
+        """Note what a response or a chunk of one holds, and leave in it what the client wants."""
+        if (prompts := response.get("prompt_token_ids")) is not None:
             self.prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
             if not self.shows_tokens:
-                del said["prompt_token_ids"]
-        for choice in said["choices"]:
+                del response["prompt_token_ids"]
+        for choice in response["choices"]:
             self._take(choice, self.choices.setdefault(choice["index"], Choice()))
-        said[VERSION] = self.oldest
+        response[VERSION] = self.oldest
 
     @property
     def oldest(self) -> int:
-        """The oldest policy version that sampled any of the answer so far."""
+        """The oldest policy version that sampled any of the response so far."""
         versions = [choice.version for choice in self.choices.values() if choice.version is not None]
         return min(versions, default=self.version)
 
-    def _take(self, choice: Json, noted: Choice) -> None:
+    def _take(self, choice: Json, so_far: Choice) -> None:
         version = choice.pop(VERSION, None)
         if version is not None:
-            noted.version = version if noted.version is None else min(version, noted.version)
-        noted.tokens += (choice.get("token_ids") if self.shows_tokens else choice.pop("token_ids", None)) or ()
-        noted.logprobs += logprobs_of(choice.get("logprobs"))
+            so_far.version = version if so_far.version is None else min(version, so_far.version)
+        so_far.tokens += (choice.get("token_ids") if self.shows_tokens else choice.pop("token_ids", None)) or ()
+        so_far.logprobs += logprobs_of(choice.get("logprobs"))
         if not self.shows_logprobs:
             choice["logprobs"] = None
         message = choice.get("message") or choice.get("delta") or choice
-        noted.calls = noted.calls or bool(message.get("tool_calls"))
-        noted.text += (message.get("content") if self.chat else message.get("text")) or ""
-        noted.finish = choice.get("finish_reason") or noted.finish
+        so_far.calls = so_far.calls or bool(message.get("tool_calls"))
+        so_far.text += (message.get("content") if self.chat else message.get("text")) or ""
+        so_far.finish = choice.get("finish_reason") or so_far.finish
 
     @property
     def ended(self) -> bool:
@@ -100,12 +100,12 @@ class Recording:
         return len(self.choices) == wanted and all(choice.finish for choice in self.choices.values())
 
     def write(self, id: str) -> None:
-        """Write the choices down, once."""
+        """Write the choices into the ledger, once."""
         if self.written:
             return
         self.written = True
         if not self.prompts or not all(choice.tokens for choice in self.choices.values()):
-            log.warning("completion %s: the engine tells no token ids, so that it cannot be rewarded by its id", id)
+            log.warning("completion %s: the engine gives no token ids, so that it cannot be rewarded by its id", id)
             return
         for index, choice in self.choices.items():
             self.ledger.add(self._completion(id, index, choice))
@@ -128,11 +128,11 @@ class Recording:
 
     @property
     def _tools(self) -> list[Json] | None:
-        """Those that the template was shown."""
+        """Those that the chat template got."""
         return None if self.body.get("tool_choice") == "none" else self.body.get("tools")
 
     def _messages(self, at: int) -> list[Json]:
-        """What was answered; a plain prompt is nobody's message."""
+        """The conversation; a plain prompt is a message without a role."""
         if self.chat:
             return list(self.body["messages"])
         prompt = self.body["prompt"]
@@ -145,7 +145,7 @@ class RecordingRelay(Relay):
 
     def __init__(self, engines: Engines, resolved: Resolved, path: str, body: Json, ledger: Ledger) -> None:
         self.recording = Recording(ledger, body, resolved.version)
-        raw = msgspec.json.encode(self.recording.asked(resolved.name))
+        raw = msgspec.json.encode(self.recording.request(resolved.name))
         super().__init__(engines, resolved, path, raw, bool(body.get("stream")))
         self.model = resolved.live
         self.headers: list[Header] = [self._header(resolved.version)]
@@ -154,38 +154,38 @@ class RecordingRelay(Relay):
         return HEADER, str(version).encode()
 
     def finished(self, raw: bytes) -> bytes:
-        """A whole answer, written down."""
-        said = msgspec.json.decode(raw)
-        self.recording.take(said)
-        self.recording.write(said["id"])
-        self.headers = [self._header(said[VERSION])]
-        return msgspec.json.encode({**said, "model": self.model})
+        """A whole response, once it is in the ledger."""
+        response = msgspec.json.decode(raw)
+        self.recording.take(response)
+        self.recording.write(response["id"])
+        self.headers = [self._header(response[VERSION])]
+        return msgspec.json.encode({**response, "model": self.model})
 
     async def chunks(self, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """A stream, event by event; it is written down before the event with its last token is passed on."""
+        """A stream, event by event; it is in the ledger before the event with its last token is sent."""
         held = b""
         async for chunk in answer:
             *events, held = (held + chunk).split(END)
             for event in events:
-                yield self._passed_on(event) + END
+                yield self._event(event) + END
 
-    def _passed_on(self, event: bytes) -> bytes:
-        """Comments, errors and the end of a stream are passed on as they are."""
+    def _event(self, event: bytes) -> bytes:
+        """An event for the client. Comments, errors and the end of a stream stay as they are."""
         if not event.startswith(DATA + b"{"):
             return event
-        said = msgspec.json.decode(event[len(DATA) :])
-        if "choices" not in said:
+        response = msgspec.json.decode(event[len(DATA) :])
+        if "choices" not in response:
             return event
-        self.recording.take(said)
+        self.recording.take(response)
         if self.recording.ended:
-            self.recording.write(said["id"])
-        return DATA + msgspec.json.encode({**said, "model": self.model})
+            self.recording.write(response["id"])
+        return DATA + msgspec.json.encode({**response, "model": self.model})
 
 
-def logprobs_of(said: Json | None) -> list[float]:
+def logprobs_of(response: Json | None) -> list[float]:
     """The log-probabilities of the sampled tokens, in the shape of either route."""
-    if said is None:
+    if response is None:
         return []
-    if "token_logprobs" in said:
-        return list(said["token_logprobs"])
-    return [token["logprob"] for token in said.get("content") or ()]
+    if "token_logprobs" in response:
+        return list(response["token_logprobs"])
+    return [token["logprob"] for token in response.get("content") or ()]

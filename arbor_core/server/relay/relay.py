@@ -1,4 +1,4 @@
-"""From a request to its engine and back: bytes are relayed as they come, and every failure has OpenAI's envelope."""
+"""Relays a request to its engine and the response back, byte by byte; every failure has OpenAI's envelope."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import aiohttp
 import msgspec
@@ -19,13 +19,10 @@ from arbor_core.server.http.errors import request_id, shutting_down
 from arbor_core.server.http.sse import Events, Header
 from arbor_core.types import NO_RETRY, RETRY_SOON, ApiError, Engine
 
-if TYPE_CHECKING:
-    import aiohttp
-
 log = logging.getLogger(__name__)
 
-PASSED_ON = ("retry-after", "x-should-retry")
-"""Headers of an engine's error that the client hears."""
+KEPT_HEADERS = ("retry-after", "x-should-retry")
+"""Headers of an engine's error that the client gets too."""
 
 
 class Relay:
@@ -43,13 +40,13 @@ class Relay:
         """Of the answer, beside those that say what it is."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client goes away first: then the engine hears it too.
+        """Answer, unless the client goes away first: then the request to the engine ends too.
 
         Raises:
             ApiError: nothing has been sent yet, and the engine cannot answer.
         """
-        known_as = request_id(cast("HTTPScope", scope))
-        answer = asyncio.create_task(self._streamed(known_as, send) if self.stream else self._whole(known_as, send))
+        id = request_id(cast("HTTPScope", scope))  # noqa: A001
+        answer = asyncio.create_task(self._streamed(id, send) if self.stream else self._whole(id, send))
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -62,7 +59,7 @@ class Relay:
 
     async def _whole(self, id: str, send: Send) -> None:
         raw = b""
-        async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
+        async with self.engines.using(self.resolved) as engine, self._response(engine, id) as upstream:
             raw = await upstream.read()
         raw = self.finished(raw)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), *self.headers]
@@ -73,17 +70,17 @@ class Relay:
         events = Events(send, self.headers)
         pings = asyncio.create_task(events.keep_alive())
         try:
-            async with self.engines.using(self.resolved) as engine, self._asked(engine, id) as upstream:
+            async with self.engines.using(self.resolved) as engine, self._response(engine, id) as upstream:
                 async for chunk in self.chunks(upstream.content.iter_any()):
                     await events.write(chunk)
-        except Exception as error:  # once the stream is open, whatever it is must be said in it
+        except Exception as error:  # once the stream is open, its client gets any error in it
             pings.cancel()
             if not events.opened:
                 raise
             await events.fail(in_band(error, events.begun))
         except asyncio.CancelledError:
             pings.cancel()
-            if events.opened:  # the server ends; where it was the client that went, nobody hears it
+            if events.opened:  # the server ends; if it was the client that went, nobody reads it
                 await events.fail(shutting_down())
                 await events.close()
             raise
@@ -92,22 +89,20 @@ class Relay:
         await events.close()
 
     def finished(self, raw: bytes) -> bytes:
-        """What the client hears of a whole answer: all of it."""
+        """What the client gets of a whole response: all of it."""
         return raw
 
     def chunks(self, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """What the client hears of a stream: all of it."""
+        """What the client gets of a stream: all of it."""
         return answer
 
     @asynccontextmanager
-    async def _asked(self, engine: Engine, id: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _response(self, engine: Engine, id: str) -> AsyncIterator[aiohttp.ClientResponse]:
         """The engine's answer, once it begins.
 
         Raises:
             ApiError: the engine refused, or broke the connection, here or while the answer was read.
         """
-        import aiohttp
-
         try:
             async with await self._post(engine, id) as upstream:
                 if upstream.status >= 400:
@@ -119,8 +114,6 @@ class Relay:
 
     async def _post(self, engine: Engine, id: str) -> aiohttp.ClientResponse:
         """Send the request; once more if only a connection was lost that had been kept open."""
-        import aiohttp
-
         headers = {"content-type": "application/json", "x-request-id": id, **engine.headers}
         try:
             return await self.engines.session.post(engine.url + self.path, data=self.body, headers=headers)
@@ -165,7 +158,7 @@ class EngineError(msgspec.Struct):
 
 def failure(status: int, raw: bytes, headers: Any) -> ApiError:
     """An engine's refusal as ours. A page, or anything that is no envelope, is not passed on, and no path either."""
-    kept = {name: headers[name] for name in PASSED_ON if name in headers}
+    kept = {name: headers[name] for name in KEPT_HEADERS if name in headers}
     if status in (401, 403):
         return ApiError(500, "The engine did not accept this server's token.", "engine_error", headers=NO_RETRY)
     try:

@@ -123,7 +123,7 @@ def refused(services: Services, job: dict[str, Any], owner: str) -> str | None:
         ApiError: `invalid_job_state`: it was terminated, cancelled, or has failed.
     """
     job_id, status = job["id"], job["status"]
-    asked = services.asked(job_id, owner)
+    asked = services.desired(job_id, owner)
     why = None
     if status == "failed":
         why = f"it has failed: {job['error']['message'] if job['error'] else 'for an unknown reason'}"
