@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.jobdir import inbox
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
 from arbor_core.jobs.states import VALIDATED
@@ -46,13 +47,13 @@ class Session:
         policy: Reads what the trainer has published and handled.
     """
 
-    def __init__(self, folder: Path, config: RolloutConfig, policy: Callable[[], Policy]) -> None:
-        self.folder, self.config, self._policy = folder / "inbox", config, policy
+    def __init__(self, folder: JobDir, config: RolloutConfig, policy: Callable[[], Policy]) -> None:
+        self.folder, self.config, self._policy = folder.inbox, config, policy
         self.credits = Credits(config)
-        self.writer = InboxWriter(self.folder, self._settle)
+        self.writer = InboxWriter(folder, self._settle)
         self.sending: dict[int, Sending] = {}
         """Groups that are being written, by batch id."""
-        self.ledger = Ledger(folder / "ledger")
+        self.ledger = Ledger(folder.ledger)
         self.labels: dict[str, tuple[int, Accepted | asyncio.Future[Accepted]]] = {}
         """Digests of the groups that clients gave names, and what became of them or will."""
         for position, digest, group in summaries(self.folder):
@@ -175,7 +176,7 @@ class OpenSessions:
         sql = f"SELECT id FROM jobs WHERE {VALIDATED} AND json_extract(spec,'$.rollouts')"  # noqa: S608
         for row in self.store.read(sql):
             try:
-                inbox.Inbox(self.root / "jobs" / row["id"] / "inbox").close()
+                inbox.Inbox(JobDir.of(self.root, row["id"]).inbox).close()
             except (OSError, inbox.InboxDamagedError) as error:  # its trainer and its clients will hear of it
                 log.warning("the inbox of job %s: %s", row["id"], error)
 
@@ -188,7 +189,7 @@ class OpenSessions:
         if job.id not in self.by_job:
             config = msgspec.convert(job.spec.config, RolloutConfig)
             self.by_job[job.id] = Session(
-                self.root / "jobs" / job.id, config, lambda: newest_policy(self.store, job.id)[0]
+                JobDir.of(self.root, job.id), config, lambda: newest_policy(self.store, job.id)[0]
             )
         return self.by_job[job.id]
 

@@ -6,9 +6,9 @@ import asyncio
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from arbor_core.jobdir.inbox import Inbox
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.process.wakeup import wake
 from arbor_core.types import Group
 
@@ -27,13 +27,13 @@ class InboxWriter:
     """One job's inbox, as the server writes it.
 
     Args:
-        folder: The inbox.
+        folder: The job's directory.
         settle: Called with each group and its position in the inbox, or the error, before its sender hears of it.
     """
 
-    def __init__(self, folder: Path, settle: Callable[[Sending, int | Exception], None]) -> None:
+    def __init__(self, folder: JobDir, settle: Callable[[Sending, int | Exception], None]) -> None:
         self.folder, self.settle = folder, settle
-        self.inbox = Inbox(folder)
+        self.inbox = Inbox(folder.inbox)
         self.queue: list[Sending] = []
         self.writing: asyncio.Task[None] | None = None
 
@@ -52,14 +52,14 @@ class InboxWriter:
             try:
                 begin = self.inbox.end
                 ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
-                full = OSError(errno.ENOSPC, "the disk became full", str(self.folder))
+                full = OSError(errno.ENOSPC, "the disk became full", str(self.folder.inbox))
                 starts: Sequence[int | Exception] = [begin, *ends[:-1]] + [full] * (len(batch) - len(ends))
             except Exception as error:  # each sender gets it
                 starts = [error] * len(batch)
             del self.queue[: len(batch)]
             for sending, start in zip(batch, starts, strict=True):
                 self._finish(sending, start)
-            wake(self.folder / "bell", "")
+            wake(self.folder.inbox_bell, "")
         self.writing = None
 
     def _finish(self, sending: Sending, start: int | Exception) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arbor_core.jobdir.inbox import read
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.rollouts import credits as credits_module
 from arbor_core.rollouts.credits import Spans
 from arbor_core.rollouts.session import Session
@@ -41,7 +42,7 @@ class OpenSession:
 
     def __init__(self, folder: Path, config: RolloutConfig) -> None:
         self.policy = START
-        self.session = Session(folder, config, lambda: self.policy)
+        self.session = Session(JobDir(folder), config, lambda: self.policy)
         self.folder, self.inbox, self.close = self.session.folder, self.session.writer.inbox, self.session.close
 
     @property
