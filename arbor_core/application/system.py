@@ -1,4 +1,4 @@
-"""The composition root: everything a server consists of, wired once, from its configuration."""
+"""The composition root: all parts of a server, wired once, from its settings. Works without HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
@@ -34,7 +34,7 @@ from arbor_core.plugins import Plugins
 from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
-from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings
+from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings, InferenceBackend
 
 from .job_service import JobService
 from .submission import Submission, TrainerDefaults
@@ -100,7 +100,7 @@ class Arbor:
             os.kill(os.getpid(), signal.SIGTERM)
 
     async def _tick(self) -> None:
-        works = (self.engines.tick, self._close_ended, self.live_weights.tick, self.uploads.expire)
+        works = (self.engines.tick, self._close_ended_sessions, self.live_weights.tick, self.uploads.expire)
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for work in works:
@@ -109,8 +109,8 @@ class Arbor:
                 except Exception:  # a full disk, say: the others go on, and the next tick tries again
                     log.exception("%s failed", work.__qualname__)
 
-    async def _close_ended(self) -> None:
-        """Close the rollouts of jobs that have ended, though nobody asks for them any more."""
+    async def _close_ended_sessions(self) -> None:
+        """Close the sessions of jobs that have ended, which no request may name again."""
         for job_id in list(self.sessions.by_job):
             if job := self.jobs.get(job_id):
                 self.sessions.of(job)
@@ -128,10 +128,9 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     allocator = plugins.get("allocators", settings.allocator)(
         AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
-    backend = plugins.get("inference_backends", settings.inference)()
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
-    engine_options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
-    convert.typed(engine_options, backend.options, where="engine")
+    backend = plugins.get("inference_backends", settings.inference)()
+    options = engine_options(settings, backend)
     lock = locked(root)
     make_private(root)
     store = Store(root / "arbor.db")
@@ -144,15 +143,14 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         backend,
         allocator,
         root / "engines",
-        options=engine_options,
+        options=options,
         threads=settings.threads or os.cpu_count() or 1,
         idle_seconds=settings.limits.engine_idle_seconds,
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
     live_weights = LiveWeights(models.jobs, engines, jobs)
-    slots = max(1, len(allocator.inventory().get("train", ())))
-    cores = settings.threads or max(1, (os.cpu_count() or 1) // slots)
-    attempts = Attempts(jobs, files, models, executor, identity, settings, cores)
+    threads = threads_per_device(settings, allocator)
+    attempts = Attempts(jobs, files, models, executor, identity, settings, threads)
     ingest = Ingest(jobs, observers, root, settings.organization, live_weights.published)
     outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
@@ -188,6 +186,23 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         dispatcher=dispatcher,
         lock=lock,
     )
+
+
+def engine_options(settings: ServeConfig, backend: InferenceBackend) -> dict[str, Any]:
+    """The options of the inference backend: its YAML, and the server's settings over it.
+
+    Raises:
+        ConfigError: one that the backend does not take.
+    """
+    options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
+    convert.typed(options, backend.options, where="engine")
+    return options
+
+
+def threads_per_device(settings: ServeConfig, allocator: Allocator) -> int:
+    """CPU threads of a training process: those of the settings, or the cores, divided among the devices that train."""
+    slots = max(1, len(allocator.inventory().get("train", ())))
+    return settings.threads or max(1, (os.cpu_count() or 1) // slots)
 
 
 def upgraded(store: Store, models: Models) -> str:

@@ -15,7 +15,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from arbor_core import ConfigError, Order
+from arbor_core import AttemptOrder, ConfigError
 from arbor_core.config import compose, convert, settings, user_file
 from arbor_core.storage.codec import decode, encode
 
@@ -185,10 +185,10 @@ def test_launcher_in_settings_and_what_it_may_mean_later(caplog):
 
 def test_an_order_of_an_earlier_server_is_read():
     """Nothing is started from an order a second time, so what its `launcher` was does not matter."""
-    order = Order(Path("/jobs/1/attempts/1"), (), {}, sys.executable)
+    order = AttemptOrder(Path("/jobs/1/attempts/1"), (), {}, sys.executable)
     old = {**json.loads(encode(order)), "launcher": "warm"}
     del old["start"]
-    assert decode(json.dumps(old).encode(), Order) == order
+    assert decode(json.dumps(old).encode(), AttemptOrder) == order
 
 
 def test_settings_without_a_command_line():
