@@ -41,7 +41,7 @@ async def ended(arbor: Arbor, job_id: str) -> str:
     """The status that a job has in the end."""
     async with asyncio.timeout(60):
         while (job := arbor.job_service.find(job_id, "me")).status not in TERMINAL:
-            await arbor.jobs.changes.wait(job_id, 1.0)
+            await arbor.jobs.subscriptions.wait(job_id, 1.0)
     return job.status
 
 
@@ -73,7 +73,7 @@ async def test_a_job_is_paused_resumed_and_cancelled(arbor: Arbor) -> None:
     assert (await jobs.ask(job, "pause")).desired == "pause"
     async with asyncio.timeout(60):
         while (job := jobs.find(job.id, "me")).status != "paused":
-            await arbor.jobs.changes.wait(job.id, 1.0)
+            await arbor.jobs.subscriptions.wait(job.id, 1.0)
     assert (await jobs.ask(job, "run")).status == "queued"
     await jobs.ask(jobs.find(job.id, "me"), "cancel")
     assert await ended(arbor, job.id) == "cancelled"
