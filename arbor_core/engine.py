@@ -8,10 +8,23 @@ from arbor_core.inference.process import EngineProcess, read_spec
 from arbor_core.process.environment import clean_env
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
 from arbor_core.storage.atomic import replace
-from arbor_core.types import Engine, EngineSpec, InferenceBackend, UnknownModelError, Weights
+from arbor_core.types import (
+    NO_RETRY,
+    RETRY_SOON,
+    ApiError,
+    Engine,
+    EngineSpec,
+    InferenceBackend,
+    UnknownModelError,
+    Weights,
+    envelope,
+)
 
 __all__ = [
+    "NO_RETRY",
     "PR_SET_PDEATHSIG",
+    "RETRY_SOON",
+    "ApiError",
     "Engine",
     "EngineProcess",
     "EngineSpec",
@@ -19,6 +32,7 @@ __all__ = [
     "UnknownModelError",
     "Weights",
     "clean_env",
+    "envelope",
     "prctl",
     "read_spec",
     "replace",

@@ -14,6 +14,7 @@ from .errors import (
     JobFailed,
     JobStopped,
     UnknownModelError,
+    envelope,
     not_found,
 )
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
@@ -105,6 +106,7 @@ __all__ = [
     "UnknownModelError",
     "Weights",
     "devices_by_pool",
+    "envelope",
     "name_of",
     "not_found",
     "pool_for",

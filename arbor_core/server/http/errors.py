@@ -7,7 +7,6 @@ import logging
 import sqlite3
 from typing import Any
 
-import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap, Scope
@@ -15,35 +14,12 @@ from litestar.types import ExceptionHandlersMap, Scope
 from arbor_core import ids
 from arbor_core.config.convert import explained
 from arbor_core.process.resources import DISK_FULL_ERRNOS
-from arbor_core.types import CLOSE, NO_RETRY, ApiError, ArborError, ConfigError, not_found
+from arbor_core.types import CLOSE, NO_RETRY, ApiError, ArborError, ConfigError, envelope, not_found
 
 __all__ = ["CLOSE", "HANDLERS", "NO_RETRY", "ApiError", "envelope", "not_found", "request_id", "response"]
 
 log = logging.getLogger(__name__)
 PATH_CHARS = 200
-KINDS = {429: "rate_limit_error"}
-"""`type` of an error, where it is not one of the two that most are."""
-
-
-class ErrorBody(msgspec.Struct):
-    """OpenAI's `Error` object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(msgspec.Struct):
-    """The envelope."""
-
-    error: ErrorBody
-
-
-def envelope(error: ApiError) -> bytes:
-    """The JSON of an error; also what a stream sends when it cannot go on."""
-    kind = "server_error" if error.status >= 500 else KINDS.get(error.status, "invalid_request_error")
-    return msgspec.json.encode(Error(ErrorBody(str(error), kind, error.param, error.code)))
 
 
 def response(error: ApiError) -> Response[bytes]:

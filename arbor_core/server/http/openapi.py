@@ -15,9 +15,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from arbor_core.config.api_keys import Scope
+from arbor_core.types.errors import Error
 
 from .auth import ADMIN
-from .errors import Error
 from .requests import AnyRequest
 
 VERSION = "3.1.0"

@@ -10,7 +10,6 @@ import arbor_transformers
 import msgspec
 import pytest
 import yaml
-from arbor_transformers.api.errors import ApiError
 from arbor_transformers.generation.prompts import Prompts
 from arbor_transformers.model.loading import load, make_batch
 from arbor_transformers.model.lora import AdapterRows
@@ -18,7 +17,7 @@ from embedded import OPTIONS, World, launch, make_tokenizer, options
 from safetensors.torch import load_file, save_file
 
 from arbor_core import ArborError
-from arbor_core.engine import EngineSpec, Weights
+from arbor_core.engine import ApiError, EngineSpec, Weights
 from arbor_core.testing import device
 
 

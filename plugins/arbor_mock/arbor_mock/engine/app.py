@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from arbor_core.engine import EngineSpec
+from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, envelope
 from arbor_mock import EngineOptions
 
 from .text import Answer, BadFaultError, answer, asked_faults
 from .weights import check_adapter, check_tensors
-from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, RefusedError, UpdateBody, Writer
+from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, UpdateBody, Writer
 
 TOLD_TO_DIE = 70
 STOP_SECONDS = 2.0
@@ -64,14 +64,14 @@ class MockEngine:
         given = request.headers.get("Authorization", "")
         try:
             if request.path != "/health" and not self.admitted(given):
-                raise RefusedError(401, "invalid_api_key", "The engine's token is missing or wrong.")
+                raise ApiError(401, "The engine's token is missing or wrong.", "invalid_api_key")
             return await handler(request)
-        except RefusedError as error:
-            return answered(error.envelope(), error.status, error.headers)
+        except ApiError as error:
+            return refusal(error)
         except msgspec.DecodeError as error:
-            return answered(RefusedError(400, "invalid_value", str(error)).envelope(), 400)
+            return refusal(ApiError(400, str(error), "invalid_value"))
         except web.HTTPException as error:
-            return answered(RefusedError(error.status, "invalid_request", error.reason).envelope(), error.status)
+            return refusal(ApiError(error.status, error.reason, "invalid_request"))
 
     def admitted(self, given: str) -> bool:
         sent = given.encode(errors="surrogateescape")  # what is no UTF-8 is no token either
@@ -80,12 +80,12 @@ class MockEngine:
     async def health(self, _: web.Request) -> web.Response:
         quiet = time.monotonic() - min(self.hanging) if self.hanging else 0.0
         numbers = {"running": self.running, "waiting": self.waiting, "quiet_seconds": quiet}
-        return answered({"status": "ok", "model": self.spec.model, "adapters": list(self.adapters), **numbers})
+        return json_response({"status": "ok", "model": self.spec.model, "adapters": list(self.adapters), **numbers})
 
     async def models(self, _: web.Request) -> web.Response:
         shared = {"object": "model", "created": 0, "owned_by": "arbor-mock"}
         data = [{"id": name, **shared} for name in (self.spec.model, *self.adapters)]
-        return answered({"object": "list", "data": data})
+        return json_response({"object": "list", "data": data})
 
     async def load(self, request: web.Request) -> web.Response:
         """Load an adapter under a name; one of the same name is replaced."""
@@ -94,18 +94,18 @@ class MockEngine:
         try:
             check_adapter(Path(path))
         except (OSError, ValueError) as error:
-            raise RefusedError(400, "invalid_adapter", f"{path} is no PEFT adapter: {error}", "lora_path") from None
+            raise ApiError(400, f"{path} is no PEFT adapter: {error}", "invalid_adapter", "lora_path") from None
         self.adapters[asked["lora_name"]] = path
-        return answered({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def unload(self, request: web.Request) -> web.Response:
         """Forget an adapter; returns when the requests that run on it have finished."""
         name = msgspec.json.decode(await request.read(), type=dict[str, str])["lora_name"]
         if self.adapters.pop(name, None) is None:
-            raise RefusedError(404, "model_not_found", f"No adapter '{name}' is loaded.", "lora_name")
+            raise ApiError(404, f"No adapter '{name}' is loaded.", "model_not_found", "lora_name")
         async with self.drained:
             await self.drained.wait_for(lambda: not self.users.get(name))
-        return answered({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def update(self, request: web.Request) -> web.Response:
         """Take new weights; requests that run go on, and say which version they began with."""
@@ -113,9 +113,9 @@ class MockEngine:
         try:
             check_tensors(Path(asked.path) / "model.safetensors")
         except (OSError, ValueError) as error:
-            raise RefusedError(400, "invalid_weights", f"{asked.path} holds no weights: {error}", "path") from None
+            raise ApiError(400, f"{asked.path} holds no weights: {error}", "invalid_weights", "path") from None
         self.version = asked.version
-        return answered({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read(), type=ChatBody)
@@ -130,11 +130,11 @@ class MockEngine:
     ) -> web.StreamResponse:
         """Answer one request, or let go wrong what its prompt asks for."""
         if body.model not in (self.spec.model, *self.adapters):
-            raise RefusedError(404, "model_not_found", f"The model '{body.model}' does not exist", "model")
+            raise ApiError(404, f"The model '{body.model}' does not exist", "model_not_found", "model")
         try:
             faults = asked_faults(" ".join(text for text, _ in prompts))
         except BadFaultError as error:
-            raise RefusedError(400, "invalid_value", f"[mock: ...]: {error}") from None
+            raise ApiError(400, f"[mock: ...]: {error}", "invalid_value") from None
         answers = self.answers(body, prompts, faults.get("logprob"))
         writer = shapes(body, answers, [read for _, read in prompts], body.n or 1)
         if faults.get("full"):
@@ -158,22 +158,20 @@ class MockEngine:
             most = body.most() or max(room, 1)
             if most > self.options.context:
                 message = f"Invalid 'max_tokens': expected at most {self.options.context}, this model's context."
-                raise RefusedError(400, "invalid_value", message, "max_tokens")
+                raise ApiError(400, message, "invalid_value", "max_tokens")
             if most > room or most < 1:
                 message = (
                     f"This model's maximum context length is {self.options.context} tokens. However, you requested "
                     f"{len(read) + most} tokens ({len(read)} in the prompt, {most} in the completion)."
                 )
                 param = "messages" if isinstance(body, ChatBody) else "prompt"
-                raise RefusedError(400, "context_length_exceeded", message, param)
+                raise ApiError(400, message, "context_length_exceeded", param)
             wanted = body.sampling(most, logprob)
             said += [answer(body.model, text, index, wanted) for index in range(body.n or 1)]
         return said
 
-    def full(self) -> RefusedError:
-        return RefusedError(
-            429, "rate_limit_exceeded", f"{self.waiting} requests are waiting already.", retry_after="1"
-        )
+    def full(self) -> ApiError:
+        return ApiError(429, f"{self.waiting} requests are waiting already.", "rate_limit_exceeded", headers=RETRY_SOON)
 
     @asynccontextmanager
     async def place(self, model: str) -> AsyncIterator[None]:
@@ -229,12 +227,12 @@ class MockEngine:
                 await response.write(b"".join(frames(writer, count, sent)))
                 await pace.at(count + 1)
             await response.write(writer.last())
-        except RefusedError as error:
+        except ApiError as error:
             await response.write(in_band(error))
         except asyncio.CancelledError:
             if not self.stopping:
                 raise  # the client went away
-            await response.write(in_band(RefusedError(503, "engine_unavailable", "The engine is shutting down.")))
+            await response.write(in_band(ApiError(503, "The engine is shutting down.", "engine_unavailable")))
         return response
 
     async def stop(self) -> None:
@@ -260,9 +258,7 @@ class Pace:
             print(f"told to die after {self.die:.0f} tokens", file=sys.stderr, flush=True)
             os._exit(TOLD_TO_DIE)
         if self.fail is not None and count >= self.fail:
-            raise RefusedError(
-                500, "engine_failure", f"Told to fail after {self.fail:.0f} tokens.", x_should_retry="false"
-            )
+            raise ApiError(500, f"Told to fail after {self.fail:.0f} tokens.", "engine_failure", headers=NO_RETRY)
         if count and self.seconds:
             await asyncio.sleep(self.seconds)
 
@@ -282,10 +278,15 @@ def frames(writer: Writer, count: int, sent: list[int]) -> list[bytes]:
     return found
 
 
-def answered(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+def json_response(body: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
 
-def in_band(error: RefusedError) -> bytes:
+def refusal(error: ApiError) -> web.Response:
+    headers, kind = error.headers, "application/json"
+    return web.Response(body=envelope(error), status=error.status, headers=headers, content_type=kind)
+
+
+def in_band(error: ApiError) -> bytes:
     """An error in a stream that has begun."""
-    return b"data: " + msgspec.json.encode(error.envelope()) + b"\n\ndata: [DONE]\n\n"
+    return b"data: " + envelope(error) + b"\n\ndata: [DONE]\n\n"

@@ -9,25 +9,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from arbor_core.engine import NO_RETRY, ApiError
+
 from .text import Answer, Sampling, Token, spelled
 
 VOCABULARY = 256
 MINUS_INFINITY = -9999.0
 """What OpenAI writes for a log-probability that JSON cannot hold."""
-
-
-class RefusedError(Exception):
-    """A request that gets no answer but an error."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def envelope(self) -> dict[str, Any]:
-        kinds = {429: "rate_limit_error", 401: "invalid_request_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(Struct):
@@ -116,7 +104,7 @@ def _tokens(prompt: Any) -> bytes:
     for token in prompt:
         if not isinstance(token, int) or not 0 <= token < VOCABULARY:
             message = f"Invalid 'prompt': {token!r} is no token of this model; expected 0 to {VOCABULARY - 1}."
-            raise RefusedError(400, "invalid_value", message, "prompt")
+            raise ApiError(400, message, "invalid_value", "prompt")
     return bytes(prompt)
 
 
@@ -268,9 +256,9 @@ def finite(logprob: float) -> float:
     """A log-probability that JSON can hold.
 
     Raises:
-        RefusedError: it is not a number; a retry would give it again.
+        ApiError: it is not a number; a retry would give it again.
     """
     if math.isnan(logprob):
         message = "The model's output is not a number (NaN)."
-        raise RefusedError(500, "engine_numerical_error", message, x_should_retry="false")
+        raise ApiError(500, message, "engine_numerical_error", headers=NO_RETRY)
     return max(logprob, MINUS_INFINITY)

@@ -12,11 +12,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from arbor_core.engine import ApiError, envelope
+from arbor_transformers.errors import stopping
 from arbor_transformers.generation.sequence import Delta, Generation
 
 from .checks import check
 from .delta_queue import Inbox
-from .errors import ApiError, stopping
 from .requests import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, UpdateWeights, parse
 from .responses import Answer
 from .service import Service
@@ -152,22 +153,23 @@ class Face:
             code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(
                 error.status, "http_error"
             )
-            failure = ApiError(error.reason, code, status=error.status)
+            failure = ApiError(error.status, error.reason, code)
         except ConnectionError:
             # The client has left; aiohttp finds out when it tries to send this.
             return web.Response(status=CLIENT_LEFT)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            failure = ApiError("The engine failed; its log has the details.", "engine_error", status=500)
+            failure = ApiError(500, "The engine failed; its log has the details.", "engine_error")
         headers = {**failure.headers, "x-request-id": request["id"]}
-        return answer(failure.envelope(), failure.status, headers)
+        body, kind = envelope(failure), "application/json"
+        return web.Response(body=body, status=failure.status, headers=headers, content_type=kind)
 
     def _authorise(self, request: web.Request) -> None:
         if not self.token or request.path == "/health":
             return
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {self.token}".encode()):
-            raise ApiError("The engine's token is missing or wrong.", "invalid_api_key", status=401)
+            raise ApiError(401, "The engine's token is missing or wrong.", "invalid_api_key")
 
 
 def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -201,7 +203,7 @@ async def send(response: web.StreamResponse, writing: Answer, count: int, inbox:
         frames = []
         for delta in deltas:
             if delta.error is not None:
-                frames.append(event(delta.error.envelope()))
+                frames.append(frame(envelope(delta.error)))
                 failed = True
                 break
             left -= delta.finish is not None
@@ -214,7 +216,11 @@ async def send(response: web.StreamResponse, writing: Answer, count: int, inbox:
 
 
 def event(body: Any) -> bytes:
-    return b"data: " + encode(body) + b"\n\n"
+    return frame(encode(body))
+
+
+def frame(raw: bytes) -> bytes:
+    return b"data: " + raw + b"\n\n"
 
 
 def limit_buffers(request: web.Request) -> None:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .errors import ApiError
+from arbor_core.engine import ApiError
 
 Json = dict[str, Any]
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -125,7 +125,7 @@ class CompletionRequest(Request, kw_only=True):
             return [msgspec.convert(self.prompt, list[int])]
         except msgspec.ValidationError as error:
             message = f"Invalid 'prompt': {error}. Expected a text, token ids, or a list of either."
-            raise ApiError(message, "invalid_type", "prompt") from None
+            raise ApiError(400, message, "invalid_type", "prompt") from None
 
 
 class LoadAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -155,13 +155,13 @@ def parse(body: bytes, kind: type[StructT]) -> StructT:
         ApiError: it is not JSON, or not of the kind's shape; with the path of the field at fault.
     """
     if not body.strip():
-        raise ApiError("You must provide a JSON body.", "invalid_json")
+        raise ApiError(400, "You must provide a JSON body.", "invalid_json")
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise mismatch(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(f"The body is not valid JSON: {error}", "invalid_json") from None
+        raise ApiError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
 def mismatch(said: str) -> ApiError:
@@ -171,12 +171,12 @@ def mismatch(said: str) -> ApiError:
     field = re.search("`([^`]*)`", text)
     if text.startswith("Object missing required field") and field:
         name = f"{inside}.{field[1]}" if inside else field[1]
-        return ApiError(f"Missing required parameter: '{name}'.", "missing_required_parameter", name)
+        return ApiError(400, f"Missing required parameter: '{name}'.", "missing_required_parameter", name)
     if text.startswith("Object contains unknown field") and field:
         name = f"{inside}.{field[1]}" if inside else field[1]
-        return ApiError(f"Unknown parameter: '{name}'.", "unknown_parameter", name)
+        return ApiError(400, f"Unknown parameter: '{name}'.", "unknown_parameter", name)
     if text.startswith("Expected `null`"):
-        return ApiError(f"'{inside}' is not supported by this engine.", "unsupported_parameter", inside)
+        return ApiError(400, f"'{inside}' is not supported by this engine.", "unsupported_parameter", inside)
     if not inside:
-        return ApiError(f"The body has the wrong shape: {text}.", "invalid_type")
-    return ApiError(f"Invalid type for '{inside}': {text}.", "invalid_type", inside)
+        return ApiError(400, f"The body has the wrong shape: {text}.", "invalid_type")
+    return ApiError(400, f"Invalid type for '{inside}': {text}.", "invalid_type", inside)

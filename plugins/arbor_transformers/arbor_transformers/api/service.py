@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from arbor_core.engine import ApiError
 from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
 from arbor_transformers.generation.loop import Engine
 from arbor_transformers.generation.prompts import Prompts
@@ -17,7 +18,6 @@ from arbor_transformers.model.lora import Adapter, AdapterRows, load_adapter, re
 from arbor_transformers.model.update import copy_weights, read_weights
 
 from .delta_queue import Inbox
-from .errors import ApiError
 from .requests import ChatRequest, CompletionRequest, Request
 from .responses import Answer, ChatAnswer, CompletionAnswer
 
@@ -53,7 +53,7 @@ class Service:
             return self.adapters[model]
         except KeyError:
             message = f"The model '{model}' does not exist on this engine."
-            raise ApiError(message, "model_not_found", "model", status=404) from None
+            raise ApiError(404, message, "model_not_found", "model") from None
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter under a name. The same name again is only right with the same directory."""
@@ -66,7 +66,7 @@ class Service:
             return
         if known is not None or name == self.name or not name:
             message = f"The name '{name}' is taken. Load new weights under a new name, or unload the old ones first."
-            raise ApiError(message, "adapter_exists", "lora_name")
+            raise ApiError(400, message, "adapter_exists", "lora_name")
         loop = asyncio.get_running_loop()
         adapter = await loop.run_in_executor(self.reader, load_adapter, name, path, self.loaded.model)
         await asyncio.wrap_future(self.engine.call(lambda: self.lora.attach(adapter)))
@@ -75,7 +75,7 @@ class Service:
     def unload(self, name: str) -> None:
         """Forget an adapter. Generations that run on it hold it until they end."""
         if name not in self.adapters:
-            raise ApiError(f"The adapter '{name}' is not loaded.", "model_not_found", "lora_name", status=404)
+            raise ApiError(404, f"The adapter '{name}' is not loaded.", "model_not_found", "lora_name")
         del self.adapters[name]
 
     async def update(self, path: str, version: int) -> None:
@@ -142,7 +142,7 @@ class Service:
             message = (
                 f"The request asks for {count} sequences; this engine takes {most} at once. Send several requests."
             )
-            raise ApiError(message, "invalid_value", "n" if prompts == 1 else "prompt")
+            raise ApiError(400, message, "invalid_value", "n" if prompts == 1 else "prompt")
         return self.unread + count
 
     def _room(self, request: Request, used: int) -> int:
@@ -152,7 +152,7 @@ class Service:
         if used >= self.context or (wanted is not None and used + wanted > self.context):
             asked = f"{used} in the prompt and {wanted} in the completion" if wanted else f"{used} in the prompt"
             message = f"This model's maximum context length is {self.context} tokens, but you requested {asked}."
-            raise ApiError(message, "context_length_exceeded", "messages" if default > 16 else "prompt")
+            raise ApiError(400, message, "context_length_exceeded", "messages" if default > 16 else "prompt")
         return min(default if wanted is None else wanted, self.context - used)
 
     def _sampling(self, request: Request, adapter: Adapter | None) -> Sampling:

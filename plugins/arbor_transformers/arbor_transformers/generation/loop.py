@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from arbor_transformers.api.errors import ApiError, failure, queue_full, stopping
+from arbor_core.engine import ApiError
+from arbor_transformers.errors import failure, queue_full, stopping
 from arbor_transformers.model.batch import Batch, Prefill
 from arbor_transformers.model.lora import Adapter
 

@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from arbor_core import Chats, ChatText, Conversation
-from arbor_transformers.api.errors import ApiError
+from arbor_core.engine import ApiError
 
 RESERVED = {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
 """Names that a template or the tokenizer gives a meaning of its own."""
@@ -34,7 +34,7 @@ class Prompts:
         for position, token in enumerate(prompt):
             if not 0 <= token < self.vocabulary:
                 message = f"Invalid 'prompt': token {token} at position {position} is not in 0..{self.vocabulary - 1}."
-                raise ApiError(message, "invalid_value", "prompt")
+                raise ApiError(400, message, "invalid_value", "prompt")
         return self._some(tuple(prompt), "prompt")
 
     def text(self, prompt: str) -> tuple[int, ...]:
@@ -47,18 +47,18 @@ class Prompts:
         """A conversation through the chat template, as it was trained on (`arbor_core.data.chat_format`)."""
         if not self.tokenizer.chat_template:
             message = "This model has no chat template. Use /v1/completions, or a model with one."
-            raise ApiError(message, "unsupported_parameter", "messages")
+            raise ApiError(400, message, "unsupported_parameter", "messages")
         clash = RESERVED & extras.keys()
         if clash:
             message = f"'chat_template_kwargs' cannot set {', '.join(sorted(clash))}."
-            raise ApiError(message, "invalid_value", "chat_template_kwargs")
+            raise ApiError(400, message, "invalid_value", "chat_template_kwargs")
         try:
             said = self.chats.conversation(messages, tools)
             text = said.reveal(self._rendered(said, extras))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # Templates refuse conversations by raising, and fail in Python's ways on shapes they did not foresee.
             message = f"The model's chat template cannot render these messages: {error}"
-            raise ApiError(message, "invalid_value", "messages") from None
+            raise ApiError(400, message, "invalid_value", "messages") from None
         return self._some(tuple(self._tokens(text)), "messages")
 
     def _rendered(self, said: Conversation, extras: Mapping[str, Any]) -> str:
@@ -82,5 +82,7 @@ class Prompts:
 
     def _some(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
         if not ids:
-            raise ApiError(f"Invalid '{param}': it holds no tokens, expected at least one.", "invalid_value", param)
+            raise ApiError(
+                400, f"Invalid '{param}': it holds no tokens, expected at least one.", "invalid_value", param
+            )
         return ids

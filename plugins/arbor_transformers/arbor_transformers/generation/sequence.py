@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from arbor_transformers.api.errors import ApiError, numerical
+from arbor_core.engine import ApiError
+from arbor_transformers.errors import numerical
 from arbor_transformers.model.lora import Adapter
 
 from .detokenizer import Detokenizer, StopStrings

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from arbor_transformers.api.errors import ApiError
+from arbor_core.engine import ApiError
 
 PREFIX = "base_model.model."
 UNSUPPORTED = {
@@ -61,7 +61,7 @@ class Adapter:
 
 def refuse(message: str, code: str = "invalid_adapter") -> ApiError:
     """A 400 about the adapter's directory."""
-    return ApiError(message, code, "lora_path")
+    return ApiError(400, message, code, "lora_path")
 
 
 def load_adapter(name: str, path: str, model: PreTrainedModel) -> Adapter:

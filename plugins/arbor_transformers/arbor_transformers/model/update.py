@@ -6,14 +6,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from arbor_transformers.api.errors import ApiError
+from arbor_core.engine import ApiError
 
 Pair = tuple[Tensor, Tensor]
 """A tensor of the model, and what is to be in it: of the same shape."""
 
 
 def refuse(message: str) -> ApiError:
-    return ApiError(message, "invalid_weights", "path")
+    return ApiError(400, message, "invalid_weights", "path")
 
 
 def read_weights(path: str, model: PreTrainedModel) -> list[Pair]:
