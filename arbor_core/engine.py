@@ -1,13 +1,17 @@
 """The third door: what plugins import that bring an inference backend, on both sides of its process.
 
-The server's side starts an `EngineProcess`; the process reads its specification (`read_spec`), says where it listens
-with `replace`, and ends with the server (`prctl`).
+For the backend, inside the server: `EngineProcess` starts a process and speaks to it; `clean_env` is the environment of
+any other process it starts; `UnknownModelError` says that there is no such model. The types are those of the backend's
+contract (`InferenceBackend`, `Engine`, `EngineSpec`, `Weights`).
+
+For the engine, inside its process, in the order of use: `end_with_parent`, `read_spec`, `routes`, `authorised`,
+`Progress`, `health`, `announce`. What it refuses is an `ApiError`, which `envelope` makes OpenAI's error object of;
+`NO_RETRY` and `RETRY_SOON` are its headers.
 """
 
-from arbor_core.inference.process import EngineProcess, read_spec
+from arbor_core.inference.child import Progress, announce, authorised, end_with_parent, health, read_spec, routes
+from arbor_core.inference.process import EngineProcess
 from arbor_core.process.environment import clean_env
-from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
-from arbor_core.storage.atomic import replace
 from arbor_core.types import (
     NO_RETRY,
     RETRY_SOON,
@@ -22,18 +26,21 @@ from arbor_core.types import (
 
 __all__ = [
     "NO_RETRY",
-    "PR_SET_PDEATHSIG",
     "RETRY_SOON",
     "ApiError",
     "Engine",
     "EngineProcess",
     "EngineSpec",
     "InferenceBackend",
+    "Progress",
     "UnknownModelError",
     "Weights",
+    "announce",
+    "authorised",
     "clean_env",
+    "end_with_parent",
     "envelope",
-    "prctl",
+    "health",
     "read_spec",
-    "replace",
+    "routes",
 ]

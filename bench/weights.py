@@ -133,14 +133,14 @@ async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict
 async def one(system: Any, job_id: str, update: Path, version: int) -> dict[str, float]:
     """Ask for a version, and see when it was begun, saved, heard of and loaded."""
     heard: dict[str, float] = {}
-    refresh = system.live_weights.refresh
+    refresh = system.weight_sync.refresh
 
     async def timed(policy: Any) -> None:
         heard["began"] = time.time()
         await refresh(policy)
         heard["ended"] = time.time()
 
-    system.live_weights.refresh = timed
+    system.weight_sync.refresh = timed
     draft = update / "asking"
     draft.write_text(str(version))
     draft.rename(update / "asked")
@@ -148,7 +148,7 @@ async def one(system: Any, job_id: str, update: Path, version: int) -> dict[str,
         await asyncio.sleep(0.002)
         found = system.jobs.get(job_id)
         assert found.error is None, found.error
-    system.live_weights.refresh = refresh
+    system.weight_sync.refresh = refresh
     assert system.models.resolve(job_id, "me").version == version
     began, saved = json.loads((update / f"saved-{version}").read_text())
     return {

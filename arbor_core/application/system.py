@@ -25,7 +25,7 @@ from arbor_core.files.repository import Files
 from arbor_core.files.uploads import Uploads
 from arbor_core.inference.engines import Engines
 from arbor_core.inference.process import end_engines
-from arbor_core.inference.weight_sync import LiveWeights
+from arbor_core.inference.weight_sync import WeightSync
 from arbor_core.jobdir.documents import upgrade
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
@@ -61,7 +61,7 @@ class Arbor:
     allocator: Allocator
     executor: Executor
     engines: Engines
-    live_weights: LiveWeights
+    weight_sync: WeightSync
     observers: Observers
     dispatcher: Dispatcher
     lock: IO[str]
@@ -100,7 +100,7 @@ class Arbor:
             os.kill(os.getpid(), signal.SIGTERM)
 
     async def _tick(self) -> None:
-        works = (self.engines.tick, self._close_ended_sessions, self.live_weights.tick, self.uploads.expire)
+        works = (self.engines.tick, self._close_ended_sessions, self.weight_sync.tick, self.uploads.expire)
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for work in works:
@@ -148,10 +148,10 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         idle_seconds=settings.limits.engine_idle_seconds,
         hang_seconds=settings.limits.engine_heartbeat_seconds,
     )
-    live_weights = LiveWeights(models.jobs, engines, jobs)
+    weight_sync = WeightSync(models.jobs, engines, jobs)
     threads = threads_per_device(settings, allocator)
     attempts = Attempts(jobs, files, models, executor, identity, settings, threads)
-    ingest = Ingest(jobs, observers, root, settings.organization, live_weights.published)
+    ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
     dispatcher = Dispatcher(
@@ -181,7 +181,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         allocator=allocator,
         executor=executor,
         engines=engines,
-        live_weights=live_weights,
+        weight_sync=weight_sync,
         observers=observers,
         dispatcher=dispatcher,
         lock=lock,

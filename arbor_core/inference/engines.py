@@ -18,11 +18,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiohttp
-
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.types import (
-    NO_RETRY,
     RETRY_SOON,
     Allocator,
     ApiError,
@@ -33,11 +30,10 @@ from arbor_core.types import (
     EngineSpec,
     InferenceBackend,
     Lease,
-    UnknownModelError,
 )
 
-from .redaction import without_paths
-from .served_model import Key, Served, heard, kill_when_it_hangs
+from .redaction import refusal
+from .served_model import Key, ServedModel, ignore_result, kill_when_it_hangs
 
 if TYPE_CHECKING:
     import aiohttp
@@ -47,10 +43,10 @@ log = logging.getLogger(__name__)
 LOAD_WAIT = 300.0
 """Seconds that a request waits for an engine to start."""
 FAILURE_SECONDS = 30.0
-"""A model that could not be served is not tried again for so long: a client that insists would start a process with
-each request."""
-LOOK_SECONDS = 0.5
-"""How often a start that waits for a device looks for an idle engine."""
+"""Seconds for which a model that could not be served is not tried again: a client that insists would start a process
+with each request."""
+POLL_SECONDS = 0.5
+"""How often a start that waits for a device checks for an idle engine."""
 T = TypeVar("T")
 
 
@@ -63,8 +59,8 @@ class Engines:
         root: Directory of the engines' scratch directories; emptied here.
         options: The backend's options.
         threads: CPU threads of an engine.
-        idle_seconds: An engine that nobody has used for so long is stopped by `tick`.
-        hang_seconds: An engine that shows no sign of life for so long is killed.
+        idle_seconds: An engine without requests for that long is stopped by `tick`.
+        hang_seconds: An engine without a sign of life for that long is killed.
         load_wait: Seconds that a request waits for an engine to start.
     """
 
@@ -83,17 +79,17 @@ class Engines:
         self.backend, self.allocator, self.root = backend, allocator, root
         self.options, self.threads = dict(options), threads
         self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
-        self.served: dict[Key, Served] = {}
+        self.models: dict[Key, ServedModel] = {}
         self.failed: dict[Key, tuple[float, Exception]] = {}
         """Until when a start is not tried again, and why."""
-        self.started, self.freed = 0, asyncio.Event()
+        self.starts, self.released = 0, asyncio.Event()
         self.background: set[asyncio.Task[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
         shutil.rmtree(root, ignore_errors=True)
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The connections to all engines; made at first use, because the import costs a tenth of a second."""
+        """The connections to all engines; opened at first use, because the import costs a tenth of a second."""
         if self._session is None:
             import aiohttp
 
@@ -115,95 +111,88 @@ class Engines:
                 503 `engine_unavailable`: it cannot start, or the adapter cannot be loaded;
                 503 `model_loading`: it takes longer than `load_wait`.
         """
-        served = self._find(resolved)
-        served.users += 1
+        model = self._find(resolved)
+        model.users += 1
         try:
-            with served.holding(resolved):
+            with model.holding(resolved):
                 try:
                     async with asyncio.timeout(self.load_wait):
-                        engine = await asyncio.shield(served.start)
-                        await self._load(served, engine, resolved)
+                        engine = await asyncio.shield(model.start)
+                        await self._load(model, engine, resolved)
                 except TimeoutError:
                     message = f"The model '{resolved.name}' is still loading. Try again in a while."
                     raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
                 yield engine
         finally:
-            served.users -= 1
-            served.used_at = time.monotonic()
-            if served.users == 0:
-                self.freed.set()
+            model.users -= 1
+            model.used_at = time.monotonic()
+            if model.users == 0:
+                self.released.set()
 
-    async def _load(self, served: Served, engine: Engine, resolved: Resolved) -> None:
-        """Have an engine know an adapter, or have the newest weights."""
+    async def _load(self, model: ServedModel, engine: Engine, resolved: Resolved) -> None:
+        """Load an adapter into an engine, or the newest weights."""
         if resolved.adapter:
             try:
-                await asyncio.shield(served.adapter(resolved.adapter))
+                await asyncio.shield(model.adapter(resolved.adapter))
             except ApiError:
                 await self.suspect(engine)  # one that died is forgotten before its client asks again
                 raise
-            served.retire()
-        if resolved.full and (update := served.update(resolved.full)):
+            model.retire()
+        if resolved.full and (update := model.update(resolved.full)):
             try:
                 await asyncio.shield(update)
             except ArborError as error:  # its weights may be mixed: it never answers again
                 log.warning("weights of %s: %s", resolved.name, error)
-                await asyncio.shield(self.later(self._disown(served, engine)))
+                await asyncio.shield(self.later(self._disown(model, engine)))
                 message = f"The engine of '{resolved.name}' did not take new weights. It is started again."
                 raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
 
-    def _find(self, resolved: Resolved) -> Served:
-        """What serves the base, or a start of it that has begun now."""
+    def _find(self, resolved: Resolved) -> ServedModel:
+        """The entry of the base model; where there is none, its engine is started."""
         key = (resolved.base, resolved.base_path)
-        if served := self.served.get(key):
-            return served
+        if model := self.models.get(key):
+            return model
         self.failed = {key: entry for key, entry in self.failed.items() if time.monotonic() < entry[0]}
         if key in self.failed:
-            raise self._refusal(key, self.failed[key][1])
-        served = Served(key, asyncio.create_task(self._start(key)), full=resolved.full)
-        served.start.add_done_callback(heard)
-        self.served[key] = served
-        return served
+            raise refusal(*key, self.root, self.failed[key][1])
+        model = ServedModel(key, asyncio.create_task(self._start(key)), full=resolved.full)
+        model.start.add_done_callback(ignore_result)
+        self.models[key] = model
+        return model
 
     async def _start(self, key: Key) -> Engine:
-        """Lease a device and start an engine on it; whoever waits for it hears why it failed."""
-        served = self.served[key]
-        path = served.full.path if served.full else key[1]
+        """Lease a device and start an engine on it. A failure reaches every request that waits."""
+        model = self.models[key]
+        path = model.full.path if model.full else key[1]
         try:
             await self.backend.find(path)
-            served.lease = await self._lease(key)
-            self.started += 1
-            served.dir = self.root / str(self.started)
+            model.lease = await self._lease(key)
+            self.starts += 1
+            model.dir = self.root / str(self.starts)
             spec = EngineSpec(
                 model=key[0],
                 path=path,
-                dir=served.dir,
-                devices=served.lease.of("engine"),
+                dir=model.dir,
+                devices=model.lease.of("engine"),
                 threads=self.threads,
                 token=secrets.token_urlsafe(24),
                 options=self.options,
-                version=served.full.version if served.full else None,
+                version=model.full.version if model.full else None,
             )
             engine = await self.backend.start(spec)
         except BaseException as error:
-            self._drop(served)
+            self._drop(model)
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
-                if served.outrun(path):  # the next request finds newer ones
+                if model.superseded(path):  # the next request finds newer ones
                     raise ApiError(
                         503, f"'{key[0]}' is loaded anew.", "engine_unavailable", "model", RETRY_SOON
                     ) from None
                 self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
-                raise self._refusal(key, error) from None
+                raise refusal(*key, self.root, error) from None
             raise
-        served.watch = asyncio.create_task(self._watch(served, engine))
+        model.watch = asyncio.create_task(self._watch(model, engine))
         return engine
-
-    def _refusal(self, key: Key, error: Exception) -> ApiError:
-        """What a client hears of a start that failed. The log has it with all paths."""
-        name, reason = key[0], without_paths(str(error), key[1], str(self.root))
-        if isinstance(error, UnknownModelError):
-            return ApiError(404, f"The model '{name}' does not exist: {reason}", "model_not_found", "model")
-        return ApiError(503, f"The model '{name}' cannot be served: {reason}", "engine_unavailable", None, NO_RETRY)
 
     async def _lease(self, key: Key) -> Lease:
         """A device for an engine; idle engines make room, the one not used for longest first.
@@ -215,13 +204,13 @@ class Engines:
         try:
             await asyncio.wait({waiting}, timeout=0)
             while not waiting.done():
-                self.freed.clear()
-                idle = min((s for s in self.served.values() if s.idle), key=lambda s: s.used_at, default=None)
+                self.released.clear()
+                idle = min((s for s in self.models.values() if s.idle), key=lambda s: s.used_at, default=None)
                 if idle and not self.allocator.free().get("engine"):
                     await self.stop(idle)
-                freed = asyncio.ensure_future(self.freed.wait())
-                await asyncio.wait({waiting, freed}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                freed.cancel()
+                released = asyncio.ensure_future(self.released.wait())
+                await asyncio.wait({waiting, released}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                released.cancel()
             return await waiting
         except asyncio.CancelledError:
             if not waiting.cancel() and not waiting.cancelled() and not waiting.exception():
@@ -234,42 +223,42 @@ class Engines:
         task.add_done_callback(self.background.discard)
         return task
 
-    async def _watch(self, served: Served, engine: Engine) -> None:
-        """Notice that the process has ended, and end it when it hangs: the next request starts another."""
-        pulse = asyncio.create_task(kill_when_it_hangs(served.key[0], engine, self.hang_seconds))
+    async def _watch(self, model: ServedModel, engine: Engine) -> None:
+        """Forget an engine whose process ended, and kill one that hangs: the next request starts another."""
+        check = asyncio.create_task(kill_when_it_hangs(model.key[0], engine, self.hang_seconds))
         try:
             how = await engine.wait()
         finally:
-            pulse.cancel()
-        log.warning("engine of %s ended: %s", served.key[0], how)
-        self._drop(served)
+            check.cancel()
+        log.warning("engine of %s ended: %s", model.key[0], how)
+        self._drop(model)
 
-    def _drop(self, served: Served) -> None:
-        """Forget what served, and give its devices back."""
-        if self.served.get(served.key) is served:
-            del self.served[served.key]
-        if served.lease:
-            self.allocator.release(served.lease)
-            served.lease = None
-        self.freed.set()
+    def _drop(self, model: ServedModel) -> None:
+        """Forget a model's engine, and release its devices."""
+        if self.models.get(model.key) is model:
+            del self.models[model.key]
+        if model.lease:
+            self.allocator.release(model.lease)
+            model.lease = None
+        self.released.set()
 
-    async def _disown(self, served: Served, engine: Engine) -> None:
+    async def _disown(self, model: ServedModel, engine: Engine) -> None:
         """End an engine that must not answer again."""
         await engine.kill()
-        await self.stop(served)
+        await self.stop(model)
 
-    async def stop(self, served: Served) -> None:
+    async def stop(self, model: ServedModel) -> None:
         """End an engine. New requests start another, which waits for the device."""
-        if self.served.get(served.key) is served:
-            del self.served[served.key]
-        if served.watch:
-            served.watch.cancel()
-        served.start.cancel()
-        outcome = (await asyncio.gather(served.start, return_exceptions=True))[0]
+        if self.models.get(model.key) is model:
+            del self.models[model.key]
+        if model.watch:
+            model.watch.cancel()
+        model.start.cancel()
+        outcome = (await asyncio.gather(model.start, return_exceptions=True))[0]
         if not isinstance(outcome, BaseException):
             await outcome.stop()
-            shutil.rmtree(served.dir or "", ignore_errors=True)  # one that failed keeps its log
-        self._drop(served)
+            shutil.rmtree(model.dir or "", ignore_errors=True)  # one that failed keeps its log
+        self._drop(model)
 
     async def suspect(self, engine: Engine) -> bool:
         """Whether an engine that broke a connection is lost; it is ended then, and the next request starts another.
@@ -279,34 +268,34 @@ class Engines:
         return await asyncio.shield(self.later(self._suspect(engine)))
 
     async def _suspect(self, engine: Engine) -> bool:
-        served = next((s for s in self.served.values() if s.engine is engine), None)
-        if served is None:
+        model = next((s for s in self.models.values() if s.engine is engine), None)
+        if model is None:
             return True
         if await engine.health():
             return False
-        log.warning("engine of %s does not answer and is killed", served.key[0])
-        await self._disown(served, engine)
+        log.warning("engine of %s does not answer and is killed", model.key[0])
+        await self._disown(model, engine)
         return True
 
     async def forget(self, name: str) -> None:
         """Unload a model that was deleted, wherever it is loaded; requests on it finish first."""
-        for served in list(self.served.values()):
-            if name in served.adapters:
-                served.forget(name)
-            elif served.key[0] == name and served.idle:
-                await self.stop(served)
+        for model in list(self.models.values()):
+            if name in model.adapters:
+                model.forget(name)
+            elif model.key[0] == name and model.idle:
+                await self.stop(model)
 
     async def tick(self) -> None:
         """Stop engines that nobody has used for `idle_seconds`. To be called every few seconds."""
         before = time.monotonic() - self.idle_seconds
-        for served in [one for one in self.served.values() if one.idle and one.used_at < before]:
-            log.info("engine of %s is idle and stops", served.key[0])
-            await self.stop(served)
+        for model in [one for one in self.models.values() if one.idle and one.used_at < before]:
+            log.info("engine of %s is idle and stops", model.key[0])
+            await self.stop(model)
 
     async def close(self) -> None:
         """Stop every engine."""
         for task in list(self.background):
             task.cancel()
-        await asyncio.gather(*(self.stop(served) for served in list(self.served.values())), return_exceptions=True)
+        await asyncio.gather(*(self.stop(model) for model in list(self.models.values())), return_exceptions=True)
         if self._session is not None:
             await self._session.close()

@@ -1,9 +1,8 @@
-"""An inference engine as a child process: the part of a backend that is the same for all of them.
+"""An inference engine as a child process: the server's side, which is the same for all of them.
 
-The process is given `<dir>/spec.json`, binds a loopback port of its own choice, loads its model, and says where it
-listens by writing `<dir>/ready.json` (`{"url": ...}`). It ends when its standard input reaches the end, which is what
-happens when the server dies in whatever way, and on SIGTERM. `GET /health` says in `quiet_seconds` for how long it has
-had work and has not got on with it.
+The process is given `<dir>/spec.json` and says in `<dir>/ready.json` where it listens (`arbor_core.inference.child` is
+its side). It ends when its standard input reaches the end, which is what happens when the server dies in whatever way,
+and on SIGTERM. `GET /health` says in `stalled_seconds` for how long it has had work and made no progress.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.process.lifecycle import kill_session, process_ref, terminate
 from arbor_core.types import ArborError, EngineSpec, Weights
 
+from .child import READY
+
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
 HEALTH_SECONDS = 5.0
@@ -29,7 +30,9 @@ HEALTH_SECONDS = 5.0
 class Health(msgspec.Struct):
     """What is read of an engine's answer to `GET /health`. One that says nothing of itself is only known to answer."""
 
+    stalled_seconds: float | None = None
     quiet_seconds: float = 0.0
+    """The same, from an engine that knows the key's former name only."""
 
 
 class EngineProcess:
@@ -55,7 +58,7 @@ class EngineProcess:
         """
         spec.dir.mkdir(parents=True, exist_ok=True)
         (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
-        ready = spec.dir / "ready.json"
+        ready = spec.dir / READY
         ready.unlink(missing_ok=True)
         with (spec.dir / "engine.log").open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -97,10 +100,10 @@ class EngineProcess:
 
     async def health(self) -> bool:
         """Whether the process lives and answers."""
-        return await self.quiet(HEALTH_SECONDS) is not None
+        return await self.stalled_for(HEALTH_SECONDS) is not None
 
-    async def quiet(self, patience: float) -> float | None:
-        """Seconds without progress; None: no answer within `patience` seconds."""
+    async def stalled_for(self, patience: float) -> float | None:
+        """Seconds without progress while it has work; None: no answer within `patience` seconds."""
         import aiohttp
 
         if self.process.returncode is not None:
@@ -108,7 +111,7 @@ class EngineProcess:
         try:
             timeout = aiohttp.ClientTimeout(total=patience)
             async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{self.url}/health") as answer:
-                return quiet_seconds(await answer.read()) if answer.status == 200 else None
+                return stalled_seconds(await answer.read()) if answer.status == 200 else None
         except (aiohttp.ClientError, TimeoutError):
             return None
 
@@ -141,17 +144,13 @@ class EngineProcess:
             raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
 
 
-def read_spec(path: Path) -> EngineSpec:
-    """The specification that an engine process finds in its first argument."""
-    return msgspec.json.decode(path.read_bytes(), type=EngineSpec, dec_hook=lambda type_, value: type_(value))
-
-
-def quiet_seconds(raw: bytes) -> float:
-    """What an engine says of its progress, if it does."""
+def stalled_seconds(raw: bytes) -> float:
+    """Seconds without progress while it has work, from an engine's answer to /health; 0 if it says nothing of that."""
     try:
-        return msgspec.json.decode(raw, type=Health).quiet_seconds
+        said = msgspec.json.decode(raw, type=Health)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return 0.0
+    return said.quiet_seconds if said.stalled_seconds is None else said.stalled_seconds
 
 
 def last_line(folder: Path) -> str:

@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 ADAPTERS = 64
 """Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
 
-LOOKS = 4
-"""An engine hangs when it shows no sign of life in so many looks at it in a row."""
+CHECKS = 4
+"""An engine hangs when it shows no sign of life in this number of checks in a row."""
 
 Key = tuple[str, str]
 """Public name and path of a base model."""
 
 
 @dataclass(eq=False)
-class Served:
-    """What serves one base model, or is about to."""
+class ServedModel:
+    """A base model with the engine that serves it, or is about to."""
 
     key: Key
     start: asyncio.Task[Engine]
@@ -39,8 +39,8 @@ class Served:
     used_at: float = field(default_factory=time.monotonic)
     adapters: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Loading or loaded, in order of use."""
-    leaving: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    """Being unloaded."""
+    unloading: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """On their way out, by name."""
     paths: dict[str, str] = field(default_factory=dict)
     """From where each adapter was loaded."""
     dir: Path | None = None
@@ -49,12 +49,12 @@ class Served:
     full: FullPolicy | None = None
     """The weights that it has, or that it will have when `updating` ends; None: they never change."""
     updating: asyncio.Task[None] | None = None
-    has: int = -1
-    """The version of the weights that the last update brought."""
+    version: int = -1
+    """Of the weights that the last update brought; -1: there was none."""
     policies: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Of adapters that are a live job's policy: the job and the version."""
     held: Counter[str] = field(default_factory=Counter)
-    """How many requests want each of those."""
+    """Requests that run on each of those, or wait for it."""
 
     @property
     def engine(self) -> Engine | None:
@@ -66,12 +66,12 @@ class Served:
         """Whether it runs and nobody uses it."""
         return self.users == 0 and self.watch is not None
 
-    def outrun(self, path: str) -> bool:
+    def superseded(self, path: str) -> bool:
         """Whether the weights at a path have gone because the trainer published newer ones."""
         return self.full is not None and self.full.version > 0 and not Path(path).exists()
 
     def adapter(self, weights: Weights) -> asyncio.Task[None]:
-        """The loading of an adapter, begun by its first user.
+        """The loading of an adapter, started by its first user.
 
         Raises:
             ApiError: (from the task) 503 `engine_unavailable`: the engine refused it.
@@ -82,15 +82,15 @@ class Served:
         loading = self.adapters.pop(weights.name, None)
         if loading is None or (loading.done() and not succeeded(loading)):
             loading = asyncio.create_task(self._load(weights))
-            loading.add_done_callback(heard)
+            loading.add_done_callback(ignore_result)
         self.adapters[weights.name] = loading  # the last in use is the last in order
         if len(self.adapters) > ADAPTERS:
             self.forget(next(iter(self.adapters)))
         return loading
 
     async def _load(self, weights: Weights) -> None:
-        if leaving := self.leaving.get(weights.name):
-            await asyncio.wait({leaving})
+        if unloading := self.unloading.get(weights.name):
+            await asyncio.wait({unloading})
         engine = await self.start
         try:
             await engine.load_weights(weights)
@@ -102,7 +102,7 @@ class Served:
 
     @contextmanager
     def holding(self, resolved: Resolved) -> Iterator[None]:
-        """Keep a policy loaded for a request that runs on it; older ones of its job go when nobody runs on them."""
+        """Keep a policy loaded for a request that runs on it; older ones of its job go when no request runs on them."""
         if resolved.adapter is None or resolved.live is None:
             yield
             return
@@ -116,7 +116,7 @@ class Served:
             self.retire()
 
     def retire(self, ended: str | None = None) -> None:
-        """Unload the policies that nobody runs on and whose job has a newer one loaded, or is `ended`."""
+        """Unload the policies that no request runs on and whose job has a newer one loaded, or is the job `ended`."""
         newest: dict[str, int] = {}
         for name, (job_id, version) in self.policies.items():
             if name in self.adapters and succeeded(self.adapters[name]):
@@ -128,14 +128,14 @@ class Served:
                     self.forget(name)
 
     def update(self, full: FullPolicy) -> asyncio.Task[None] | None:
-        """The update to these weights or newer ones, begun by whoever wants it first; None: it has them.
+        """The update to these weights or newer ones, started by its first user; None: the engine has them.
 
         Raises:
             ArborError: (from the task) the engine did not take them.
         """
         if self.full is None or full.version > self.full.version:
             self.updating = asyncio.create_task(self._update(full, self.updating))
-            self.updating.add_done_callback(heard)
+            self.updating.add_done_callback(ignore_result)
             self.full = full
         return self.updating
 
@@ -143,15 +143,15 @@ class Served:
         engine = await self.start
         if before:
             await before
-        if self.has >= full.version:
+        if self.version >= full.version:
             return
         newest = self.full or full  # the trainer removes old ones while an update lasts
         await engine.update(newest.path, newest.version)
-        self.has = newest.version
+        self.version = newest.version
 
     def forget(self, name: str) -> None:
         """Unload an adapter. Requests that run on it finish first; new ones load it again."""
-        self.leaving[name] = asyncio.create_task(self._unload(name, self.adapters.pop(name)))
+        self.unloading[name] = asyncio.create_task(self._unload(name, self.adapters.pop(name)))
 
     async def _unload(self, name: str, loading: asyncio.Task[None]) -> None:
         try:
@@ -160,7 +160,7 @@ class Served:
         except ArborError as error:
             log.warning("unloading %s: %s", name, error)
         finally:
-            del self.leaving[name]
+            del self.unloading[name]
 
 
 async def kill_when_it_hangs(model: str, engine: Engine, seconds: float) -> None:
@@ -171,23 +171,23 @@ async def kill_when_it_hangs(model: str, engine: Engine, seconds: float) -> None
 
 
 async def hanging(engine: Engine, seconds: float) -> str:
-    """Return when an engine has shown no sign of life for so long; the text says which one was missed.
+    """Return when an engine has shown no sign of life for `seconds`; the text says which one was missed.
 
-    Looks are counted and no clocks compared: after this server or the machine stood still, no engine is to blame.
+    Checks are counted and no clocks compared: after this server or the machine stood still, no engine is to blame.
     """
-    pause, missed = seconds / LOOKS, 0
+    pause, missed = seconds / CHECKS, 0
     while True:
-        quiet, _ = await asyncio.gather(engine.quiet(pause), asyncio.sleep(pause))
-        missed = missed + 1 if quiet is None or quiet >= pause else 0
-        if missed == LOOKS:
-            return "does not answer" if quiet is None else "does not get on with its work"
+        stalled, _ = await asyncio.gather(engine.stalled_for(pause), asyncio.sleep(pause))
+        missed = missed + 1 if stalled is None or stalled >= pause else 0
+        if missed == CHECKS:
+            return "does not answer" if stalled is None else "makes no progress with its work"
 
 
 def succeeded(task: asyncio.Task[Any]) -> bool:
     return task.done() and not task.cancelled() and not task.exception()
 
 
-def heard(task: asyncio.Task[Any]) -> None:
-    """Take note of a failure that nobody may be left to wait for; it was logged where it happened."""
+def ignore_result(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from complaining of a failure that nobody waits for any more; it was logged where it happened."""
     if not task.cancelled():
         task.exception()

@@ -7,21 +7,21 @@ import asyncio
 from arbor_core.jobdir.cleanup import LIVE, forget_rollouts
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
-from arbor_core.models.fine_tuned import Made, Resolved
+from arbor_core.models.fine_tuned import FineTunedModels, Resolved
 from arbor_core.types import ApiError, Event
 
 from .engines import Engines
 
 
-class LiveWeights:
+class WeightSync:
     """The policies of the jobs that learn from rollouts now."""
 
-    def __init__(self, made: Made, engines: Engines, jobs: Jobs) -> None:
-        self.made, self.engines, self.jobs = made, engines, jobs
-        self.leaving: set[str] = set()
+    def __init__(self, fine_tuned: FineTunedModels, engines: Engines, jobs: Jobs) -> None:
+        self.fine_tuned, self.engines, self.jobs = fine_tuned, engines, jobs
+        self.ended: set[str] = set()
         """Jobs that have ended and whose files go as soon as no engine has their policies."""
         self.learning: set[str] = set()
-        """Jobs that had not ended at the last look."""
+        """Jobs that had not ended at the last `tick`."""
         self.newest = 0
         """The newest of them, by its `seq`; a server that starts looks at all."""
 
@@ -30,13 +30,13 @@ class LiveWeights:
         self.engines.later(self._load(job_id))
 
     async def _load(self, job_id: str) -> None:
-        policy = self.made.current(job_id)
+        policy = self.fine_tuned.current(job_id)
         if policy is None:
             return
         try:
             await self.refresh(policy)
         except ApiError as error:
-            if self.made.current(job_id) != policy:
+            if self.fine_tuned.current(job_id) != policy:
                 return  # a newer one speaks for itself, and these weights may have gone
             message = f"Policy version {policy.version} cannot be served: {error}"
             await self.jobs.add_event(Event("message", message, "error"), job_id)
@@ -49,8 +49,8 @@ class LiveWeights:
         """
         key = (policy.base, policy.base_path)
         if policy.full:
-            self.engines.failed.pop(key, None)  # other weights are another question
-        if key not in self.engines.served:
+            self.engines.failed.pop(key, None)  # its reason was of other weights
+        if key not in self.engines.models:
             return
         try:
             async with self.engines.using(policy):
@@ -63,31 +63,31 @@ class LiveWeights:
 
     def loaded(self) -> set[str]:
         """The jobs whose policies are in engines."""
-        served = self.engines.served.values()
-        owners = {one.key[0] for one in served if one.full}
-        return owners | {job_id for one in served for job_id, _ in one.policies.values()}
+        models = self.engines.models.values()
+        owners = {one.key[0] for one in models if one.full}
+        return owners | {job_id for one in models for job_id, _ in one.policies.values()}
 
     async def tick(self) -> None:
         """Unload what belongs to jobs that have ended, where nobody runs on it. Their files go a tick later: who asked
         just before the end has been answered then. To be called every few seconds."""
         for job_id in self.loaded():
-            if self.made.current(job_id) is not None:
+            if self.fine_tuned.current(job_id) is not None:
                 continue
-            for served in list(self.engines.served.values()):
-                served.retire(job_id)
-                if served.full and served.key[0] == job_id and served.idle:
-                    await self.engines.stop(served)
-        for job_id in self.leaving - self.loaded():
-            await asyncio.to_thread(forget_rollouts, JobDir.of(self.made.root, job_id))
-            self.leaving.remove(job_id)
+            for model in list(self.engines.models.values()):
+                model.retire(job_id)
+                if model.full and model.key[0] == job_id and model.idle:
+                    await self.engines.stop(model)
+        for job_id in self.ended - self.loaded():
+            await asyncio.to_thread(forget_rollouts, JobDir.of(self.fine_tuned.root, job_id))
+            self.ended.remove(job_id)
         await asyncio.to_thread(self._look)
 
     def _look(self) -> None:
-        """Find the jobs that have ended since the last time; clocks, which can be set back, are not asked."""
+        """Find the jobs that have ended since the last time; by their numbers, because clocks can be set back."""
         for seq, job_id in self.jobs.rollout_jobs_after(self.newest):
             self.newest = seq
             self.learning.add(job_id)
         ended = self.jobs.ended(self.learning)
         self.learning -= ended
-        folders = {job_id: JobDir.of(self.made.root, job_id).path for job_id in ended}
-        self.leaving |= {job_id for job_id, folder in folders.items() if any((folder / name).exists() for name in LIVE)}
+        folders = {job_id: JobDir.of(self.fine_tuned.root, job_id).path for job_id in ended}
+        self.ended |= {job_id for job_id, folder in folders.items() if any((folder / name).exists() for name in LIVE)}

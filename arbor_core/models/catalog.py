@@ -17,7 +17,7 @@ from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import ApiError, Weights
 
-from .fine_tuned import JOB, Kind, Made, Resolved
+from .fine_tuned import JOB, FineTunedModels, Kind, Resolved
 
 PREFIXES = ("openai/", "arbor:", "local:", "huggingface/")
 """What other clients put before a model's name; it means nothing here."""
@@ -57,7 +57,7 @@ class Models:
 
     def __init__(self, store: Store, config: ModelsConfig, root: Path) -> None:
         self.store, self.config, self.root = store, config, root
-        self.jobs = Made(store, root, self.base)
+        self.jobs = FineTunedModels(store, root, self.base)
         self.locate = self.jobs.locate
 
     def base(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What jobs have made, by the names that completions and other jobs use.
+"""The models that jobs have trained, by the names that completions and other jobs use.
 
 `ft:...` names a result or a checkpoint. A job's id names what the job is at: while it learns from rollouts, its newest
 published policy; after its end, its result, or its newest checkpoint where it has none. `<job id>:<name>` is the
@@ -25,7 +25,7 @@ Kind = Literal["adapter", "full"]
 
 
 class ModelRow(msgspec.Struct, frozen=True):
-    """One row of `models`: what a job has made. Paths are relative to the storage directory."""
+    """One row of `models`: a model that a job has trained. Paths are relative to the storage directory."""
 
     name: str
     owner: str
@@ -94,8 +94,8 @@ class _Maker(msgspec.Struct):
         return "lora" in self.spec.config and self.spec.config["lora"] is None
 
 
-class Made:
-    """What the jobs of one server have made.
+class FineTunedModels:
+    """The models that the jobs of one server have trained.
 
     Args:
         root: The storage directory.
@@ -121,7 +121,7 @@ class Made:
             return name
 
     def find(self, name: str, owner: str) -> ModelRow | None:
-        """A model that a job of this owner has made and that does not change any more; None: there is none."""
+        """A model that a job of this owner has trained and that does not change any more; None: there is none."""
         if name.startswith(JOB):
             return self._of_job(name, owner)
         if not name.startswith("ft:"):
@@ -173,7 +173,7 @@ class Made:
         return Resolved(job.id, job.id, base, live=job.id, version=version, full=full)
 
     def _of_job(self, name: str, owner: str) -> ModelRow | None:
-        """What a job has made that has ended, or a checkpoint that has a name."""
+        """The model of a job that has ended, or a checkpoint that has a name."""
         job_id, colon, checkpoint = name.partition(":")
         job = self._maker(job_id, owner)
         if job is None:

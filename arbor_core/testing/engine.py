@@ -55,7 +55,7 @@ async def _check_backend(
             said = await engine.wait()
         assert said, "wait() does not say how the engine ended"
         assert not await engine.health(), "a stopped engine is said to be healthy"
-        assert await engine.quiet(HEALTH_SECONDS) is None, "a stopped engine is said to answer"
+        assert await engine.stalled_for(HEALTH_SECONDS) is None, "a stopped engine is said to answer"
         await _check_killed(await factory().start(_spec(root / "killed", model, options)))
 
 
@@ -84,9 +84,9 @@ async def _check_face(engine: Engine) -> None:
     import aiohttp
 
     assert await engine.health(), "an engine that has started is not healthy"
-    quiet = await engine.quiet(HEALTH_SECONDS)
-    assert quiet is not None, "an engine that has started does not answer"
-    assert quiet < 1, f"an engine without work is said to have been stuck for {quiet} s"
+    stalled = await engine.stalled_for(HEALTH_SECONDS)
+    assert stalled is not None, "an engine that has started does not answer"
+    assert stalled < 1, f"an engine without work is said to have been stuck for {stalled} s"
     async with aiohttp.ClientSession() as anybody, anybody.get(f"{engine.url}/v1/models") as answer:
         assert answer.status == 401, f"without the token /v1/models answered {answer.status}, expected 401"
     async with aiohttp.ClientSession(headers=engine.headers) as session:

@@ -38,7 +38,7 @@ class EngineSpec(Struct, frozen=True):
 
 
 class Engine(Protocol):
-    """A live engine process with an OpenAI-shaped HTTP face on loopback."""
+    """A live engine process that speaks OpenAI's HTTP API on loopback."""
 
     @property
     def url(self) -> str: ...
@@ -62,8 +62,8 @@ class Engine(Protocol):
         """Whether it lives and answers."""
         ...
 
-    async def quiet(self, patience: float) -> float | None:
-        """Seconds for which it has had work and has not got on with it; 0 without work.
+    async def stalled_for(self, patience: float) -> float | None:
+        """Seconds without progress while it has work; 0 without work.
 
         None: it did not answer within `patience` seconds.
         """
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
     async def stop(self) -> None: ...
     async def kill(self) -> None:
-        """End it at once, though it may be deaf; `wait` returns then."""
+        """End it at once, even if it hangs and ignores SIGTERM; `wait` returns then."""
         ...
 
 

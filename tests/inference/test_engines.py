@@ -21,7 +21,7 @@ from waiting import until_async
 from arbor_core import UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
 from arbor_core.inference import engines as engines_module
-from arbor_core.inference.process import REF, end_engines, quiet_seconds
+from arbor_core.inference.process import REF, end_engines, stalled_seconds
 from arbor_core.inference.redaction import without_paths
 from arbor_core.inference.served_model import hanging
 from arbor_core.models.fine_tuned import Resolved
@@ -47,7 +47,7 @@ async def test_first_requests_share_one_start(make):
     engines = make(devices=4, load_seconds=0.2)
     found = await asyncio.gather(*(used(engines, ONE) for _ in range(20)))
     assert len(set(found)) == 1
-    assert engines.started == 1
+    assert engines.starts == 1
     assert engines.allocator.free()["engine"] == 3
     assert await used(engines, TWO) is not found[0]
 
@@ -59,7 +59,7 @@ async def test_an_idle_engine_is_stopped_and_one_in_use_is_not(make):
         assert await engine.health()
     await engines.tick()
     assert engine.process.returncode is not None
-    assert engines.served == {}
+    assert engines.models == {}
     assert engines.allocator.free()["engine"] == 1
     assert not any(engines.root.iterdir())
     assert await used(engines, ONE) is not engine
@@ -76,7 +76,7 @@ async def test_the_next_request_after_a_death_starts_another(make, adapter):
     engines = make()
     first = await used(engines, adapter)
     os.killpg(first.process.pid, signal.SIGKILL)
-    await until_async(lambda: not engines.served)
+    await until_async(lambda: not engines.models)
     assert engines.allocator.free()["engine"] == 1
     second = await used(engines, adapter)
     assert second is not first
@@ -101,7 +101,7 @@ class Told:
     def __init__(self, *answers: float | None) -> None:
         self.answers = list(answers)
 
-    async def quiet(self, _: float) -> float | None:
+    async def stalled_for(self, _: float) -> float | None:
         return self.answers.pop(0)
 
 
@@ -109,8 +109,8 @@ class Told:
     ("answers", "left", "how"),
     [
         ([None] * 4, 0, "does not answer"),
-        ([9.0] * 4, 0, "does not get on with its work"),
-        ([None, None, 9.0, 9.0, 0.0], 1, "does not get on with its work"),
+        ([9.0] * 4, 0, "makes no progress with its work"),
+        ([None, None, 9.0, 9.0, 0.0], 1, "makes no progress with its work"),
         ([None, None, None, 0.0, None, None, None, None], 0, "does not answer"),
         ([9.0, 9.0, 9.0, 0.001, 9.0, 9.0, 9.0, None, 0.0], 1, "does not answer"),
     ],
@@ -132,7 +132,7 @@ async def test_an_engine_that_hangs_is_killed_though_nothing_was_asked_of_it(mak
         async with aiohttp.ClientSession(headers=first.headers) as session:
             with pytest.raises(aiohttp.ClientError):
                 await session.post(f"{first.url}/v1/completions", json=body)
-    await until_async(lambda: not engines.served)
+    await until_async(lambda: not engines.models)
     assert first.process.returncode == -signal.SIGKILL
     assert engines.allocator.free()["engine"] == 1
     assert await used(engines, adapter) is not first
@@ -153,7 +153,7 @@ async def test_the_engine_not_used_for_longest_makes_room(make):
     one, two = await used(engines, ONE), await used(engines, TWO)
     assert await used(engines, ONE) is one
     await used(engines, Resolved("three", "three", "/models/three"))
-    assert [served.key[0] for served in engines.served.values()] == ["one", "three"]
+    assert [model.key[0] for model in engines.models.values()] == ["one", "three"]
     assert two.process.returncode is not None
 
 
@@ -161,11 +161,11 @@ async def test_a_start_waits_for_an_engine_in_use(make):
     engines = make(devices=1)
     async with engines.using(ONE) as engine:
         waiting = asyncio.create_task(used(engines, TWO))
-        await until_async(lambda: (TWO.base, TWO.base_path) in engines.served)
+        await until_async(lambda: (TWO.base, TWO.base_path) in engines.models)
         assert await engine.health()
         assert not waiting.done()
     await waiting
-    assert [served.key[0] for served in engines.served.values()] == ["two"]
+    assert [model.key[0] for model in engines.models.values()] == ["two"]
 
 
 async def test_two_starts_that_wait_both_get_their_turn(make):
@@ -173,7 +173,7 @@ async def test_two_starts_that_wait_both_get_their_turn(make):
     three = Resolved("three", "three", "/models/three")
     async with asyncio.timeout(30):
         await asyncio.gather(used(engines, ONE), used(engines, TWO), used(engines, three))
-    assert engines.started == 3
+    assert engines.starts == 3
 
 
 async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading(make):
@@ -184,7 +184,7 @@ async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading
     assert int(caught.value.headers["retry-after"]) > 0
     engines.load_wait = 60
     await used(engines, ONE)
-    assert engines.started == 1
+    assert engines.starts == 1
 
 
 async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(make, monkeypatch):
@@ -194,13 +194,13 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(mak
             await used(engines, ONE)
         assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
         assert caught.value.headers == {"x-should-retry": "false"}
-    assert engines.started == 1
+    assert engines.starts == 1
     assert engines.allocator.free()["engine"] == 1
     monkeypatch.setattr(engines_module, "FAILURE_SECONDS", 0)
     engines.failed.clear()
     engines.options["load_error"] = None
     await used(engines, ONE)
-    assert engines.started == 2
+    assert engines.starts == 2
 
 
 async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monkeypatch):
@@ -242,7 +242,7 @@ async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
     monkeypatch.setattr(EngineProcess, "load_weights", counted)
     await asyncio.gather(*(used(engines, adapter) for _ in range(10)), used(engines, ONE))
     assert calls == ["ft:one:x"]
-    assert engines.started == 1
+    assert engines.starts == 1
 
 
 async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monkeypatch):
@@ -254,7 +254,7 @@ async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monke
 
     for name in ("a", "b", "a", "c"):
         engine = await used(engines, named(name))
-    await until_async(lambda: not any(served.leaving for served in engines.served.values()))
+    await until_async(lambda: not any(model.unloading for model in engines.models.values()))
     assert await loaded(engine) == ["a", "c"]
     await used(engines, named("b"))
     assert "b" in await loaded(engine)
@@ -283,7 +283,7 @@ async def test_a_deleted_model_is_unloaded(make, adapter):
     engines = make()
     engine = await used(engines, adapter)
     await engines.forget("ft:one:x")
-    await until_async(lambda: not any(served.leaving for served in engines.served.values()))
+    await until_async(lambda: not any(model.unloading for model in engines.models.values()))
     assert await loaded(engine) == []
     await engines.forget("one")
     assert engine.process.returncode is not None
@@ -301,18 +301,18 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_alone(make, ad
     await used(engines, ONE)
     path.write_bytes(whole)
     await used(engines, adapter)
-    assert engines.started == 1
+    assert engines.starts == 1
 
 
 async def test_a_request_that_gives_up_does_not_stop_the_start(make):
     engines = make(load_seconds=0.3)
     asked = asyncio.create_task(used(engines, ONE))
-    await until_async(lambda: bool(engines.served))
+    await until_async(lambda: bool(engines.models))
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await used(engines, ONE)
-    assert engines.started == 1
-    assert next(iter(engines.served.values())).users == 0
+    assert engines.starts == 1
+    assert next(iter(engines.models.values())).users == 0
 
 
 async def test_closing_ends_every_process_even_one_that_starts(make):
@@ -323,7 +323,7 @@ async def test_closing_ends_every_process_even_one_that_starts(make):
     await engines.close()
     await asyncio.gather(starting, return_exceptions=True)
     assert one.process.returncode is not None
-    assert engines.served == {}
+    assert engines.models == {}
     assert engines.allocator.free()["engine"] == 3
 
 
@@ -339,10 +339,18 @@ async def test_scratch_directories_of_an_earlier_server_are_gone(make, tmp_path)
 
 @pytest.mark.parametrize(
     ("raw", "seconds"),
-    [(b"", 0.0), (b"ok", 0.0), (b"\xff", 0.0), (b"{}", 0.0), (b'{"quiet_seconds": 3, "status": "ok"}', 3.0)],
+    [
+        (b"", 0.0),
+        (b"ok", 0.0),
+        (b"\xff", 0.0),
+        (b"{}", 0.0),
+        (b'{"quiet_seconds": 3, "status": "ok"}', 3.0),
+        (b'{"stalled_seconds": 3, "status": "ok"}', 3.0),
+        (b'{"stalled_seconds": 3, "quiet_seconds": 4}', 3.0),
+    ],
 )
 def test_engines_that_say_nothing_of_their_progress_are_not_stuck(raw, seconds):
-    assert quiet_seconds(raw) == seconds
+    assert stalled_seconds(raw) == seconds
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_an_engine_whose_loop_is_stuck(serving: Serving) -> None:
     engine = serving.engine()
     serving.ask("[mock: hang=1]").error(503, "engine_unavailable")
     assert serving.engine() != engine
-    assert "does not get on with its work" in serving.live.log
+    assert "makes no progress with its work" in serving.live.log
 
 
 def test_an_engine_that_takes_its_time_is_left_alone(serving: Serving) -> None:

@@ -17,7 +17,7 @@ from engines import loaded
 from arbor_core import Event
 from arbor_core.config.settings import ModelsConfig
 from arbor_core.engine import EngineProcess
-from arbor_core.inference.weight_sync import LiveWeights
+from arbor_core.inference.weight_sync import WeightSync
 from arbor_core.jobs.events import add_checkpoint
 from arbor_core.jobs.policies import record_policy
 from arbor_core.jobs.records import Job, JobSpec, NewJob
@@ -82,8 +82,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.fixture
-async def live(world: World, make: Any) -> LiveWeights:
-    return LiveWeights(world.models.jobs, make(devices=2), world.jobs)
+async def live(world: World, make: Any) -> WeightSync:
+    return WeightSync(world.models.jobs, make(devices=2), world.jobs)
 
 
 async def test_a_job_that_learns_is_its_newest_policy(world: World) -> None:
@@ -174,14 +174,14 @@ async def test_checkpoints_have_the_names_that_clients_gave(world: World) -> Non
         world.models.resolve(f"{job.id}:best", "somebody else")
 
 
-async def engine_of(live: LiveWeights, world: World, job: Job) -> EngineProcess:
+async def engine_of(live: WeightSync, world: World, job: Job) -> EngineProcess:
     """Use a job's model for a moment."""
     async with live.engines.using(world.models.resolve(job.id, "me")) as engine:
         assert isinstance(engine, EngineProcess)
         return engine
 
 
-async def published(live: LiveWeights, job: Job) -> None:
+async def published(live: WeightSync, job: Job) -> None:
     """Say that a version was published, and wait until that was dealt with."""
     live.published(job.id)
     await asyncio.gather(*live.engines.background)
@@ -196,12 +196,12 @@ async def version_of(engine: EngineProcess, model: str) -> int:
 
 
 async def test_a_version_is_loaded_when_it_is_published_and_an_old_one_goes_when_nobody_runs_on_it(
-    world: World, live: LiveWeights
+    world: World, live: WeightSync
 ) -> None:
     job = await world.job()
     await world.publish(job, 1)
     await published(live, job)
-    assert live.engines.served == {}, "nobody asked for an engine"
+    assert live.engines.models == {}, "nobody asked for an engine"
     first = world.models.resolve(job.id, "me")
     async with live.engines.using(first) as engine:
         await world.publish(job, 2)
@@ -222,7 +222,7 @@ async def test_a_version_is_loaded_when_it_is_published_and_an_old_one_goes_when
 
 @pytest.mark.parametrize("full", [pytest.param(False, id="row-133-adapter"), pytest.param(True, id="row-133-full")])
 async def test_weights_that_cannot_be_loaded_are_not_replaced_by_old_ones(
-    world: World, live: LiveWeights, full: bool
+    world: World, live: WeightSync, full: bool
 ) -> None:
     job = await world.job(lora=None if full else {})
     await world.publish(job, 1, full=full)
@@ -246,7 +246,7 @@ async def test_weights_that_cannot_be_loaded_are_not_replaced_by_old_ones(
     assert full or later is engine, "the engine of an adapter goes on: others use it"
 
 
-async def test_row_132_all_weights_are_updated_while_the_engine_runs(world: World, live: LiveWeights) -> None:
+async def test_row_132_all_weights_are_updated_while_the_engine_runs(world: World, live: WeightSync) -> None:
     job = await world.job(lora=None)
     engine = await engine_of(live, world, job)
     assert await version_of(engine, job.id) == 0
@@ -267,7 +267,7 @@ async def test_row_132_all_weights_are_updated_while_the_engine_runs(world: Worl
 
 
 async def test_row_112_a_clock_that_is_set_back_leaves_no_files_of_a_job_that_has_ended(
-    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+    world: World, live: WeightSync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [await world.job(lora={}) for _ in range(2)]
     for job, back in zip(jobs, (0, 3600), strict=True):
@@ -282,14 +282,14 @@ async def test_row_112_a_clock_that_is_set_back_leaves_no_files_of_a_job_that_ha
         assert not (world.root / "jobs" / job.id / "weights").exists()
 
 
-async def test_an_engine_that_starts_late_starts_with_the_newest_weights(world: World, live: LiveWeights) -> None:
+async def test_an_engine_that_starts_late_starts_with_the_newest_weights(world: World, live: WeightSync) -> None:
     job = await world.job(lora=None)
     await world.publish(job, 7, full=True)
     assert await version_of(await engine_of(live, world, job), job.id) == 7
 
 
 async def test_row_132_requests_that_wait_for_an_update_that_fails_hear_that_a_retry_helps(
-    world: World, live: LiveWeights
+    world: World, live: WeightSync
 ) -> None:
     job = await world.job(lora=None)
     engine = await engine_of(live, world, job)
@@ -302,7 +302,7 @@ async def test_row_132_requests_that_wait_for_an_update_that_fails_hear_that_a_r
 
 
 async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
-    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+    world: World, live: WeightSync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await world.job(lora=None)
     engine = await engine_of(live, world, job)
@@ -320,7 +320,7 @@ async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
         folder = Path(await world.publish(job, version, full=True))
         waiting.append(asyncio.create_task(engine_of(live, world, job)))
         await begun.wait()
-        while live.engines.served[job.id, "/base"].full != FullPolicy(str(folder), version):
+        while live.engines.models[job.id, "/base"].full != FullPolicy(str(folder), version):
             await asyncio.sleep(0)
     shutil.rmtree(folder.parent / "2-1")
     may_end.set()
@@ -330,18 +330,18 @@ async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
 
 
 async def test_a_start_with_weights_that_are_gone_is_tried_again_with_newer_ones(
-    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+    world: World, live: WeightSync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await world.job(lora=None)
     folder = Path(await world.publish(job, 1, full=True))
     begin = live.engines.backend.start
 
-    async def outrun(spec: EngineSpec) -> Any:
+    async def superseded(spec: EngineSpec) -> Any:
         """The trainer publishes while the engine starts."""
         shutil.rmtree(folder)
         raise ArborError(f"cannot load a model from {spec.path}")
 
-    monkeypatch.setattr(live.engines.backend, "start", outrun)
+    monkeypatch.setattr(live.engines.backend, "start", superseded)
     with pytest.raises(ApiError, match="loaded anew") as refused:
         await engine_of(live, world, job)
     assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
@@ -351,7 +351,7 @@ async def test_a_start_with_weights_that_are_gone_is_tried_again_with_newer_ones
 
 
 async def test_nothing_is_said_of_a_policy_that_has_gone_for_a_newer_one(
-    world: World, live: LiveWeights, monkeypatch: pytest.MonkeyPatch
+    world: World, live: WeightSync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await world.job()
 

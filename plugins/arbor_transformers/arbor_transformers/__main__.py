@@ -5,23 +5,12 @@ then; ends quickly on SIGTERM. A model that cannot be served is exit code 3 and 
 """
 
 import os
-import signal
 import sys
-import threading
 
-from arbor_core.engine import PR_SET_PDEATHSIG, prctl
-
-
-def end_with_parent() -> None:
-    """Leave when standard input ends, without asking anyone: the process may hang in whatever it does."""
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
-
+from arbor_core.engine import end_with_parent
 
 if __name__ == "__main__":
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # one that was stopped reads nothing
-    threading.Thread(target=end_with_parent, daemon=True).start()  # before the imports, which take seconds
+    end_with_parent()  # before the imports, which take seconds
     from .process import main
 
     status = main()

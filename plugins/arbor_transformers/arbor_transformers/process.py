@@ -1,13 +1,11 @@
-"""What the engine process does: load a model, serve it, say where, until told to end."""
+"""What the engine process does: load a model, serve it, say where, until SIGTERM."""
 
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import signal
 import sys
-from pathlib import Path
 
 import msgspec
 import torch
@@ -15,15 +13,14 @@ from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
 from arbor_core import ArborError
-from arbor_core.engine import EngineSpec
+from arbor_core.engine import EngineSpec, announce, read_spec
 
 from . import Options
-from .api.app import Face
+from .api.app import HttpApi
 from .api.service import Service
 from .generation.loop import Engine
-from .generation.progress import beat_with
 from .generation.sequence import Delta, Sink
-from .model.loading import Loaded, load, make_batch
+from .model.loading import Loaded, load, make_batch, mark_progress
 from .model.lora import AdapterRows
 
 UNUSABLE_MODEL = 3
@@ -32,11 +29,11 @@ GOODBYE_SECONDS = 3.0
 
 
 def main() -> int:
-    """Serve until told to end; the exit status."""
+    """Serve until SIGTERM; the exit status."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineSpec, dec_hook=lambda kind, raw: kind(raw))
+    spec = read_spec(sys.argv[1])
     options = msgspec.convert(spec.options, Options)
     torch.set_num_threads(max(1, spec.threads))
     try:
@@ -66,11 +63,11 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
     engine = Engine(
         batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken, spec.version
     )
-    beat_with(loaded.model, engine.pulse)
+    mark_progress(loaded.model, engine.progress)
     service = Service(spec.model, loaded, engine, lora, context, options.max_unread)
     engine.start()
     runner = web.AppRunner(
-        Face(service, spec.token).app(), access_log=None, handler_cancellation=True, shutdown_timeout=GOODBYE_SECONDS
+        HttpApi(service, spec).app(), access_log=None, handler_cancellation=True, shutdown_timeout=GOODBYE_SECONDS
     )
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -79,7 +76,7 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
         loop.add_signal_handler(number, ending.set)
     gc.collect()
     gc.freeze()  # the libraries and the model stay: looking through them again would hold up every sequence
-    announce(spec.dir / "ready.json", f"http://127.0.0.1:{runner.addresses[0][1]}")
+    announce(spec, runner.addresses[0][1])
     await ending.wait()
     await site.stop()
     engine.stop()
@@ -91,10 +88,3 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
 def put_all(deltas: list[tuple[Sink, Delta]]) -> None:
     for sink, delta in deltas:
         sink.put(delta)
-
-
-def announce(file: Path, url: str) -> None:
-    """Write where the engine listens, whole or not at all."""
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps({"url": url}))
-    draft.replace(file)

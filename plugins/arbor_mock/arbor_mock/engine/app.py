@@ -1,7 +1,6 @@
 """The simulated engine's routes, and what goes wrong behind them when a prompt asks for it."""
 
 import asyncio
-import hmac
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, envelope
+from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, authorised, envelope, health, routes
 from arbor_mock import EngineOptions
 
 from .text import Answer, BadFaultError, answer, asked_faults
@@ -47,13 +46,7 @@ class MockEngine:
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.guarded], client_max_size=64 << 20)
-        app.router.add_get("/health", self.health)
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_post("/v1/load_lora_adapter", self.load)
-        app.router.add_post("/v1/unload_lora_adapter", self.unload)
-        app.router.add_post("/v1/update_weights", self.update)
-        app.router.add_post("/v1/chat/completions", self.chat)
-        app.router.add_post("/v1/completions", self.complete)
+        app.add_routes([web.route(*route) for route in routes(self)])
         return app
 
     @web.middleware
@@ -61,9 +54,8 @@ class MockEngine:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """The token is demanded, and every error has OpenAI's envelope."""
-        given = request.headers.get("Authorization", "")
         try:
-            if request.path != "/health" and not self.admitted(given):
+            if not authorised(self.spec, request.path, request.headers.get("Authorization", "")):
                 raise ApiError(401, "The engine's token is missing or wrong.", "invalid_api_key")
             return await handler(request)
         except ApiError as error:
@@ -73,14 +65,12 @@ class MockEngine:
         except web.HTTPException as error:
             return refusal(ApiError(error.status, error.reason, "invalid_request"))
 
-    def admitted(self, given: str) -> bool:
-        sent = given.encode(errors="surrogateescape")  # what is no UTF-8 is no token either
-        return not self.spec.token or hmac.compare_digest(sent, f"Bearer {self.spec.token}".encode())
-
     async def health(self, _: web.Request) -> web.Response:
-        quiet = time.monotonic() - min(self.hanging) if self.hanging else 0.0
-        numbers = {"running": self.running, "waiting": self.waiting, "quiet_seconds": quiet}
-        return json_response({"status": "ok", "model": self.spec.model, "adapters": list(self.adapters), **numbers})
+        stalled = time.monotonic() - min(self.hanging) if self.hanging else 0.0
+        running, waiting = self.running, self.waiting
+        return json_response(
+            health(self.spec, self.adapters, running=running, waiting=waiting, stalled_seconds=stalled)
+        )
 
     async def models(self, _: web.Request) -> web.Response:
         shared = {"object": "model", "created": 0, "owned_by": "arbor-mock"}
@@ -121,7 +111,7 @@ class MockEngine:
         body = msgspec.json.decode(await request.read(), type=ChatBody)
         return await self.serve(request, body, body.prompts(), ChatWriter)
 
-    async def complete(self, request: web.Request) -> web.StreamResponse:
+    async def completions(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read(), type=CompletionBody)
         return await self.serve(request, body, body.prompts(), CompletionWriter)
 

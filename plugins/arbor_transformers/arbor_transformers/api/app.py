@@ -1,7 +1,6 @@
-"""The engine's HTTP face: OpenAI's routes, vLLM's two for adapters, and one for new weights."""
+"""The engine over HTTP: OpenAI's routes, vLLM's two for adapters, and one for new weights."""
 
 import asyncio
-import hmac
 import logging
 import socket
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from arbor_core.engine import ApiError, envelope
+from arbor_core.engine import ApiError, EngineSpec, authorised, envelope, health, routes
 from arbor_transformers.errors import stopping
 from arbor_transformers.generation.sequence import Delta, Generation
 
@@ -32,41 +31,28 @@ Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
 encode = msgspec.json.Encoder().encode
 
 
-class Face:
+class HttpApi:
     """The routes over one service.
 
     Args:
         service: What they serve.
-        token: Bearer token that all but /health demand; empty for none.
+        spec: Of the engine: the model's name, and the token that all routes but /health demand.
     """
 
-    def __init__(self, service: Service, token: str) -> None:
-        self.service, self.token = service, token
+    def __init__(self, service: Service, spec: EngineSpec) -> None:
+        self.service, self.spec = service, spec
         self.since = int(time.time())
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._envelope])
-        app.router.add_get("/health", self.health)
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_post("/v1/load_lora_adapter", self.load)
-        app.router.add_post("/v1/unload_lora_adapter", self.unload)
-        app.router.add_post("/v1/update_weights", self.update)
-        app.router.add_post("/v1/chat/completions", self.chat)
-        app.router.add_post("/v1/completions", self.completions)
+        app.add_routes([web.route(*route) for route in routes(self)])
         return app
 
     async def health(self, request: web.Request) -> web.Response:
-        service = self.service
-        return answer(
-            {
-                "status": "ok",
-                "model": service.name,
-                "adapters": sorted(service.adapters),
-                "running": service.engine.running,
-                "waiting": service.engine.waiting,
-                "quiet_seconds": service.engine.pulse.quiet_seconds,
-            }
-        )
+        engine, adapters = self.service.engine, sorted(self.service.adapters)
+        stalled = engine.progress.stalled_seconds
+        numbers = health(self.spec, adapters, running=engine.running, waiting=engine.waiting, stalled_seconds=stalled)
+        return answer(numbers)
 
     async def models(self, request: web.Request) -> web.Response:
         names = [self.service.name, *self.service.adapters]
@@ -142,7 +128,8 @@ class Face:
         """Authorisation before anything is read; every failure in OpenAI's envelope."""
         request["id"] = request.headers.get("x-request-id") or uuid.uuid4().hex
         try:
-            self._authorise(request)
+            if not authorised(self.spec, request.path, request.headers.get("authorization", "")):
+                raise ApiError(401, "The engine's token is missing or wrong.", "invalid_api_key")
             response = await handler(request)
             if not response.prepared:
                 response.headers["x-request-id"] = request["id"]
@@ -163,13 +150,6 @@ class Face:
         headers = {**failure.headers, "x-request-id": request["id"]}
         body, kind = envelope(failure), "application/json"
         return web.Response(body=body, status=failure.status, headers=headers, content_type=kind)
-
-    def _authorise(self, request: web.Request) -> None:
-        if not self.token or request.path == "/health":
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {self.token}".encode()):
-            raise ApiError(401, "The engine's token is missing or wrong.", "invalid_api_key")
 
 
 def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -14,12 +14,11 @@ from typing import TypeVar
 
 import torch
 
-from arbor_core.engine import ApiError
+from arbor_core.engine import ApiError, Progress
 from arbor_transformers.errors import failure, queue_full, stopping
 from arbor_transformers.model.batch import Batch, Prefill
 from arbor_transformers.model.lora import Adapter
 
-from .progress import Pulse
 from .sampler import Sampled, sample
 from .sequence import Delta, Generation, Sink
 
@@ -62,7 +61,7 @@ class Engine:
         self.batch, self.max_batch = batch, max_batch
         self.max_waiting, self.prefill_tokens = max_waiting, prefill_tokens
         self.deliver, self.broken, self.version = deliver, broken, version
-        self.pulse = Pulse()
+        self.progress = Progress()
         self.rows: list[Generation] = []
         self.entry: Entry | None = None
         self.queue: deque[Generation] = deque()
@@ -161,9 +160,9 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is to end."""
         with self.changed:
-            self.pulse.rest()
+            self.progress.idle()
             self.changed.wait_for(lambda: self.ending or self.queue or self.rows or self.entry or self.calls)
-            self.pulse.beat()
+            self.progress.mark()
             return not self.ending
 
     def _sweep(self) -> None:

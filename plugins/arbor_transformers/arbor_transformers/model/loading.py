@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from arbor_core import ArborError, Device
+from arbor_core.engine import Progress
 from arbor_transformers import Options
 
 from .attention import use_grouped_attention
@@ -154,6 +156,19 @@ def make_batch(loaded: Loaded, lora: AdapterRows, options: Options) -> tuple[Bat
             log.info("batching with %s, %d tokens cached at most", type(batch).__name__, cells)
             return batch, min(loaded.context, cells - 1)
     raise ArborError(f"the embedded engine cannot serve {type(model).__name__}: its cache gives other logits than none")
+
+
+def mark_progress(model: PreTrainedModel, progress: Progress) -> None:
+    """Have every layer (a member of a list of modules) mark progress before it runs, as the loop does once a turn: a
+    turn takes minutes where a large model reads a long prompt on few cores."""
+
+    def mark(*_: Any) -> None:
+        progress.mark()
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                layer.register_forward_pre_hook(mark)
 
 
 def slot_forward(model: PreTrainedModel) -> SlotForward | None:

@@ -1,4 +1,4 @@
-"""How the engine knows that it gets on with its work, and how it knows models that nobody has."""
+"""How the engine knows that it makes progress, and that nobody has a model."""
 
 import http.server
 import subprocess
@@ -13,14 +13,13 @@ import pytest
 import torch
 from arbor_transformers import NOT_THERE, Options, TransformersBackend, hub
 from arbor_transformers.generation.loop import Engine
-from arbor_transformers.generation.progress import Pulse, beat_with
-from arbor_transformers.model.loading import load, make_batch
+from arbor_transformers.model.loading import load, make_batch, mark_progress
 from arbor_transformers.model.lora import AdapterRows
 from embedded import World, options
 from transformers import LlamaForCausalLM
 from waiting import until
 
-from arbor_core.engine import UnknownModelError
+from arbor_core.engine import Progress, UnknownModelError
 from arbor_core.testing import device
 
 
@@ -37,31 +36,31 @@ def test_a_loop_without_work_is_never_stuck_and_one_with_a_call_that_hangs_is(wo
 
     try:
         engine.call(lambda: None).result(20)
-        until(lambda: engine.pulse.quiet_seconds == 0)
+        until(lambda: engine.progress.stalled_seconds == 0)
         stuck = engine.call(hang)
         assert begun.wait(20)
-        until(lambda: engine.pulse.quiet_seconds > 0.2)
+        until(lambda: engine.progress.stalled_seconds > 0.2)
         held.set()
         stuck.result(20)
-        until(lambda: engine.pulse.quiet_seconds == 0)
+        until(lambda: engine.progress.stalled_seconds == 0)
     finally:
         held.set()
         engine.stop()
 
 
-def test_every_layer_beats(world: World) -> None:
+def test_every_layer_is_progress(world: World) -> None:
     """So a forward pass may take as long as it likes, if its layers do not."""
     model = LlamaForCausalLM.from_pretrained(world.model)
-    beats: list[float] = []
+    marks: list[float] = []
 
-    class Counted(Pulse):
-        def beat(self) -> None:
-            beats.append(time.monotonic())
+    class Counted(Progress):
+        def mark(self) -> None:
+            marks.append(time.monotonic())
 
-    beat_with(model, Counted())
+    mark_progress(model, Counted())
     with torch.inference_mode():
         model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert len(beats) == model.config.num_hidden_layers
+    assert len(marks) == model.config.num_hidden_layers
 
 
 async def test_a_directory_that_is_gone_is_no_model(world: World, tmp_path: Path) -> None:
