@@ -7,7 +7,7 @@ Routes are Litestar handlers. They reach jobs through the `Services` that the ho
 from arbor_core.config.convert import explained, typed
 from arbor_core.models.catalog import strip_provider
 from arbor_core.rollouts.ledger import key_of, key_of_tools
-from arbor_core.storage.codec import NESTED, nested
+from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import (
     CLOSE,
     NO_RETRY,
@@ -24,7 +24,7 @@ from arbor_core.types import (
 
 __all__ = [
     "CLOSE",
-    "NESTED",
+    "MAX_DEPTH",
     "NO_RETRY",
     "RETRY_SOON",
     "UNNUMBERED",
@@ -37,8 +37,8 @@ __all__ = [
     "key_of",
     "key_of_tools",
     "name_of",
-    "nested",
     "not_found",
     "strip_provider",
+    "too_deep",
     "typed",
 ]

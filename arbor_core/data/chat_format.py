@@ -1,8 +1,8 @@
 """Conversations on their way to tokens, the same for whoever trains a model and whoever serves it.
 
-Were one of them to spell a tool call otherwise, or to read a control token where the other reads text, a fine-tuned
-model would be asked in another way than it was taught. What needs a tokenizer is left to the caller, who knows its
-library; here is only what must not differ.
+Were one of them to write a tool call differently, or to read a control token where the other reads text, a fine-tuned
+model would see prompts that differ from those it was trained on. So messages are prepared, rendered and encoded here
+for both. The tokenizer is the caller's; no library of tokenizers is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -35,11 +35,23 @@ class AddedToken(Protocol):
     def rstrip(self) -> bool: ...
 
 
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    chat_template: Any
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 class ChatText(msgspec.Struct, frozen=True):
     """A rendered conversation.
 
     `controls` is None where every control token in the text is the template's, so that it can be tokenised as it is.
-    Otherwise a message spells some too: these are the template's, and what lies between them is to be tokenised with
+    Otherwise a message contains some too: these are the template's, and what lies between them is to be tokenised with
     control tokens as text (`split_special_tokens`).
     """
 
@@ -59,12 +71,13 @@ class Chats:
     """Conversations for one tokenizer and its chat template.
 
     Args:
-        template: The chat template; `developer` stays a role of its own where the template names it.
-        added: The tokenizer's added tokens by id; the special ones among them are control tokens.
+        tokenizer: Used by one thread at a time. `developer` stays a role of its own where its template names it; the
+            special ones among its added tokens are control tokens.
     """
 
-    def __init__(self, template: object, added: Mapping[int, AddedToken]) -> None:
-        self.knows_developer = "developer" in str(template)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
+        self.knows_developer = "developer" in str(tokenizer.chat_template)
         self.tokens = {token.content: number for number, token in added.items() if token.special}
         self.strips = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
         longest_first = sorted(self.tokens, key=len, reverse=True)
@@ -76,22 +89,69 @@ class Chats:
         Raises:
             ValueError: one of them is nested too deeply.
         """
-        return Conversation(self.control, [self.message(said) for said in messages], list(tools or []) or None)
+        return Conversation(self.control, [self.message(each) for each in messages], list(tools or []) or None)
 
-    def message(self, said: Mapping[str, Any]) -> Message:
+    def message(self, given: Mapping[str, Any]) -> Message:
         """A message as templates are written for: text content, tool arguments as objects, nothing that is null."""
-        message = {key: value for key, value in said.items() if value is not None and key not in UNTOLD}
-        message["content"] = spoken(said)
-        if said["role"] == "developer" and not self.knows_developer:
+        message = {key: value for key, value in given.items() if value is not None and key not in HIDDEN_KEYS}
+        message["content"] = text_of(given)
+        if given["role"] == "developer" and not self.knows_developer:
             message["role"] = "system"
-        if said["role"] == "function":
+        if given["role"] == "function":
             message["role"] = "tool"
-        calls = list(said.get("tool_calls") or [])
-        if call := said.get("function_call"):
+        calls = list(given.get("tool_calls") or [])
+        if call := given.get("function_call"):
             calls.append({"type": "function", "function": call})
         if calls:
             message["tool_calls"] = [with_arguments(call) for call in calls]
         return message
+
+    def render(
+        self,
+        conversation: Conversation,
+        count: int | None = None,
+        *,
+        prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The first `count` messages as the template writes them, control tokens in them disguised: see `reveal`.
+
+        Args:
+            prompt: Whether the generation prompt follows.
+            variables: Others for the template, by name.
+
+        Raises:
+            Exception: whatever the template raises; it is a stranger's code.
+        """
+        rendered = self.tokenizer.apply_chat_template(
+            conversation.messages[:count],
+            tools=conversation.tools,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **(variables or {}),
+        )
+        return str(rendered)
+
+    def encode(
+        self, text: ChatText, cuts: Iterable[int] = (), *, offsets: bool = False
+    ) -> tuple[list[int], list[Span]]:
+        """The tokens of a text, and with `offsets` the characters that each covers (a fast tokenizer only).
+
+        Args:
+            cuts: Characters where a token has to begin.
+        """
+        as_text = {} if text.controls is None else {"split_special_tokens": True}
+        ids: list[int] = []
+        extents: list[Span] = []
+        for piece in self.pieces(text, cuts):
+            if piece.token is not None:
+                ids.append(piece.token)
+                extents.append((piece.start, piece.start + len(piece.text)))
+                continue
+            encoded = self.tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=offsets, **as_text)
+            ids += encoded["input_ids"]
+            extents += [(piece.start + at, piece.start + stop) for at, stop in encoded.get("offset_mapping", ())]
+        return ids, extents if offsets else []
 
     def pieces(self, text: ChatText, cuts: Iterable[int] = ()) -> Iterator[Piece]:
         """A text in pieces to be tokenised one by one, cut at `cuts` and around `text.controls`."""
@@ -127,11 +187,11 @@ class Conversation:
         for name, values in (("messages", messages), ("tools", tools or ())):
             for index, value in enumerate(values):
                 check_depth(value, f"{name}[{index}]")
-        self.messages: list[Message] = self._cover(messages)
-        self.tools: list[Any] | None = self._cover(tools)
+        self.messages: list[Message] = self._disguise(messages)
+        self.tools: list[Any] | None = self._disguise(tools)
 
     def reveal(self, rendered: str) -> ChatText:
-        """What the template has made of it, with the control tokens of the messages as they were spelled."""
+        """The rendered text with the control tokens of the messages as they were written."""
         if self.control is None or self.secret not in rendered:
             return ChatText(rendered)
         text, controls = "", []
@@ -143,17 +203,17 @@ class Conversation:
         return ChatText(text + self.lift(rendered[at:]), tuple(controls))
 
     def lift(self, rendered: str) -> str:
-        """A part of the rendered text as it was spelled."""
+        """A part of the rendered text as it was written."""
         return re.sub(f"x{self.secret}n([0-9]+)x", lambda match: self.found[int(match[1])], rendered)
 
-    def _cover(self, value: Any) -> Any:
-        """The same value with every string in it covered."""
+    def _disguise(self, value: Any) -> Any:
+        """The same value with the control tokens of every string in it disguised."""
         if isinstance(value, str):
             return self.control.sub(self._word, value) if self.control else value
         if isinstance(value, Mapping):
-            return {self._cover(key): self._cover(item) for key, item in value.items()}
+            return {self._disguise(key): self._disguise(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self._cover(item) for item in value]
+            return [self._disguise(item) for item in value]
         return value
 
     def _word(self, match: re.Match[str]) -> str:
@@ -161,16 +221,16 @@ class Conversation:
         return f"x{self.secret}n{len(self.found) - 1}x"
 
 
-UNTOLD = ("weight", "function_call")
-"""Keys of a message that no template sees: the one is for the trainer, the other becomes a tool call."""
+HIDDEN_KEYS = ("weight", "function_call")
+"""Keys of a message that no template sees: `weight` is for the trainer, `function_call` becomes a tool call."""
 
 
-def spoken(said: Mapping[str, Any]) -> str:
+def text_of(message: Mapping[str, Any]) -> str:
     """A message's text: parts one after the other; a refusal where there is nothing else."""
-    content = said.get("content")
+    content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text") or part.get("refusal") or "" for part in content)
-    return str(content or said.get("refusal") or "")
+    return str(content or message.get("refusal") or "")
 
 
 def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import msgspec
 
 from arbor_core.crash_points import crash_point
 from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import NESTED, nested
+from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import CheckpointRequest, ConfigError
 
 from .layout import JobDir
@@ -47,8 +47,8 @@ def check(request: CheckpointRequest) -> None:
             "Invalid 'checkpoint_name': expected 1 to 64 letters, digits, '_', '.' or '-', not beginning with '.'."
         )
         raise ConfigError(message, path="checkpoint_name")
-    if nested(request.metadata):
-        raise ConfigError(f"Invalid 'metadata': it is nested more than {NESTED} deep.", path="metadata")
+    if too_deep(request.metadata):
+        raise ConfigError(f"Invalid 'metadata': it is nested more than {MAX_DEPTH} deep.", path="metadata")
 
 
 def asked(job: JobDir) -> list[CheckpointRequest]:

@@ -10,39 +10,33 @@ import msgspec
 
 from .event_log import T
 
-DEEPEST = 64
-"""Levels of lists and objects in a message or tool. Where Python's own limit is met depends on who reads them."""
+MAX_DEPTH = 64
+"""Arrays and objects within one another in JSON that others read again. Decoders give up at about 1,000, less what is
+on the stack: what one process has just read, another may not be able to."""
+
+
+def too_deep(value: Any) -> bool:
+    """Whether more than `MAX_DEPTH` arrays and objects are nested in a value, itself included."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, CONTAINERS)]
+        if not inner:
+            return False
+        level = [item for items in inner for item in items]
+    return True
+
+
+CONTAINERS = (Mapping, list, tuple)
 
 
 def check_depth(value: Any, what: str) -> None:
-    """Whether lists and objects are nested in a value no more than `DEEPEST` levels deep.
+    """Refuse a value that is too deep.
 
     Raises:
-        ValueError: they are; `what` says where.
+        ValueError: it is; `what` says where.
     """
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        nested = [each for each in level if isinstance(each, Mapping | list | tuple)]
-        if not nested:
-            return
-        level = [item for each in nested for item in (each.values() if isinstance(each, Mapping) else each)]
-    raise ValueError(f"{what} is nested too deeply: more than {DEEPEST} levels")
-
-
-NESTED = 64
-"""Arrays and objects within one another in JSON that others read again. Decoders give up at some 1,000, less what is on
-the stack: what one process has just read another may not be able to."""
-
-
-def nested(value: Any, most: int = NESTED) -> bool:
-    """Whether there are more than so many arrays and objects within one another."""
-    within = [value]
-    for _ in range(most + 1):
-        inner = [one.values() if isinstance(one, dict) else one for one in within if isinstance(one, dict | list)]
-        if not inner:
-            return False
-        within = [value for values in inner for value in values]
-    return True
+    if too_deep(value):
+        raise ValueError(f"{what} is nested too deeply: more than {MAX_DEPTH} levels")
 
 
 def shallow(raw: str) -> Any:
@@ -51,7 +45,7 @@ def shallow(raw: str) -> Any:
         value = msgspec.json.decode(raw)
     except RecursionError:
         return {}
-    return {} if nested(value) else value
+    return {} if too_deep(value) else value
 
 
 def encode(record: Any) -> bytes:

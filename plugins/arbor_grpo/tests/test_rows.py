@@ -14,7 +14,7 @@ from arbor_trl.chat import ChatFormat
 from grpo_jobs import floats, group, rollout
 
 from arbor_core.config.convert import merged, typed
-from arbor_core.storage.codec import DEEPEST
+from arbor_core.storage.codec import MAX_DEPTH
 from arbor_core.testing.job_directory import yaml_of
 from arbor_core.types import ConfigError, Group, Record, Rollout
 
@@ -71,8 +71,8 @@ def told(levels: int) -> Group:
 def test_messages_are_nested_so_deeply_and_no_deeper():
     """However deep the trainer itself is when it reads them."""
     chatting = Reader(config(), ChatFormat(tokenizer()), vocabulary=1000, longest=64)
-    assert chatting.read(told(DEEPEST)).rollouts[0].tokens
-    for levels in (DEEPEST + 1, 600, 5000):
+    assert chatting.read(told(MAX_DEPTH)).rollouts[0].tokens
+    for levels in (MAX_DEPTH + 1, 600, 5000):
         with pytest.raises(RejectedError, match=r"rollout 0: messages\[0\] is nested too deeply: more than 64 levels"):
             chatting.read(told(levels))
 

@@ -11,7 +11,7 @@ sequence for each trained turn, each rendered as the engine will see it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class ChatFormat:
         if not tokenizer.is_fast:
             raise ValueError("its tokenizer has no tokenizer.json (a fast tokenizer), which gives tokens their offsets")
         self.tokenizer = tokenizer
-        self.chats = Chats(tokenizer.chat_template, tokenizer.added_tokens_decoder)
+        self.chats = Chats(tokenizer)
         self.stops = sorted({*self.chats.tokens, *tokenizer.all_special_tokens})
 
     @property
@@ -123,14 +123,7 @@ class ChatFormat:
     def text(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
         """The first messages as the template writes them, control tokens in them disguised."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    conversation.messages[:count],
-                    tools=conversation.tools,
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                )
-            )
+            return self.chats.render(conversation, count, prompt=prompt)
         except (TemplateError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"the model's chat template refuses it: {error}") from None
 
@@ -140,15 +133,15 @@ class ChatFormat:
         plain = [rendered.text for rendered in texts if rendered.chat.controls is None]
         found = self.tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True) if plain else {}
         whole = zip(found.get("input_ids", ()), found.get("offset_mapping", ()), strict=True)
-        return [
-            self._labelled(rendered, *(next(whole) if rendered.chat.controls is None else self._in_pieces(rendered)))
-            for rendered in texts
+        encoded = [
+            next(whole) if one.chat.controls is None else self.chats.encode(one.chat, offsets=True) for one in texts
         ]
+        return [self._labelled(one, *tokens) for one, tokens in zip(texts, encoded, strict=True)]
 
     def _labelled(self, rendered: Rendered, ids: list[int], extents: list[Span]) -> Sample:
         cuts = [edge for span in rendered.spans for edge in span]
         if not set(cuts) <= _edges(extents):
-            ids, extents = self._in_pieces(rendered, cuts)
+            ids, extents = self.chats.encode(rendered.chat, cuts, offsets=True)
         inside = [any(start <= at and end <= stop for start, stop in rendered.spans) for at, end in extents]
         labels = [token if learn else IGNORED for token, learn in zip(ids, inside, strict=True)]
         if rendered.close:
@@ -156,24 +149,6 @@ class ChatFormat:
             ids, labels = [*ids, end], [*labels, end]
         labels[:1] = [IGNORED]  # nothing precedes it
         return Sample(ids, labels)
-
-    def _in_pieces(self, rendered: Rendered, cuts: Iterable[int] = ()) -> tuple[list[int], list[Span]]:
-        ids: list[int] = []
-        extents: list[Span] = []
-        for piece in self.chats.pieces(rendered.chat, cuts):
-            if piece.token is not None:
-                ids.append(piece.token)
-                extents.append((piece.start, piece.start + len(piece.text)))
-                continue
-            found = self.tokenizer(
-                piece.text,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                split_special_tokens=rendered.chat.controls is not None,
-            )
-            ids += found["input_ids"]
-            extents += [(piece.start + at, piece.start + stop) for at, stop in found["offset_mapping"]]
-        return ids, extents
 
 
 def _edges(extents: Sequence[Span]) -> set[int]:

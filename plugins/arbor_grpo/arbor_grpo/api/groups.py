@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from arbor_core import Completion, Group, Rollout
-from arbor_core.http import NESTED, ApiError, RolloutSession, key_of, key_of_tools, name_of, nested
+from arbor_core.http import MAX_DEPTH, ApiError, RolloutSession, key_of, key_of_tools, name_of, too_deep
 
 from .requests import Item, StepRequest
 
@@ -48,7 +48,7 @@ def digest_of(content: Any, param: str) -> int:
     try:
         raw = msgspec.json.encode(content)
     except RecursionError:
-        raise invalid(f"Invalid '{param}': it is nested more than {NESTED} deep.", param) from None
+        raise invalid(f"Invalid '{param}': it is nested more than {MAX_DEPTH} deep.", param) from None
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
@@ -133,8 +133,8 @@ def check_message(message: Mapping[str, Any], path: str) -> None:
     Raises:
         ApiError: it has no role, its content is neither text nor parts, or it is nested too deeply.
     """
-    if nested(message):
-        raise invalid(f"Invalid '{path}': it is nested more than {NESTED} deep.", path)
+    if too_deep(message):
+        raise invalid(f"Invalid '{path}': it is nested more than {MAX_DEPTH} deep.", path)
     if not isinstance(message.get("role"), str):
         raise invalid(f"Invalid '{path}.role': a message has a role.", f"{path}.role")
     if not isinstance(message.get("content"), str | list | None):
@@ -177,8 +177,8 @@ def rollout_of(item: Item, path: str, live: RolloutSession, used: set[tuple[str,
     answer = message_of(item.completion, f"{path}.completion")
     for index, message in enumerate(item.messages):
         check_message(message, f"{path}.messages[{index}]")
-    if nested(item.tools):
-        raise invalid(f"Invalid '{path}.tools': it is nested more than {NESTED} deep.", f"{path}.tools")
+    if too_deep(item.tools):
+        raise invalid(f"Invalid '{path}.tools': it is nested more than {MAX_DEPTH} deep.", f"{path}.tools")
     content = answer.get("content")
     if isinstance(content, str) and not answer.get("tool_calls"):
         tools = None if item.tools is None else key_of_tools(item.tools)

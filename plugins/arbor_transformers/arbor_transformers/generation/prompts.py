@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from arbor_core import Chats, ChatText, Conversation
+from arbor_core import Chats
 from arbor_core.engine import ApiError
 
 RESERVED = {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
@@ -23,7 +23,7 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.chats = Chats(tokenizer.chat_template, tokenizer.added_tokens_decoder)
+        self.chats = Chats(tokenizer)
 
     def plain(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """A prompt that is no conversation."""
@@ -44,7 +44,7 @@ class Prompts:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, extras: Mapping[str, Any]
     ) -> tuple[int, ...]:
-        """A conversation through the chat template, as it was trained on (`arbor_core.data.chat_format`)."""
+        """A conversation through the chat template, as it was trained on (`arbor_core.Chats`)."""
         if not self.tokenizer.chat_template:
             message = "This model has no chat template. Use /v1/completions, or a model with one."
             raise ApiError(400, message, "unsupported_parameter", "messages")
@@ -53,32 +53,13 @@ class Prompts:
             message = f"'chat_template_kwargs' cannot set {', '.join(sorted(clash))}."
             raise ApiError(400, message, "invalid_value", "chat_template_kwargs")
         try:
-            said = self.chats.conversation(messages, tools)
-            text = said.reveal(self._rendered(said, extras))
+            conversation = self.chats.conversation(messages, tools)
+            text = conversation.reveal(self.chats.render(conversation, variables=extras))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # Templates refuse conversations by raising, and fail in Python's ways on shapes they did not foresee.
             message = f"The model's chat template cannot render these messages: {error}"
             raise ApiError(400, message, "invalid_value", "messages") from None
-        return self._some(tuple(self._tokens(text)), "messages")
-
-    def _rendered(self, said: Conversation, extras: Mapping[str, Any]) -> str:
-        tokenizer = self.tokenizer
-        return str(
-            tokenizer.apply_chat_template(
-                said.messages, tools=said.tools, tokenize=False, add_generation_prompt=True, **extras
-            )
-        )
-
-    def _tokens(self, text: ChatText) -> list[int]:
-        if text.controls is None:
-            return list(self.tokenizer(text.text, add_special_tokens=False).input_ids)
-        ids: list[int] = []
-        for piece in self.chats.pieces(text):
-            if piece.token is not None:
-                ids.append(piece.token)
-            else:
-                ids += self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return ids
+        return self._some(tuple(self.chats.encode(text)[0]), "messages")
 
     def _some(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
         if not ids:
