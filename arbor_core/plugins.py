@@ -17,6 +17,9 @@ from . import hookspecs
 from .types import ArborError
 
 KINDS = ("trainers", "schedulers", "allocators", "executors", "inference_backends")
+"""What a plugin brings by name, for the server."""
+COMMAND_KINDS = ("tiny_models",)
+"""What it brings for the commands of `arbor` alone."""
 GROUP = "arbor"  # [project.entry-points.arbor]
 KNOWN = {
     ("trainers", "sft"): "arbor-sft",
@@ -30,6 +33,7 @@ KNOWN = {
     ("allocators", "mock"): "arbor-mock",
     ("allocators", "ray"): "arbor-ray",
     ("executors", "ray"): "arbor-ray",
+    ("tiny_models", "tiny"): "arbor-sft",
 }
 """What to install for a name that is not there."""
 METHOD_PACKAGES = {"supervised": "arbor-sft", "dpo": "arbor-dpo", "reinforcement": "arbor-grpo"}
@@ -81,7 +85,7 @@ class Plugins:
 
     @cached_property
     def _found(self) -> dict[str, dict[str, tuple[Any, str]]]:
-        return {kind: self._collect(kind) for kind in KINDS}
+        return {kind: self._collect(kind) for kind in (*KINDS, *COMMAND_KINDS)}
 
     def _collect(self, kind: str) -> dict[str, tuple[Any, str]]:
         found: dict[str, tuple[Any, str]] = {}
@@ -137,6 +141,18 @@ class Plugins:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"installed: {', '.join(sorted(known)) or 'none'}"
         return f"no {singular(kind)} called '{name}'; {hint}"
+
+    def simulated_trainer(self) -> str:
+        """The name of the first trainer that is a simulation, for a server without devices (ARBOR_MOCK_GPU).
+
+        Raises:
+            ArborError: none is installed; the message names a package.
+        """
+        trainers = self.all("trainers")
+        name = next((name for name, trainer in trainers.items() if trainer.simulated), None)
+        if name is None:
+            raise ArborError(self._missing("trainers", "mock", trainers))
+        return name
 
     def trainer_for(self, method: str, preferred: str | None = None) -> str:
         """The name of the trainer that answers to an OpenAI `method.type` (or to its own name).

@@ -1,5 +1,6 @@
 """Finding, loading and looking up plugins."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -29,6 +30,25 @@ def test_hook_arbor_schedulers_allocators_executors_inference_backends(plugins, 
     made = object()
     plugin("acme 1.0", **{f"arbor_{kind}": lambda: {"mine": lambda: made}})
     assert plugins.get(kind, "mine")() is made
+
+
+def test_hook_arbor_tiny_models_are_for_commands(plugins, plugin):
+    plugin("acme 1.0", arbor_tiny_models=lambda: {"small": "acme.models:write"})
+    assert plugins.get("tiny_models", "small") == "acme.models:write"
+    with pytest.raises(ArborError, match=r"tiny model 'tiny' is not installed: pip install arbor-sft"):
+        plugins.get("tiny_models", "tiny")
+    assert "tiny_models" not in loading.KINDS, "a server has no use for them"
+
+
+def test_a_server_without_devices_prefers_a_simulation(plugins, plugin):
+    plugin("acme 1.0", arbor_trainers=lambda: {"real": ANY, "pretend": dataclasses.replace(ANY, simulated=True)})
+    assert plugins.simulated_trainer() == "pretend"
+
+
+def test_a_server_without_devices_says_which_simulation_to_install(plugins, plugin):
+    plugin("acme 1.0", arbor_trainers=lambda: {"real": ANY})
+    with pytest.raises(ArborError, match=r"trainer 'mock' is not installed: pip install arbor-mock"):
+        plugins.simulated_trainer()
 
 
 def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
@@ -141,7 +161,7 @@ def test_a_disabled_plugin_is_not_imported(site):
 
 
 def test_every_hook_says_what_it_is_for():
-    assert len(HOOKS) == 7
+    assert len(HOOKS) == 8
     for name in HOOKS:
         assert len(getattr(hookspecs, name).__doc__) > 40
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ def main() -> None:
     commands.add_parser("plugins", help="list the installed plugins, what they bring, and what is broken")
     tiny = commands.add_parser("tiny-model", help="write a 1M-parameter base model for trying things out")
     tiny.add_argument("dir", type=Path, metavar="DIR")
+    tiny.add_argument("--name", default="tiny", help="which of those that plugins bring (default: tiny)")
     commands.add_parser("key", help="make an API key, and its hash for auth.keys")
     again = commands.add_parser("replay", help="run a job's trainer again and compare every step")
     again.add_argument("job", metavar="JOB", help="its id, or its directory")
@@ -37,7 +37,7 @@ def main() -> None:
 
             replay(find_job(arguments.job, arguments.storage or arbor_home() / "storage"), print)
         elif arguments.command == "tiny-model":
-            tiny_model(arguments.dir)
+            tiny_model(arguments.dir, arguments.name)
             print(f"wrote {arguments.dir}")
         else:
             from .doctor import examine
@@ -62,14 +62,17 @@ def list_plugins() -> None:
         print(f"{plugin.label:28} {loaded.broken.get(plugin.distribution) or ', '.join(brings) or 'hooks only'}")
 
 
-def tiny_model(folder: Path) -> None:
-    """Write the 1M-parameter base model that demos and tests use.
+def tiny_model(folder: Path, name: str = "tiny") -> None:
+    """Write a small base model, as demos and tests use it.
+
+    Args:
+        folder: Its directory.
+        name: Which of those that plugins bring (`arbor_tiny_models`).
 
     Raises:
-        ArborError: arbor-sft, whose model it is, is not installed.
+        ArborError: no plugin brings it; the message names the package.
     """
-    try:
-        tiny = importlib.import_module("arbor_sft.tiny")
-    except ModuleNotFoundError:
-        raise ArborError("the tiny model is made by arbor-sft, which is not installed: pip install arbor-sft") from None
-    tiny.make(folder)
+    from arbor_core import plugins
+    from arbor_core.jobdir.documents import import_object
+
+    import_object(plugins.load().get("tiny_models", name))(folder)

@@ -105,7 +105,7 @@ def start(cfg: DictConfig) -> None:
     loaded = plugins.load(settings.plugins.disabled)
     chosen = HydraConfig.get().runtime.choices.get("trainer")
     if chosen is None and os.environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):
-        chosen = "mock"
+        chosen = loaded.simulated_trainer()
     if chosen is not None:
         loaded.get("trainers", chosen)
     check_exposure(settings)

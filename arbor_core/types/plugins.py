@@ -33,6 +33,7 @@ class Trainer:
         rollouts: It learns from groups that clients send while it runs: `config` is a `RolloutConfig`, and there is no
             training file.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).
+        simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
     """
 
     config: type[Struct]
@@ -46,6 +47,7 @@ class Trainer:
     ranks: bool = True
     rollouts: bool = False
     adapters: bool = False
+    simulated: bool = False
 
 
 @dataclass(frozen=True)

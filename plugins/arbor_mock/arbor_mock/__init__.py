@@ -119,6 +119,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             check_row="arbor_mock.rows:check_row",
             preload=("arbor_mock.train",),
             ranks=False,  # torchrun comes with torch
+            simulated=True,
         ),
         "mock_grpo": Trainer(
             config=MockGrpoConfig,
@@ -129,6 +130,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             ranks=False,
             rollouts=True,
             adapters=True,
+            simulated=True,
         ),
     }
 

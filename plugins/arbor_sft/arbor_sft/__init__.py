@@ -48,3 +48,9 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             prove="arbor_trl.warm:prove",
         )
     }
+
+
+@hookimpl
+def arbor_tiny_models() -> Mapping[str, str]:
+    """A Llama of a million random weights that reads bytes."""
+    return {"tiny": "arbor_sft.tiny:make"}
