@@ -24,7 +24,7 @@ import torch
 import yaml
 from arbor_transformers import Options
 from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
-from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.loop import GenerationLoop
 from arbor_transformers.generation.sampler import Sampling
 from arbor_transformers.generation.sequence import Delta, Generation, Sink
 from arbor_transformers.model.loading import Loaded, load, make_batch
@@ -82,7 +82,9 @@ def own_engine(loaded: Loaded, options: Options) -> Callable[[list[list[int]], i
         for sink, delta in deltas:
             sink.put(delta)
 
-    engine = Engine(batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, lambda: None)
+    engine = GenerationLoop(
+        batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, lambda: None
+    )
     engine.start()
     texts = TokenText(loaded.tokenizer)
 

@@ -18,7 +18,7 @@ from arbor_core.engine import EngineSpec, announce, read_spec
 from . import Options
 from .api.app import HttpApi
 from .api.service import Service
-from .generation.loop import Engine
+from .generation.loop import GenerationLoop
 from .generation.sequence import Delta, Sink
 from .model.loading import Loaded, load, make_batch, mark_progress
 from .model.lora import AdapterRows
@@ -60,12 +60,12 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
 
     lora = AdapterRows(loaded.model)
     batch, context = make_batch(loaded, lora, options)
-    engine = Engine(
+    generation = GenerationLoop(
         batch, options.max_batch, options.max_waiting, options.prefill_tokens, deliver, broken, spec.version
     )
-    mark_progress(loaded.model, engine.progress)
-    service = Service(spec.model, loaded, engine, lora, context, options.max_unread)
-    engine.start()
+    mark_progress(loaded.model, generation.progress)
+    service = Service(spec.model, loaded, generation, lora, context, options.max_unread)
+    generation.start()
     runner = web.AppRunner(
         HttpApi(service, spec).app(), access_log=None, handler_cancellation=True, shutdown_timeout=GOODBYE_SECONDS
     )
@@ -79,9 +79,9 @@ async def serve(spec: EngineSpec, options: Options, loaded: Loaded) -> int:
     announce(spec, runner.addresses[0][1])
     await ending.wait()
     await site.stop()
-    engine.stop()
+    generation.stop()
     await runner.cleanup()
-    await asyncio.to_thread(engine.thread.join, GOODBYE_SECONDS)
+    await asyncio.to_thread(generation.thread.join, GOODBYE_SECONDS)
     return status
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from arbor_transformers import Options
 from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
-from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.loop import GenerationLoop
 from arbor_transformers.generation.sampler import Sampling
 from arbor_transformers.generation.sequence import Delta, Generation, Sink
 from arbor_transformers.model.batch import EvenBatch, SlotBatch
@@ -121,7 +121,7 @@ def test_greedy_is_generate(name: str, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, len(TOKENIZER), (n,), generator=draw).tolist() for n in (3, 40, 11, 12, 40, 5)]
     results = Results(len(prompts))
-    engine = Engine(batch, 4, 100, 32, deliver, lambda: None)
+    engine = GenerationLoop(batch, 4, 100, 32, deliver, lambda: None)
     engine.start()
     engine.submit(generations(loaded, prompts, results, 24))
     assert results.done.wait(60)
@@ -154,7 +154,7 @@ def test_a_batch_that_fails_fails_its_own_rows_only(tmp_path: Path) -> None:
     chosen = Options(**options())
     loaded = load(str(tmp_path), device(), chosen)
     batch, _ = make_batch(loaded, AdapterRows(loaded.model), chosen)
-    engine = Engine(batch, 4, 100, 64, deliver, lambda: None)
+    engine = GenerationLoop(batch, 4, 100, 64, deliver, lambda: None)
     engine.start()
     calls = 0
 
@@ -204,7 +204,7 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
             return surplus
 
     batch.__class__ = Watched
-    engine, results = Engine(batch, 8, 100, 64, deliver, lambda: None), Results(8)
+    engine, results = GenerationLoop(batch, 8, 100, 64, deliver, lambda: None), Results(8)
     engine.start()
     engine.submit(generations(loaded, [[5, 6, 7 + i] for i in range(8)], results, 150))
     assert results.done.wait(60)

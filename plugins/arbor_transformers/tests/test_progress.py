@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from arbor_transformers import NOT_THERE, Options, TransformersBackend, hub
-from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.loop import GenerationLoop
 from arbor_transformers.model.loading import load, make_batch, mark_progress
 from arbor_transformers.model.lora import AdapterRows
 from embedded import World, options
@@ -26,7 +26,7 @@ from arbor_core.testing import device
 def test_a_loop_without_work_is_never_stuck_and_one_with_a_call_that_hangs_is(world: World) -> None:
     loaded = load(str(world.model), device(), Options(**options()))
     batch, _ = make_batch(loaded, AdapterRows(loaded.model), Options(**options()))
-    engine = Engine(batch, 4, 100, 32, lambda _: None, lambda: None)
+    engine = GenerationLoop(batch, 4, 100, 32, lambda _: None, lambda: None)
     engine.start()
     held, begun = threading.Event(), threading.Event()
 
@@ -87,7 +87,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
             self.end_headers()
             self.wfile.write(body)
 
-        do_HEAD = do_GET  # noqa: N815 - the base class calls it so
+        do_HEAD = do_GET
 
         def log_message(self, *_: Any) -> None:
             """Nothing for the tests' output."""

@@ -15,11 +15,10 @@ from aiohttp import web
 from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, authorised, envelope, health, routes
 from arbor_mock import EngineOptions
 
-from .text import Answer, BadFaultError, answer, asked_faults
-from .weights import check_adapter, check_tensors
+from .model import Answer, BadFaultError, answer, check_adapter, check_tensors, faults_in
 from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, UpdateBody, Writer
 
-TOLD_TO_DIE = 70
+FAULT_STATUS = 70
 STOP_SECONDS = 2.0
 
 
@@ -122,7 +121,7 @@ class MockEngine:
         if body.model not in (self.spec.model, *self.adapters):
             raise ApiError(404, f"The model '{body.model}' does not exist", "model_not_found", "model")
         try:
-            faults = asked_faults(" ".join(text for text, _ in prompts))
+            faults = faults_in(" ".join(text for text, _ in prompts))
         except BadFaultError as error:
             raise ApiError(400, f"[mock: ...]: {error}", "invalid_value") from None
         answers = self.answers(body, prompts, faults.get("logprob"))
@@ -246,7 +245,7 @@ class Pace:
         """Called when `count` tokens are out."""
         if self.die is not None and count >= self.die:
             print(f"told to die after {self.die:.0f} tokens", file=sys.stderr, flush=True)
-            os._exit(TOLD_TO_DIE)
+            os._exit(FAULT_STATUS)
         if self.fail is not None and count >= self.fail:
             raise ApiError(500, f"Told to fail after {self.fail:.0f} tokens.", "engine_failure", headers=NO_RETRY)
         if count and self.seconds:

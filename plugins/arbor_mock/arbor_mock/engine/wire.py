@@ -1,4 +1,8 @@
-"""OpenAI's shapes, as the simulated engine reads and writes them. The server has checked most of a request already."""
+"""OpenAI's shapes, as the simulated engine reads and writes them.
+
+The server has checked most of a request already. The structs are this engine's own all the same: it validates what it
+uses, and leaves out what a simulation cannot honour.
+"""
 
 import math
 import time
@@ -11,7 +15,7 @@ from msgspec import Struct
 
 from arbor_core.engine import NO_RETRY, ApiError
 
-from .text import Answer, Sampling, Token, spelled
+from .model import Answer, Sampling, Token, spelled
 
 VOCABULARY = 256
 MINUS_INFINITY = -9999.0

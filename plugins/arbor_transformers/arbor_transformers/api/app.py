@@ -16,7 +16,7 @@ from arbor_transformers.errors import stopping
 from arbor_transformers.generation.sequence import Delta, Generation
 
 from .checks import check
-from .delta_queue import Inbox
+from .delta_queue import DeltaQueue
 from .requests import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter, UpdateWeights, parse
 from .responses import Answer
 from .service import Service
@@ -49,9 +49,9 @@ class HttpApi:
         return app
 
     async def health(self, request: web.Request) -> web.Response:
-        engine, adapters = self.service.engine, sorted(self.service.adapters)
-        stalled = engine.progress.stalled_seconds
-        numbers = health(self.spec, adapters, running=engine.running, waiting=engine.waiting, stalled_seconds=stalled)
+        loop, adapters = self.service.loop, sorted(self.service.adapters)
+        stalled = loop.progress.stalled_seconds
+        numbers = health(self.spec, adapters, running=loop.running, waiting=loop.waiting, stalled_seconds=stalled)
         return answer(numbers)
 
     async def models(self, request: web.Request) -> web.Response:
@@ -83,21 +83,21 @@ class HttpApi:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         ask = parse(await request.read(), CompletionRequest)
         check(ask, self.service.loaded.vocabulary)
-        return await self._respond(request, bool(ask.stream), *await self.service.complete(ask))
+        return await self._respond(request, bool(ask.stream), *await self.service.completions(ask))
 
     async def _respond(
-        self, request: web.Request, streams: bool, writing: Answer, generations: Sequence[Generation], inbox: Inbox
+        self, request: web.Request, streams: bool, writing: Answer, generations: Sequence[Generation], queue: DeltaQueue
     ) -> web.StreamResponse:
         """Run generations for as long as their client is there: aiohttp cancels this call when it leaves."""
-        self.service.engine.submit(generations)
+        self.service.loop.submit(generations)
         try:
             if streams:
-                return await self._stream(request, writing, len(generations), inbox)
-            return answer(writing.complete(await whole(inbox, len(generations))))
+                return await self._stream(request, writing, len(generations), queue)
+            return answer(writing.complete(await whole(queue, len(generations))))
         finally:
-            self.service.engine.cancel(generations)
+            self.service.loop.cancel(generations)
 
-    async def _stream(self, request: web.Request, writing: Answer, count: int, inbox: Inbox) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, writing: Answer, count: int, queue: DeltaQueue) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={
                 "content-type": "text/event-stream",
@@ -108,8 +108,8 @@ class HttpApi:
         )
         limit_buffers(request)
         await response.prepare(request)
-        sending = asyncio.create_task(send(response, writing, count, inbox))
-        slow = asyncio.create_task(inbox.overrun.wait())
+        sending = asyncio.create_task(send(response, writing, count, queue))
+        slow = asyncio.create_task(queue.overrun.wait())
         try:
             await asyncio.wait((sending, slow), return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
@@ -156,18 +156,18 @@ def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return web.Response(body=encode(body), status=status, headers=headers, content_type="application/json")
 
 
-async def whole(inbox: Inbox, count: int) -> list[Delta]:
+async def whole(queue: DeltaQueue, count: int) -> list[Delta]:
     """The one delta of each of `count` choices, in order; the first error is raised."""
     deltas: list[Delta] = []
     while len(deltas) < count:
-        deltas += await inbox.take()
+        deltas += await queue.take()
         for delta in deltas:
             if delta.error is not None:
                 raise delta.error
     return sorted(deltas, key=lambda delta: delta.choice)
 
 
-async def send(response: web.StreamResponse, writing: Answer, count: int, inbox: Inbox) -> None:
+async def send(response: web.StreamResponse, writing: Answer, count: int, queue: DeltaQueue) -> None:
     """Write a stream to its end. An error goes into the stream, and ends it like everything else with [DONE]."""
     frames = [event(chunk) for chunk in writing.opening(count)]
     left, failed = count, False
@@ -176,7 +176,7 @@ async def send(response: web.StreamResponse, writing: Answer, count: int, inbox:
             await response.write(b"".join(frames))
         try:
             async with asyncio.timeout(PING_SECONDS):
-                deltas = await inbox.take()
+                deltas = await queue.take()
         except TimeoutError:
             frames = [b": ping\n\n"]
             continue

@@ -5,11 +5,11 @@ import asyncio
 from arbor_transformers.generation.sequence import Delta
 
 
-class Inbox:
-    """Filled by the engine, emptied by a connection, both in the event loop's thread.
+class DeltaQueue:
+    """Filled by the generation loop, emptied by a connection, both in the event loop's thread.
 
     Args:
-        limit: Deltas that may lie here; with one more the reader is too slow (row 129).
+        limit: Deltas it may hold; with one more the reader is too slow (row 129).
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,7 +25,7 @@ class Inbox:
         self.filled.set()
 
     async def take(self) -> list[Delta]:
-        """Everything that lies here; waits until there is something."""
+        """Everything in it; waits until there is something."""
         await self.filled.wait()
         self.filled.clear()
         deltas, self.deltas = self.deltas, []

@@ -1,4 +1,7 @@
-"""Requests as they arrive, typed. What types cannot say is in `checks`."""
+"""Requests as they arrive, typed. What types cannot say is in `checks`.
+
+The server types requests too; these structs are separate, because an engine validates for itself what it supports.
+"""
 
 import re
 from typing import Any, TypeVar

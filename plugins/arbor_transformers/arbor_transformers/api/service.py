@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arbor_core.engine import ApiError
 from arbor_transformers.generation.detokenizer import Detokenizer, StopStrings, TokenText
-from arbor_transformers.generation.loop import Engine
+from arbor_transformers.generation.loop import GenerationLoop
 from arbor_transformers.generation.prompts import Prompts
 from arbor_transformers.generation.sampler import Sampling
 from arbor_transformers.generation.sequence import Generation
@@ -17,7 +17,7 @@ from arbor_transformers.model.loading import Loaded
 from arbor_transformers.model.lora import Adapter, AdapterRows, load_adapter, read_ends
 from arbor_transformers.model.update import copy_weights, read_weights
 
-from .delta_queue import Inbox
+from .delta_queue import DeltaQueue
 from .requests import ChatRequest, CompletionRequest, Request
 from .responses import Answer, ChatAnswer, CompletionAnswer
 
@@ -27,20 +27,22 @@ class Service:
 
     Args:
         loaded: Model and tokenizers.
-        engine: Runs generations.
+        loop: Runs generations.
         lora: The engine's adapters.
         context: Tokens of prompt and answer together.
-        unread: Limit of an inbox.
+        unread: Deltas that may wait for a connection.
     """
 
-    def __init__(self, name: str, loaded: Loaded, engine: Engine, lora: AdapterRows, context: int, unread: int) -> None:
-        self.name, self.loaded, self.engine, self.lora = name, loaded, engine, lora
+    def __init__(
+        self, name: str, loaded: Loaded, loop: GenerationLoop, lora: AdapterRows, context: int, unread: int
+    ) -> None:
+        self.name, self.loaded, self.loop, self.lora = name, loaded, loop, lora
         self.context, self.unread = context, unread
         self.ends = loaded.ends
         self.adapters: dict[str, Adapter] = {}
         self.prompts = Prompts(loaded.tokenizer, loaded.vocabulary)
         self.texts = TokenText(loaded.tokenizer_of_answers)
-        self.engine_texts = TokenText(loaded.tokenizer_of_engine)
+        self.texts_of_loop = TokenText(loaded.tokenizer_of_loop)
         self.encoder = ThreadPoolExecutor(1, "encoder")
         self.loading = asyncio.Lock()
         self.reader = ThreadPoolExecutor(1, "reader")
@@ -67,9 +69,9 @@ class Service:
         if known is not None or name == self.name or not name:
             message = f"The name '{name}' is taken. Load new weights under a new name, or unload the old ones first."
             raise ApiError(400, message, "adapter_exists", "lora_name")
-        loop = asyncio.get_running_loop()
-        adapter = await loop.run_in_executor(self.reader, load_adapter, name, path, self.loaded.model)
-        await asyncio.wrap_future(self.engine.call(lambda: self.lora.attach(adapter)))
+        events = asyncio.get_running_loop()
+        adapter = await events.run_in_executor(self.reader, load_adapter, name, path, self.loaded.model)
+        await asyncio.wrap_future(self.loop.call(lambda: self.lora.attach(adapter)))
         self.adapters[name] = adapter
 
     def unload(self, name: str) -> None:
@@ -81,13 +83,13 @@ class Service:
     async def update(self, path: str, version: int) -> None:
         """Replace the model's weights by those of a directory; generations that run go on with them."""
         async with self.loading:
-            loop = asyncio.get_running_loop()
-            pairs = await loop.run_in_executor(self.reader, read_weights, path, self.loaded.model)
+            events = asyncio.get_running_loop()
+            pairs = await events.run_in_executor(self.reader, read_weights, path, self.loaded.model)
             learned = read_ends(Path(path), self.loaded.vocabulary)
-            await asyncio.wrap_future(self.engine.replace_weights(partial(copy_weights, pairs), version))
+            await asyncio.wrap_future(self.loop.replace_weights(partial(copy_weights, pairs), version))
             self.ends = self.loaded.ends | learned
 
-    async def chat(self, request: ChatRequest) -> tuple[Answer, list[Generation], Inbox]:
+    async def chat(self, request: ChatRequest) -> tuple[Answer, list[Generation], DeltaQueue]:
         """The generations of a conversation, not yet submitted."""
         adapter = self.adapter(request.model)
         tools = None if request.tool_choice == "none" else request.tools
@@ -95,7 +97,7 @@ class Service:
         prompt = await self._encoded(lambda: self.prompts.chat(request.messages, tools, extras))
         return self._prepared(request, [prompt], adapter, ChatAnswer)
 
-    async def complete(self, request: CompletionRequest) -> tuple[Answer, list[Generation], Inbox]:
+    async def completions(self, request: CompletionRequest) -> tuple[Answer, list[Generation], DeltaQueue]:
         """The generations of plain prompts, not yet submitted."""
         adapter = self.adapter(request.model)
         prompts = [await self._encoded(partial(self.prompts.plain, prompt)) for prompt in request.prompts]
@@ -107,7 +109,7 @@ class Service:
 
     def _prepared(
         self, request: Request, prompts: list[tuple[int, ...]], adapter: Adapter | None, kind: type[Answer]
-    ) -> tuple[Answer, list[Generation], Inbox]:
+    ) -> tuple[Answer, list[Generation], DeltaQueue]:
         answer = kind(
             request.model,
             self.texts,
@@ -116,7 +118,7 @@ class Service:
             token_ids=bool(request.return_token_ids),
             usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        inbox, n = Inbox(self._unread(request, len(prompts))), request.n or 1
+        queue, n = DeltaQueue(self._unread(request, len(prompts))), request.n or 1
         sampling = self._sampling(request, adapter)
         generations = [
             Generation(
@@ -125,19 +127,19 @@ class Service:
                 choice=at * n + i,
                 max_tokens=self._room(request, len(prompt)),
                 adapter=adapter,
-                sink=inbox,
+                sink=queue,
                 streams=bool(request.stream),
-                text=Detokenizer(self.engine_texts),
+                text=Detokenizer(self.texts_of_loop),
                 stops=StopStrings(request.stops),
             )
             for at, prompt in enumerate(prompts)
             for i in range(n)
         ]
-        return answer, generations, inbox
+        return answer, generations, queue
 
     def _unread(self, request: Request, prompts: int) -> int:
-        """Limit of the inbox: every choice must be able to report once."""
-        count, most = prompts * (request.n or 1), self.engine.max_batch + self.engine.max_waiting
+        """Limit of the queue: every choice must be able to report once."""
+        count, most = prompts * (request.n or 1), self.loop.max_batch + self.loop.max_waiting
         if count > most:
             message = (
                 f"The request asks for {count} sequences; this engine takes {most} at once. Send several requests."

@@ -35,7 +35,7 @@ class Entry:
     picks: list[int]
 
 
-class Engine:
+class GenerationLoop:
     """Runs generations on a batch in a thread of its own.
 
     Args:

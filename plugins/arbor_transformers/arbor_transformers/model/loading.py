@@ -34,7 +34,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_of_engine: PreTrainedTokenizerBase
+    tokenizer_of_loop: PreTrainedTokenizerBase
     tokenizer_of_answers: PreTrainedTokenizerBase
     ends: frozenset[int]
     """Tokens that end an answer."""
@@ -69,7 +69,7 @@ def load(path: str, device: Device, options: Options) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        tokenizer_of_engine=copy.deepcopy(tokenizer),
+        tokenizer_of_loop=copy.deepcopy(tokenizer),
         tokenizer_of_answers=copy.deepcopy(tokenizer),
         ends=ends_of(model, tokenizer),
         vocabulary=vocabulary_of(model),

@@ -1,13 +1,15 @@
-"""What the simulated model says. Pure functions: a request's answer is known before its first token is sent."""
+"""The simulated model: what it answers, known before the first token is sent, and which weights it accepts."""
 
 import codecs
+import json
 import math
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-_ASKED = re.compile(r"\[mock:([^\]]*)\]")
+_FAULTS = re.compile(r"\[mock:([^\]]*)\]")
 FAULTS = (
     "delay_seconds",
     "token_seconds",
@@ -60,14 +62,14 @@ class Answer:
     finish_reason: str = "length"
 
 
-def asked_faults(text: str) -> dict[str, float]:
-    """What `[mock: key=value, ...]` in a prompt asks for.
+def faults_in(text: str) -> dict[str, float]:
+    """The faults that `[mock: key=value, ...]` in a prompt asks for, by key.
 
     Raises:
         BadFaultError: an unknown key, or no number.
     """
     found: dict[str, float] = {}
-    for line in _ASKED.findall(text):
+    for line in _FAULTS.findall(text):
         for pair in line.split(","):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in FAULTS:
@@ -100,7 +102,7 @@ def answer(model: str, prompt: str, index: int, wanted: Sampling) -> Answer:
 
 def _bytes(prompt: str, numbers: random.Random, wanted: Sampling) -> Iterator[int]:
     """The words of the prompt, permuted unless greedy; again and again while the end must not come."""
-    words = _ASKED.sub(" ", prompt).split() or ["mock"]
+    words = _FAULTS.sub(" ", prompt).split() or ["mock"]
     sent = 0
     while sent == 0 or sent < wanted.min_tokens or wanted.ignore_eos:
         if wanted.temperature > 0:
@@ -123,3 +125,26 @@ def _first_stop(text: str, stops: tuple[str, ...]) -> int | None:
 def spelled(token: int) -> str:
     """A token as OpenAI shows it: text, or the byte where it is none by itself."""
     return chr(token) if token < 128 else f"bytes:\\x{token:02x}"
+
+
+def check_adapter(folder: Path) -> None:
+    """Make sure that a directory can be a PEFT adapter's.
+
+    Raises:
+        ValueError, OSError: it cannot.
+    """
+    json.loads((folder / "adapter_config.json").read_bytes())
+    check_tensors(folder / "adapter_model.safetensors")
+
+
+def check_tensors(path: Path) -> None:
+    """Make sure that a file can be one of safetensors.
+
+    Raises:
+        ValueError: its header is cut off or is not JSON.
+    """
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or len(raw) < 8 + length:
+        raise ValueError(f"{path.name} is cut off at {len(raw)} bytes")
+    json.loads(raw[8 : 8 + length])
