@@ -141,7 +141,7 @@ def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocat
 
 
 def simulated_executor(settings: ExecutorSettings) -> Executor:
-    """An executor without processes; imported only where it is asked for."""
+    """An executor without processes; imported only by servers that use it."""
     from .executor import SimulatedExecutor
 
     return SimulatedExecutor(settings)

@@ -85,8 +85,8 @@ class SimulatedRun(WorkerRun[MockConfig]):
 
     def last_checkpoint(self) -> Checkpoint | None:
         for folder in newest_first(self.checkpoints_dir):
-            if said := manifest(folder):
-                return Checkpoint(said.step, folder, said.metrics)
+            if saved := manifest(folder):
+                return Checkpoint(saved.step, folder, saved.metrics)
         return None
 
 

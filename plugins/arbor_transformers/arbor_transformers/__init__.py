@@ -16,7 +16,7 @@ from arbor_core.engine import Engine, EngineProcess, EngineSpec, InferenceBacken
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""
 FIND_SECONDS = 30.0
-"""How long that process may take, on a busy machine too."""
+"""How long that process may take, even on a busy machine."""
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,22 +54,22 @@ class TransformersBackend:
     options = Options
 
     async def find(self, path: str) -> None:
-        """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that asks for it."""
+        """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that looks it up."""
         if is_directory(path):
             return
-        asking = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "arbor_transformers.hub", path), stdin=DEVNULL, stdout=PIPE, env=clean_env()
         )
         try:
             async with asyncio.timeout(FIND_SECONDS):
-                said, _ = await asking.communicate()
+                reason, _ = await process.communicate()
         except TimeoutError:
             raise UnknownModelError(f"the hub was asked for it and did not answer in {FIND_SECONDS:g} s") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # nobody waits for the answer any more
-                asking.kill()
-        if asking.returncode == NOT_THERE:
-            raise UnknownModelError(said.decode(errors="replace").strip())
+            with contextlib.suppress(ProcessLookupError):  # no request waits for the answer any more
+                process.kill()
+        if process.returncode == NOT_THERE:
+            raise UnknownModelError(reason.decode(errors="replace").strip())
 
     async def start(self, spec: EngineSpec) -> Engine:
         """See `arbor_core.InferenceBackend.start`."""

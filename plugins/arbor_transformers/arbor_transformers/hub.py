@@ -26,8 +26,8 @@ def missing(model: str) -> str | None:
     except RepositoryNotFoundError:
         return f"{here}, and the hub has no such model, or shows it to others only (HF_TOKEN)"
     except Exception as error:  # of the hub's library, of its HTTP client, or of the system
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{here}, and the hub could not be asked for it ({said})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{here}, and the hub could not be asked for it ({reason})"
     return None
 
 

@@ -111,7 +111,7 @@ def test_penalties_and_bias_against_a_plain_reference() -> None:
     # What is reported is the model's own distribution, penalties or not.
     assert one.logprob == pytest.approx(float(logits.log_softmax(-1)[chosen]), abs=1e-5)
     assert one.top[0][0] == int(logits.argmax())
-    assert row.history is not None and row.history.counts[7] == 2
+    assert row.history is not None and row.history.counts_V[7] == 2
 
 
 def test_history_grows_as_it_is_rebuilt() -> None:
@@ -119,7 +119,7 @@ def test_history_grows_as_it_is_rebuilt() -> None:
     for token in (4, 4, 5):
         grown.add(token)
     rebuilt = History((1, 2), (4, 4, 5), VOCABULARY, torch.device("cpu"))
-    assert torch.equal(grown.counts, rebuilt.counts) and torch.equal(grown.seen, rebuilt.seen)
+    assert torch.equal(grown.counts_V, rebuilt.counts_V) and torch.equal(grown.seen_V, rebuilt.seen_V)
 
 
 def test_logprobs_are_after_temperature_and_before_truncation() -> None:

@@ -78,13 +78,13 @@ class MockEngine:
 
     async def load(self, request: web.Request) -> web.Response:
         """Load an adapter under a name; one of the same name is replaced."""
-        asked = msgspec.json.decode(await request.read(), type=dict[str, str])
-        path = asked["lora_path"]
+        given = msgspec.json.decode(await request.read(), type=dict[str, str])
+        path = given["lora_path"]
         try:
             check_adapter(Path(path))
         except (OSError, ValueError) as error:
             raise ApiError(400, f"{path} is no PEFT adapter: {error}", "invalid_adapter", "lora_path") from None
-        self.adapters[asked["lora_name"]] = path
+        self.adapters[given["lora_name"]] = path
         return json_response({"status": "ok"})
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -98,12 +98,12 @@ class MockEngine:
 
     async def update(self, request: web.Request) -> web.Response:
         """Take new weights; requests that run go on, and say which version they began with."""
-        asked = msgspec.json.decode(await request.read(), type=UpdateBody)
+        given = msgspec.json.decode(await request.read(), type=UpdateBody)
         try:
-            check_tensors(Path(asked.path) / "model.safetensors")
+            check_tensors(Path(given.path) / "model.safetensors")
         except (OSError, ValueError) as error:
-            raise ApiError(400, f"{asked.path} holds no weights: {error}", "invalid_weights", "path") from None
-        self.version = asked.version
+            raise ApiError(400, f"{given.path} holds no weights: {error}", "invalid_weights", "path") from None
+        self.version = given.version
         return json_response({"status": "ok"})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -141,7 +141,7 @@ class MockEngine:
             return await (self.stream(request, writer, pace) if body.stream else self.whole(writer, pace))
 
     def answers(self, body: Body, prompts: list[tuple[str, bytes]], logprob: float | None) -> list[Answer]:
-        said = []
+        answers = []
         for text, read in prompts:
             room = self.options.context - len(read)
             most = body.most() or max(room, 1)
@@ -156,8 +156,8 @@ class MockEngine:
                 param = "messages" if isinstance(body, ChatBody) else "prompt"
                 raise ApiError(400, message, "context_length_exceeded", param)
             wanted = body.sampling(most, logprob)
-            said += [answer(body.model, text, index, wanted) for index in range(body.n or 1)]
-        return said
+            answers += [answer(body.model, text, index, wanted) for index in range(body.n or 1)]
+        return answers
 
     def full(self) -> ApiError:
         return ApiError(429, f"{self.waiting} requests are waiting already.", "rate_limit_exceeded", headers=RETRY_SOON)
@@ -200,7 +200,7 @@ class MockEngine:
             self.hanging.remove(since)
 
     async def whole(self, writer: Writer, pace: "Pace") -> web.Response:
-        for count in range(max(len(said.tokens) for said in writer.answers) + 1):
+        for count in range(max(len(one.tokens) for one in writer.answers) + 1):
             await pace.at(count)
         return web.Response(body=writer.response(), content_type="application/json")
 
@@ -212,7 +212,7 @@ class MockEngine:
         try:
             await response.write(writer.first())
             sent = [0] * len(writer.answers)
-            for count in range(max(len(said.tokens) for said in writer.answers)):
+            for count in range(max(len(one.tokens) for one in writer.answers)):
                 await response.write(b"".join(frames(writer, count, sent)))
                 await pace.at(count + 1)
             await response.write(writer.last())
@@ -254,17 +254,17 @@ class Pace:
 
 def frames(writer: Writer, count: int, sent: list[int]) -> list[bytes]:
     """Token number `count` of every choice that has one, and the end of those whose last it is."""
-    found = []
-    for index, said in enumerate(writer.answers):
-        if count >= len(said.tokens):
+    result = []
+    for index, one in enumerate(writer.answers):
+        if count >= len(one.tokens):
             continue
-        token = said.tokens[count]
-        text = said.text[sent[index] : sent[index] + len(token.text)]  # never a part of a stop string
+        token = one.tokens[count]
+        text = one.text[sent[index] : sent[index] + len(token.text)]  # never a part of a stop string
         sent[index] += len(token.text)
-        found.append(writer.piece(index, token, text))
-        if count == len(said.tokens) - 1:
-            found.append(writer.frame([writer.part(index, "", (), said.finish_reason)]))
-    return found
+        result.append(writer.piece(index, token, text))
+        if count == len(one.tokens) - 1:
+            result.append(writer.frame([writer.part(index, "", (), one.finish_reason)]))
+    return result
 
 
 def json_response(body: Any) -> web.Response:

@@ -68,36 +68,36 @@ def faults_in(text: str) -> dict[str, float]:
     Raises:
         BadFaultError: an unknown key, or no number.
     """
-    found: dict[str, float] = {}
+    faults: dict[str, float] = {}
     for line in _FAULTS.findall(text):
         for pair in line.split(","):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in FAULTS:
                 raise BadFaultError(f"'{key}' is none of {', '.join(FAULTS)}")
             try:
-                found[key] = float(value)
+                faults[key] = float(value)
             except ValueError:
                 raise BadFaultError(f"{key}={value}: expected a number") from None
-    return found
+    return faults
 
 
 def answer(model: str, prompt: str, index: int, wanted: Sampling) -> Answer:
     """Choice number `index` of the answer of `model` to `prompt`."""
     numbers = random.Random(f"{model}/{wanted.seed}/{index}/{prompt}")
-    said = Answer()
+    result = Answer()
     decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
     for byte in _bytes(prompt, numbers, wanted):
-        if len(said.tokens) == wanted.max_tokens:
-            return said
+        if len(result.tokens) == wanted.max_tokens:
+            return result
         logprob = wanted.logprob if wanted.logprob is not None else -numbers.random()
         piece = decode(bytes([byte]))
-        said.tokens.append(Token(byte, piece, logprob, _top(byte, logprob, wanted.top)))
-        said.text += piece
-        if (found := _first_stop(said.text, wanted.stop)) is not None:
-            said.text, said.finish_reason = said.text[:found], "stop"
-            return said
-    said.finish_reason = "stop"
-    return said
+        result.tokens.append(Token(byte, piece, logprob, _top(byte, logprob, wanted.top)))
+        result.text += piece
+        if (end := _first_stop(result.text, wanted.stop)) is not None:
+            result.text, result.finish_reason = result.text[:end], "stop"
+            return result
+    result.finish_reason = "stop"
+    return result
 
 
 def _bytes(prompt: str, numbers: random.Random, wanted: Sampling) -> Iterator[int]:

@@ -42,11 +42,11 @@ class Body(Struct, kw_only=True):
     return_token_ids: bool | None = None
 
     def most(self) -> int | None:
-        """The limit that was asked for."""
+        """The request's limit of tokens."""
         return self.max_tokens
 
     def top(self) -> int | None:
-        """How many alternatives are shown per token; None: no log-probabilities at all."""
+        """How many alternatives each token has in the answer; None: no log-probabilities at all."""
         raise NotImplementedError
 
     def sampling(self, most: int, logprob: float | None) -> Sampling:
@@ -133,20 +133,20 @@ class Writer:
         self.shared = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def response(self) -> bytes:
-        said: dict[str, Any] = {**self.shared, "object": self.whole, "choices": [], "usage": self.usage()}
+        body: dict[str, Any] = {**self.shared, "object": self.whole, "choices": [], "usage": self.usage()}
         for index, answer in enumerate(self.answers):
             choice = self.choice(index, answer)
             self.with_ids(choice, answer.tokens)
-            said["choices"].append(choice)
+            body["choices"].append(choice)
         if self.body.return_token_ids:
-            said["prompt_token_ids"] = self.prompt_ids()
-        return msgspec.json.encode(said)
+            body["prompt_token_ids"] = self.prompt_ids()
+        return msgspec.json.encode(body)
 
     def frame(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        said: dict[str, Any] = {**self.shared, "object": self.chunk, "choices": choices, **more}
+        body: dict[str, Any] = {**self.shared, "object": self.chunk, "choices": choices, **more}
         if self.body.stream_options and self.body.stream_options.include_usage:
-            said.setdefault("usage", None)
-        return b"data: " + msgspec.json.encode(said) + b"\n\n"
+            body.setdefault("usage", None)
+        return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
     def first(self) -> bytes:
         """What opens a stream; nothing where the route has nothing to say before the first token."""
@@ -164,7 +164,7 @@ class Writer:
         return self.frame([choice], **more)
 
     def with_ids(self, choice: dict[str, Any], tokens: Sequence[Token]) -> None:
-        """Add the tokens' ids, and which weights said them, where they are asked for."""
+        """Add the tokens' ids and the version of the weights that sampled them, where `return_token_ids` is set."""
         if self.body.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
             if self.version is not None:
@@ -176,8 +176,8 @@ class Writer:
         return ids[0] if len(ids) == 1 else ids
 
     def usage(self) -> dict[str, int]:
-        read, said = sum(map(len, self.prompts)), sum(len(answer.tokens) for answer in self.answers)
-        return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+        prompt, completion = sum(map(len, self.prompts)), sum(len(answer.tokens) for answer in self.answers)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         raise NotImplementedError

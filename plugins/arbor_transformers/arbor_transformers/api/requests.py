@@ -167,9 +167,9 @@ def parse(body: bytes, kind: type[StructT]) -> StructT:
         raise ApiError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
-def mismatch(said: str) -> ApiError:
-    """msgspec's words about a wrong shape, in OpenAI's terms."""
-    text, _, path = said.partition(" - at ")
+def mismatch(reason: str) -> ApiError:
+    """msgspec's reason why a body has the wrong shape, in OpenAI's terms."""
+    text, _, path = reason.partition(" - at ")
     inside = re.sub(r"^`?\$\.?|`$", "", path)
     field = re.search("`([^`]*)`", text)
     if text.startswith("Object missing required field") and field:

@@ -61,7 +61,7 @@ class Answer:
         return self._chunk([self.choice_part(delta)])
 
     def ending(self) -> Json | None:
-        """The chunk with the usage, if it was asked for."""
+        """The chunk with the usage, if the request wants it."""
         if not self.with_usage:
             return None
         return {**self._chunk([]), "usage": self.usage()}
@@ -163,8 +163,8 @@ class CompletionAnswer(Answer):
 
     def _top(self, token: Token) -> Mapping[str, float]:
         """The alternatives, and the sampled token where it is not among them."""
-        shown = {self.texts.label(other): finite(logprob) for other, logprob in token.top}
-        return shown | {self.texts.label(token.id): finite(token.logprob)}
+        labelled = {self.texts.label(other): finite(logprob) for other, logprob in token.top}
+        return labelled | {self.texts.label(token.id): finite(token.logprob)}
 
 
 def finite(logprob: float) -> float:

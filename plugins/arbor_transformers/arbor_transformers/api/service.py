@@ -152,8 +152,8 @@ class Service:
         default = 16 if isinstance(request, CompletionRequest) else self.context
         wanted = request.limit
         if used >= self.context or (wanted is not None and used + wanted > self.context):
-            asked = f"{used} in the prompt and {wanted} in the completion" if wanted else f"{used} in the prompt"
-            message = f"This model's maximum context length is {self.context} tokens, but you requested {asked}."
+            counts = f"{used} in the prompt and {wanted} in the completion" if wanted else f"{used} in the prompt"
+            message = f"This model's maximum context length is {self.context} tokens, but you requested {counts}."
             raise ApiError(400, message, "context_length_exceeded", "messages" if default > 16 else "prompt")
         return min(default if wanted is None else wanted, self.context - used)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 LONGEST_BROKEN = 8
 """Broken characters at the end of a text that may still become whole ones. With byte fallback every byte of a run is
-shown as one until the run is whole: up to 4 of the character before and 3 of the unfinished one."""
+decoded as one until the run is whole: up to 4 of the character before and 3 of the unfinished one."""
 WINDOW = 16
 """Tokens after which the start of the decoded window moves on, where finished characters stay as they are."""
 
@@ -26,10 +26,10 @@ class Detokenizer:
         self.window: list[int] = []
         self.context = 0
         """How many tokens of the window are the context."""
-        self.shown = 0
-        """Characters of the window's text that were given out."""
+        self.emitted = 0
+        """Characters of the window's text that have been returned."""
         self.length = 0
-        """Characters given out altogether."""
+        """Characters returned altogether."""
 
     def add(self, token: int) -> str:
         """The characters that this token completes."""
@@ -41,7 +41,7 @@ class Detokenizer:
         new = self._give(text, len(text) - broken)
         if not broken and len(self.window) - self.context >= self.step:
             self.window = self.window[self.context :]
-            self.context, self.shown = len(self.window), len(self.decode(self.window))
+            self.context, self.emitted = len(self.window), len(self.decode(self.window))
         return new
 
     def flush(self) -> str:
@@ -50,8 +50,8 @@ class Detokenizer:
         return self._give(text, len(text))
 
     def _give(self, text: str, end: int) -> str:
-        new = text[self.shown : end]
-        self.shown = max(self.shown, end)
+        new = text[self.emitted : end]
+        self.emitted = max(self.emitted, end)
         self.length += len(new)
         return new
 
@@ -65,14 +65,14 @@ class StopStrings:
         self.stopped = False
 
     def add(self, text: str, armed: bool = True) -> str:
-        """The text that may be shown. `armed` False: a stop string counts as text (before `min_tokens`)."""
+        """The text that may be sent. `armed` False: a stop string counts as text (before `min_tokens`)."""
         text, self.held = self.held + text, ""
         if not armed or not self.stops:
             return text
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
+        positions = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if positions:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(positions)]
         for size in range(min(len(text), max(map(len, self.stops)) - 1), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self.stops):
                 self.held = text[-size:]
@@ -120,7 +120,7 @@ class TokenText:
         return self.decode([token]).encode()
 
     def text(self, token: int) -> str:
-        """A token as text; a part of a character is shown broken."""
+        """A token as text; a part of a character becomes the replacement character."""
         return self.bytes(token).decode(errors="replace")
 
     def label(self, token: int) -> str:

@@ -139,16 +139,16 @@ class GenerationLoop:
 
     def _run(self) -> None:
         try:
-            self._turn_until_told()
+            self._turns()
         except BaseException:
-            # Whatever this was, nobody would ever answer a request again.
+            # Whatever the cause, no request would ever be answered again.
             log.exception("the engine's thread ends")
             self.broken()
         with self.changed:
             self.ending = True
         self._fail([*self.rows, *(self.entry.members if self.entry else []), *self.queue], stopping())
 
-    def _turn_until_told(self) -> None:
+    def _turns(self) -> None:
         with torch.inference_mode():
             while self._wait():
                 while self.calls:
@@ -158,7 +158,7 @@ class GenerationLoop:
                 self._step()
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do; False when it is to end."""
+        """Sleep until there is something to do; False when the loop must end."""
         with self.changed:
             self.progress.idle()
             self.changed.wait_for(lambda: self.ending or self.queue or self.rows or self.entry or self.calls)
@@ -175,7 +175,7 @@ class GenerationLoop:
         try:
             self._drop({row for row, generation in enumerate(self.rows) if generation.cancelled})
         except Exception as error:
-            self._broke_all(error)
+            self._fail_rows(error)
 
     def _enter(self) -> None:
         """Run the next chunk of the prompts that are entering, or choose some to enter."""
@@ -186,7 +186,7 @@ class GenerationLoop:
                 return
         except Exception as error:
             members, self.entry = self.entry.members if self.entry else [], None
-            self._broke("running a prompt", members, error)
+            self._fail_after("running a prompt", members, error)
             return
         entry, self.entry = self.entry, None
         staying = [
@@ -199,7 +199,7 @@ class GenerationLoop:
         try:
             self._advance(first, self.batch.admit(entry.prefill, [pick for _, pick in staying]))
         except Exception as error:
-            self._broke_all(error)
+            self._fail_rows(error)
 
     def _choose(self) -> Entry | None:
         """Take sequences of similar length from the queue, the oldest first, as many as fit."""
@@ -226,7 +226,7 @@ class GenerationLoop:
         try:
             prefill = self.batch.prefill([ids for _, ids in prompts], [adapter for adapter, _ in prompts])
         except Exception as error:
-            self._broke("preparing a prompt", members, error)
+            self._fail_after("preparing a prompt", members, error)
             return None
         return Entry(prefill, members, picks)
 
@@ -237,7 +237,7 @@ class GenerationLoop:
             if self.rows:
                 self._advance(0, self.batch.step([row.tokens[-1] for row in self.rows]))
         except Exception as error:
-            self._broke_all(error)
+            self._fail_rows(error)
 
     def _make_room(self) -> None:
         """Send the last rows back to the queue when the next tokens would not fit into the cache."""
@@ -249,13 +249,13 @@ class GenerationLoop:
         with self.changed:
             self.queue.extendleft(reversed(leaving))
 
-    def _advance(self, first: int, logits: torch.Tensor) -> None:
+    def _advance(self, first: int, logits_BV: torch.Tensor) -> None:
         """Choose the next token of the rows from `first` on, report, and let go of those that end."""
         rows = self.rows[first:]
         deltas: list[tuple[Sink, Delta]] = []
         ended: set[int] = set()
-        for row, (generation, sampled) in enumerate(zip(rows, sample(logits, rows), strict=True), first):
-            delta = self._taken(generation, sampled)
+        for row, (generation, sampled) in enumerate(zip(rows, sample(logits_BV, rows), strict=True), first):
+            delta = self._take(generation, sampled)
             if delta is not None:
                 deltas.append((generation.sink, delta))
                 if delta.finish or delta.error:
@@ -264,8 +264,8 @@ class GenerationLoop:
         if deltas:
             self.deliver(deltas)
 
-    def _taken(self, generation: Generation, sampled: Sampled) -> Delta | None:
-        """Give a sequence its token; a failure to make text of it is its own, not the batch's."""
+    def _take(self, generation: Generation, sampled: Sampled) -> Delta | None:
+        """Append a token to its sequence; a failure to make text of it fails this sequence alone, not the batch."""
         try:
             return generation.take(sampled)
         except Exception as error:
@@ -279,12 +279,12 @@ class GenerationLoop:
     def _fail(self, generations: Sequence[Generation], error: ApiError) -> None:
         self.deliver([(one.sink, Delta(one.choice, "", [], error=error)) for one in generations])
 
-    def _broke_all(self, error: Exception) -> None:
+    def _fail_rows(self, error: Exception) -> None:
         rows, self.rows = self.rows, []
         self.batch.clear()
-        self._broke("generating", rows, error)
+        self._fail_after("generating", rows, error)
 
-    def _broke(self, doing: str, generations: Sequence[Generation], error: Exception) -> None:
+    def _fail_after(self, doing: str, generations: Sequence[Generation], error: Exception) -> None:
         """Fail the sequences that were in the call that failed; end the process if the device is lost with it."""
         log.error("failed %s %d sequences", doing, len(generations), exc_info=error)
         self._fail(generations, failure(doing, error))

@@ -2,6 +2,8 @@
 
 A row's token depends on that row alone: its random number comes from a hash of (seed, choice, position), and every
 filter is a threshold on probabilities, so neither the other rows of the batch nor the order of ties matter.
+
+Shapes: B rows, N those of them that are concerned, V vocabulary, K most probable tokens, 1 one number per row.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ long when it has 150,000 tokens."""
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks of the sampler. `top_k` 0, `top_p` 1 and `min_p` 0 mean off.
+    """A request's parameters for the sampler. `top_k` 0, `top_p` 1 and `min_p` 0 mean off.
 
     `top_logprobs` is how many alternatives are reported with each token. `stop_ids` end a sequence and are kept from
     being sampled before `min_tokens`.
@@ -49,18 +51,18 @@ class Sampling:
 
 
 class History:
-    """Which tokens a sequence has seen and how often it produced them: what penalties are made of. Two [V] vectors."""
+    """Which tokens a sequence has seen and how often it produced them: what penalties are computed from."""
 
     def __init__(self, prompt: Sequence[int], produced: Sequence[int], vocabulary: int, device: torch.device) -> None:
-        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(vocabulary, device=device)
-        self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
+        self.seen_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.counts_V = torch.zeros(vocabulary, device=device)
+        self.seen_V[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
         for token in produced:
             self.add(token)
 
     def add(self, token: int) -> None:
-        self.seen[token] = True
-        self.counts[token] += 1
+        self.seen_V[token] = True
+        self.counts_V[token] += 1
 
 
 class Row(Protocol):
@@ -99,51 +101,53 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 12) * 2.0**-52
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Choose the next token of every row.
 
     Args:
-        logits: [rows, vocabulary], as the model gave them.
+        logits_BV: As the model gave them.
         rows: The sequences, in the same order.
     """
-    logits, device = logits.float(), logits.device
-    temperature = torch.tensor([row.sampling.temperature or 1.0 for row in rows], device=device)[:, None]
-    scaled = logits / temperature
-    normaliser = scaled.logsumexp(-1, keepdim=True)
+    logits_BV, device = logits_BV.float(), logits_BV.device
+    temperature_B1 = torch.tensor([row.sampling.temperature or 1.0 for row in rows], device=device)[:, None]
+    scaled_BV = logits_BV / temperature_B1
+    normaliser_B1 = scaled_BV.logsumexp(-1, keepdim=True)
     # A logsumexp is finite exactly when no logit is NaN or +inf and not all of them are -inf.
-    finite = normaliser.isfinite()
-    wanted = _adjusted(logits, scaled, rows)
-    chosen = wanted.argmax(-1)
+    finite_B1 = normaliser_B1.isfinite()
+    adjusted_BV = _adjusted(logits_BV, scaled_BV, rows)
+    chosen_B = adjusted_BV.argmax(-1)
     drawing = [i for i, row in enumerate(rows) if row.sampling.temperature]
     if drawing:
-        chosen[drawing] = _draw(wanted[drawing], [rows[i] for i in drawing])
-    logprobs = scaled.gather(1, chosen[:, None]) - normaliser
+        chosen_B[drawing] = _draw(adjusted_BV[drawing], [rows[i] for i in drawing])
+    logprobs_B1 = scaled_BV.gather(1, chosen_B[:, None]) - normaliser_B1
     # One transfer instead of three: on a GPU each of them waits for the device.
-    packed = torch.cat([chosen[:, None].double(), logprobs.double(), finite.double()], 1).tolist()
-    tops = _top(scaled - normaliser, rows) if any(row.sampling.top_logprobs for row in rows) else [[] for _ in rows]
+    packed = torch.cat([chosen_B[:, None].double(), logprobs_B1.double(), finite_B1.double()], 1).tolist()
+    tops: list[list[tuple[int, float]]] = [[] for _ in rows]
+    if any(row.sampling.top_logprobs for row in rows):
+        tops = _top(scaled_BV - normaliser_B1, rows)
     return [Sampled(int(token), lp, top, bool(ok)) for (token, lp, ok), top in zip(packed, tops, strict=True)]
 
 
-def _adjusted(logits: Tensor, scaled: Tensor, rows: Sequence[Row]) -> Tensor:
-    """`scaled` with bias, penalties and forbidden ends applied to the rows that have them; a copy if any has."""
+def _adjusted(logits_BV: Tensor, scaled_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """`scaled_BV` with bias, penalties and forbidden ends applied to the rows that have them; a copy if any has."""
     wanted = [i for i, row in enumerate(rows) if row.sampling.logit_bias or row.sampling.penalises or early(row)]
     if not wanted:
-        return scaled
-    some, asking = logits[wanted], [rows[i] for i in wanted]
-    for logit, row in zip(some, asking, strict=True):
+        return scaled_BV
+    changed_NV, changed = logits_BV[wanted], [rows[i] for i in wanted]
+    for logits_V, row in zip(changed_NV, changed, strict=True):
         bias = row.sampling.logit_bias
         if bias:
-            logit[list(bias)] += torch.tensor(list(bias.values()), device=logits.device)
-    penalised = [i for i, row in enumerate(asking) if row.sampling.penalises]
+            logits_V[list(bias)] += torch.tensor(list(bias.values()), device=logits_BV.device)
+    penalised = [i for i, row in enumerate(changed) if row.sampling.penalises]
     if penalised:
-        some[penalised] = _penalise(some[penalised], [asking[i] for i in penalised])
-    for logit, row in zip(some, asking, strict=True):
+        changed_NV[penalised] = _penalise(changed_NV[penalised], [changed[i] for i in penalised])
+    for logits_V, row in zip(changed_NV, changed, strict=True):
         if early(row) and row.sampling.stop_ids:
-            logit[list(row.sampling.stop_ids)] = float("-inf")
-    result = scaled.clone()
-    temperatures = [row.sampling.temperature or 1.0 for row in asking]
-    result[wanted] = some / torch.tensor(temperatures, device=logits.device)[:, None]
-    return result
+            logits_V[list(row.sampling.stop_ids)] = float("-inf")
+    result_BV = scaled_BV.clone()
+    temperatures = [row.sampling.temperature or 1.0 for row in changed]
+    result_BV[wanted] = changed_NV / torch.tensor(temperatures, device=logits_BV.device)[:, None]
+    return result_BV
 
 
 def early(row: Row) -> bool:
@@ -151,76 +155,78 @@ def early(row: Row) -> bool:
     return len(row.tokens) < row.sampling.min_tokens
 
 
-def _penalise(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _penalise(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
     """Presence and frequency penalties as OpenAI defines them, repetition as CTRL does (Keskar et al. 2019)."""
-    device = logits.device
+    device = logits_BV.device
     for row in rows:
         if row.history is None:
-            row.history = History(row.prompt, row.tokens, logits.shape[-1], device)
+            row.history = History(row.prompt, row.tokens, logits_BV.shape[-1], device)
     histories = [row.history for row in rows if row.history is not None]
-    seen = torch.stack([history.seen for history in histories])
-    counts = torch.stack([history.counts for history in histories])
-    asks = [row.sampling for row in rows]
-    repetition = torch.tensor([ask.repetition_penalty for ask in asks], device=device)[:, None]
-    frequency = torch.tensor([ask.frequency_penalty for ask in asks], device=device)[:, None]
-    presence = torch.tensor([ask.presence_penalty for ask in asks], device=device)[:, None]
-    lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(seen, lowered, logits) - frequency * counts - presence * (counts > 0)
+    seen_BV = torch.stack([history.seen_V for history in histories])
+    counts_BV = torch.stack([history.counts_V for history in histories])
+    samplings = [row.sampling for row in rows]
+    repetition_B1 = torch.tensor([sampling.repetition_penalty for sampling in samplings], device=device)[:, None]
+    frequency_B1 = torch.tensor([sampling.frequency_penalty for sampling in samplings], device=device)[:, None]
+    presence_B1 = torch.tensor([sampling.presence_penalty for sampling in samplings], device=device)[:, None]
+    lowered_BV = torch.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    return torch.where(seen_BV, lowered_BV, logits_BV) - frequency_B1 * counts_BV - presence_B1 * (counts_BV > 0)
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Sample by inverting the distribution function at one number per row. [rows, V] -> [rows]."""
-    probabilities = logits.softmax(-1)
+def _draw(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Sample by inverting the distribution function at one number per row: token ids [B]."""
+    probabilities_BV = logits_BV.softmax(-1)
     truncated = [i for i, row in enumerate(rows) if row.sampling.truncates]
     if truncated:
-        probabilities[truncated] = _truncate(probabilities[truncated], [rows[i].sampling for i in truncated])
+        probabilities_BV[truncated] = _truncate(probabilities_BV[truncated], [rows[i].sampling for i in truncated])
     points = [uniform(row.sampling.seed, row.choice, len(row.tokens)) for row in rows]
     # float64: over a vocabulary of 150,000 a float32 sum loses the small probabilities.
-    heights = probabilities.double().cumsum(-1)
-    target = torch.tensor(points, dtype=torch.float64, device=logits.device)[:, None] * heights[:, -1:]
-    return torch.searchsorted(heights, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    heights_BV = probabilities_BV.double().cumsum(-1)
+    target_B1 = torch.tensor(points, dtype=torch.float64, device=logits_BV.device)[:, None] * heights_BV[:, -1:]
+    return torch.searchsorted(heights_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
 
 
-def _truncate(probabilities: Tensor, asks: Sequence[Sampling]) -> Tensor:
-    """Zero what top_k, then top_p of the rest, then min_p leave out. [rows, V] -> [rows, V]; ties stay together."""
-    device, vocabulary = probabilities.device, probabilities.shape[-1]
-    most = min(max(ask.top_k for ask in asks), vocabulary)
+def _truncate(probabilities_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Zero what top_k, then top_p of the rest, then min_p leave out; ties stay together."""
+    device, vocabulary = probabilities_BV.device, probabilities_BV.shape[-1]
+    most = min(max(sampling.top_k for sampling in samplings), vocabulary)
     if most:
-        ranks = torch.tensor([min(ask.top_k or most, most) - 1 for ask in asks], device=device)[:, None]
-        floor = probabilities.topk(most).values.gather(1, ranks)
-        floor[[i for i, ask in enumerate(asks) if not ask.top_k]] = 0
-        probabilities = probabilities.where(probabilities >= floor, 0)
-    nucleus = [i for i, ask in enumerate(asks) if ask.top_p < 1]
+        ranks = [min(sampling.top_k or most, most) - 1 for sampling in samplings]
+        ranks_B1 = torch.tensor(ranks, device=device)[:, None]
+        floor_B1 = probabilities_BV.topk(most).values.gather(1, ranks_B1)
+        floor_B1[[i for i, sampling in enumerate(samplings) if not sampling.top_k]] = 0
+        probabilities_BV = probabilities_BV.where(probabilities_BV >= floor_B1, 0)
+    nucleus = [i for i, sampling in enumerate(samplings) if sampling.top_p < 1]
     if nucleus:
-        part = probabilities[nucleus]
-        mass = torch.tensor([asks[i].top_p for i in nucleus], device=device)[:, None] * part.sum(-1, keepdim=True)
-        probabilities[nucleus] = part.where(part >= _nucleus_floor(part, mass), 0)
-    least = torch.tensor([ask.min_p for ask in asks], device=device)[:, None]
-    return probabilities.where(probabilities >= least * probabilities.amax(-1, keepdim=True), 0)
+        nucleus_NV = probabilities_BV[nucleus]
+        shares_N1 = torch.tensor([samplings[i].top_p for i in nucleus], device=device)[:, None]
+        mass_N1 = shares_N1 * nucleus_NV.sum(-1, keepdim=True)
+        probabilities_BV[nucleus] = nucleus_NV.where(nucleus_NV >= _nucleus_floor(nucleus_NV, mass_N1), 0)
+    least_B1 = torch.tensor([sampling.min_p for sampling in samplings], device=device)[:, None]
+    return probabilities_BV.where(probabilities_BV >= least_B1 * probabilities_BV.amax(-1, keepdim=True), 0)
 
 
-def _nucleus_floor(probabilities: Tensor, mass: Tensor) -> Tensor:
-    """The smallest probability among the most probable tokens that together reach `mass` [rows, 1]."""
-    ordered = probabilities.topk(min(HEAD, probabilities.shape[-1])).values
-    floor = _reaching(ordered, mass)
-    short = (ordered.sum(-1) < mass[:, 0]).nonzero()[:, 0]
+def _nucleus_floor(probabilities_BV: Tensor, mass_B1: Tensor) -> Tensor:
+    """The smallest probability among the most probable tokens that together reach `mass_B1`: [B, 1]."""
+    ordered_BK = probabilities_BV.topk(min(HEAD, probabilities_BV.shape[-1])).values
+    floor_B1 = _reaching(ordered_BK, mass_B1)
+    short = (ordered_BK.sum(-1) < mass_B1[:, 0]).nonzero()[:, 0]
     if len(short):
-        floor[short] = _reaching(probabilities[short].sort(-1, descending=True).values, mass[short])
-    return floor
+        floor_B1[short] = _reaching(probabilities_BV[short].sort(-1, descending=True).values, mass_B1[short])
+    return floor_B1
 
 
-def _reaching(ordered: Tensor, mass: Tensor) -> Tensor:
-    """Where descending probabilities [rows, n] have summed up to `mass`: the one that does it, [rows, 1]."""
-    before = ordered.cumsum(-1) - ordered
-    kept = (before < mass).sum(-1, keepdim=True).clamp(min=1)
-    return ordered.gather(1, kept - 1)
+def _reaching(ordered_BK: Tensor, mass_B1: Tensor) -> Tensor:
+    """The probability, of descending ones, with which their sum reaches `mass_B1`: [B, 1]."""
+    before_BK = ordered_BK.cumsum(-1) - ordered_BK
+    kept_B1 = (before_BK < mass_B1).sum(-1, keepdim=True).clamp(min=1)
+    return ordered_BK.gather(1, kept_B1 - 1)
 
 
-def _top(logprobs: Tensor, rows: Sequence[Row]) -> list[list[tuple[int, float]]]:
+def _top(logprobs_BV: Tensor, rows: Sequence[Row]) -> list[list[tuple[int, float]]]:
     """The most probable tokens of the rows that want them, best first."""
     asking = [i for i, row in enumerate(rows) if row.sampling.top_logprobs]
-    most = min(max(rows[i].sampling.top_logprobs for i in asking), logprobs.shape[-1])
-    best = logprobs[asking].topk(most)
+    most = min(max(rows[i].sampling.top_logprobs for i in asking), logprobs_BV.shape[-1])
+    best = logprobs_BV[asking].topk(most)
     result: list[list[tuple[int, float]]] = [[] for _ in rows]
     for i, ids, values in zip(asking, best.indices.tolist(), best.values.tolist(), strict=True):
         result[i] = list(zip(ids, values, strict=True))[: rows[i].sampling.top_logprobs]

@@ -2,6 +2,8 @@
 
 transformers repeats the heads of a masked grouped-query attention in memory before it calls torch, because CUDA's
 kernels want that; torch's CPU kernel does not. While decoding, those copies took longer than the attention itself.
+
+Shapes: B rows, H heads of the query, T tokens, D dimension of a head. transformers names the arguments.
 """
 
 from typing import Any
@@ -26,14 +28,14 @@ def grouped_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """`sdpa` of transformers for one layer: [rows, heads, tokens, dimension] to [rows, tokens, heads, dimension]."""
+    """`sdpa` of transformers for one layer: query [B, H, T, D] to mixed values [B, T, H, D]."""
     if attention_mask is None or rest.get("position_bias") is not None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
         return output, None
-    mixed = scaled_dot_product_attention(
+    mixed_BHTD = scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    return mixed.transpose(1, 2).contiguous(), None
+    return mixed_BHTD.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, grouped_attention)

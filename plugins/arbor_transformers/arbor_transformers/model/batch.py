@@ -3,6 +3,8 @@
 `SlotBatch` admits and drops sequences at any step. `EvenBatch` is for models whose cache is not a row of keys and
 values (state-space models, chunked attention): it takes sequences of equal length together and fills up only when it
 is empty. `make_batch` tries the first on the loaded model and keeps what gives the model's own logits.
+
+Shapes: B rows (of the batch, or of a prefill), N rows that are picked from them, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ class Batch(Protocol):
         ...
 
     def admit(self, done: Any, picks: Sequence[int]) -> Tensor:
-        """Append one row per pick (an index into the prefill's prompts); their next logits [picks, vocabulary]."""
+        """Append one row per pick (an index into the prefill's prompts); their next logits [N, V]."""
         ...
 
     def overflow(self) -> int:
@@ -53,7 +55,7 @@ class Batch(Protocol):
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to every row; their next logits [rows, vocabulary]."""
+        """Append a token to every row; their next logits [B, V]."""
         ...
 
     def drop(self, rows: set[int]) -> list[int]:
@@ -82,21 +84,21 @@ class SlotPrefill:
         self.chunk = max(1, budget // len(prompts))
         device = forward.model.device
         padded = [[0] * (self.longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.tokens = torch.tensor(padded, device=device)
-        shift = torch.tensor([self.longest - length for length in self.lengths], device=device)[:, None]
-        self.positions = torch.arange(self.longest, device=device) - shift
+        self.ids_BT = torch.tensor(padded, device=device)
+        shift_B1 = torch.tensor([self.longest - length for length in self.lengths], device=device)[:, None]
+        self.positions_BT = torch.arange(self.longest, device=device) - shift_B1
         self.slots = Slots(len(prompts), rounded(self.longest + 1))
-        self.logits: Tensor
+        self.logits_BV: Tensor
 
     def advance(self) -> bool:
         end = min(self.at + self.chunk, self.longest)
-        positions = self.positions[:, self.at : end]
+        positions_BT = self.positions_BT[:, self.at : end]
         # Padding sits before a prompt. It writes into the last column, which nobody sees, and looks at column 0, so
         # that its attention has something finite to look at.
-        columns = positions.where(positions >= 0, self.slots.capacity[1] - 1)
+        columns_BT = positions_BT.where(positions_BT >= 0, self.slots.capacity[1] - 1)
         with self.lora.of(self.adapters):
-            tokens, width = self.tokens[:, self.at : end], self.slots.capacity[1]
-            self.logits = self.forward(tokens, positions.clamp(min=0), columns, self.slots, width)
+            ids_BT, width = self.ids_BT[:, self.at : end], self.slots.capacity[1]
+            self.logits_BV = self.forward(ids_BT, positions_BT.clamp(min=0), columns_BT, self.slots, width)
         self.at = end
         return self.at == self.longest
 
@@ -141,7 +143,7 @@ class SlotBatch:
             self.slots.take(done.slots, pick, len(self.lengths), done.lengths[pick])
             self.lengths.append(done.lengths[pick])
             self.adapters.append(done.adapters[pick])
-        return done.logits[list(picks)]
+        return done.logits_BV[list(picks)]
 
     def overflow(self) -> int:
         rows, columns = len(self.lengths), rounded(max(self.lengths, default=0) + 1)
@@ -151,12 +153,12 @@ class SlotBatch:
         width = rounded(max(self.lengths) + 1)
         self._reserve(len(self.lengths), width)
         device = self.forward.model.device
-        positions = torch.tensor(self.lengths, device=device)[:, None]
+        positions_B1 = torch.tensor(self.lengths, device=device)[:, None]
         with self.lora.of(self.adapters):
-            ids = torch.tensor(tokens, device=device)[:, None]
-            logits = self.forward(ids, positions, positions, self.slots, width)
+            ids_B1 = torch.tensor(tokens, device=device)[:, None]
+            logits_BV = self.forward(ids_B1, positions_B1, positions_B1, self.slots, width)
         self.lengths = [length + 1 for length in self.lengths]
-        return logits
+        return logits_BV
 
     def drop(self, rows: set[int]) -> list[int]:
         order = list(range(len(self.lengths)))
@@ -196,24 +198,24 @@ class EvenPrefill:
         adapters: Sequence[Adapter | None],
     ) -> None:
         self.model, self.lora, self.adapters = model, lora, list(adapters)
-        self.tokens = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+        self.ids_BT = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
         self.cache = DynamicCache(config=model.config)
-        self.logits: Tensor
+        self.logits_BV: Tensor
 
     def advance(self) -> bool:
         with self.lora.of(self.adapters):
-            self.logits = even_forward(self.model, self.tokens, self.cache, 0)
+            self.logits_BV = even_forward(self.model, self.ids_BT, self.cache, 0)
         return True
 
 
-def even_forward(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, past: int) -> Tensor:
-    """Run tokens [rows, t] after `past` others on a model's own cache; last logits [rows, vocabulary]."""
+def even_forward(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache, past: int) -> Tensor:
+    """Run tokens after `past` others on a model's own cache; the logits after each row's last one, [B, V]."""
     takes = signature(model.forward).parameters
-    positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    extra: dict[str, Any] = {"position_ids": positions} if "position_ids" in takes else {}
+    positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    extra: dict[str, Any] = {"position_ids": positions_BT} if "position_ids" in takes else {}
     extra["past_key_values" if "past_key_values" in takes else "cache_params"] = cache
-    logits: Tensor = model(input_ids=tokens, use_cache=True, **extra).logits[:, -1]
-    return logits
+    logits_BV: Tensor = model(input_ids=ids_BT, use_cache=True, **extra).logits[:, -1]
+    return logits_BV
 
 
 class EvenBatch:
@@ -237,11 +239,11 @@ class EvenBatch:
         return EvenPrefill(self.model, self.lora, prompts, adapters)
 
     def admit(self, done: EvenPrefill, picks: Sequence[int]) -> Tensor:
-        rows = torch.tensor(list(picks), device=self.model.device)
-        done.cache.reorder_cache(rows)  # type: ignore[arg-type]
-        self.cache, self.length = done.cache, done.tokens.shape[1]
+        rows_N = torch.tensor(list(picks), device=self.model.device)
+        done.cache.reorder_cache(rows_N)  # type: ignore[arg-type]
+        self.cache, self.length = done.cache, done.ids_BT.shape[1]
         self.adapters = [done.adapters[pick] for pick in picks]
-        return done.logits[rows]
+        return done.logits_BV[rows_N]
 
     def overflow(self) -> int:
         rows = len(self.adapters)
@@ -250,19 +252,19 @@ class EvenBatch:
     def step(self, tokens: Sequence[int]) -> Tensor:
         if self.cache is None:
             raise RuntimeError("a step needs rows: admit some first")
-        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        ids_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
         with self.lora.of(self.adapters):
-            logits = even_forward(self.model, ids, self.cache, self.length)
+            logits_BV = even_forward(self.model, ids_B1, self.cache, self.length)
         self.length += 1
-        return logits
+        return logits_BV
 
     def drop(self, rows: set[int]) -> list[int]:
         order = [row for row in range(len(self.adapters)) if row not in rows]
         if not order:
             self.clear()
         elif self.cache is not None:
-            rows_left = torch.tensor(order, device=self.model.device)
-            self.cache.reorder_cache(rows_left)  # type: ignore[arg-type]
+            rows_N = torch.tensor(order, device=self.model.device)
+            self.cache.reorder_cache(rows_N)  # type: ignore[arg-type]
             self.adapters = [self.adapters[row] for row in order]
         return order
 

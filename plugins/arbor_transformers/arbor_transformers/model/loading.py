@@ -1,4 +1,7 @@
-"""Loading a model, and finding out how it can be batched."""
+"""Loading a model, and finding out how it can be batched.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
 
 import copy
 import logging
@@ -64,8 +67,8 @@ def load(path: str, device: Device, options: Options) -> Loaded:
     except Exception as error:
         # The libraries raise nearly everything here; the process has nothing else to do.
         log.debug("loading failed", exc_info=True)
-        said = " ".join(str(error).split())
-        raise ArborError(f"cannot load a model from {path}: {type(error).__name__}: {said}") from None
+        reason = " ".join(str(error).split())
+        raise ArborError(f"cannot load a model from {path}: {type(error).__name__}: {reason}") from None
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -147,12 +150,12 @@ def make_batch(loaded: Loaded, lora: AdapterRows, options: Options) -> tuple[Bat
     batches: list[Batch] = [even]
     if forward is not None:
         batches.insert(0, SlotBatch(forward, lora, options.max_batch, cells, options.prefill_tokens))
-    wanted = reference(model)
-    if not wanted.isfinite().all():
+    expected_BTV = reference(model)
+    if not expected_BTV.isfinite().all():
         raise ArborError("the model's output is not a number (NaN or infinite): its weights have diverged")
     use_grouped_attention(model)
     for batch in batches:
-        if proves(batch, wanted):
+        if proves(batch, expected_BTV):
             log.info("batching with %s, %d tokens cached at most", type(batch).__name__, cells)
             return batch, min(loaded.context, cells - 1)
     raise ArborError(f"the embedded engine cannot serve {type(model).__name__}: its cache gives other logits than none")
@@ -174,8 +177,8 @@ def mark_progress(model: PreTrainedModel, progress: Progress) -> None:
 def slot_forward(model: PreTrainedModel) -> SlotForward | None:
     """How to run a model over slots; None where its layers keep something else than keys and values by position."""
     config = model.config.get_text_config(decoder=True)
-    found: tuple[list[str], Any] = get_layer_types_and_kwargs(config)
-    types, details = found
+    described: tuple[list[str], Any] = get_layer_types_and_kwargs(config)
+    types, details = described
     if isinstance(details, dict):  # transformers before 5.19 tells it of all layers at once
         details = [details]
     scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -193,18 +196,20 @@ PROOF = [[(7 * i + 3 * row) % 100 for i in range(9)] for row in range(2)]
 
 @torch.inference_mode()
 def reference(model: PreTrainedModel) -> torch.Tensor:
-    """Logits [3, tokens, vocabulary] of the three sequences of `proves`, from the model alone."""
+    """Logits [B = 3, T, V] of the three sequences of `proves`, from the model alone."""
     texts = [[*PROOF[row > 0], row + 1, 4] for row in range(3)]
-    ids = torch.tensor(texts, device=model.device) % vocabulary_of(model)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    ids_BT = torch.tensor(texts, device=model.device) % vocabulary_of(model)
+    logits_BTV: torch.Tensor = model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV
 
 
 @torch.inference_mode()
-def proves(batch: Batch, wanted: torch.Tensor) -> bool:
+def proves(batch: Batch, expected_BTV: torch.Tensor) -> bool:
     """Whether a batch gives the model's own logits: prefill, rows side by side, decoding, dropping. Leaves it empty."""
     try:
-        prefill = batch.prefill([[token % wanted.shape[-1] for token in prompt] for prompt in PROOF], [None, None])
+        prefill = batch.prefill(
+            [[token % expected_BTV.shape[-1] for token in prompt] for prompt in PROOF], [None, None]
+        )
         while not prefill.advance():
             pass
         seen = [batch.admit(prefill, [0, 1, 1]), batch.step([1, 2, 3])]
@@ -216,15 +221,15 @@ def proves(batch: Batch, wanted: torch.Tensor) -> bool:
         return False
     finally:
         batch.clear()
-    right = [wanted[:, -3], wanted[:, -2], wanted[order, -1]]
+    right = [expected_BTV[:, -3], expected_BTV[:, -2], expected_BTV[order, -1]]
     return all(close(mine, theirs) for mine, theirs in zip(seen, right, strict=True))
 
 
-def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def close(mine_BV: torch.Tensor, theirs_BV: torch.Tensor) -> bool:
     """Whether logits agree as far as their number format lets them, relative to how far apart they lie."""
-    tolerance = 1e-3 if theirs.dtype == torch.float32 else 0.05
-    mine, theirs = mine.float(), theirs.float()
-    return bool((mine - theirs).norm() <= tolerance * theirs.norm())
+    tolerance = 1e-3 if theirs_BV.dtype == torch.float32 else 0.05
+    mine_BV, theirs_BV = mine_BV.float(), theirs_BV.float()
+    return bool((mine_BV - theirs_BV).norm() <= tolerance * theirs_BV.norm())
 
 
 def cells_that_fit(model: PreTrainedModel, useful: int) -> int:

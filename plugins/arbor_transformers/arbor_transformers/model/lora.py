@@ -3,6 +3,8 @@
 An adapter is read from a directory in PEFT's format. Its matrices stay beside the model, whose linear layers get a
 hook that adds each row's own update; nothing is ever merged into the weights, so an adapter goes away with the last
 sequence that holds it.
+
+Shapes: R rank, I inputs and O outputs of a layer, B rows of the forward pass, N those of one adapter, T tokens.
 """
 
 import json
@@ -50,7 +52,7 @@ class Ends(msgspec.Struct):
 
 @dataclass(eq=False)
 class Adapter:
-    """A loaded adapter: per module A [rank, in] and B [out, rank], the scaling already in B. `ends`: tokens that end
+    """A loaded adapter: per module A [R, I] and B [O, R], the scaling already in B. `ends`: tokens that end
     its answers, beside the base model's."""
 
     name: str
@@ -76,9 +78,12 @@ def load_adapter(name: str, path: str, model: PreTrainedModel) -> Adapter:
     pairs = read_pairs(folder / "adapter_model.safetensors")
     layers = {}
     for module_name, pair in pairs.items():
-        a, b = fitting(module_name, pair, modules.get(module_name))
-        scaling = scaling_of(config, module_name, a.shape[0])
-        layers[module_name] = (a.to(model.device, model.dtype), (b.float() * scaling).to(model.device, model.dtype))
+        a_RI, b_OR = fitting(module_name, pair, modules.get(module_name))
+        scaling = scaling_of(config, module_name, a_RI.shape[0])
+        layers[module_name] = (
+            a_RI.to(model.device, model.dtype),
+            (b_OR.float() * scaling).to(model.device, model.dtype),
+        )
     if not layers:
         raise refuse(f"the adapter at {path} holds no LoRA matrices")
     embeddings: Any = model.get_input_embeddings()
@@ -109,12 +114,12 @@ def read_ends(folder: Path, vocabulary: int) -> frozenset[int]:
     if not file.exists():
         return frozenset()
     try:
-        said = msgspec.json.decode(file.read_bytes(), type=Ends).eos_token_id
+        ids = msgspec.json.decode(file.read_bytes(), type=Ends).eos_token_id
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise refuse(f"cannot read {file} ({error}); expected eos_token_id to be a token or a list of them") from None
-    ends = [said] if isinstance(said, int) else said or []
+    ends = [ids] if isinstance(ids, int) else ids or []
     if not all(0 <= token < vocabulary for token in ends):
-        raise refuse(f"eos_token_id in {file} is {said}; expected tokens in 0..{vocabulary - 1}")
+        raise refuse(f"eos_token_id in {file} is {ids}; expected tokens in 0..{vocabulary - 1}")
     return frozenset(ends)
 
 
@@ -138,19 +143,19 @@ def read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
 def fitting(name: str, pair: dict[str, Tensor], module: nn.Module | None) -> tuple[Tensor, Tensor]:
     """A and B, checked against the module they update."""
     if not isinstance(module, nn.Linear | Conv1D):
-        found = "no such module" if module is None else type(module).__name__
-        raise refuse(f"the adapter updates {name}, but the base model has there: {found}")
+        actual = "no such module" if module is None else type(module).__name__
+        raise refuse(f"the adapter updates {name}, but the base model has there: {actual}")
     if set(pair) != {"A", "B"}:
         raise refuse(f"the adapter holds only matrix {'/'.join(pair)} for {name}; expected A and B")
-    a, b = pair["A"], pair["B"]
+    a_RI, b_OR = pair["A"], pair["B"]
     inside, outside = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-    expected = ((a.shape[0], inside), (outside, a.shape[0]))
-    if (tuple(a.shape), tuple(b.shape)) != expected:
-        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    expected = ((a_RI.shape[0], inside), (outside, a_RI.shape[0]))
+    if (tuple(a_RI.shape), tuple(b_OR.shape)) != expected:
+        shapes = f"{tuple(a_RI.shape)} and {tuple(b_OR.shape)}"
         raise refuse(f"the adapter's matrices for {name} are {shapes}, expected {expected[0]} and {expected[1]}")
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
         raise refuse(f"the adapter's matrices for {name} hold NaN or infinity")
-    return a, b
+    return a_RI, b_OR
 
 
 def scaling_of(config: dict[str, Any], module_name: str, rank: int) -> float:
@@ -170,7 +175,7 @@ class AdapterRows:
         self.modules = dict(model.named_modules())
         self.hooked: set[str] = set()
         self.groups: list[tuple[Adapter, Tensor | None]] = []
-        """Adapter -> its rows [n]; None: all of them."""
+        """Adapter -> its rows [N]; None: all of them."""
         self.count = 0
         self.device = model.device
 
@@ -207,11 +212,11 @@ class AdapterRows:
 
         return add
 
-    def _added(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return y + (x @ a.T) @ b.T
-        if len(x) != self.count:
-            # Some layers see [rows * tokens, in].
-            parts = x.view(self.count, -1, x.shape[-1]), y.view(self.count, -1, y.shape[-1])
-            return self._added(*parts, a, b, rows).view_as(y)
-        return y.index_add(0, rows, (x[rows] @ a.T) @ b.T)
+    def _added(self, x_BTI: Tensor, y_BTO: Tensor, a_RI: Tensor, b_OR: Tensor, rows_N: Tensor | None) -> Tensor:
+        if rows_N is None:
+            return y_BTO + (x_BTI @ a_RI.T) @ b_OR.T
+        if len(x_BTI) != self.count:
+            # Some layers see [B * T, I].
+            parts = x_BTI.view(self.count, -1, x_BTI.shape[-1]), y_BTO.view(self.count, -1, y_BTO.shape[-1])
+            return self._added(*parts, a_RI, b_OR, rows_N).view_as(y_BTO)
+        return y_BTO.index_add(0, rows_N, (x_BTI[rows_N] @ a_RI.T) @ b_OR.T)

@@ -4,6 +4,9 @@ Sequences of any length share a forward pass without being aligned to each other
 and a mask hides what lies beyond. So a sequence joins by copying a row, leaves by giving its row to the last one, and
 nobody is ever shifted or padded again. What lies beyond a row's length is always finite: attention multiplies it
 by zero, and zero times NaN is NaN.
+
+Shapes: B rows, T tokens of each in this pass, C columns in view, V vocabulary, H heads of keys and values, D dimension
+of a head. Keys and values are [slots, H, allocated columns, D]; transformers names them.
 """
 
 from collections.abc import Sequence
@@ -16,16 +19,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 
 COLUMNS = 64
-"""Rows grow by so many columns. A multiple of 8, which the GPU's masked attention kernels want."""
+"""Columns by which rows grow. A multiple of 8, which the GPU's masked attention kernels want."""
 
 
 def rounded(columns: int) -> int:
-    """Columns that are allocated when so many are needed."""
+    """Columns that are allocated where `columns` are needed."""
     return -(-columns // COLUMNS) * COLUMNS
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, each [rows, heads, columns, head dimension]."""
+    """One layer's keys and values."""
 
     keys: Tensor
     values: Tensor
@@ -41,13 +44,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, tokens, dimension] at the slots' columns; returns all columns in view."""
+        """Write states [B, H, T, D] at the slots' columns; returns all columns in view, [B, H, C, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns, width = self.slots.rows, self.slots.columns, self.slots.width
-        self.keys[rows, :, columns] = key_states.transpose(1, 2)
-        self.values[rows, :, columns] = value_states.transpose(1, 2)
-        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+        rows_B1, columns_BT, width = self.slots.rows_B1, self.slots.columns_BT, self.slots.width
+        self.keys[rows_B1, :, columns_BT] = key_states.transpose(1, 2)
+        self.values[rows_B1, :, columns_BT] = value_states.transpose(1, 2)
+        return self.keys[: len(rows_B1), :, :width], self.values[: len(rows_B1), :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.width, 0
@@ -77,12 +80,12 @@ class Slots(Cache):
     """
 
     layers: list[SlotLayer]  # type: ignore[assignment]
-    rows: Tensor
-    """[rows, 1], the slots in use: 0, 1, 2, ..."""
-    columns: Tensor
-    """[rows, tokens], where each new token's keys and values go."""
+    rows_B1: Tensor
+    """The slots in use: 0, 1, 2, ..."""
+    columns_BT: Tensor
+    """Where each new token's keys and values go."""
     width: int
-    """How many columns the pass attends to."""
+    """C: columns that the pass attends to."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(layer_class_to_replicate=partial(SlotLayer, self))  # type: ignore[arg-type]
@@ -124,43 +127,46 @@ class SlotForward:
         self.model, self.kinds, self.window = model, set(layer_types), window
         self.additive = model.config._attn_implementation == "eager"
 
-    def __call__(self, tokens: Tensor, positions: Tensor, columns: Tensor, slots: Slots, width: int) -> Tensor:
-        """Run `tokens` [rows, t] and return the logits after each row's last one, [rows, vocabulary].
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, columns_BT: Tensor, slots: Slots, width: int) -> Tensor:
+        """Run tokens and return the logits after each row's last one, [B, V].
 
         Args:
-            tokens: Ids.
-            positions: Each token's place in its sequence, [rows, t].
-            columns: Where its keys and values go, [rows, t]; the position, except for padding.
+            ids_BT: Token ids.
+            positions_BT: Each token's place in its sequence.
+            columns_BT: Where its keys and values go: the position, except for padding.
             slots: Row i of the batch is slot i.
             width: Columns to attend to.
         """
-        slots.rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        slots.columns, slots.width = columns, width
+        slots.rows_B1 = torch.arange(len(ids_BT), device=ids_BT.device)[:, None]
+        slots.columns_BT, slots.width = columns_BT, width
         output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=self._masks(positions, width),
+            input_ids=ids_BT,
+            position_ids=positions_BT,
+            attention_mask=self._masks(positions_BT, width),
             past_key_values=slots,
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
 
-    def _masks(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """[rows, 1, t, width]; one per kind of layer where a model mixes them."""
-        columns = torch.arange(width, device=positions.device)
-        last = positions[:, None, :, None]
-        full = columns <= last
+    def _masks(self, positions_BT: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """What each token attends to, [B, 1, T, C]; one per kind of layer where a model mixes them."""
+        columns_C = torch.arange(width, device=positions_BT.device)
+        last_B1T1 = positions_BT[:, None, :, None]
+        full_B1TC = columns_C <= last_B1T1
         if self.kinds == {"full_attention"}:
-            return self._as_model_wants(full)
-        sliding = full & (columns > last - (self.window or 0))
+            return self._as_model_wants(full_B1TC)
+        sliding_B1TC = full_B1TC & (columns_C > last_B1T1 - (self.window or 0))
         if self.kinds == {"sliding_attention"}:
-            return self._as_model_wants(sliding)
-        return {"full_attention": self._as_model_wants(full), "sliding_attention": self._as_model_wants(sliding)}
+            return self._as_model_wants(sliding_B1TC)
+        return {
+            "full_attention": self._as_model_wants(full_B1TC),
+            "sliding_attention": self._as_model_wants(sliding_B1TC),
+        }
 
-    def _as_model_wants(self, visible: Tensor) -> Tensor:
+    def _as_model_wants(self, visible_B1TC: Tensor) -> Tensor:
         if not self.additive:
-            return visible
-        nothing = torch.zeros((), dtype=self.model.dtype, device=visible.device)
-        return nothing.where(visible, torch.finfo(self.model.dtype).min)
+            return visible_B1TC
+        nothing = torch.zeros((), dtype=self.model.dtype, device=visible_B1TC.device)
+        return nothing.where(visible_B1TC, torch.finfo(self.model.dtype).min)

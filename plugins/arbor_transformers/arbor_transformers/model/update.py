@@ -23,22 +23,22 @@ def read_weights(path: str, model: PreTrainedModel) -> list[Pair]:
         ApiError: they are not all of this model's weights and nothing else, by its own names.
     """
     own: dict[str, Tensor] = model.state_dict()
-    found: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     files = sorted(Path(path).glob("*.safetensors"))
     try:
         for file in files:
             with safe_open(str(file), "pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+                new |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise refuse(f"cannot read the weights in {path}: {error}") from None
-    for name, tensor in found.items():
+    for name, tensor in new.items():
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "no such tensor"
             raise refuse(f"{path} holds {name} {tuple(tensor.shape)}, but the model has there: {shape}")
-    given = {own[name].data_ptr() for name in found}
-    if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in given]:  # tied ones share
+    covered = {own[name].data_ptr() for name in new}
+    if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in covered]:  # tied ones share
         raise refuse(f"the weights in {path} lack {len(missing)} tensors of the model, {missing[0]} among them")
-    return [(own[name], tensor) for name, tensor in found.items()]
+    return [(own[name], tensor) for name, tensor in new.items()]
 
 
 def copy_weights(pairs: list[Pair]) -> None:
