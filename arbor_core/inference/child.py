@@ -139,5 +139,5 @@ def health(
         "running": running,
         "waiting": waiting,
         "stalled_seconds": stalled_seconds,
-        "quiet_seconds": stalled_seconds,  # the former name, which a server of 0.1 reads
+        "quiet_seconds": stalled_seconds,  # its name in 0.1, which such a server reads
     }

@@ -36,7 +36,7 @@ class Health(msgspec.Struct):
 
 
 class EngineProcess:
-    """A live engine (see `arbor_core.types.Engine`). Made by `start`."""
+    """A live engine (see `arbor_core.types.Engine`); `start` creates it."""
 
     def __init__(self, process: asyncio.subprocess.Process, spec: EngineSpec, url: str) -> None:
         self.process, self.spec, self.url = process, spec, url
@@ -125,7 +125,7 @@ class EngineProcess:
         await terminate(self.process)
 
     async def kill(self) -> None:
-        """End the process and everything it started, at once: one that hangs is deaf to SIGTERM."""
+        """End the process and everything it started, at once: one that hangs ignores SIGTERM."""
         await terminate(self.process, 0)
 
     async def _post(self, path: str, body: Mapping[str, str | int]) -> None:

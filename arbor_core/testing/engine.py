@@ -48,7 +48,7 @@ async def _check_backend(
         await factory().find(model)
         engine = await factory().start(_spec(root / "engine", model, options))
         try:
-            await _check_face(engine)
+            await _check_api(engine)
         finally:
             await engine.stop()
         async with asyncio.timeout(WAIT_SECONDS):
@@ -80,7 +80,7 @@ async def _check_refusal(factory: Callable[[], InferenceBackend], spec: EngineSp
     assert said, "an engine that does not start gives no reason"
 
 
-async def _check_face(engine: Engine) -> None:
+async def _check_api(engine: Engine) -> None:
     import aiohttp
 
     assert await engine.health(), "an engine that has started is not healthy"

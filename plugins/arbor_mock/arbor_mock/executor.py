@@ -40,7 +40,7 @@ from arbor_core import (
     wake,
 )
 
-from . import MockConfig
+from .config import MockConfig
 from .train import steps
 
 T = TypeVar("T")

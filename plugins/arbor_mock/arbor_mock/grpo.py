@@ -13,7 +13,7 @@ import msgspec
 
 from arbor_core import Checkpoint, Fed, JobFailed, JobStopped, Record, Run
 
-from . import MockGrpoConfig
+from .config import MockGrpoConfig
 from .train import ADAPTER, STATE, strike, tensor_file
 
 WAIT_SECONDS = 1.0
@@ -21,7 +21,7 @@ WAIT_SECONDS = 1.0
 
 
 class Learned(msgspec.Struct):
-    """What the trainer is after so many steps: a function of the inbox up to `position`, and of nothing else."""
+    """The trainer after a number of steps: a function of the inbox up to `position`, and of nothing else."""
 
     step: int = 0
     position: int = 0

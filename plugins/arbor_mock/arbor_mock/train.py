@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from arbor_core import Checkpoint, JobFailed, JobStopped, RowError, Run, read_rows
 
-from . import MockConfig, MockGrpoConfig
+from .config import MockConfig, MockGrpoConfig
 from .rows import words
 
 ADAPTER = "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from arbor_core.types import CheckpointRequest, Group, Rollout
 
 @pytest.fixture
 def grpo(job):
-    """A job directory of the trainer mock_grpo, and a function that sends it groups of so many policy versions."""
+    """A job directory of the trainer mock_grpo, and a function that sends it groups of several policy versions."""
 
     def make(**values):
         return job(trainer="mock_grpo", **{"num_generations": 2, **values})

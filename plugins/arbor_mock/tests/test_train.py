@@ -119,7 +119,7 @@ def test_a_bad_checkpoint_is_not_resumed_from(job):
     assert [event.data["dir"] for event in damaged.events("checkpoint")] == ["4-2", "6-2"]
 
 
-def test_a_hang_is_deaf_to_everything_but_sigkill(job):
+def test_a_hang_ignores_everything_but_sigkill(job):
     hanging = job(steps=5, fault="hang", fault_step=1)
     process = hanging.start()
 

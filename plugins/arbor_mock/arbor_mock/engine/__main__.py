@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from arbor_core.engine import EngineSpec, announce, end_with_parent, read_spec
-from arbor_mock import EngineOptions
+from arbor_mock.config import EngineOptions
 
 from .app import STOP_SECONDS, MockEngine
 

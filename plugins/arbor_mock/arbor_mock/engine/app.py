@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 
 from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, authorised, envelope, health, routes
-from arbor_mock import EngineOptions
+from arbor_mock.config import EngineOptions
 
 from .model import Answer, BadFaultError, answer, check_adapter, check_tensors, faults_in
 from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, UpdateBody, Writer

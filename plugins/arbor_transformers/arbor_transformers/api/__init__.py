@@ -1,1 +1,1 @@
-"""The engine's OpenAI-shaped face."""
+"""The engine's HTTP API, in OpenAI's shapes."""

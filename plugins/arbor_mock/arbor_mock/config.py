@@ -1,0 +1,53 @@
+"""What YAML and requests configure: two trainers and the engine."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from arbor_core import RolloutConfig
+
+Seconds = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+Fault = Literal["none", "fail", "crash", "hang", "lose_gpu", "out_of_memory", "bad_checkpoint"]
+
+
+class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/trainer/mock.yaml`, typed; each key is explained there."""
+
+    n_epochs: Annotated[int, Meta(ge=1, le=50)] | Literal["auto"]
+    batch_size: Annotated[int, Meta(ge=1, le=256)] | Literal["auto"]
+    learning_rate_multiplier: Annotated[float, Meta(gt=0)] | Literal["auto"]
+    learning_rate: Annotated[float, Meta(gt=0)]
+    steps: Count | None
+    step_seconds: Seconds
+    checkpoint_steps: Count | None
+    fault: Fault
+    fault_step: Count
+    fault_times: Count
+
+
+class MockGrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`conf/trainer/mock_grpo.yaml`, typed; each key is explained there."""
+
+    max_steps: Count | None
+    learning_rate: Annotated[float, Meta(gt=0)]
+    step_seconds: Seconds
+    checkpoint_steps: Count | None
+    fault: Fault
+    fault_step: Annotated[int, Meta(ge=0)]
+    fault_times: Count
+
+
+class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/backend/mock.yaml`, typed; each key is explained there."""
+
+    context: Count
+    max_running: Count
+    max_waiting: Annotated[int, Meta(ge=0)]
+    load_seconds: Seconds
+    delay_seconds: Seconds
+    token_seconds: Seconds
+    load_error: str | None
+    die_after_tokens: Annotated[int, Meta(ge=0)] | None
