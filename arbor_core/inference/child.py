@@ -139,5 +139,5 @@ def health(
         "running": running,
         "waiting": waiting,
         "stalled_seconds": stalled_seconds,
-        "quiet_seconds": stalled_seconds,  # its name in 0.1, which such a server reads
+        "quiet_seconds": stalled_seconds,  # its former name, which older servers read
     }

@@ -1,8 +1,7 @@
 """Inference engines: which model is served by which process, from first use until nobody needs it.
 
-An engine serves one base model and any number of adapters of it. It is started by the first request, which others may
-join in waiting; it holds a lease, ends when it was idle for long or another needs its device, and is started anew by
-the next request when its process has died.
+An engine serves one base model and any number of adapters of it. The first request starts it, and others wait with it.
+It holds a lease, ends when it was idle for long or another needs its device, and is started anew when its process died.
 """
 
 from __future__ import annotations
@@ -185,9 +184,8 @@ class Engines:
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
                 if model.superseded(path):  # the next request finds newer ones
-                    raise ApiError(
-                        503, f"'{key[0]}' is loaded anew.", "engine_unavailable", "model", RETRY_SOON
-                    ) from None
+                    message = f"'{key[0]}' is loaded anew."
+                    raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
                 self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
                 raise refusal(*key, self.root, error) from None
             raise
