@@ -30,7 +30,7 @@ for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZ
 import numpy as np
 import shapes
 import torch
-from arbor_grpo.train import arguments, compose, sent_rewards
+from arbor_grpo.train import arguments, compose, no_reward
 from arbor_grpo.training.micro_batches import Batch, tensors
 from arbor_grpo.training.rows import with_advantages
 from arbor_grpo.training.trainer import GroupTrainer
@@ -117,25 +117,26 @@ def open_job(folder: Path, model: Path, groups: list[Group], options: argparse.N
 
 def ours(run: WorkerRun[Any]) -> tuple[Clock, GroupTrainer, float]:
     set_seed(run.seed)
-    trainer = compose(run)
+    session = compose(run)
+    trainer = session.trainer
     clock = Clock()
     trainer.add_callback(clock)
     published: list[float] = []
-    publish = trainer.session.publish
+    publish = session.publish
 
     def timed() -> None:
         began = time.perf_counter()
         publish()
         published.append(time.perf_counter() - began)
 
-    trainer.session.publish = timed  # type: ignore[method-assign]
+    session.publish = timed  # type: ignore[method-assign]
     trainer.train()
     return clock, trainer, statistics.median(published)
 
 
 def theirs(run: WorkerRun[Any], groups: list[Group], steps: int) -> tuple[Clock, GRPOTrainer]:
     set_seed(run.seed)
-    reader = compose(run).session.reader  # not trained: it reads the groups
+    reader = compose(run).reader  # not trained: it reads the groups
     set_seed(run.seed)
     args = arguments(run, reader.longest)
     args.per_device_train_batch_size = args.generation_batch_size = PROMPTS * SIZE
@@ -143,7 +144,7 @@ def theirs(run: WorkerRun[Any], groups: list[Group], steps: int) -> tuple[Clock,
     trainer = Ready(
         model=load_model(run),
         args=args,
-        reward_funcs=sent_rewards,
+        reward_funcs=no_reward,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * PROMPTS}),
         processing_class=load_tokenizer(run),
         peft_config=adapter(run.config.lora) if run.config.lora else None,

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from arbor_core import ids
-from arbor_core.config.convert import merged, typed
+from arbor_core.config.convert import merged, renamed, typed
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.files.repository import Files
 from arbor_core.jobdir import checkpoints
@@ -57,9 +57,10 @@ class Submission:
         """
         method, name = self.choose_trainer(body)
         given, where = hyperparameters_of(body, method)
+        trainer = self.trainers[name].trainer
+        given, renamings = renamed(given, trainer.config, where)
         config = self.config_of(name, given, where)
         check_suffix(body.suffix)
-        trainer = self.trainers[name].trainer
         if body.training_file is None and not trainer.rollouts:
             message = "Missing required parameter: 'training_file'."
             raise ApiError(400, message, "missing_required_parameter", "training_file")
@@ -80,10 +81,11 @@ class Submission:
             devices=body.num_gpus,
             rollouts=trainer.rollouts,
             adapter_path=start.adapter,
+            trains_adapter=None if trainer.adapter is None else trainer.adapter(config),
         )
         shown = {key: config[key] for key in SHOWN if key in config} | given
         job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
-        return job, [*warnings(body), *self.device_warnings(spec)]
+        return job, [*renamings, *warnings(body), *self.device_warnings(spec)]
 
     def check_again(self, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
         """Check what may have changed since `prepare`. Called in the transaction that creates the job, after its row is
@@ -187,7 +189,7 @@ class Submission:
         there = self.allocator.inventory().get("train", ())
         smallest = min((device.memory for device in there), default=0)
         weights = Path(self.models.locate(spec.model, spec.model_path))
-        shortfall = memory.shortfall(weights, spec.config, smallest)
+        shortfall = memory.shortfall(weights, spec.config, smallest, trains_all=spec.trains_all)
         found = [shortfall] if shortfall else []
         if spec.devices > len(there):
             gone = ", ".join(device.id for device in self.allocator.lost().get("train", ()))

@@ -233,7 +233,11 @@ def trainer_defaults(
         where = f"trainers.{name}"
         if name == default_trainer and settings.trainer:
             values, where = settings.trainer, "trainer"
-        values = convert.merged(values, settings.trainers.get(name, {}))
+        values, warnings = convert.renamed(values, trainer.config, where)
+        more, further = convert.renamed(settings.trainers.get(name, {}), trainer.config, f"trainers.{name}")
+        for warning in dict.fromkeys([*warnings, *further]):
+            log.warning("configuration of the trainer %s: %s", name, warning)
+        values = convert.merged(values, more)
         convert.typed(values, trainer.config, where=where)
         found[name] = TrainerDefaults(trainer, values)
     for name in settings.trainers:

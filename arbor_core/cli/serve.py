@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig
 
 from arbor_core.config.settings import ServeConfig
-from arbor_core.types import ArborError
+from arbor_core.types import ArborError, RolloutConfig
 
 EXIT_CONFIG = 78
 """sysexits.h: a configuration error."""
@@ -51,8 +51,10 @@ def first_override(arguments: list[str]) -> int:
 
 
 def open_ended(word: str) -> str:
-    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know: Hydra is to add them."""
-    return f"++{word}" if word.startswith(("engine.", "trainers.")) else word
+    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know, and `trainer.` former names
+    of keys, which the trainer's YAML does not have: Hydra is to add them."""
+    former = tuple(f"trainer.{key}=" for key in RolloutConfig.former_keys)
+    return f"++{word}" if word.startswith(("engine.", "trainers.", *former)) else word
 
 
 def plain_words(message: str) -> str:

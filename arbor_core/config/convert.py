@@ -50,6 +50,26 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+def renamed(values: Mapping[str, Any], type_: type, where: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Values for a struct under the present names of its keys (see its `former_keys`), and warnings of former names.
+
+    Raises:
+        ConfigError: a key has different values under both names.
+    """
+    found, warnings = dict(values), []
+    for former, present in getattr(type_, "former_keys", {}).items():
+        if former not in found:
+            continue
+        value, other = found.pop(former), found.get(present)
+        if value is not None and other is not None and value != other:
+            path = f"{where}.{former}" if where else former
+            message = f"'{path}' is the former name of '{present}', and they differ: give only '{present}'."
+            raise ConfigError(message, path=path, code="conflicting_parameters")
+        found[present] = other if value is None else value
+        warnings.append(f"'{former}' is called '{present}' now: the former name will not be read for ever.")
+    return found, warnings
+
+
 def typed(values: Any, type_: type[T], where: str) -> T:
     """Plain values as a struct.
 

@@ -166,7 +166,8 @@ class Outcomes:
             await self._lost(job, error)
             return
         if error.code == OUT_OF_MEMORY:
-            what = f"{error.message.rstrip('.')}. The job does not fit in memory: {memory.advice(job.spec.config)}"
+            advice = memory.advice(job.spec.config, trains_all=job.spec.trains_all)
+            what = f"{error.message.rstrip('.')}. The job does not fit in memory: {advice}"
             error = JobError(error.code, what, error.param)
         await self._end(job, "failed", Event("message", error.message, "error"), error=error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -41,6 +41,20 @@ class JobSpec(msgspec.Struct, frozen=True):
     """It learns from groups of rollouts that clients send, and has no training file."""
     adapter_path: str | None = None
     """The adapter that it starts from: its path in the storage directory."""
+    trains_adapter: bool | None = None
+    """What its trainer said of the configuration (`Trainer.adapter`); None: nothing."""
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether it trains all weights, as far as is known."""
+        return trains_all_weights(self.trains_adapter, self.config)
+
+
+def trains_all_weights(trains_adapter: bool | None, config: Mapping[str, Any]) -> bool:
+    """`JobSpec.trains_all` of a specification's parts."""
+    if trains_adapter is None:  # a specification of a version before `trains_adapter`: by the key that trainers shared
+        return "lora" in config and config["lora"] is None
+    return not trains_adapter
 
 
 class Job(msgspec.Struct):

@@ -15,6 +15,7 @@ import msgspec
 
 from arbor_core.jobdir.layout import JobDir, checkpoint_path
 from arbor_core.jobs.policies import newest_policy
+from arbor_core.jobs.records import trains_all_weights
 from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import TERMINAL, ApiError, Status, Weights
@@ -72,6 +73,7 @@ class _Spec(msgspec.Struct):
     config: dict[str, Any]
     rollouts: bool = False
     adapter_path: str | None = None
+    trains_adapter: bool | None = None
 
 
 class _Maker(msgspec.Struct):
@@ -90,8 +92,8 @@ class _Maker(msgspec.Struct):
 
     @property
     def trains_all(self) -> bool:
-        """Whether it trains all weights, as far as its configuration tells: by the key that our trainers share."""
-        return "lora" in self.spec.config and self.spec.config["lora"] is None
+        """Whether it trains all weights, as far as is known."""
+        return trains_all_weights(self.spec.trains_adapter, self.spec.config)
 
 
 class FineTunedModels:

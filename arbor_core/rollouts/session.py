@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from arbor_core.config.convert import renamed
 from arbor_core.jobdir import inbox
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.policies import newest_policy
@@ -187,7 +188,7 @@ class OpenSessions:
                 ended.close()
             return None
         if job.id not in self.by_job:
-            config = msgspec.convert(job.spec.config, RolloutConfig)
+            config = msgspec.convert(renamed(job.spec.config, RolloutConfig)[0], RolloutConfig)
             self.by_job[job.id] = Session(
                 JobDir.of(self.root, job.id), config, lambda: newest_policy(self.store, job.id)[0]
             )

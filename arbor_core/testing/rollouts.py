@@ -21,7 +21,7 @@ from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoi
 
 STEPS = 3
 PAUSED_AFTER = 1
-SIZE = {"num_generations": 2, "groups_per_step": 2, "max_staleness": 1, "too_stale": 1}
+SIZE = {"num_generations": 2, "groups_per_step": 2, "max_staleness": 1, "max_group_age": 1}
 """Of the groups that are made up here. One that was sampled before any step comes too late after the second."""
 POLL_SECONDS = 0.05
 
@@ -79,7 +79,7 @@ class Attempt:
         self.until(lambda: self.handled() == self.sent(), f"the trainer has handled all {self.sent()} groups")
 
     def handled(self) -> int:
-        """What the trainer has said of it last: see `Run.publish` and `Run.passed_over`."""
+        """What the trainer has said of it last: see `Run.publish` and `Run.report_skipped`."""
         said = [event.data["handled"] for event in self.job.events("weights")]
         return int(said[-1]) if said else 0
 
@@ -115,7 +115,7 @@ def check_to_the_end(job: JobDirectory) -> None:
         check_named(attempt)
         for step in range(1, STEPS):
             attempt.learn(step)
-        check_passed_over(attempt)
+        check_report_skipped(attempt)
         attempt.learn(STEPS)
         job.ask("finish")
         attempt.end("asked to finish")
@@ -144,7 +144,7 @@ def check_named(attempt: Attempt) -> None:
     assert reason is None, f"the checkpoint 'first': {reason}"
 
 
-def check_passed_over(attempt: Attempt) -> None:
+def check_report_skipped(attempt: Attempt) -> None:
     """A group that is too old is skipped, and said to be handled before there are others for a step."""
     steps = steps_of(attempt.job)
     attempt.job.send(group(1000, version=0))
@@ -159,7 +159,7 @@ def check_fed(job: JobDirectory, events: list[Event]) -> None:
     position = 0
     for event in events:
         fed, step = event.data.get("fed"), event.data["step"]
-        assert fed, f"metrics of step {step} do not say what it was made of: pass Fed to run.metrics"
+        assert fed, f"metrics of step {step} do not say what it was made of: pass StepInputs to run.metrics"
         mine = [(start, records[start].crc) for start in records if ids.get(records[start].group.id) == step]
         told = [tuple(pair) for pair in fed["groups"]]
         assert told == mine, f"step {step} says it was made of {told} (position, CRC-32); expected {mine}"
@@ -219,7 +219,7 @@ def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
     with running(job) as attempt:
         for step in range(1, STEPS):
             attempt.learn(step)
-        check_passed_over(attempt)
+        check_report_skipped(attempt)
     job.send(*groups(STEPS))
     job.ask("finish")
     with running(job) as attempt:
@@ -227,7 +227,7 @@ def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
     result = check_result(job)
     assert result.step == STEPS - 1, (
         f"killed after step {STEPS - 1} and asked to finish, the result is that of step {result.step}: ask "
-        "run.desired() after groups are taken, and say with run.publish or run.passed_over how many are handled"
+        "run.desired() after groups are taken, and say with run.publish or run.report_skipped how many are handled"
     )
     newest = {e.data["step"]: e for n in range(1, job.attempts + 1) for e in job.events("metrics", attempt=n)}
     check_same(list(newest.values()), whole.events("metrics")[:-1], "it was killed")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -34,6 +35,8 @@ class Trainer:
             training file.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).
         simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
+        adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights.
+            A job that trains all weights needs more memory, and its policy an engine of its own. None: not known.
     """
 
     config: type[Struct]
@@ -48,6 +51,7 @@ class Trainer:
     rollouts: bool = False
     adapters: bool = False
     simulated: bool = False
+    adapter: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True)

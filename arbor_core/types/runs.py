@@ -11,7 +11,7 @@ from msgspec import Struct, field
 
 from .devices import Device
 from .jobs import Desired
-from .rollouts import Fed
+from .rollouts import StepInputs
 
 if TYPE_CHECKING:
     from .rollouts import Record
@@ -103,7 +103,7 @@ class Run(Protocol[ConfigT_co]):
         ...
 
     def metrics(
-        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+        self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
     ) -> None:
         """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1.
 
@@ -165,7 +165,7 @@ class Run(Protocol[ConfigT_co]):
         """
         ...
 
-    def passed_over(self, handled: int) -> None:
+    def report_skipped(self, handled: int) -> None:
         """Say that groups were skipped and no step follows yet: so many were handled in all, and more may be sent."""
         ...
 

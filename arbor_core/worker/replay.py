@@ -28,7 +28,7 @@ from arbor_core.plugins import load
 from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.event_log import tail
-from arbor_core.types import ArborError, AttemptOrder, Event, Fed, rollouts
+from arbor_core.types import ArborError, AttemptOrder, Event, StepInputs, rollouts
 
 from .launchers import ranks_command
 
@@ -42,7 +42,7 @@ class Step(msgspec.Struct, frozen=True):
     number: int
     loss: float | None
     digest: str | None
-    fed: Fed | None
+    fed: StepInputs | None
 
 
 def replay(job_dir: Path, tell: Callable[[str], object], models: Sequence[Path] = ()) -> None:
@@ -99,7 +99,10 @@ def steps_of(log: Path, offset: int = 0) -> Iterator[Step]:
 def step_of(event: Event) -> Step:
     fed = event.data.get("fed")
     return Step(
-        event.step, event.data.get("train_loss"), event.data.get("digest"), msgspec.convert(fed, Fed) if fed else None
+        event.step,
+        event.data.get("train_loss"),
+        event.data.get("digest"),
+        msgspec.convert(fed, StepInputs) if fed else None,
     )
 
 

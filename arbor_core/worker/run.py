@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from arbor_core.config.convert import renamed
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.checkpoint_requests import answered, asked
@@ -38,12 +39,12 @@ from arbor_core.types import (
     Desired,
     Device,
     Event,
-    Fed,
     JobFailed,
     JobStopped,
     Level,
     Placement,
     Record,
+    StepInputs,
 )
 
 from .inbox_reader import CatchingUp, Feed
@@ -115,7 +116,7 @@ class WorkerRun(Generic[ConfigT]):
         self.emit(Event("message", text, level, data=data))
 
     def metrics(
-        self, step: int, total_steps: int, digest: str | None = None, fed: Fed | None = None, /, **values: float
+        self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
     ) -> None:
         shown = ", ".join(
             f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
@@ -203,7 +204,7 @@ class WorkerRun(Generic[ConfigT]):
         self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
         self.catching_up.handled(handled)
 
-    def passed_over(self, handled: int) -> None:
+    def report_skipped(self, handled: int) -> None:
         self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
         self.catching_up.handled(handled)
 
@@ -248,8 +249,9 @@ def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
     """
     attempt = AttemptDir(attempt_dir)
     document, order = read_document(attempt.job), read_order(attempt)
+    config_type = import_object(order.config_type)
     return kind(
-        config=msgspec.convert(document.config, import_object(order.config_type)),
+        config=msgspec.convert(renamed(document.config, config_type)[0], config_type),
         document=document,
         order=order,
         placement=read_placement(attempt),

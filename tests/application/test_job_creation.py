@@ -203,9 +203,9 @@ def test_row_69_a_model_that_no_device_holds(
 def test_row_69_what_a_job_needs(tmp_path: Path, config: dict[str, Any], device: int, said: str | None) -> None:
     (tmp_path / "a.safetensors").write_bytes(bytes(600))
     (tmp_path / "b.safetensors").write_bytes(bytes(400))
-    found = memory.shortfall(tmp_path, config, device)
+    found = memory.shortfall(tmp_path, config, device, trains_all=config["lora"] is None)
     assert (said in found) if said and found else (found is said)
 
 
 def test_row_69_a_model_that_is_not_here_is_not_judged(tmp_path: Path) -> None:
-    assert memory.shortfall(tmp_path / "nobody" / "nothing", {}, 1) is None
+    assert memory.shortfall(tmp_path / "nobody" / "nothing", {}, 1, trains_all=True) is None

@@ -43,9 +43,11 @@ class World:
         self.models = Models(self.store, ModelsConfig(dirs=[self.root / "models"], allow=[]), self.root)
         self.jobs = Jobs(self.store)
 
-    async def job(self, *, rollouts: bool = True, adapter: str | None = None, **config: Any) -> Job:
+    async def job(
+        self, *, rollouts: bool = True, adapter: str | None = None, trains_adapter: bool | None = None, **config: Any
+    ) -> Job:
         values: dict[str, Any] = {"trainer": "t", "method": "grpo", "model": "base", "model_path": "/base", "seed": 1}
-        spec = JobSpec(**values, config=config, rollouts=rollouts, adapter_path=adapter)
+        spec = JobSpec(**values, config=config, rollouts=rollouts, adapter_path=adapter, trains_adapter=trains_adapter)
         return await self.jobs.create(NewJob("me", "", None, None, {}, spec))
 
     async def publish(
@@ -116,8 +118,9 @@ async def test_a_job_that_starts_from_an_adapter_is_that_at_first(world: World) 
     assert (found.name, found.adapter.path, found.version) == (f"{job.id}-a0-s0", "/adapter", 0)
 
 
-async def test_a_job_that_trains_all_weights_has_an_engine_of_its_own(world: World) -> None:
-    job = await world.job(lora=None)
+@pytest.mark.parametrize("said", [{"trains_adapter": False}, {"lora": None}], ids=["declared", "earlier_version"])
+async def test_a_job_that_trains_all_weights_has_an_engine_of_its_own(world: World, said: dict[str, Any]) -> None:
+    job = await world.job(**said)
     first = world.models.resolve(job.id, "me")
     folder = await world.publish(job, 3, full=True)
     later = world.models.resolve(job.id, "me")
@@ -125,6 +128,11 @@ async def test_a_job_that_trains_all_weights_has_an_engine_of_its_own(world: Wor
     assert first.full is not None
     assert later.full is not None
     assert (first.full.path, first.full.version, later.full.path, later.full.version) == ("/base", 0, folder, 3)
+
+
+async def test_what_the_trainer_says_of_a_job_counts_and_not_the_names_of_its_keys(world: World) -> None:
+    job = await world.job(trains_adapter=True, lora=None)
+    assert world.models.resolve(job.id, "me").base == "base"
 
 
 async def test_an_ended_job_is_its_result_or_its_newest_checkpoint(world: World) -> None:

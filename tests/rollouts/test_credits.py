@@ -27,7 +27,7 @@ def config(groups_per_step: int = 1, max_staleness: int = 1, offer_seconds: floa
         num_generations=2,
         groups_per_step=groups_per_step,
         max_staleness=max_staleness,
-        too_stale=None,
+        max_group_age=None,
         temperature=1.0,
         offer_seconds=offer_seconds,
     )

@@ -71,7 +71,7 @@ class Pupil:
         return dict(answer.json)
 
     def begin(self) -> None:
-        config = {"num_generations": SIZE, "checkpoint_steps": 2, "too_stale": 64}
+        config = {"num_generations": SIZE, "checkpoint_steps": 2, "max_group_age": 64}
         answer = self.ask(f"{GRPO}/initialize", {"model": "mock/tiny", "trainer_config": config})
         self.job_id = answer.json["job_id"]
 

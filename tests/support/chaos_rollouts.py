@@ -23,7 +23,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 LEARNING: list[Kind] = [
     (
         "mock_grpo",
-        {"num_generations": 4, "groups_per_step": 2, "step_seconds": 0.05, "checkpoint_steps": 5, "too_stale": 64},
+        {"num_generations": 4, "groups_per_step": 2, "step_seconds": 0.05, "checkpoint_steps": 5, "max_group_age": 64},
     ),
     ("mock_grpo", {"num_generations": 4, "groups_per_step": 1, "max_staleness": 2, "checkpoint_steps": 3}),
 ]
@@ -33,7 +33,7 @@ LEARNING_REAL: list[Kind] = [
         {
             "num_generations": 4,
             "groups_per_step": 2,
-            "too_stale": 64,
+            "max_group_age": 64,
             "lora": {"r": 4, "alpha": 8},
             "learning_rate": 1e-3,
             "checkpoint_steps": 4,

@@ -127,7 +127,7 @@ def test_the_kit_finds_a_trainer_that_skips_nothing(
 ) -> None:
     monkeypatch.setattr(rollout_checks, "ATTEMPT_SECONDS", 3)
     with pytest.raises(AssertionError, match="a group that is too old is counted as handled: nothing of it"):
-        rollout_checks.check_to_the_end(learner(too_stale=9))
+        rollout_checks.check_to_the_end(learner(max_group_age=9))
 
 
 def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[..., JobDirectory]) -> None:

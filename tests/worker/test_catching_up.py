@@ -8,7 +8,7 @@ import pytest
 
 from arbor_core.jobdir.inbox import Inbox, end_of, segments
 from arbor_core.testing import JobDirectory
-from arbor_core.testing.rollouts import SIZE, check_passed_over, group, groups, running, steps_of
+from arbor_core.testing.rollouts import SIZE, check_report_skipped, group, groups, running, steps_of
 
 pytest.importorskip("arbor_mock")
 
@@ -19,7 +19,7 @@ def test_a_paused_job_that_is_finished_uses_no_group_that_waits(tmp_path: Path, 
     with running(job) as attempt:
         attempt.learn(1)
         attempt.learn(2)
-        check_passed_over(attempt)  # of that the checkpoint knows nothing
+        check_report_skipped(attempt)  # of that the checkpoint knows nothing
         job.ask("pause")
         attempt.end("asked to pause")
     job.send(*groups(3))

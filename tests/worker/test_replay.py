@@ -103,7 +103,7 @@ def learned(tmp_path: Path) -> JobDirectory:
     """A job of the trainer mock_grpo that has made three steps, of two groups each; one group was too old."""
     folder = tmp_path / "storage" / "jobs"
     folder.mkdir(parents=True)
-    values = {"num_generations": 2, "groups_per_step": 2, "max_steps": 3, "too_stale": 1}
+    values = {"num_generations": 2, "groups_per_step": 2, "max_steps": 3, "max_group_age": 1}
     made = JobDirectory(folder / "one", "mock_grpo", (), "mock/tiny", values)
     made.send(*(group(number, version) for number, version in enumerate((0, 0, 1, 1, 0, 2, 2))))
     assert made.attempt() == 0, made.log

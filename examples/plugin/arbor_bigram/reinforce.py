@@ -7,7 +7,7 @@ from statistics import fmean
 
 import msgspec
 
-from arbor_core import Checkpoint, Fed, JobStopped, Record, Run
+from arbor_core import Checkpoint, JobStopped, Record, Run, StepInputs
 
 from . import ReinforceConfig
 
@@ -62,19 +62,19 @@ def train(run: Run[ReinforceConfig]) -> None:
             learner.step, learner.position = learner.step + 1, position
             learner.handled += len(used) + len(skipped)
             loss = learner.learn(used, run.config.learning_rate)
-            fed = Fed(position, tuple((r.start, r.crc) for r in used), tuple(r.start for r in skipped))
+            fed = StepInputs(position, tuple((r.start, r.crc) for r in used), tuple(r.start for r in skipped))
             run.metrics(learner.step, learner.step, None, fed, train_loss=loss)
             with run.publish(learner.step, learner.handled) as folder:
                 (folder / "learner.json").write_bytes(msgspec.json.encode(learner))
             used, skipped = [], []
         elif len(skipped) > before:
-            run.passed_over(learner.handled + len(skipped))
+            run.report_skipped(learner.handled + len(skipped))
     run.finish(saved(run, learner), learner.tokens)
 
 
 def fits(record: Record, step: int, config: ReinforceConfig) -> bool:
     """Whether a group is young enough, and came as text with a reward for each answer."""
-    limit = config.max_staleness if config.too_stale is None else config.too_stale
+    limit = config.max_staleness if config.max_group_age is None else config.max_group_age
     whole = all(rollout.answer and rollout.reward is not None for rollout in record.group.rollouts)
     return whole and step - record.group.version <= limit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from arbor_trl import PRELOAD, Attention, Auto, Count, Dtype, LoraSettings, Positive
+from arbor_trl import PRELOAD, PROVE, Attention, Auto, Count, Dtype, LoraSettings, Positive, trains_adapter
 from msgspec import Meta
 
 from arbor_core import RolloutConfig, Trainer, hookimpl
@@ -79,15 +79,15 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
         if self.oldest < self.publish_steps - 1:
             raise ValueError(
                 f"with publish_steps {self.publish_steps} groups are up to {self.publish_steps - 1} batches old when "
-                "they are sampled: raise too_stale"
+                "they are sampled: raise max_group_age"
             )
 
     @property
     def oldest(self) -> int:
-        """Batches that a group may be older than the policy. Without `too_stale` as many as those become that are sent
-        in the order of their credits: they are sampled up to `max_staleness` batches ahead, from a policy that up to
-        `publish_steps` - 1 batches have not reached."""
-        return self.max_staleness + self.publish_steps - 1 if self.too_stale is None else self.too_stale
+        """Batches that a group may be older than the policy. Without `max_group_age` as many as those become that are
+        sent in the order of their credits: they are sampled up to `max_staleness` batches ahead, from a policy that up
+        to `publish_steps` - 1 batches have not reached."""
+        return self.max_staleness + self.publish_steps - 1 if self.max_group_age is None else self.max_group_age
 
     def _check_ratio(self) -> None:
         mode, bounds = (
@@ -115,7 +115,8 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             entry="arbor_grpo.train:train",
             methods=("grpo",),
             preload=("arbor_grpo.train", *PRELOAD),
-            prove="arbor_trl.warm:prove",
+            prove=PROVE,
+            adapter=trains_adapter,
             min_rows=0,
             rollouts=True,
             adapters=True,

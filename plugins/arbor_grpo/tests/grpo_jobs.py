@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from arbor_grpo.train import compose
+from arbor_grpo.training.session import Session
 from arbor_grpo.training.trainer import GroupTrainer
 
 from arbor_core.testing import JobDirectory
@@ -66,9 +67,13 @@ class Job(JobDirectory):
     def open(self) -> WorkerRun[Any]:
         return open_run(self.prepare(), WorkerRun)
 
+    def session(self) -> Session:
+        """A new attempt, before its first step."""
+        return compose(self.open())
+
     def composed(self) -> GroupTrainer:
         """The trainer of a new attempt, before its first step."""
-        return compose(self.open())
+        return self.session().trainer
 
     def run(self) -> int:
         return main(self.prepare())

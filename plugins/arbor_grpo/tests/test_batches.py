@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from arbor_grpo.training.session import BARREN
+from arbor_grpo.training.session import WITHOUT_DIFFERENCES
 from grpo_jobs import QUICK, Background, group, groups, rollout
 
 from arbor_core.types import Group, Rollout
@@ -82,7 +82,7 @@ def test_a_step_in_which_nothing_runs_has_no_entropy(job):
 
 
 def test_row_82_rewards_that_never_differ_are_warned_of_once_until_they_do(job):
-    batches = [*[equal(97)] * BARREN, equal(98), group(1), *[equal(99)] * BARREN]
+    batches = [*[equal(97)] * WITHOUT_DIFFERENCES, equal(98), group(1), *[equal(99)] * WITHOUT_DIFFERENCES]
     made = job(max_steps=len(batches), **QUICK | {"groups_per_step": 1})
     made.send(*batches)
     made.must()
@@ -90,13 +90,13 @@ def test_row_82_rewards_that_never_differ_are_warned_of_once_until_they_do(job):
     assert [event.level for event in warnings] == ["warn", "warn"]
     assert "nothing is learned from rewards" in warnings[0].message
     told = [event for event in made.events() if event in warnings or event.type == "metrics"]
-    assert [at for at, event in enumerate(told) if event in warnings] == [BARREN - 1, len(batches)]
+    assert [at for at, event in enumerate(told) if event in warnings] == [WITHOUT_DIFFERENCES - 1, len(batches)]
     assert made.events("result")
 
 
 def test_row_82_advantages_of_the_client_teach_whatever_the_rewards(job):
     said = [rollout(n, [97, 98], [99, 97], 0.5, advantage=n - 0.5) for n in range(2)]
-    made = job(max_steps=BARREN, **QUICK | {"groups_per_step": 1})
-    made.send(*[Group(rollouts=tuple(said), version=0)] * BARREN)
+    made = job(max_steps=WITHOUT_DIFFERENCES, **QUICK | {"groups_per_step": 1})
+    made.send(*[Group(rollouts=tuple(said), version=0)] * WITHOUT_DIFFERENCES)
     made.must()
     assert not [event for event in made.events() if event.level == "warn"]

@@ -13,7 +13,7 @@ from arbor_grpo.api.initialize import METHOD, translated
 from grpo_http import GRPO, MODEL, call, created, launch, stop
 from live import LiveServer
 
-DEFAULTS = {"max_staleness": 1, "too_stale": None, "max_length": None, "lora": {}, "temperature": 1.0}
+DEFAULTS = {"max_staleness": 1, "max_group_age": None, "max_length": None, "lora": {}, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +29,27 @@ def hyperparameters(**config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("said", "too_stale"),
+    ("said", "age"),
     [
         ({}, 64),
         ({"max_staleness": None}, 64),
         ({"max_staleness": 0}, None),
         ({"max_staleness": 3}, None),
+        ({"max_staleness": 0, "max_group_age": 2}, 2),
+        ({"max_group_age": 0}, 0),
         ({"max_staleness": 0, "too_stale": 2}, 2),
         ({"too_stale": 0}, 0),
     ],
 )
-def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any], too_stale: int | None) -> None:
-    assert hyperparameters(**said).get("too_stale") == too_stale
+def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any], age: int | None) -> None:
+    assert hyperparameters(**said).get("max_group_age") == age
+
+
+def test_the_former_name_of_a_key_is_read_with_one_warning() -> None:
+    found = translated({"model": MODEL, "trainer_config": {"too_stale": 3, "max_staleness": 1}}, DEFAULTS)
+    assert found.request["method"][METHOD]["hyperparameters"] == {"max_group_age": 3, "max_staleness": 1}
+    (warning,) = found.warnings
+    assert "'trainer_config.too_stale' is called 'max_group_age' now" in warning
 
 
 def test_keys_that_mean_the_same() -> None:

@@ -16,7 +16,7 @@ def test_every_step_of_a_job_that_was_paused_comes_out_again(tiny: Path, tmp_pat
     """With all that a step may depend on: dropout, a reference, steps on the same batch, a group that is skipped."""
     storage = tmp_path / "storage" / "jobs"
     storage.mkdir(parents=True)
-    keys = {**QUICK, "max_steps": 6, "num_iterations": 2, "too_stale": 0, "beta": 0.05}
+    keys = {**QUICK, "max_steps": 6, "num_iterations": 2, "max_group_age": 0, "beta": 0.05}
     made = Job(storage / "one", "grpo", [], str(tiny), keys)
     made.send(*groups(2))
     attempt = Background(made)

@@ -109,7 +109,7 @@ def test_the_order_of_calls_of_the_stock_client(server: LiveServer) -> None:
     assert job.sample()["choices"][0]["message"]["content"], "the job's id goes on answering"
     config = call(server.url, "GET", f"/v1/fine_tuning/jobs/{job.id}").json["hyperparameters"]
     assert config["groups_per_step"] == 2
-    assert config["too_stale"] == 64
+    assert config["max_group_age"] == 64
     warned = [event["message"] for event in job.events() if event["level"] == "warn"]
     assert any("report_to" in text and "bf16" in text for text in warned)
 

@@ -268,7 +268,7 @@ def test_credits(server: LiveServer, staleness: int, offered: int) -> None:
 
 
 def test_row_87_what_is_too_old_is_taken_and_skipped(server: LiveServer) -> None:
-    job = created(server, too_stale=0, step_seconds=0.2)
+    job = created(server, max_group_age=0, step_seconds=0.2)
     for number in range(3):
         assert job.step(group(f"{number}"))["accepted"]
     job.handled(3)

@@ -133,13 +133,13 @@ def test_what_is_skipped_depends_on_the_inbox_alone(chunk):
     assert [record.start for record, _ in gathering.used] == [0, 2, 5]
     assert [record.start for record in gathering.stale] == [1, 3]
     assert [record.start for record, _ in gathering.rejected] == [4]
-    assert gathering.fed.end == gathering.position == 6
-    assert gathering.fed.skipped == (1, 3, 4)
+    assert gathering.inputs.end == gathering.position == 6
+    assert gathering.inputs.skipped == (1, 3, 4)
     assert gathering.ages == [0, 1, 1]
 
 
 def test_more_stale_groups_may_be_used_than_there_are_credits_for():
-    found = reader(max_staleness=0, too_stale=3)
+    found = reader(max_staleness=0, max_group_age=3)
     gathering = Gathering(position=0, step=3)
     assert gathering.take(records(group(1, version=0)), found)
 
@@ -151,7 +151,7 @@ def test_more_stale_groups_may_be_used_than_there_are_credits_for():
         ({"num_iterations": 3}, 3),
         ({"publish_steps": 3}, 3),
         ({"num_iterations": 3, "publish_steps": 3}, 9),
-        ({"num_iterations": 3, "too_stale": 4}, 12),
+        ({"num_iterations": 3, "max_group_age": 4}, 12),
     ],
 )
 def test_age_is_counted_in_batches(keys, oldest):
@@ -173,7 +173,7 @@ def test_age_is_counted_in_batches(keys, oldest):
         ({"importance_sampling_mode": "token_mask"}, "ratio"),
         ({"sync_ref_model": True}, "beta"),
         ({"soft_completion_penalty_length": 5}, "max_completion_length"),
-        ({"publish_steps": 3, "too_stale": 1}, "too_stale"),
+        ({"publish_steps": 3, "max_group_age": 1}, "max_group_age"),
         ({"num_generation": 4}, "num_generations"),
         ({"temperature": 0}, "temperature"),
     ],

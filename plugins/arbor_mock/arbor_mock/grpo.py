@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core import Checkpoint, Fed, JobFailed, JobStopped, Record, Run
+from arbor_core import Checkpoint, JobFailed, JobStopped, Record, Run, StepInputs
 
 from .config import MockGrpoConfig
 from .train import ADAPTER, STATE, strike, tensor_file
@@ -95,7 +95,7 @@ class Learner:
         skipped = len(self.batch.skipped)
         for record in self.run.groups(self.batch.end, WAIT_SECONDS):
             self.batch.end = record.end
-            limit = self.config.max_staleness if self.config.too_stale is None else self.config.too_stale
+            limit = self.config.max_staleness if self.config.max_group_age is None else self.config.max_group_age
             if self.learned.step - record.group.version > limit:
                 self.batch.skipped.append(record.start)
             else:
@@ -103,7 +103,7 @@ class Learner:
             if len(self.batch.groups) == self.config.groups_per_step:
                 return True
         if len(self.batch.skipped) > skipped:
-            self.run.passed_over(self.learned.handled + len(self.batch.skipped))
+            self.run.report_skipped(self.learned.handled + len(self.batch.skipped))
         return False
 
     def make_step(self) -> None:
@@ -119,7 +119,7 @@ class Learner:
             before.tokens + sum(map(tokens, batch.groups)),
             digest.hexdigest(),
         )
-        fed = Fed(batch.end, tuple((record.start, record.crc) for record in batch.groups), tuple(batch.skipped))
+        fed = StepInputs(batch.end, tuple((record.start, record.crc) for record in batch.groups), tuple(batch.skipped))
         values = measures(self.learned, batch, before.step)
         rate = {"learning_rate": self.config.learning_rate}
         self.run.metrics(

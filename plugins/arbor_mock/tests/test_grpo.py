@@ -43,7 +43,7 @@ def send(folder, *versions, first=0, **metrics):
 
 
 def test_steps_are_made_of_groups_in_order(grpo):
-    done = grpo(max_steps=3, groups_per_step=2, too_stale=9)
+    done = grpo(max_steps=3, groups_per_step=2, max_group_age=9)
     send(done, 0, 0, 0, 0, 0, 0, 0, validation_score=0.5)
     assert done.run() == 0, (done.dir / "attempts/1/worker.log").read_text()
     metrics = [event.data for event in done.events("metrics")]
@@ -107,7 +107,7 @@ def test_a_killed_job_learns_the_same_as_one_that_was_not(grpo):
 
 
 def test_a_paused_job_keeps_its_place(grpo):
-    paused = grpo(step_seconds=0.05, too_stale=64)
+    paused = grpo(step_seconds=0.05, max_group_age=64)
     send(paused, *[0] * 100)
     process = paused.start()
     until(lambda: len(paused.events("metrics")) > 2)

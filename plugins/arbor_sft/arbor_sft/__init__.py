@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from arbor_trl import PRELOAD, Attention, Auto, Count, Dtype, LoraSettings, Positive, Share
+from arbor_trl import (
+    PRELOAD,
+    PROVE,
+    Attention,
+    Auto,
+    Count,
+    Dtype,
+    LoraSettings,
+    Positive,
+    Share,
+    trains_adapter,
+)
 from msgspec import Meta, Struct
 
 from arbor_core import Trainer, hookimpl
@@ -45,7 +56,8 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             entry="arbor_sft.train:train",
             methods=("supervised",),
             preload=("arbor_sft.train", *PRELOAD),
-            prove="arbor_trl.warm:prove",
+            prove=PROVE,
+            adapter=trains_adapter,
         )
     }
 

@@ -1,7 +1,8 @@
 """Which rows form each optimizer step, and how a step is cut into micro-batches.
 
-The plan is a pure function of lengths, seed and sizes, made before training: a resumed run finds its place by counting,
-and how a step is cut changes its time but not its gradient, which is the mean over the tokens of the whole step.
+The plan is a pure function of lengths, seed and sizes, known before training: a resumed run finds its place by
+counting, and how a step is cut changes its time but not its gradient, which is the mean over the tokens of the whole
+step.
 """
 
 from __future__ import annotations
@@ -9,17 +10,39 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 from arbor_trl.budget import Budget
+from arbor_trl.partition import Sizes, cut_into
+
+from . import SftConfig
 
 Rows = list[int]
 Layout = Literal["padded", "sorted", "packed"]
 
 MOST_PARTS = 16
 SAMPLED_STEPS = 32
+
+EPOCHS = 3
+FEWEST_SEEN, MOST_SEEN = 100, 25_000
+"""Rows seen over all epochs: fewer teach little, more are seldom needed."""
+BATCH_SHARE = 0.002
+
+
+def n_epochs(config: SftConfig, rows: int) -> int:
+    """Passes over the data; `auto` as OpenAI's cookbook estimates them: 3, bounded by the rows seen in all."""
+    if config.n_epochs != "auto":
+        return config.n_epochs
+    if rows * EPOCHS < FEWEST_SEEN:
+        return min(25, -(-FEWEST_SEEN // rows))
+    return max(1, min(EPOCHS, MOST_SEEN // rows))
+
+
+def batch_size(config: SftConfig, rows: int) -> int:
+    """Rows per optimizer step; `auto`: 0.2 % of the rows, 1 to 256."""
+    if config.batch_size != "auto":
+        return config.batch_size
+    return max(1, min(256, round(rows * BATCH_SHARE)))
 
 
 @dataclass(frozen=True)
@@ -126,8 +149,11 @@ def cut(rows: Rows, lengths: Sequence[int], parts: int, layout: Layout, *, even:
     if layout == "padded":
         pieces = _chunks(rows, parts)
     else:
-        ordered = sorted(rows, key=lambda row: (lengths[row], row))
-        pieces = _chunks(ordered, parts) if even else _least_padding(ordered, lengths, min(parts, len(rows)))
+        sizes = Sizes.of_sequences([lengths[row] for row in rows], rows)
+        if even:
+            pieces = _chunks([rows[at] for at in sizes.by_length()], parts)
+        else:
+            pieces = [[rows[at] for at in part] for part in cut_into(sizes, min(parts, len(rows)))]
     return pieces + [[] for _ in range(parts - len(pieces))]
 
 
@@ -140,28 +166,6 @@ def size(rows: Rows, lengths: Sequence[int], layout: Layout) -> int:
 def _chunks(rows: Rows, parts: int) -> list[Rows]:
     each = -(-len(rows) // parts)
     return [rows[at : at + each] for at in range(0, len(rows), each)]
-
-
-def _least_padding(rows: Rows, lengths: Sequence[int], parts: int) -> list[Rows]:
-    """The contiguous partition of rows in order of length that has the fewest padded tokens (dynamic programming)."""
-    if parts == 1:
-        return [rows]
-    count = len(rows)
-    longest = np.array([lengths[row] for row in rows], dtype=np.int64)
-    starts, ends = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
-    # cost[i, j]: rows i..j as one micro-batch
-    cost = np.where(ends > starts, (ends - starts) * longest[None, :], np.iinfo(np.int64).max // 4)
-    total, choices = cost[0], []
-    for _ in range(parts - 1):
-        # total[i - 1] is the best for the rows before i; the next micro-batch begins at i
-        options = total[:-1, None] + cost[1:, :]
-        choices.append(options.argmin(axis=0) + 1)
-        total = options.min(axis=0)
-    edges = [count]
-    for choice in reversed(choices):
-        edges.append(int(choice[edges[-1] - 1]))
-    edges = [0, *reversed(edges)]
-    return [rows[start:end] for start, end in pairwise(edges)]
 
 
 def _multiple(parts: int, ranks: int) -> int:

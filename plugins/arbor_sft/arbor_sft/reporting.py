@@ -1,24 +1,40 @@
-"""What happens between steps: metrics, evaluation, and stopping when asked."""
+"""What happens between steps: metrics, evaluation, checkpoints, pausing and cancelling."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from arbor_trl.chat import Sample
-from arbor_trl.digest import digest
-from arbor_trl.ranks import asked_to_stop
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from arbor_trl.job import agreed_stop
+from arbor_trl.reporting import StepReporter, digest_of
+from arbor_trl.saving import CheckpointMixin
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
-from arbor_core import JobFailed, JobStopped, Run
+from arbor_core import JobStopped, Run
 
 from . import SftConfig
 from .plan import Plan, Rows
 
 Collated = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class RunTrainer(CheckpointMixin, SFTTrainer):
+    """TRL's trainer, whose checkpoints are the run's.
+
+    Args:
+        metrics: Those of the step that is saved.
+        options: `SFTTrainer`'s.
+    """
+
+    def __init__(self, run: Run[SftConfig], metrics: Callable[[], Mapping[str, float]], **options: Any) -> None:
+        super().__init__(**options)
+        self.run, self._checkpoint_metrics = run, metrics
+
+    def checkpoint_metrics(self) -> Mapping[str, float]:
+        return self._checkpoint_metrics()
 
 
 class Evaluation:
@@ -46,11 +62,11 @@ class Evaluation:
         return {"valid_loss": loss / tokens, "valid_mean_token_accuracy": correct / tokens}
 
 
-class Reporting(TrainerCallback):
+class Reporting(StepReporter):
     """Connects TRL's trainer with the run.
 
-    Order within a step is transformers': on_step_end (evaluate, ask whether to stop), on_log (report), then the
-    trainer saves (see `saving`), on_save.
+    Order within a step is transformers': on_step_end (whether to stop, evaluate), on_log (report), then the
+    trainer saves (see `CheckpointMixin`), on_save.
     """
 
     def __init__(
@@ -68,7 +84,7 @@ class Reporting(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         step = state.global_step
-        self.stop = self.asked_to_stop()
+        self.stop = agreed_stop(self.run, self.trainer.accelerator if self.trainer else None)
         if self.stop and self.stop.desired != "pause":
             raise self.stop
         control.should_save = self.stop is not None or self.checkpoint_due(step)
@@ -77,10 +93,6 @@ class Reporting(TrainerCallback):
         if self.evaluation and self.trainer and (self.checkpoint_due(step) or self.evaluation_due(step)):
             self.valid = self.evaluation(self.trainer)
         return control
-
-    def asked_to_stop(self) -> JobStopped | None:
-        """What this run is asked, agreed on by all ranks."""
-        return asked_to_stop(self.run, self.trainer.accelerator if self.trainer else None)
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.run.config.checkpoint_steps
@@ -99,21 +111,7 @@ class Reporting(TrainerCallback):
         tokens = [sum(self.samples[row].trained for rows in group for row in rows) for group in groups]
         return sum(mean * count for mean, count in zip(means, tokens, strict=True)) / max(1, sum(tokens))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:  # the summary after the last step
-            return
-        if not math.isfinite(logs["loss"]):
-            raise JobFailed(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate",
-                code="training_diverged",
-            )
+    def report(self, state: TrainerState, control: TrainerControl, logs: Mapping[str, float]) -> None:
         self.metrics = {
             "train_loss": logs["loss"],
             "train_mean_token_accuracy": self.accuracy,
@@ -123,11 +121,8 @@ class Reporting(TrainerCallback):
         }
         if self.valid and control.should_save:
             self.metrics |= {f"full_{name}": value for name, value in self.valid.items()}
-        self.run.metrics(state.global_step, self.total, self.digest(), **self.metrics)
-
-    def digest(self) -> str | None:
-        """What stands for the trained parameters; None where computing it would be felt."""
-        return digest(self.trainer.accelerator.unwrap_model(self.trainer.model).parameters()) if self.trainer else None
+        digest = digest_of(self.trainer) if self.trainer else None
+        self.run.metrics(state.global_step, self.total, digest, **self.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.run.rank == 0 and self.run.config.keep_checkpoints:

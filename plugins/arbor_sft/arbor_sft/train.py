@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
-import torch
-import transformers
-from accelerate.utils import is_deepspeed_available
 from arbor_trl.budget import Budget, budget
 from arbor_trl.chat import ChatFormat
-from arbor_trl.model import adapter, autocast, context, load_model, load_tokenizer, unavailable, uses_cuda
-from arbor_trl.ranks import parting
+from arbor_trl.job import last_step, lora_errors, parameter_counts, process_group, set_up, trl_arguments
+from arbor_trl.model import adapter, add_end_tokens, context, load_model, load_tokenizer, unavailable, uses_cuda
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import JobFailed, Run
 
-from . import SftConfig, auto, plan, rows
-from .batches import Collate
-from .model import tells_rows_apart
+from . import SftConfig, plan, rows
+from .batches import Collate, tells_rows_apart
 from .plan import Layout, Plan
-from .reporting import Evaluation, Reporting
+from .reporting import Evaluation, Reporting, RunTrainer
 from .rows import Samples
-from .saving import SavingTrainer
 
-if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
-    import_module("deepspeed")
-
+ADAPTER_RATE, FULL_RATE = 2e-4, 2e-5
 EVALUATION_ROWS = 32
 """Most rows of a micro-batch in evaluation."""
 
 
-@parting()
+@process_group()
 def train(run: Run[SftConfig]) -> None:
     """Train `run.model` on `run.training_file`; the last checkpoint is the result.
 
     Raises:
         JobFailed: the model or the data cannot be used, or the loss diverged.
-        JobStopped: asked to pause (after a checkpoint) or cancelled.
+        JobStopped: the job is to pause (its checkpoint is written) or was cancelled.
     """
-    torch.set_num_threads(run.threads)
-    transformers.set_seed(run.seed % 2**32)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    set_up(run)
     tokenizer = load_tokenizer(run)
     chat = chat_format(run, tokenizer)
     model = load_model(run)
     training, validation = load_files(run, chat, context(model, tokenizer))
-    stop_where_trained(model, chat, training)
+    add_end_tokens(model, chat.learned_ends(training.kept))
     layout = choose_layout(run, model, training)
     limits = budget(run, model)
     schedule = make_plan(run, training, layout, limits)
     trainer = compose(run, model, tokenizer, training, validation, schedule, layout)
-    describe(run, trainer.model_wrapped, training, validation, schedule)
+    run.message(
+        f"{parameter_counts(trainer.model_wrapped)}: {training.rows} examples ({sum(training.lengths):,} tokens), "
+        f"{validation.rows if validation else 0} for validation, {len(schedule.steps)} steps of {schedule.parts} "
+        "micro-batches"
+    )
     resume(run, trainer, len(schedule.steps))
     if run.rank == 0:
-        finish(run, schedule)
+        run.finish(last_step(run, len(schedule.steps)), schedule.tokens, adapter=run.config.lora is not None)
 
 
 def chat_format(run: Run[SftConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
@@ -90,29 +82,18 @@ def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Sam
     return load(run.training_file, "training_file"), validation
 
 
-def stop_where_trained(model: PreTrainedModel, chat: ChatFormat, training: Samples) -> None:
-    """Let generation end at the tokens that ended the turns it learned; a base model may know another one only.
-    Full weights are saved with it; `Reporting` writes it beside an adapter, where the embedded engine reads it."""
-    generation = model.generation_config
-    known = generation.eos_token_id
-    known = [] if known is None else known if isinstance(known, list) else [known]
-    learned = {sample.last_trained for sample in training.kept} & chat.stop_ids
-    if new := sorted(learned - set(known)):
-        generation.eos_token_id = [*known, *new]
-
-
 def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples) -> Layout:
     """`auto` as a layout.
 
     Raises:
         JobFailed: rows are to be packed, but this model mixes them up.
     """
-    wanted = run.config.batching
-    if wanted == "auto":
-        wanted = "packed" if "flash" in str(model.config._attn_implementation) else "sorted"
+    layout = run.config.batching
+    if layout == "auto":
+        layout = "packed" if "flash" in str(model.config._attn_implementation) else "sorted"
     if uses_cuda(run):
         model.to("cuda")  # type: ignore[arg-type]  # transformers wraps torch's method
-    if wanted == "packed" and not tells_rows_apart(model, training.kept):
+    if layout == "packed" and not tells_rows_apart(model, training.kept):
         if run.config.batching == "packed":
             raise JobFailed(
                 f"batching is 'packed', but {run.model} does not tell packed rows apart by position: use 'sorted'",
@@ -120,14 +101,14 @@ def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples
                 param="hyperparameters",
             )
         return "sorted"
-    return wanted
+    return layout
 
 
 def make_plan(run: Run[SftConfig], training: Samples, layout: Layout, limits: Budget) -> Plan:
     """Resolve "auto", report it, and lay out all steps."""
     config, count = run.config, len(training.kept)
-    epochs, batch_size = auto.n_epochs(config, training.rows), auto.batch_size(config, training.rows)
-    run.resolved(n_epochs=epochs, batch_size=batch_size, learning_rate_multiplier=auto.multiplier(config))
+    epochs, batch_size = plan.n_epochs(config, training.rows), plan.batch_size(config, training.rows)
+    run.resolved(n_epochs=epochs, batch_size=batch_size, learning_rate_multiplier=rate_multiplier(config))
     return plan.make(
         training.lengths,
         batch_size=min(batch_size, count),
@@ -161,8 +142,8 @@ def compose(
         cuts = plan.evaluation(validation.lengths, layout, int(EVALUATION_ROWS * share), limits)
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
-    try:
-        trainer = SavingTrainer(
+    with lora_errors(run):
+        trainer = RunTrainer(
             run,
             lambda: reporting.metrics,
             model=model,
@@ -173,10 +154,6 @@ def compose(
             callbacks=[reporting],
             peft_config=adapter(run.config.lora) if run.config.lora else None,
         )
-    except ValueError as error:  # PEFT finds no such module
-        if run.config.lora is None:
-            raise
-        raise JobFailed(f"lora: {error}", code="invalid_hyperparameters", param="hyperparameters") from error
     # TRL's loss divides by the step's tokens itself, whatever the model's forward accepts.
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
@@ -185,10 +162,10 @@ def compose(
 
 
 def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
-    """What the plan and the config mean in TRL's words. Saving and logging is `Reporting`'s."""
+    """What the plan and the config mean in TRL's words."""
     config, steps = run.config, len(schedule.steps)
     return TrlConfig(
-        output_dir=str(run.work / "trainer"),
+        **trl_arguments(run),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=schedule.parts // run.world_size,
         max_steps=steps,
@@ -196,35 +173,23 @@ def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         max_length=None,
-        learning_rate=auto.learning_rate(config),
+        learning_rate=learning_rate(config),
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=round(steps * config.warmup_ratio),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
-        bf16=autocast(run),
-        use_cpu=not uses_cuda(run),
-        dataloader_pin_memory=uses_cuda(run),
-        seed=run.seed % 2**32,
-        save_strategy="no",
-        eval_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
     )
 
 
-def describe(
-    run: Run[SftConfig], model: torch.nn.Module, training: Samples, validation: Samples | None, schedule: Plan
-) -> None:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    every = sum(parameter.numel() for parameter in model.parameters())
-    run.message(
-        f"Training {trained:,} of {every:,} parameters on {next(model.parameters()).device.type}: {training.rows} "
-        f"examples ({sum(training.lengths):,} tokens), {validation.rows if validation else 0} for validation, "
-        f"{len(schedule.steps)} steps of {schedule.parts} micro-batches"
-    )
+def rate_multiplier(config: SftConfig) -> float:
+    return 1.0 if config.learning_rate_multiplier == "auto" else config.learning_rate_multiplier
+
+
+def learning_rate(config: SftConfig) -> float:
+    """The highest rate, multiplied."""
+    base = (ADAPTER_RATE if config.lora else FULL_RATE) if config.learning_rate == "auto" else config.learning_rate
+    return base * rate_multiplier(config)
 
 
 def resume(run: Run[SftConfig], trainer: SFTTrainer, total: int) -> None:
@@ -235,11 +200,3 @@ def resume(run: Run[SftConfig], trainer: SFTTrainer, total: int) -> None:
     if last:
         run.message(f"Resuming after step {last.step} of {total}", step=last.step)
     trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
-
-
-def finish(run: Run[SftConfig], schedule: Plan) -> None:
-    last = run.last_checkpoint()
-    if last is None or last.step != len(schedule.steps):
-        newest = f"step {last.step}'s" if last else "none"
-        raise JobFailed(f"the last step's checkpoint is lost; the newest whole one is {newest}", code="checkpoint_lost")
-    run.finish(last, schedule.tokens, adapter=run.config.lora is not None)

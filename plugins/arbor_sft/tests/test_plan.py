@@ -6,7 +6,7 @@ import random
 from itertools import combinations, pairwise
 
 import pytest
-from arbor_sft import auto, plan
+from arbor_sft import plan, train
 from arbor_sft.plan import Layout, Plan
 from arbor_trl.budget import Budget
 from hypothesis import given
@@ -116,7 +116,7 @@ def test_evaluation_sees_every_row_once(lengths: list[int], layout: Layout) -> N
 )
 def test_auto(rows: int, epochs: int, batch_size: int) -> None:
     made = config({})
-    assert (auto.n_epochs(made, rows), auto.batch_size(made, rows)) == (epochs, batch_size)
-    assert auto.learning_rate(made) == auto.ADAPTER_RATE
+    assert (plan.n_epochs(made, rows), plan.batch_size(made, rows)) == (epochs, batch_size)
+    assert train.learning_rate(made) == train.ADAPTER_RATE
     full = config({"lora": None, "learning_rate_multiplier": 2})
-    assert auto.learning_rate(full) == 2 * auto.FULL_RATE
+    assert train.learning_rate(full) == 2 * train.FULL_RATE

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 import torch
 from arbor_sft import LoraSettings, SftConfig
-from arbor_sft.model import tells_rows_apart
+from arbor_sft.batches import tells_rows_apart
 from arbor_trl.chat import Sample
-from arbor_trl.warm import prove
+from arbor_trl.job import prove
 from peft import PeftModel
 from sft_jobs import DEFAULTS, FULL, Job, chat, config, until, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM

@@ -6,7 +6,8 @@ The functions beside it take a `Run` whose configuration has the keys `lora`, `d
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -21,6 +22,10 @@ PRELOAD = ("transformers.models.llama.modeling_llama", "transformers.models.qwen
 """Modules of common architectures, for warm workers."""
 
 
+PROVE = "arbor_trl.job:prove"
+"""Proof that a warm worker can train."""
+
+
 class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Train a low-rank adapter instead of all weights (LoRA, Hu et al. 2021, through PEFT)."""
 
@@ -28,3 +33,8 @@ class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
     alpha: Positive
     dropout: Share
     target_modules: str | list[str]
+
+
+def trains_adapter(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration trains an adapter; else it trains all weights."""
+    return config["lora"] is not None

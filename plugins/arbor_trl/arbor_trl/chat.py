@@ -83,16 +83,25 @@ class ChatFormat:
         """Tokens that may end a turn."""
         return {int(self.tokenizer.get_vocab()[word]) for word in self.stops}
 
+    def learned_ends(self, samples: Iterable[Sample]) -> set[int]:
+        """The tokens that ended the turns which these samples teach."""
+        return {sample.last_trained for sample in samples} & self.stop_ids
+
+    def turn_end(self) -> set[int]:
+        """The token that ends any turn."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        return self.learned_ends(self.encode([self.turn(self.chats.conversation(messages, None), 1)]))
+
     def render(self, row: dict[str, Any]) -> list[Rendered]:
         """The texts to train on for one row.
 
         Raises:
             ValueError: the template refuses the row, or its turns do not continue its generation prompt.
         """
-        said = row["messages"]
-        trained = [i for i, m in enumerate(said) if m["role"] == "assistant" and m.get("weight", 1) != 0]
+        messages = row["messages"]
+        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
         # nothing later has a loss
-        conversation = self.chats.conversation(said[: trained[-1] + 1], row.get("tools"))
+        conversation = self.chats.conversation(messages[: trained[-1] + 1], row.get("tools"))
         turns = [self.turn(conversation, i) for i in trained]
         whole = turns[-1].text
         if all(whole.startswith(turn.text) and not turn.close for turn in turns[:-1]):

@@ -1,12 +1,20 @@
-"""The base model and its tokenizer, on the run's device."""
+"""The base model and its tokenizer, on the run's device; the tokens at which generation ends."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from arbor_core import JobFailed, Run
 
@@ -85,3 +93,29 @@ def adapter(settings: LoraSettings) -> LoraConfig:
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
+
+
+def end_tokens(config: GenerationConfig | None) -> list[int]:
+    """The tokens at which generation ends."""
+    ends = config.eos_token_id if config else None
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
+def add_end_tokens(model: PreTrainedModel, tokens: Iterable[int]) -> None:
+    """Let generation end at these tokens too: a base model may know another one only. Full weights are saved with
+    them."""
+    known = end_tokens(model.generation_config)
+    if new := sorted(set(tokens) - set(known)):
+        model.generation_config.eos_token_id = [*known, *new]
+
+
+def write_end_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Write them beside an adapter, where engines read them; transformers does so for full weights only."""
+    ends = model.generation_config.eos_token_id
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def adapter_end_tokens(folder: Path) -> list[int]:
+    """Those that were written beside an adapter."""
+    there = (folder / "generation_config.json").is_file()
+    return end_tokens(GenerationConfig.from_pretrained(folder) if there else None)

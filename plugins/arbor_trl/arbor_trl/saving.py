@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from arbor_core import Run
 
+from .model import write_end_tokens
 
-class Saving:
-    """Goes before a trainer of TRL among the bases of a class. Rank 0 saves into the run's checkpoint itself, and does
-    so again while the disk is full; the other ranks write their random states into the attempt's scratch directory,
-    from where rank 0 links them.
+
+class CheckpointMixin:
+    """To stand before a trainer of TRL among the bases of a class: its checkpoints become the run's.
+
+    Rank 0 saves into the run's checkpoint itself, and does so again while the disk is full; the other ranks write their
+    random states into the attempt's scratch directory, from where rank 0 links them.
 
     Where the ranks save together (FSDP, DeepSpeed), all of them write there and none can do it again alone.
     """
@@ -24,11 +25,11 @@ class Saving:
     run: Run[Any]
     folder: Path | None = None
 
-    def numbers(self) -> Mapping[str, float]:
+    def checkpoint_metrics(self) -> Mapping[str, float]:
         """The metrics of the step that is saved."""
         return {}
 
-    def files(self) -> Mapping[str, bytes]:
+    def checkpoint_files(self) -> Mapping[str, bytes]:
         """More files of a checkpoint, by name."""
         return {}
 
@@ -41,7 +42,7 @@ class Saving:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Leave out TRL's frozen copy of the adapter that training began with. PEFT saves it in a folder of its own,
         and transformers, which resumes from such folders if there are any, would load nothing but that copy. A resumed
-        run makes it anew from the adapter that it is given."""
+        run makes that copy again from the adapter that it starts from."""
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         trainer: Any = self
         for name in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}):
@@ -52,7 +53,7 @@ class Saving:
         """Write the checkpoint of the present step; every rank calls it."""
         trainer: Any = self
         step = trainer.state.global_step
-        name = f"checkpoint-{step}"  # what transformers makes of an output directory
+        name = f"checkpoint-{step}"  # transformers' name for it in an output directory
         scratch = Path(str(trainer.args.output_dir)) / name
         alone = self.run.rank == 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         if not alone:
@@ -62,7 +63,7 @@ class Saving:
         def write(folder: Path) -> None:
             self.folder = folder
             try:
-                super(Saving, self)._save_checkpoint(model, trial)  # type: ignore[misc]
+                super(CheckpointMixin, self)._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
                 self.folder = None
             take(folder / name, folder)
@@ -70,9 +71,9 @@ class Saving:
             self._complete(folder, scratch)
 
         if alone:
-            self.run.write_checkpoint(step, write, **self.numbers())
+            self.run.write_checkpoint(step, write, **self.checkpoint_metrics())
         elif self.run.rank == 0:
-            with self.run.checkpoint(step, **self.numbers()) as folder:
+            with self.run.checkpoint(step, **self.checkpoint_metrics()) as folder:
                 self._complete(folder, scratch)
         if self.run.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
@@ -80,11 +81,11 @@ class Saving:
     def _complete(self, folder: Path, scratch: Path) -> None:
         """Put beside what rank 0 saved what the others did, and what transformers does not know of."""
         take(scratch, folder)
-        for path, content in self.files().items():
+        for path, content in self.checkpoint_files().items():
             (folder / path).write_bytes(content)
         if self.run.config.lora:
             trainer: Any = self
-            write_ends(trainer.accelerator.unwrap_model(trainer.model), folder)
+            write_end_tokens(trainer.accelerator.unwrap_model(trainer.model), folder)
 
 
 def take(source: Path, folder: Path) -> None:
@@ -92,9 +93,3 @@ def take(source: Path, folder: Path) -> None:
     if source.is_dir():
         ignored = shutil.ignore_patterns("training_args.bin")
         shutil.copytree(source, folder, copy_function=os.link, ignore=ignored, dirs_exist_ok=True)
-
-
-def write_ends(model: Any, folder: Path) -> None:
-    """Say which tokens end an answer beside an adapter too; transformers does so for full weights only."""
-    ends = model.generation_config.eos_token_id
-    GenerationConfig(eos_token_id=ends).save_pretrained(folder)  # type: ignore[no-untyped-call]

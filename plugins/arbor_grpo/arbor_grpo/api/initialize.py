@@ -11,16 +11,16 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import ConfigError
+from arbor_core import ConfigError, RolloutConfig
 from arbor_core.http import ApiError, strip_provider, typed
 
 from .requests import InitializeRequest
 
 METHOD = "grpo"
 WHERE = f"method.{METHOD}.hyperparameters"
-TOO_STALE = 64
-"""Groups of clients that say nothing of staleness may be so many steps old: they sample ahead of their batch ids, and
-throw nothing away."""
+MAX_GROUP_AGE = 64
+"""Age in batches that groups may have whose clients say nothing of staleness: they sample ahead of their batch ids,
+and throw nothing away."""
 
 MOST_KEYS = 1024
 """Of a configuration. Each costs time in which the server does nothing else."""
@@ -32,6 +32,7 @@ RENAMED = {
     "max_seq_len": "max_length",
     "max_context_length": "max_length",
     "lora_config": "lora",
+    **RolloutConfig.former_keys,
 }
 LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
 MEANINGLESS = frozenset(
@@ -76,8 +77,8 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     if len(told) > MOST_KEYS:
         raise ApiError(400, f"A configuration of {len(told)} keys: expected at most {MOST_KEYS}.", "invalid_value")
     hyperparameters, paths, remarks = renamed(told, defaults)
-    if not hyperparameters.keys() & {"too_stale", "max_staleness"}:
-        hyperparameters["too_stale"] = TOO_STALE
+    if not hyperparameters.keys() & {"max_group_age", "max_staleness"}:
+        hyperparameters["max_group_age"] = MAX_GROUP_AGE
     request = {
         "model": strip_provider(body.model),
         "method": {"type": METHOD, METHOD: {"hyperparameters": hyperparameters}},
@@ -102,6 +103,8 @@ def renamed(told: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[
         if found and found[0] in defaults:
             if hyperparameters.setdefault(*found) != found[1]:
                 remarks.append(f"'{paths[found[0]]}' was used, and '{path}', which means the same, was not.")
+            elif key in RolloutConfig.former_keys:
+                remarks.append(f"'{path}' is called '{found[0]}' now: the former name will not be read for ever.")
             paths.setdefault(found[0], path)
         elif key not in ("seed", "num_training_gpus", "lora"):
             unused.append(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from arbor_core import Fed, Record
+from arbor_core import Record, StepInputs
 
 from .rows import Reader, Reading, RejectedError
 
@@ -33,7 +33,7 @@ class Gathering:
         return len(self.used) + len(self.stale) + len(self.rejected)
 
     @property
-    def passed(self) -> int:
+    def skipped(self) -> int:
         """Groups that were skipped."""
         return len(self.stale) + len(self.rejected)
 
@@ -47,9 +47,10 @@ class Gathering:
         return max(0, self.step - record.group.version) // self.iterations
 
     @property
-    def fed(self) -> Fed:
+    def inputs(self) -> StepInputs:
+        """What the step is made of."""
         skipped = sorted([r.start for r in self.stale] + [r.start for r, _ in self.rejected])
-        return Fed(self.position, tuple((r.start, r.crc) for r, _ in self.used), tuple(skipped))
+        return StepInputs(self.position, tuple((r.start, r.crc) for r, _ in self.used), tuple(skipped))
 
     def take(self, records: Iterable[Record], reader: Reader) -> bool:
         """Use records until there are enough for a step; whether there are."""

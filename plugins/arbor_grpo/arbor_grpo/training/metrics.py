@@ -1,4 +1,7 @@
-"""What TRL measures of micro-batches as numbers of the whole step, and what is measured beside it."""
+"""What TRL measures of micro-batches as numbers of the whole step, and what is measured beside it.
+
+Shape suffixes: B, rows; C, columns of completions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .micro_batches import Batch
+from .micro_batches import Batch, learned_mask
 from .rows import Row
 
 OF_SEQUENCES = ("clip_ratio", "cispo_clip_ratio", "vespo")
@@ -45,15 +48,15 @@ class Parts:
         self.rows: list[float] = []
         self.apart: list[Tensor] = []
 
-    def add(self, micro: Batch, logps: Tensor | None) -> None:
-        """A micro-batch has run; `logps` are the policy's, B x C."""
-        mask = micro["completion_mask"] * micro["tool_mask"]
-        self.tokens.append(float(mask.sum()))
-        self.rows.append(float(len(mask)))
-        sampling = micro.get("sampling_per_token_logps")
-        if sampling is not None and logps is not None:
-            known = mask.bool() & ~sampling.isnan()
-            self.apart.append((logps - sampling)[known].abs())
+    def add(self, micro: Batch, logps_BC: Tensor | None) -> None:
+        """A micro-batch has run; `logps_BC` are the policy's."""
+        mask_BC = learned_mask(micro)
+        self.tokens.append(float(mask_BC.sum()))
+        self.rows.append(float(len(mask_BC)))
+        sampling_BC = micro.get("sampling_per_token_logps")
+        if sampling_BC is not None and logps_BC is not None:
+            known_BC = mask_BC.bool() & ~sampling_BC.isnan()
+            self.apart.append((logps_BC - sampling_BC)[known_BC].abs())
 
     def combine(self, accelerator: Accelerator) -> None:
         """Once for a step, on all ranks."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from arbor_trl.saving import write_ends
+from arbor_trl.model import write_end_tokens
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from arbor_core import Run
 from arbor_grpo import GrpoConfig
 
-if TYPE_CHECKING:
-    from .trainer import GroupTrainer
+from .trainer import GroupTrainer
 
 
 class Publisher:
-    """Writes versions of the policy. What is the same in all of them, configuration and tokenizer, is made once."""
+    """Writes versions of the policy. What is the same in all of them, configuration and tokenizer, is written once."""
 
     def __init__(self, run: Run[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
         self.run, self.trainer = run, trainer
@@ -29,7 +27,7 @@ class Publisher:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if run.config.lora:
             model.peft_config["default"].save_pretrained(self.same)
-            write_ends(model, self.same)
+            write_end_tokens(model, self.same)
         else:
             tokenizer.save_pretrained(self.same)
 
@@ -53,8 +51,4 @@ class Publisher:
                 )
             else:
                 model.save_pretrained(folder, state_dict=state)
-            return size(folder)
-
-
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from arbor_trl.digest import digest
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from arbor_trl.reporting import StepReporter, digest_of
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from arbor_core import JobFailed, Run
+from arbor_core import Run
 from arbor_grpo import GrpoConfig
 
 from .session import Session
 
-NOT_TOLD = ("loss", "epoch", "num_tokens", "step_time")
+LEFT_OUT = ("loss", "epoch", "num_tokens", "step_time")
+"""TRL's metrics that are ours under another name, or that count something else here."""
 
 
-class Reporting(TrainerCallback):
+class Reporting(StepReporter):
     """Order within a step is transformers': on_optimizer_step, on_step_end (publish), on_log (report)."""
 
     def __init__(self, run: Run[GrpoConfig], session: Session) -> None:
@@ -35,28 +37,14 @@ class Reporting(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.session.measured["train_time"] = time.perf_counter() - self.session.began
+        self.session.measured["train_time"] = time.perf_counter() - self.session.trainer.batch_ready_at
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.session.after_step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:  # the summary after the last step
-            return
-        if not math.isfinite(logs["loss"]):
-            raise JobFailed(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate",
-                code="training_diverged",
-            )
+    def report(self, state: TrainerState, control: TrainerControl, logs: Mapping[str, float]) -> None:
         now = time.perf_counter()
-        found = {name: value for name, value in logs.items() if name not in NOT_TOLD and value is not None}
+        found = {name: value for name, value in logs.items() if name not in LEFT_OUT and value is not None}
         self.session.reported = {
             "train_loss": logs["loss"],
             **self.session.measured,
@@ -64,8 +52,7 @@ class Reporting(TrainerCallback):
             "step_time": now - self.began,
         }
         self.began = now
-        trainer = self.session.trainer
-        marked = digest(trainer.accelerator.unwrap_model(trainer.model).parameters()) if trainer else None
         total = self.run.config.max_steps or state.global_step
-        self.run.metrics(state.global_step, total, marked, self.session.fed, **self.session.reported)
+        digest = digest_of(self.session.trainer)
+        self.run.metrics(state.global_step, total, digest, self.session.inputs, **self.session.reported)
         state.log_history.clear()  # the events hold it; a run without end would write it into each checkpoint

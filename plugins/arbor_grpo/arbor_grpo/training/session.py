@@ -1,4 +1,4 @@
-"""What happens between batches: waiting for groups, checkpoints, publishing the policy, stopping when asked.
+"""What happens between batches: waiting for groups, checkpoints, publishing the policy, pausing and cancelling.
 
 A batch is trained in `num_iterations` steps. Only where one is done and the next not begun is a checkpoint a place to
 go on from: with the position in the inbox it holds all that training depends on.
@@ -7,67 +7,92 @@ go on from: with the position in the inbox it holds all that training depends on
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 
-from arbor_core import Checkpoint, CheckpointRequest, Fed, JobStopped, Run
+from arbor_core import Checkpoint, CheckpointRequest, JobStopped, Run, StepInputs
 from arbor_grpo import GrpoConfig
 
 from . import metrics
 from .intake import Gathering
 from .publishing import Publisher
 from .rows import Reader, Row, with_advantages
-from .state import PLACE, REFERENCE, Finished, Place, Wanted
+from .trainer import GroupTrainer
 
-if TYPE_CHECKING:
-    from .trainer import GroupTrainer
-
+PROGRESS = "inbox.json"
+"""File in a checkpoint: how far the inbox was used."""
 WAIT = 1.0
 """Seconds after which rank 0 looks up from an empty inbox even if nobody rang."""
-BARREN = 10
-"""After so many batches on end that teach nothing a warning says so."""
+WITHOUT_DIFFERENCES = 10
+"""A warning says so after this many batches in a row that teach nothing."""
 NOISE = 1e-6
 """Advantages up to here are rounding errors of equal rewards."""
 
 
-class Session:
-    """Of one attempt."""
+class Progress(msgspec.Struct):
+    """How far the inbox was used."""
 
-    def __init__(self, run: Run[GrpoConfig], reader: Reader) -> None:
-        self.run, self.reader = run, reader
-        self.place = Place()
-        self.trainer: GroupTrainer | None = None
-        self.publisher: Publisher | None = None
+    position: int = 0
+    """Where in the inbox to go on."""
+    handled: int = 0
+    """Groups that were trained on or skipped."""
+    tokens: int = 0
+    """Of all sequences that were trained on."""
+
+
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    return msgspec.json.decode((checkpoint.dir / PROGRESS).read_bytes(), type=Progress)
+
+
+class Requests(msgspec.Struct):
+    """What clients and the server want of the run now; rank 0 reads it and all ranks do it."""
+
+    stop: str | None = None
+    """`pause` or `cancel`."""
+    finish: bool = False
+    checkpoints: tuple[CheckpointRequest, ...] = ()
+
+
+class FinishRequested(Exception):
+    """Raised where training is to end now, and end well."""
+
+
+class Session:
+    """What happens between the batches of one attempt; the trainer's source of batches."""
+
+    def __init__(self, run: Run[GrpoConfig], reader: Reader, trainer: GroupTrainer, publisher: Publisher) -> None:
+        self.run, self.reader, self.trainer, self.publisher = run, reader, trainer, publisher
+        self.progress = Progress()
         self.saved = self.published = -1
         """Steps whose checkpoint is written, whose weights are out."""
-        self.fed: Fed | None = None
+        self.inputs: StepInputs | None = None
+        """What the step's batch was made of."""
         self.measured: dict[str, float] = {}
         """Of the step, to be reported with it."""
-        self.began = 0.0
-        """When the step's batch was ready and its training began."""
-        self.barren = 0
-        """Batches on end that taught nothing."""
+        self.without_differences = 0
+        """Batches in a row that taught nothing."""
         self.reported: dict[str, float] = {}
         """Of the last step that was reported."""
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.trainer.state.global_step) if self.trainer else 0
-
-    @staticmethod
-    def place_of(checkpoint: Checkpoint) -> Place:
-        return msgspec.json.decode((checkpoint.dir / PLACE).read_bytes(), type=Place)
+        return int(self.trainer.state.global_step)
 
     def resume(self, last: Checkpoint) -> None:
-        self.place = self.place_of(last)
+        """Go on after a checkpoint."""
+        self.progress = progress_of(last)
         self.saved, self.reported = last.step, dict(last.metrics)
-        if self.trainer and self.trainer.ref_model is not None and (last.dir / REFERENCE).is_file():
-            for name, tensor in load_file(last.dir / REFERENCE).items():
-                self.trainer.ref_model.get_parameter(name).data.copy_(tensor)
+        self.trainer.load_reference(last.dir)
+
+    def checkpoint_metrics(self) -> Mapping[str, float]:
+        return self.reported
+
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        return {PROGRESS: msgspec.json.encode(self.progress)}
 
     # --- before a batch -----------------------------------------------------------------------------------------------
 
@@ -76,25 +101,25 @@ class Session:
 
         Raises:
             JobStopped: the job is to pause (its checkpoint is written) or was cancelled.
-            Finished: the client has said that it is enough.
+            FinishRequested: the client wants no more steps.
         """
         began = time.perf_counter()
-        gathering = Gathering(self.place.position, self.step, self.run.config.num_iterations)
+        gathering = Gathering(self.progress.position, self.step, self.run.config.num_iterations)
         complete = False
         while not complete:
-            self.attend()
-            passed, rejected = gathering.passed, len(gathering.rejected)
+            self.serve_requests()
+            skipped, rejected = gathering.skipped, len(gathering.rejected)
             records = self.run.groups(gathering.position, WAIT) if self.run.rank == 0 else []
-            complete = gathering.take(self.shared(records), self.reader)
-            if gathering.passed > passed:
-                self.say_skipped(gathering, rejected)
+            complete = gathering.take(self.of_rank_0(records), self.reader)
+            if gathering.skipped > skipped:
+                self.report_skipped(gathering, rejected)
         waited = time.perf_counter() - began
         rows, rewards = with_advantages([reading for _, reading in gathering.used], self.reader.config)
-        self.look_for_differences(rows)
-        self.place.position = gathering.position
-        self.place.handled += gathering.handled
-        self.place.tokens += sum(len(row.prompt) + len(row.completion) for row in rows)
-        self.fed = gathering.fed
+        self.warn_without_differences(rows)
+        self.progress.position = gathering.position
+        self.progress.handled += gathering.handled
+        self.progress.tokens += sum(len(row.prompt) + len(row.completion) for row in rows)
+        self.inputs = gathering.inputs
         self.measured = {
             **metrics.of_clients([record.group.metrics for record, _ in gathering.used]),
             **rewards.metrics(),
@@ -107,25 +132,27 @@ class Session:
         }
         return rows
 
-    def say_skipped(self, gathering: Gathering, told: int) -> None:
-        """Free the credits of groups that were passed over, and say what is wrong with those that are no good, but for
-        the first `told`."""
-        for record, why in gathering.rejected[told:]:
+    def report_skipped(self, gathering: Gathering, reported: int) -> None:
+        """Free the credits of groups that were skipped, and warn of those that cannot be used, but for the first
+        `reported`."""
+        for record, why in gathering.rejected[reported:]:
             text = f"The group of batch {record.group.id} cannot be trained on: {why}"
             self.run.message(text, "warn", group_rejected=record.start, batch_id=record.group.id, reason=why)
-        self.run.passed_over(self.place.handled + gathering.passed)
+        self.run.report_skipped(self.progress.handled + gathering.skipped)
 
-    def look_for_differences(self, rows: list[Row]) -> None:
+    def warn_without_differences(self, rows: list[Row]) -> None:
         """Say once that nothing is being learned from rewards, until there is something again."""
-        self.barren = 0 if any(abs(row.advantage) > NOISE for row in rows) else self.barren + 1
-        if self.barren == BARREN:
+        different = any(abs(row.advantage) > NOISE for row in rows)
+        self.without_differences = 0 if different else self.without_differences + 1
+        if self.without_differences == WITHOUT_DIFFERENCES:
             text = (
-                f"In the last {BARREN} batches no answer was better or worse than the others of its group: nothing is "
-                "learned from rewards. Are the prompts far too hard or too easy, or do rewards not tell answers apart?"
+                f"In the last {WITHOUT_DIFFERENCES} batches no answer was better or worse than the others of its "
+                "group: nothing is learned from rewards. Are the prompts far too hard or too easy, or do rewards not "
+                "tell answers apart?"
             )
-            self.run.message(text, "warn", batches_without_differences=BARREN)
+            self.run.message(text, "warn", batches_without_differences=WITHOUT_DIFFERENCES)
 
-    def shared(self, found: Any) -> Any:
+    def of_rank_0(self, found: Any) -> Any:
         """What rank 0 has found, on every rank."""
         if self.run.world_size == 1:
             return found
@@ -133,37 +160,38 @@ class Session:
         broadcast_object_list(box)
         return box[0]
 
-    def attend(self) -> None:
-        """Do what is asked now: stop, or write checkpoints."""
-        wanted = self.shared(self.asked() if self.run.rank == 0 else None)
-        if wanted.stop == "cancel":
+    def serve_requests(self) -> None:
+        """Stop, or write checkpoints, where somebody wants that."""
+        requests = self.of_rank_0(self.read_requests() if self.run.rank == 0 else None)
+        if requests.stop == "cancel":
             raise JobStopped("cancel")
         every = self.run.config.checkpoint_steps
         due = bool(every) and self.step // int(every or 1) > max(0, self.saved) // int(every or 1)
-        if wanted.names or due or wanted.stop:
+        if requests.checkpoints or due or requests.stop:
             self.save()
-        self.name(wanted.names)
-        if wanted.stop == "pause":
+        self.name_checkpoint(requests.checkpoints)
+        if requests.stop == "pause":
             raise JobStopped("pause")
-        if wanted.finish:
-            raise Finished
+        if requests.finish:
+            raise FinishRequested
 
-    def asked(self) -> Wanted:
+    def read_requests(self) -> Requests:
         try:
             self.run.stop_if_asked()
             stop = None
         except JobStopped as error:
             stop = str(error.desired)
-        return Wanted(stop, self.run.desired() == "finish", tuple(self.run.asked_checkpoints()))
+        return Requests(stop, self.run.desired() == "finish", tuple(self.run.asked_checkpoints()))
 
-    def name(self, requests: tuple[CheckpointRequest, ...]) -> None:
+    def name_checkpoint(self, requests: tuple[CheckpointRequest, ...]) -> None:
+        """Give this step's checkpoint the names that clients want."""
         for request in requests:
             if self.run.rank == 0:
                 self.run.name_checkpoint(request, self.step)
 
     def save(self) -> None:
         """Write the checkpoint of this step, if there is none yet."""
-        if self.trainer is None or self.saved == self.step:
+        if self.saved == self.step:
             return
         self.trainer.save()
         self.saved = self.step
@@ -180,20 +208,20 @@ class Session:
         if batches % self.run.config.publish_steps == 0:
             self.publish()
         elif self.run.rank == 0:
-            self.run.passed_over(self.place.handled)
+            self.run.report_skipped(self.progress.handled)
 
     def publish(self) -> None:
         """Let new completions be sampled from the weights of this step."""
-        if self.publisher is None or self.published == self.step:
+        if self.published == self.step:
             return
         began = time.perf_counter()
-        written = self.publisher.publish(self.step, self.place.handled)
+        written = self.publisher.publish(self.step, self.progress.handled)
         self.published = self.step
         self.measured |= {"publish_time": time.perf_counter() - began, "publish_bytes": written}
 
     def conclude(self) -> None:
-        """After the last step: publish, write its checkpoint, and answer who waits for one."""
+        """After the last step: publish, write its checkpoint, and name it for clients that wait for one."""
         if self.step:
             self.publish()
         self.save()
-        self.name(tuple(self.shared(self.run.asked_checkpoints() if self.run.rank == 0 else ())))
+        self.name_checkpoint(tuple(self.of_rank_0(self.run.asked_checkpoints() if self.run.rank == 0 else ())))

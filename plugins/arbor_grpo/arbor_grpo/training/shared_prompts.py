@@ -1,4 +1,4 @@
-"""Log-probabilities of completions with each distinct prompt computed once, whatever many completions it has.
+"""TRL's `GRPOTrainer` with each distinct prompt computed once, however many completions it has.
 
 The prompt but for its last token goes through the model once; its keys and values, gradient included, are then
 repeated for each completion, and the rest of the sequence goes through the model on top of them. The numbers are those
@@ -6,11 +6,14 @@ of the whole sequences; a group of eight costs one prompt instead of eight.
 
 With gradient checkpointing each layer runs a second time in the backward pass. What is kept of the prompt is therefore
 written once and read otherwise, so that the second time is as the first.
+
+Shape suffixes: B, rows; D, distinct prompts; P, columns of prompts, padded on the left; C, columns of completions,
+padded on the right; T = P + C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -20,6 +23,87 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from .micro_batches import Batch, sequences
+
+TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+"""How far log-probabilities with shared prompts may be from those without, in nats."""
+
+
+class SharedPromptsTrainer(GRPOTrainer):
+    """Computes each distinct prompt once where the model allows it.
+
+    Args:
+        warn: Told why a model does not allow it.
+        options: `GRPOTrainer`'s.
+    """
+
+    def __init__(self, warn: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
+        self.warn = warn
+        self.shares: bool | None = None
+        """Whether prompts are shared; None: not tried yet."""
+        self.policy: Any = self.model  # typed too loosely by transformers to be used
+        self.logps_BC: Tensor | None = None
+        """Of the rows that ran last."""
+        self.aux: Tensor | None = None
+        """Their auxiliary loss, of mixtures of experts."""
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """B x C each. With each distinct prompt computed once where that is possible, else TRL's way."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        text = all(value is None for value in images.values())
+        if self.shares and input_ids.size(1) - logits_to_keep > 1 and text:
+            with self.accelerator.autocast():
+                logps_BC, entropies_BC = scored(model, unwrapped, input_ids, attention_mask, logits_to_keep)
+            aux = None
+        else:
+            logps_BC, entropies_BC, aux = super()._get_per_token_logps_and_entropies(
+                placed(model, unwrapped) if text else model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **images,
+            )
+        self.logps_BC, self.aux = logps_BC.detach(), aux
+        return logps_BC, entropies_BC if compute_entropy else None, aux
+
+    def can_share(self, micro: Batch) -> bool:
+        """Whether prompts computed once give what whole sequences give. Tried on some rows, because no flag says so."""
+        ids_BT, mask_BT, length = sequences(micro)
+        found: list[Tensor] = []
+        allow_caches(self.policy)
+        for_a_trial(self.policy)
+        try:
+            for shares in (False, True):
+                self.shares = shares
+                with torch.no_grad():
+                    logps_BC, *_ = self._get_per_token_logps_and_entropies(self.model, ids_BT, mask_BT, length)
+                found.append(logps_BC.float() * micro["completion_mask"])
+            apart = float((found[0] - found[1]).abs().max())
+        except Exception as error:  # an architecture may do anything with a cache that it did not make
+            self.warn(f"Prompts are not shared: {type(error).__name__}: {error}")
+            return False
+        finally:
+            self.policy.train()
+        allowed = TOLERANCE if found[0].dtype == torch.float32 and not self.args.bf16 else HALF_TOLERANCE
+        if not apart <= allowed:
+            self.warn(f"Prompts are not shared: log-probabilities would differ by {apart:.2g} nats")
+        return apart <= allowed
 
 
 class Prompt(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -36,19 +120,19 @@ class Repeated(DynamicLayer):  # type: ignore[no-untyped-call]
     """The same for each of B rows, before whatever follows; remembers nothing of that.
 
     Args:
-        of: The prompt of each row: B numbers.
+        prompt_B: The prompt of each row.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, of: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, prompt_B: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.of = keys, values, of
+        self.keys, self.values, self.prompt_B = keys, values, prompt_B
         self.prompts = keys, values
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         new = key_states, value_states
         keys, values = (
-            torch.cat([kept.index_select(0, self.of), more], dim=-2)
+            torch.cat([kept.index_select(0, self.prompt_B), more], dim=-2)
             for kept, more in zip(self.prompts, new, strict=True)
         )
         return keys, values
@@ -56,9 +140,9 @@ class Repeated(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def cache(layers: Sequence[Repeated] = ()) -> DynamicCache:
     """Of these layers, or of prompts that are still to be computed."""
-    made = DynamicCache()
-    made.layers, made.layer_class_to_replicate = list(layers), None if layers else Prompt
-    return made
+    found = DynamicCache()
+    found.layers, found.layer_class_to_replicate = list(layers), None if layers else Prompt
+    return found
 
 
 def allow_caches(model: Any) -> None:
@@ -91,28 +175,28 @@ def scored(
     Returns:
         Two tensors B x C.
     """
-    prompts, mask = input_ids[:, :-completion], attention_mask[:, :-completion]
-    first, of = distinct(torch.cat([prompts, mask], dim=1))
-    prefix, prefix_mask = prompts[first, :-1], mask[first, :-1]
+    prompts_BP, mask_BP = input_ids[:, :-completion], attention_mask[:, :-completion]
+    first_D, prompt_B = distinct(torch.cat([prompts_BP, mask_BP], dim=1))
+    prefix_DP, prefix_mask_DP = prompts_BP[first_D, :-1], mask_BP[first_D, :-1]  # P less one
     kept = cache()
     backbone(unwrapped)(
-        input_ids=prefix,
-        attention_mask=prefix_mask,
-        position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
+        input_ids=prefix_DP,
+        attention_mask=prefix_mask_DP,
+        position_ids=(prefix_mask_DP.cumsum(1) - 1).clamp(min=0),
         past_key_values=kept,
         use_cache=True,
     )
     layers: list[Any] = kept.layers
-    rest, rest_mask = input_ids[:, -completion - 1 :], attention_mask[:, -completion - 1 :]
-    labels = rest.masked_fill(rest_mask == 0, -100)
-    labels[:, 0] = -100
-    starts = prefix_mask.sum(1)[of].unsqueeze(1)
+    rest_BC, rest_mask_BC = input_ids[:, -completion - 1 :], attention_mask[:, -completion - 1 :]  # C and one
+    labels_BC = rest_BC.masked_fill(rest_mask_BC == 0, -100)
+    labels_BC[:, 0] = -100
+    starts_B1 = prefix_mask_DP.sum(1)[prompt_B].unsqueeze(1)
     out = model(
-        input_ids=rest,
-        attention_mask=torch.cat([prefix_mask[of], rest_mask], dim=1),
-        position_ids=starts + torch.arange(completion + 1, device=rest.device),
-        past_key_values=cache([Repeated(layer.keys, layer.values, of) for layer in layers]),
-        labels=labels,
+        input_ids=rest_BC,
+        attention_mask=torch.cat([prefix_mask_DP[prompt_B], rest_mask_BC], dim=1),
+        position_ids=starts_B1 + torch.arange(completion + 1, device=rest_BC.device),
+        past_key_values=cache([Repeated(layer.keys, layer.values, prompt_B) for layer in layers]),
+        labels=labels_BC,
         fused_lm_head=True,
     )
     return out.log_probs, out.entropy
@@ -126,18 +210,18 @@ def placed(model: Any, unwrapped: Any) -> Any:
         return model
 
     def forward(*, attention_mask: Tensor, **inputs: Any) -> Any:
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+        positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return model(attention_mask=attention_mask, position_ids=positions_BT, **inputs)
 
     return forward
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each kind, and of each row its kind."""
-    _, of = torch.unique(rows, dim=0, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
-    first = torch.full((int(of.max()) + 1,), len(rows), device=rows.device)
-    return first.scatter_reduce(0, of, places, "amin"), of
+    """The first row of each of the D kinds, and of each of the B rows its kind."""
+    _, kind_B = torch.unique(rows, dim=0, return_inverse=True)
+    places_B = torch.arange(len(rows), device=rows.device)
+    first_D = torch.full((int(kind_B.max()) + 1,), len(rows), device=rows.device)
+    return first_D.scatter_reduce(0, kind_B, places_B, "amin"), kind_B
 
 
 def backbone(model: Any) -> Any:

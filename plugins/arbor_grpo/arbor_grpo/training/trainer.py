@@ -1,109 +1,161 @@
-"""TRL's `GRPOTrainer`, fed with groups from outside.
+"""TRL's `GRPOTrainer` on groups from outside. The losses are TRL's. What departs from it:
 
-Three of its methods are replaced. `_generate_and_score_completions` returns the next groups of the inbox as a ready
-batch. `training_step` cuts the batch into micro-batches itself, because groups vary in size and TRL's accumulation
-takes them to be equal. `_get_per_token_logps_and_entropies` computes each distinct prompt once. The losses are TRL's.
+Batches
+- A ready batch comes from `BatchSource`; TRL's trainer samples and grades one (`_generate_and_score_completions`).
+- The data set is a clock that counts steps. Nothing is shuffled, and no batch is skipped when a job resumes.
+- Groups may be of any size, and prompts in a group may differ; TRL wants `num_generations` of one prompt each.
+- Advantages are those of rows.py, by trajectory, or the client's own; rows of a trajectory share one.
+- The penalty for long trajectories multiplies positive rewards; TRL's `get_soft_overlong_punishment` adds to all.
+
+Log-probabilities
+- The old ones are the sampler's, where `ratio` is `sampler`; TRL takes the trainer's own.
+- `importance_sampling_mode` works without vLLM; unknown log-probabilities of samplers (NaN) weigh 1.
+- Each distinct prompt is computed once (`share_prompts`, tried at the first batch); TRL computes it for each row.
+- Positions count from the prompt's first token; TRL lets models with learned positions count the padding too.
+- The reference of a job that starts from an adapter is that adapter (TRL's copy `ref`), else the base model.
+
+Steps
+- A step is one call of `training_step`, which cuts the batch into ragged micro-batches itself; TRL accumulates over
+  equal ones. Each loss is weighted so that the cut changes nothing: see `micro_batches.weight`.
+- Rows that cannot move a weight do not run; they count in the mean. If none can, one row runs with a zero mask.
+- Ranks run as many rows each; those that one lacks are rows with a zero mask.
+- `top_entropy_quantile` is of the whole batch; TRL takes it of each micro-batch.
+- The auxiliary loss of mixtures of experts is the mean over the rows that run; TRL adds it for each micro-batch.
+- Metrics of micro-batches are weighted by tokens or rows, as the loss is (metrics.py); TRL averages them evenly.
+
+Checkpoints
+- They are written between batches, at the run's request (`CheckpointMixin`), with the position in the inbox, and with
+  the reference model where it moves; TRL loses the latter two. Model cards and logs of completions are not written.
+
+Shape suffixes: B, rows; P, columns of prompts; C, columns of completions; T = P + C.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-import msgspec
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import DistributedType
 from arbor_trl.budget import Budget
-from arbor_trl.saving import Saving
+from arbor_trl.partition import Sizes, cut
+from arbor_trl.saving import CheckpointMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from arbor_core import Run
 from arbor_grpo import GrpoConfig
 
-from . import metrics, shared_prompts
-from .micro_batches import Batch, Sizes, cut, dealt, part, share, sizes, tensors, weight
-from .ratios import correction
+from . import metrics
+from .micro_batches import (
+    Batch,
+    RowNumbers,
+    deal,
+    learned_mask,
+    longest_of,
+    sampling_correction,
+    select,
+    sequences,
+    share_of_rows,
+    sizes,
+    tensors,
+    weight,
+)
 from .rows import Row
-from .session import Session
-from .state import PLACE, REFERENCE
+from .shared_prompts import SharedPromptsTrainer
 
-NO_END = 10**9
-"""Steps of a run without `max_steps`."""
-TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
-"""How far log-probabilities with shared prompts may be from those without, in nats."""
+REFERENCE = "reference.safetensors"
+"""File in a checkpoint: the reference model, where it moves."""
 
 
-class GroupTrainer(Saving, GRPOTrainer):
-    """Trains on the groups that `session` gathers.
+class BatchSource(Protocol):
+    """Where batches come from, and what a checkpoint holds beside the model."""
+
+    def next_rows(self) -> list[Row]:
+        """Wait for the next batch; its rows."""
+        ...
+
+    def checkpoint_metrics(self) -> Mapping[str, float]: ...
+    def checkpoint_files(self) -> Mapping[str, bytes]: ...
+
+
+class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
+    """Trains on the rows of `source`, which is set before training.
 
     Args:
         options: `GRPOTrainer`'s.
     """
 
-    def __init__(self, run: Run[GrpoConfig], session: Session, limits: Budget, **options: Any) -> None:
-        super().__init__(**options)
-        self.run, self.session, self.limits = run, session, limits
+    source: BatchSource
+
+    def __init__(self, run: Run[GrpoConfig], limits: Budget, **options: Any) -> None:
+        super().__init__(lambda text: run.message(text, "warn"), **options)
+        self.run, self.limits = run, limits
         if run.config.importance_sampling_mode:
             self.use_vllm = True  # TRL applies the ratio of `importance_sampling_mode` only then
         self.current_gradient_accumulation_steps = 1  # TRL divides its losses by it
-        self.shares: bool | None = None
-        if not run.config.share_prompts or run.world_size > 1:
+        if not run.config.share_prompts or run.world_size > 1 or self.aux_loss_enabled:
             self.shares = False
         self.aux_coefficient = 0.0
         if self.aux_loss_enabled:
-            self.shares = False
             # TRL would add the whole of it for each micro-batch, so that it grew with their number: see `micro_step`
             self.aux_coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
-        self.policy: Any = self.model  # typed too loosely by transformers to be used
         self.batch: Batch = {}
-        self.parts: list[list[int | None]] = []
+        self.batch_ready_at = 0.0
+        """When training on the batch began, on `time.perf_counter`."""
+        self.parts: list[RowNumbers] = []
         self.count = self.tokens = self.running = 0
+        """Rows of the step, those of its tokens with a loss, and rows that run."""
         self.micro: Batch = {}
-        self.logps: Tensor | None = None
-        self.aux: Tensor | None = None
 
     def get_train_dataloader(self) -> Any:
-        """Nothing but a clock: the batches come from the session. Draws no random number."""
+        """Nothing but a clock: the batches come from `source`. Draws no random number."""
         steps = self.args.max_steps
         return DataLoader(range(steps), collate_fn=list, generator=torch.Generator())  # type: ignore[arg-type]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the checkpoint of this step."""
         self._save_checkpoint(self.model, None)
 
-    def numbers(self) -> Mapping[str, float]:
-        return self.session.reported
+    def checkpoint_metrics(self) -> Mapping[str, float]:
+        return self.source.checkpoint_metrics()
 
-    def files(self) -> Mapping[str, bytes]:
-        found = {PLACE: msgspec.json.encode(self.session.place)}
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        files = dict(self.source.checkpoint_files())
         if self.run.config.sync_ref_model:
             parameters = self.accelerator.unwrap_model(self.ref_model).named_parameters()
-            found[REFERENCE] = safetensors.torch.save({name: value.detach() for name, value in parameters})
-        return found
+            files[REFERENCE] = safetensors.torch.save({name: value.detach() for name, value in parameters})
+        return files
+
+    def load_reference(self, checkpoint: Path) -> None:
+        """Take the reference model of a checkpoint, if it has one."""
+        if self.ref_model is not None and (checkpoint / REFERENCE).is_file():
+            for name, tensor in safetensors.torch.load_file(checkpoint / REFERENCE).items():
+                self.ref_model.get_parameter(name).data.copy_(tensor)
 
     # --- the ready batch ----------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: Any) -> Batch:
         """The next groups as a batch; what happens between batches happens in here, while it waits for them."""
-        rows = self.session.next_rows()
+        rows = self.source.next_rows()
         self.count, self.tokens = len(rows), sum(row.tokens for row in rows)
         batch = tensors(rows, self._tokenizer.pad_token_id, self.accelerator.device)
         found = sizes(rows)
         learned = [number for number, row in enumerate(rows) if self.matters(row)]
         if learned and self.shares is None:
-            self.shares = self.can_share(batch, learned)
+            self.shares = self.can_share(select(batch, [*learned[:2]]))
         self.parts, self.running = self.cut(found, learned), len(learned)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.policy, checkpointing):
-            self.add_old(batch, rows)
+            self.add_old(batch)
             if self.beta != 0.0:
                 batch["ref_per_token_logps"] = self.reference(batch)
         return batch
@@ -115,45 +167,37 @@ class GroupTrainer(Saving, GRPOTrainer):
         )
         return row.tokens > 0 and not flat
 
-    def cut(self, found: Sizes, learned: list[int]) -> list[list[int | None]]:
+    def cut(self, found: Sizes, learned: list[int]) -> list[RowNumbers]:
         """This rank's micro-batches, by row numbers; every rank has as many, of as many rows."""
         most = self.run.config.micro_batch_size
-        most_rows = None if most == "auto" else most
-        ranks, share = self.run.world_size, self.run.micro_batch_share
+        most_rows, share = None if most == "auto" else most, self.run.micro_batch_share
         if not learned:
             return [[None]]  # a loss of 0: the optimizer's step is that of a zero gradient
-        if ranks == 1:
-            here = np.array(learned)
-            return [
-                [learned[i] for i in rows]
-                for rows in cut(found.of(here), self.limits, most_rows, shared=bool(self.shares), share=share)
-            ]
-        hands = dealt(learned, found, ranks)
-        units = [[row for row in unit if row is not None] for unit in zip(*hands, strict=True)]
-        longest = Sizes(
-            np.arange(len(units)),
-            np.array([max(found.prompt_tokens[unit]) for unit in units]),
-            np.array([max(found.completion_tokens[unit]) for unit in units]),
-        )
+        if self.run.world_size == 1:
+            parts = cut(found.take(learned), self.limits, most_rows, shared=bool(self.shares), share=share)
+            return [[learned[i] for i in rows] for rows in parts]
+        hands = deal(learned, found, self.run.world_size)
         mine = hands[self.run.rank]
-        return [[mine[i] for i in rows] for rows in cut(longest, self.limits, most_rows, shared=False, share=share)]
+        parts = cut(longest_of(hands, found), self.limits, most_rows, shared=False, share=share)
+        return [[mine[i] for i in rows] for rows in parts]
 
-    def add_old(self, batch: Batch, rows: Sequence[Row]) -> None:
+    def add_old(self, batch: Batch) -> None:
         """What the ratio divides by. Absent, TRL takes the policy's own of this moment without its gradient."""
         config = self.run.config
-        sampling = batch.get("sampling_per_token_logps")
-        if config.ratio == "sampler" and sampling is not None:
-            unknown = sampling.isnan()
-            if unknown.any():
-                sampling = torch.where(unknown, self.over_parts(batch, self.model)[0], sampling)
-            batch["old_per_token_logps"] = sampling
+        sampling_BC = batch.get("sampling_per_token_logps")
+        if config.ratio == "sampler" and sampling_BC is not None:
+            unknown_BC = sampling_BC.isnan()
+            if unknown_BC.any():
+                sampling_BC = torch.where(unknown_BC, self.over_parts(batch, self.model)[0], sampling_BC)
+            batch["old_per_token_logps"] = sampling_BC
         elif self.num_iterations > 1 or config.importance_sampling_mode:
             batch["old_per_token_logps"] = self.over_parts(batch, self.model)[0]
         if config.importance_sampling_mode:
-            batch["importance_sampling_ratio"] = correction(batch, config)
+            batch["importance_sampling_ratio"] = sampling_correction(batch, config)
 
     def reference(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the reference: a model of its own, the adapter that training began with, or none."""
+        """Log-probabilities of the reference, B x C: a model of its own, the adapter that training began with, or the
+        base model."""
         if self.ref_model is not None:
             return self.over_parts(batch, self.ref_model)[0]
         model = self.accelerator.unwrap_model(self.model)
@@ -163,21 +207,18 @@ class GroupTrainer(Saving, GRPOTrainer):
     def over_parts(self, batch: Batch, model: Any, *, entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of this rank's rows, B x C; 0 elsewhere."""
         shape = batch["completion_ids"].shape
-        logps, entropies = (torch.zeros(shape, device=batch["advantages"].device) for _ in range(2))
+        logps_BC, entropies_BC = (torch.zeros(shape, device=batch["advantages"].device) for _ in range(2))
         for rows in self.parts:
-            micro = part(batch, rows)
-            ids = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
-            mask = torch.cat([micro["prompt_mask"], micro["completion_mask"]], dim=1)
-            length = micro["completion_ids"].size(1)
-            found, spread, _ = self._get_per_token_logps_and_entropies(
-                model, ids, mask, length, compute_entropy=entropy
+            ids_BT, mask_BT, length = sequences(select(batch, rows))
+            found_BC, spread_BC, _ = self._get_per_token_logps_and_entropies(
+                model, ids_BT, mask_BT, length, compute_entropy=entropy
             )
             real = [(place, row) for place, row in enumerate(rows) if row is not None]
             places, numbers = ([pair[i] for pair in real] for i in range(2))
-            logps[numbers, :length] = found[places].float()
-            if spread is not None:
-                entropies[numbers, :length] = spread[places].float()
-        return logps, entropies
+            logps_BC[numbers, :length] = found_BC[places].float()
+            if spread_BC is not None:
+                entropies_BC[numbers, :length] = spread_BC[places].float()
+        return logps_BC, entropies_BC
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -186,7 +227,7 @@ class GroupTrainer(Saving, GRPOTrainer):
         model.train()
         if self._step % self.num_iterations == 0:
             self.batch = self._generate_and_score_completions(inputs)
-        self.session.began = time.perf_counter()
+        self.batch_ready_at = time.perf_counter()
         if self.top_entropy_quantile < 1.0:
             self.batch["entropy_mask"] = self.highest_entropies()
         gathered = metrics.Parts(self._metrics["train"], self.importance_sampling_level)
@@ -197,8 +238,9 @@ class GroupTrainer(Saving, GRPOTrainer):
         self._step += 1
         return loss
 
-    def micro_step(self, model: Any, rows: list[int | None], gathered: metrics.Parts, *, last: bool) -> Tensor:
-        self.micro = part(self.batch, rows)
+    def micro_step(self, model: Any, rows: RowNumbers, gathered: metrics.Parts, *, last: bool) -> Tensor:
+        """The gradient of a micro-batch, added to the step's; its weighted loss."""
+        self.micro = select(self.batch, rows)
         self.accelerator.gradient_state._set_sync_gradients(last)
         together = last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with nullcontext() if together else self.accelerator.no_sync(model):
@@ -206,84 +248,23 @@ class GroupTrainer(Saving, GRPOTrainer):
                 loss = self.compute_loss(model, self.micro)
             loss = loss * weight(self.loss_type, self.micro, self.count, self.tokens, self.run.world_size)
             if self.aux is not None:
-                loss = loss + self.aux_coefficient * share(rows, self.running, self.run.world_size) * self.aux
+                loss = loss + self.aux_coefficient * share_of_rows(rows, self.running, self.run.world_size) * self.aux
             options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **options)
-        gathered.add(self.micro, self.logps)
+        gathered.add(self.micro, self.logps_BC)
         return torch.as_tensor(loss.detach())
 
     def highest_entropies(self) -> Tensor:
         """Which tokens of the batch are learned with `top_entropy_quantile`: B x C. Of a micro-batch alone, the
         threshold would be another."""
-        mine = torch.zeros_like(self.batch["tool_mask"])
-        mine[[row for rows in self.parts for row in rows if row is not None]] = 1
-        mask = self.batch["completion_mask"] * self.batch["tool_mask"] * mine
+        mine_BC = torch.zeros_like(self.batch["tool_mask"])
+        mine_BC[[row for rows in self.parts for row in rows if row is not None]] = 1
+        mask_BC = learned_mask(self.batch) * mine_BC
         with torch.no_grad():
-            _, entropies = self.over_parts(self.batch, self.model, entropy=True)
-        mask_of_all = super().get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
-        return torch.as_tensor(mask_of_all)
+            _, entropies_BC = self.over_parts(self.batch, self.model, entropy=True)
+        return torch.as_tensor(super().get_high_entropy_mask(entropies_BC, mask_BC, 1 - self.top_entropy_quantile))
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """The micro-batch's part of `highest_entropies`."""
         del entropies, mask, threshold  # they were looked at for the whole batch
         return self.micro["entropy_mask"]
-
-    # --- log-probabilities --------------------------------------------------------------------------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **images: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """B x C each. With each distinct prompt computed once where that is possible, else TRL's way."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        text = all(value is None for value in images.values())
-        if self.shares and input_ids.size(1) - logits_to_keep > 1 and text:
-            with self.accelerator.autocast():
-                logps, entropies = shared_prompts.scored(model, unwrapped, input_ids, attention_mask, logits_to_keep)
-            aux = None
-        else:
-            logps, entropies, aux = super()._get_per_token_logps_and_entropies(
-                shared_prompts.placed(model, unwrapped) if text else model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **images,
-            )
-        self.logps, self.aux = logps.detach(), aux
-        return logps, entropies if compute_entropy else None, aux
-
-    def can_share(self, batch: Batch, learned: list[int]) -> bool:
-        """Whether prompts computed once give what whole sequences give. Tried, because no flag says so."""
-        micro = part(batch, learned[:2])
-        ids = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
-        mask = torch.cat([micro["prompt_mask"], micro["completion_mask"]], dim=1)
-        length = micro["completion_ids"].size(1)
-        found: list[Tensor] = []
-        shared_prompts.allow_caches(self.policy)
-        shared_prompts.for_a_trial(self.policy)
-        try:
-            for shares in (False, True):
-                self.shares = shares
-                with torch.no_grad():
-                    logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, length)
-                found.append(logps.float() * micro["completion_mask"])
-            apart = float((found[0] - found[1]).abs().max())
-        except Exception as error:  # an architecture may do anything with a cache that it did not make
-            self.run.message(f"Prompts are not shared: {type(error).__name__}: {error}", "warn")
-            return False
-        finally:
-            self.policy.train()
-        allowed = TOLERANCE if found[0].dtype == torch.float32 and not self.args.bf16 else HALF_TOLERANCE
-        if not apart <= allowed:
-            self.run.message(f"Prompts are not shared: log-probabilities would differ by {apart:.2g} nats", "warn")
-        return apart <= allowed
