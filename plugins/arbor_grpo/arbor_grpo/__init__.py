@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from arbor_trl import PRELOAD, PROVE, Attention, Auto, Count, Dtype, LoraSettings, Positive, trains_adapter
+from arbor_trl import Attention, Auto, Count, Dtype, LoraSettings, Positive, trl_trainer
 from msgspec import Meta
 
 from arbor_core import RolloutConfig, Trainer, hookimpl
@@ -109,19 +109,10 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
 @hookimpl
 def arbor_trainers() -> Mapping[str, Trainer]:
     """`grpo`, by that name."""
-    return {
-        "grpo": Trainer(
-            config=GrpoConfig,
-            entry="arbor_grpo.train:train",
-            methods=("grpo",),
-            preload=("arbor_grpo.train", *PRELOAD),
-            prove=PROVE,
-            adapter=trains_adapter,
-            min_rows=0,
-            rollouts=True,
-            adapters=True,
-        )
-    }
+    grpo = trl_trainer(
+        GrpoConfig, "arbor_grpo.train:train", methods=("grpo",), min_rows=0, rollouts=True, adapters=True
+    )
+    return {"grpo": grpo}
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,18 @@ pytest.importorskip("trl", reason="needs the machine-learning libraries")
 
 sys.path.insert(0, str(Path(__file__).parent))  # grpo_jobs.py, whatever the import mode
 
-import torch
-from grpo_jobs import Job
+from grpo_http import Job as LiveJob
+from grpo_http import created, launch, stop
+from grpo_jobs import TWO_LAYERS, Job, write_model
+from live import LiveServer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers that read bytes, with weights large enough to have opinions."""
-    from arbor_sft.tiny import tokenizer
-
+    """Two layers."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    words = tokenizer(256)
-    config = Qwen2Config(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    words.save_pretrained(path)
-    return path
+    return write_model(path, Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True, **TWO_LAYERS)
 
 
 @pytest.fixture
@@ -53,3 +36,19 @@ def job(tiny: Path, tmp_path: Path) -> Callable[..., Job]:
         return Job(tmp_path / name, "grpo", [], str(tiny), keys, adapter=adapter)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server with the mock trainer."""
+    live = launch(tmp_path_factory.mktemp("server"))
+    yield live
+    stop(live)
+
+
+@pytest.fixture
+def live_job(server: LiveServer) -> Iterator[LiveJob]:
+    """A job of the server's."""
+    job = created(server)
+    yield job
+    job.post("cancel")

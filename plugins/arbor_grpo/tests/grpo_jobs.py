@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from arbor_grpo.train import compose
 from arbor_grpo.training.session import Session
 from arbor_grpo.training.trainer import GroupTrainer
+from arbor_sft.tiny import tokenizer
 
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.job_directory import ENV
@@ -59,6 +61,29 @@ def group(seed: int, *, size: int = 4, version: int = 0, **more: Any) -> Group:
 
 def groups(count: int, start: int = 0) -> list[Group]:
     return [group(n) for n in range(start, start + count)]
+
+
+def write_model(path: Path, config_type: Any, model_type: Any, **settings: Any) -> Path:
+    """A model that reads bytes, with weights large enough to have opinions; its directory."""
+    words = tokenizer(256)
+    config = config_type(
+        vocab_size=len(words), eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, **settings
+    )
+    torch.manual_seed(0)
+    model_type(config).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+TWO_LAYERS: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
 
 
 class Job(JobDirectory):

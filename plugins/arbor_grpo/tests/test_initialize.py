@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from arbor_grpo.api import initialize
 from arbor_grpo.api.initialize import METHOD, translated
-from grpo_http import GRPO, MODEL, call, created, launch, stop
+from grpo_http import GRPO, MODEL, call, created
 from live import LiveServer
 
 DEFAULTS = {"max_staleness": 1, "max_group_age": None, "max_length": None, "lora": {}, "temperature": 1.0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = launch(tmp_path_factory.mktemp("initialize"))
-    yield live
-    stop(live)
 
 
 def hyperparameters(**config: Any) -> dict[str, Any]:
@@ -43,6 +35,13 @@ def hyperparameters(**config: Any) -> dict[str, Any]:
 )
 def test_old_groups_are_for_clients_that_say_nothing_of_them(said: dict[str, Any], age: int | None) -> None:
     assert hyperparameters(**said).get("max_group_age") == age
+
+
+def test_a_job_of_a_client_with_the_former_name_has_one_warning(server: LiveServer) -> None:
+    job = created(server, too_stale=3)
+    (warning,) = (event["message"] for event in job.events() if event["level"] == "warn")
+    assert "max_group_age" in warning
+    job.post("cancel")
 
 
 def test_the_former_name_of_a_key_is_read_with_one_warning() -> None:

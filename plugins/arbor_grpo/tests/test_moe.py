@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_jobs import FULL, Job, floats, rollout, step
+from grpo_jobs import FULL, TWO_LAYERS, Job, floats, rollout, step, write_model
 from grpo_jobs import group as ragged
 from grpo_reference import reference, token_logps, tokens
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -23,29 +23,9 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of four experts."""
-    from arbor_sft.tiny import tokenizer
-
     path = tmp_path_factory.mktemp("models") / "experts"
-    words = tokenizer(256)
-    config = MixtralConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        router_aux_loss_coef=COEFFICIENT,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(path)
-    words.save_pretrained(path)
-    return path
+    keys = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": COEFFICIENT}
+    return write_model(path, MixtralConfig, MixtralForCausalLM, **TWO_LAYERS, **keys)
 
 
 @pytest.fixture

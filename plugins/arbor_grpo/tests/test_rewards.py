@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -188,18 +188,9 @@ def test_every_sampled_token_is_learned_once(conversations: list[Any], data: st.
         assert rollout.prompt + rollout.completion == last.prompt + last.tokens
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = launch(tmp_path_factory.mktemp("rewards"))
-    yield live
-    stop(live)
-
-
 @pytest.fixture
-def job(server: LiveServer) -> Iterator[Job]:
-    made = created(server)
-    yield made
-    made.post("cancel")
+def job(live_job: Job) -> Job:
+    return live_job
 
 
 def groups(job: Job) -> list[Group]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sqlite3
-from collections.abc import Iterator
 
 import pytest
-from grpo_http import GRPO, MODEL, Job, call, created, group, item, launch, signal_worker, stop
+from grpo_http import GRPO, MODEL, Job, call, created, group, item, signal_worker
 from live import LiveServer
 from waiting import until
 
@@ -53,18 +52,9 @@ STOCK = {
 """What arbor-ai 0.2.17 sends."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = launch(tmp_path_factory.mktemp("grpo"))
-    yield live
-    stop(live)
-
-
 @pytest.fixture
-def job(server: LiveServer) -> Iterator[Job]:
-    made = created(server)
-    yield made
-    made.post("cancel")
+def job(live_job: Job) -> Job:
+    return live_job
 
 
 def initialize(server: LiveServer, body: dict[str, object]) -> Job:

@@ -23,13 +23,6 @@ BOUND = 30.0
 """No answer may take so long."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = launch(tmp_path_factory.mktemp("trouble"))
-    yield live
-    stop(live)
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[], LiveServer]]:
     """Start a server on the test's storage; the last one is ended with its jobs."""

@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from arbor_trl import (
-    PRELOAD,
-    PROVE,
-    Attention,
-    Auto,
-    Count,
-    Dtype,
-    LoraSettings,
-    Positive,
-    Share,
-    trains_adapter,
-)
+from arbor_trl import Attention, Auto, Count, Dtype, LoraSettings, Positive, Share, trl_trainer
 from msgspec import Meta, Struct
 
 from arbor_core import Trainer, hookimpl
@@ -50,16 +39,7 @@ class SftConfig(Struct, frozen=True, forbid_unknown_fields=True):
 @hookimpl
 def arbor_trainers() -> Mapping[str, Trainer]:
     """`sft`, which answers to OpenAI's method `supervised`."""
-    return {
-        "sft": Trainer(
-            config=SftConfig,
-            entry="arbor_sft.train:train",
-            methods=("supervised",),
-            preload=("arbor_sft.train", *PRELOAD),
-            prove=PROVE,
-            adapter=trains_adapter,
-        )
-    }
+    return {"sft": trl_trainer(SftConfig, "arbor_sft.train:train", methods=("supervised",))}
 
 
 @hookimpl

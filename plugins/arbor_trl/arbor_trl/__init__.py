@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from arbor_core import Trainer
+
 Auto = Literal["auto"]
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -18,12 +20,8 @@ Count = Annotated[int, Meta(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
-PRELOAD = ("transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2")
+COMMON_MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2")
 """Modules of common architectures, for warm workers."""
-
-
-PROVE = "arbor_trl.job:prove"
-"""Proof that a warm worker can train."""
 
 
 class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,3 +36,13 @@ class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
 def trains_adapter(config: Mapping[str, Any]) -> bool:
     """Whether a configuration trains an adapter; else it trains all weights."""
     return config["lora"] is not None
+
+
+def trl_trainer(config: type[Struct], entry: str, **more: Any) -> Trainer:
+    """A trainer on TRL, whose configuration has the key `lora`.
+
+    Args:
+        more: Further arguments of `Trainer`.
+    """
+    preload = (entry.partition(":")[0], *COMMON_MODELS)
+    return Trainer(config, entry, preload=preload, prove="arbor_trl.job:prove", adapter=trains_adapter, **more)

@@ -31,9 +31,11 @@ LOOK_SECONDS = 0.1
 TRAIN, INFER = ("train",), ("infer",)
 
 
-def described(body: type, scopes: tuple[str, ...] = TRAIN, response: type | None = None) -> dict[str, Any]:
-    """What the server's OpenAPI document and its keys need to know of a route that reads its body itself."""
-    return {"body": body, "scopes": scopes, "response": response}
+def grpo_post(path: str, operation_id: str, body: type | None = None, scopes: tuple[str, ...] = TRAIN) -> Any:
+    """The decorator of a handler, with what the server's OpenAPI document and its keys need to know of it: the handler
+    reads its body itself."""
+    opt = {"scopes": scopes} if body is None else {"body": body, "scopes": scopes, "response": None}
+    return post(path, operation_id=operation_id, status_code=200, opt=opt)
 
 
 class Calls:
@@ -175,17 +177,12 @@ def routes(services: Services) -> list[Any]:
 def creating(calls: Calls) -> list[Any]:
     """Where a job begins, and how it stands."""
 
-    @post(
-        f"{GRPO}/initialize",
-        operation_id="initializeGRPO",
-        status_code=200,
-        opt=described(requests.InitializeRequest),
-    )
+    @grpo_post(f"{GRPO}/initialize", "initializeGRPO", requests.InitializeRequest)
     async def initialize(request: AnyRequest, owner: str) -> GRPOStatus:
         """Begin to learn from rollouts."""
         return await calls.initialize(requests.decoded(await requests.raw_body(request)), owner)
 
-    @post(f"{GRPO}/status", operation_id="getGRPOStatus", status_code=200, opt=described(requests.StatusRequest))
+    @grpo_post(f"{GRPO}/status", "getGRPOStatus", requests.StatusRequest)
     async def status(request: AnyRequest, owner: str) -> GRPOStatus:
         """How a job stands, and which batch ids are offered."""
         asked = await read(request, requests.StatusRequest)
@@ -198,38 +195,33 @@ def creating(calls: Calls) -> list[Any]:
 def in_body(calls: Calls) -> list[Any]:
     """The routes whose body names the job."""
 
-    @post(f"{GRPO}/step", operation_id="sendGRPOGroup", status_code=200, opt=described(requests.StepRequest))
+    @grpo_post(f"{GRPO}/step", "sendGRPOGroup", requests.StepRequest)
     async def step(request: AnyRequest, owner: str) -> StepAnswer:
         """Send a group of completions as text, with their rewards."""
         asked = await read(request, requests.StepRequest)
         job_id, style = calls.chosen(asked, owner)
         return await calls.step(asked, job_id, owner, style)
 
-    @post(f"{GRPO}/rewards", operation_id="sendGRPORewards", status_code=200, opt=described(requests.RewardsRequest))
+    @grpo_post(f"{GRPO}/rewards", "sendGRPORewards", requests.RewardsRequest)
     async def rewards(request: AnyRequest, owner: str) -> StepAnswer:
         """Send a group of completions by their ids, with their rewards."""
         asked = await read(request, requests.RewardsRequest)
         return await calls.rewards(asked, calls.chosen(asked, owner)[0], owner)
 
-    @post(
-        f"{GRPO}/checkpoint",
-        operation_id="nameGRPOCheckpoint",
-        status_code=200,
-        opt=described(requests.CheckpointRequest),
-    )
+    @grpo_post(f"{GRPO}/checkpoint", "nameGRPOCheckpoint", requests.CheckpointRequest)
     async def checkpoint(request: AnyRequest, owner: str) -> GRPOStatus:
         """Write a checkpoint and give it a name."""
         asked = await read(request, requests.CheckpointRequest)
         job_id, style = calls.chosen(asked, owner)
         return await calls.checkpoint(asked, job_id, owner, style)
 
-    @post(f"{GRPO}/cancel", operation_id="cancelGRPO", status_code=200, opt=described(JobRequest))
+    @grpo_post(f"{GRPO}/cancel", "cancelGRPO", JobRequest)
     async def cancel(request: AnyRequest, owner: str) -> GRPOStatus:
         """End a job at once."""
         job_id, style = calls.chosen(await read(request, JobRequest), owner)
         return await calls.cancel(job_id, owner, style)
 
-    @post(f"{GRPO}/terminate", operation_id="terminateGRPO", status_code=200, opt=described(JobRequest))
+    @grpo_post(f"{GRPO}/terminate", "terminateGRPO", JobRequest)
     async def terminate(request: AnyRequest, owner: str) -> GRPOStatus:
         """End a job with what it has learned."""
         job_id, style = calls.chosen(await read(request, JobRequest), owner)
@@ -242,27 +234,22 @@ def in_path(calls: Calls) -> list[Any]:
     """The routes whose path names the job."""
     job = f"{GRPO}/{{job_id:str}}"
 
-    @post(f"{job}/step", operation_id="sendGRPOGroupTo", status_code=200, opt=described(requests.StepRequest))
+    @grpo_post(f"{job}/step", "sendGRPOGroupTo", requests.StepRequest)
     async def step(request: AnyRequest, job_id: str, owner: str) -> StepAnswer:
         """Send a group of completions as text to the job in the path."""
         return await calls.step(await read(request, requests.StepRequest), job_id, owner, "names")
 
-    @post(
-        f"{job}/checkpoint",
-        operation_id="nameGRPOCheckpointOf",
-        status_code=200,
-        opt=described(requests.CheckpointRequest),
-    )
+    @grpo_post(f"{job}/checkpoint", "nameGRPOCheckpointOf", requests.CheckpointRequest)
     async def checkpoint(request: AnyRequest, job_id: str, owner: str) -> GRPOStatus:
         """Write a checkpoint of the job in the path and give it a name."""
         return await calls.checkpoint(await read(request, requests.CheckpointRequest), job_id, owner, "names")
 
-    @post(f"{job}/cancel", operation_id="cancelGRPOJob", status_code=200, opt={"scopes": TRAIN})
+    @grpo_post(f"{job}/cancel", "cancelGRPOJob")
     async def cancel(job_id: str, owner: str) -> GRPOStatus:
         """End the job in the path at once."""
         return await calls.cancel(job_id, owner, "names")
 
-    @post(f"{job}/terminate", operation_id="terminateGRPOJob", status_code=200, opt={"scopes": TRAIN})
+    @grpo_post(f"{job}/terminate", "terminateGRPOJob")
     async def terminate(job_id: str, owner: str) -> GRPOStatus:
         """End the job in the path with what it has learned."""
         return await calls.terminate(job_id, owner, "names")
@@ -273,12 +260,7 @@ def in_path(calls: Calls) -> list[Any]:
 def engines(services: Services) -> list[Any]:
     """The original's routes for engines. Ours are started by their first request and stopped when nobody uses them."""
 
-    @post(
-        "/v1/chat/launch",
-        operation_id="launchEngine",
-        status_code=200,
-        opt=described(requests.LaunchRequest, INFER),
-    )
+    @grpo_post("/v1/chat/launch", "launchEngine", requests.LaunchRequest, INFER)
     async def launch(request: AnyRequest, owner: str) -> dict[str, Any]:
         """Start the engine of a model before its first request."""
         asked = await read(request, requests.LaunchRequest)
@@ -286,7 +268,7 @@ def engines(services: Services) -> list[Any]:
         message = "The engine runs. It would have been started by the first completion too."
         return {"message": message, "job_id": f"infer:{asked.model}", "model": asked.model}
 
-    @post("/v1/chat/kill", operation_id="killEngine", status_code=200, opt=described(requests.KillRequest, INFER))
+    @grpo_post("/v1/chat/kill", "killEngine", requests.KillRequest, INFER)
     async def kill(request: AnyRequest) -> dict[str, Any]:
         """Do nothing: engines are shared, and stop by themselves."""
         asked = await read(request, requests.KillRequest)
