@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from arbor_grpo.api import initialize
-from arbor_grpo.api.initialize import METHOD, translated
+from arbor_grpo.api.initialize import METHOD, translate
 from grpo_http import GRPO, MODEL, call, created
 from live import LiveServer
 
@@ -16,7 +16,7 @@ DEFAULTS = {"max_staleness": 1, "max_group_age": None, "max_length": None, "lora
 
 
 def hyperparameters(**config: Any) -> dict[str, Any]:
-    asked = translated({"model": MODEL, "trainer_config": config}, DEFAULTS)
+    asked = translate({"model": MODEL, "trainer_config": config}, DEFAULTS)
     return dict(asked.request["method"][METHOD]["hyperparameters"])
 
 
@@ -45,7 +45,7 @@ def test_a_job_of_a_client_with_the_former_name_has_one_warning(server: LiveServ
 
 
 def test_the_former_name_of_a_key_is_read_with_one_warning() -> None:
-    found = translated({"model": MODEL, "trainer_config": {"too_stale": 3, "max_staleness": 1}}, DEFAULTS)
+    found = translate({"model": MODEL, "trainer_config": {"too_stale": 3, "max_staleness": 1}}, DEFAULTS)
     assert found.request["method"][METHOD]["hyperparameters"] == {"max_group_age": 3, "max_staleness": 1}
     (warning,) = found.warnings
     assert "'trainer_config.too_stale' is called 'max_group_age' now" in warning
@@ -54,7 +54,7 @@ def test_the_former_name_of_a_key_is_read_with_one_warning() -> None:
 def test_keys_that_mean_the_same() -> None:
     config = {"max_seq_len": 100, "max_length": 200, "max_context_length": 100}
     body = {"model": MODEL, "trainer_config": config, "inference_config": {"max_seq_len": 300}}
-    asked = translated(body, DEFAULTS)
+    asked = translate(body, DEFAULTS)
     assert asked.request["method"][METHOD]["hyperparameters"]["max_length"] == 100
     unused = ("trainer_config.max_length", "inference_config.max_seq_len")
     assert asked.warnings == [
@@ -71,7 +71,7 @@ def test_the_example_trains_all_weights() -> None:
 
 def test_of_many_unknown_keys_some_are_named() -> None:
     keys = {f"max_lengt{number:04}": 1 for number in range(1000)}
-    (said,) = translated({"model": MODEL, "trainer_config": {**keys, "k" * 100_000: 1}}, DEFAULTS).warnings
+    (said,) = translate({"model": MODEL, "trainer_config": {**keys, "k" * 100_000: 1}}, DEFAULTS).warnings
     assert said.startswith(
         "These keys are not known here and were not used: 'max_lengt0000' (did you mean 'max_length'?)"
     )
@@ -81,7 +81,7 @@ def test_of_many_unknown_keys_some_are_named() -> None:
 def test_the_nearest_key_is_looked_for_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     monkeypatch.setattr(initialize, "get_close_matches", lambda key, *_, **__: looked.append(key))
-    translated({"model": MODEL, **{f"{number}-{'k' * 1000}": 1 for number in range(1000)}}, DEFAULTS)
+    translate({"model": MODEL, **{f"{number}-{'k' * 1000}": 1 for number in range(1000)}}, DEFAULTS)
     assert len(looked) == 20
     assert max(map(len, looked)) == 80
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from arbor_grpo.api.long_poll import News
+from arbor_grpo.api.long_poll import StatusPolls
 from arbor_grpo.api.status import Groups, GRPOStatus, Style
 
 from arbor_core.types import ApiError
@@ -21,7 +21,7 @@ class World:
         self.looks = 0
         self.version, self.pending = 0, [0]
         self.gone = False
-        self.news = News(self.look, self.changed)
+        self.news = StatusPolls(self.look, self.changed)
 
     def now(self) -> GRPOStatus:
         return GRPOStatus(

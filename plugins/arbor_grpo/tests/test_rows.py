@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from arbor_grpo import GrpoConfig
-from arbor_grpo.training.intake import Gathering
+from arbor_grpo.training.intake import StepGroups
 from arbor_grpo.training.rows import Reader, RejectedError, shaped, with_advantages
 from arbor_sft.tiny import tokenizer
 from arbor_trl.chat import ChatFormat
@@ -71,7 +71,7 @@ def told(levels: int) -> Group:
 def test_messages_are_nested_so_deeply_and_no_deeper():
     """However deep the trainer itself is when it reads them."""
     chatting = Reader(config(), ChatFormat(tokenizer()), vocabulary=1000, longest=64)
-    assert chatting.read(told(MAX_DEPTH)).rollouts[0].tokens
+    assert chatting.read(told(MAX_DEPTH)).rows[0].tokens
     for levels in (MAX_DEPTH + 1, 600, 5000):
         with pytest.raises(RejectedError, match=r"rollout 0: messages\[0\] is nested too deeply: more than 64 levels"):
             chatting.read(told(levels))
@@ -110,7 +110,7 @@ def test_long_trajectories_lose_of_a_positive_reward():
 
 
 def test_long_rows_are_cut_at_their_end():
-    found = reader(max_length=4).read(Group(rollouts=(rollout(0, [1, 2, 3], [4, 5, 6], 1.0),), version=0)).rollouts[0]
+    found = reader(max_length=4).read(Group(rollouts=(rollout(0, [1, 2, 3], [4, 5, 6], 1.0),), version=0)).rows[0]
     assert (found.prompt.tolist(), found.completion.tolist(), found.cut) == ([1, 2, 3], [4], True)
     assert found.logprobs is not None
     assert len(found.logprobs) == len(found.mask) == 1
@@ -126,7 +126,7 @@ def test_what_is_skipped_depends_on_the_inbox_alone(chunk):
     bad = Group(rollouts=(), version=9)
     arrived = records(*(group(n, version=v) for n, v in enumerate((5, 2, 4, 3))), bad, group(9, version=4), group(10))
     found = reader(max_staleness=1, groups_per_step=3)
-    gathering = Gathering(position=0, step=5)
+    gathering = StepGroups(position=0, step=5)
     for at in range(0, len(arrived), chunk):
         if gathering.take(arrived[at : at + chunk], found):
             break
@@ -140,7 +140,7 @@ def test_what_is_skipped_depends_on_the_inbox_alone(chunk):
 
 def test_more_stale_groups_may_be_used_than_there_are_credits_for():
     found = reader(max_staleness=0, max_group_age=3)
-    gathering = Gathering(position=0, step=3)
+    gathering = StepGroups(position=0, step=3)
     assert gathering.take(records(group(1, version=0)), found)
 
 
@@ -161,7 +161,7 @@ def test_age_is_counted_in_batches(keys, oldest):
     used = [
         step
         for step in range(0, 30, iterations)
-        if Gathering(0, step, iterations).take(records(group(1, version=0)), found)
+        if StepGroups(0, step, iterations).take(records(group(1, version=0)), found)
     ]
     assert used == list(range(0, oldest + 1, iterations))
 

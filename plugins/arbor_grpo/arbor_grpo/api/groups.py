@@ -13,7 +13,7 @@ from arbor_core.http import MAX_DEPTH, ApiError, RolloutSession, key_of, key_of_
 
 from .requests import Item, StepRequest
 
-FARTHEST = 1e18
+LARGEST = 1e18
 """Larger numbers overflow when they are squared in single precision."""
 SAME_TEMPERATURE = 1e-6
 
@@ -31,12 +31,12 @@ def number(value: Any, param: str) -> float | None:
     """
     if isinstance(value, bool):
         return float(value)
-    if isinstance(value, int | float) and abs(value) <= FARTHEST:  # which NaN is not
+    if isinstance(value, int | float) and abs(value) <= LARGEST:  # which NaN is not
         return float(value)
     if isinstance(value, msgspec.UnsetType):
         return None
     kind = "a larger one" if isinstance(value, int | float) else type(value).__name__
-    raise invalid(f"Invalid '{param}': expected a finite number up to {FARTHEST:g}, got {kind}.", param)
+    raise invalid(f"Invalid '{param}': expected a finite number up to {LARGEST:g}, got {kind}.", param)
 
 
 def digest_of(content: Any, param: str) -> int:
@@ -57,24 +57,24 @@ def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return {
         name[:64]: float(value)
         for name, value in list((metrics or {}).items())[:64]
-        if isinstance(value, int | float) and abs(value) <= FARTHEST
+        if isinstance(value, int | float) and abs(value) <= LARGEST
     }
 
 
-def trajectories(asked: StepRequest, count: int) -> list[tuple[str, list[Item]]]:
+def trajectories(request: StepRequest, count: int) -> list[tuple[str, list[Item]]]:
     """The trajectories of a group with their paths; one of a flat group is one item.
 
     Raises:
         ApiError: there are not `count` of them, or flat and nested ones are mixed.
     """
-    nested = [isinstance(entry, list) for entry in asked.batch]
+    nested = [isinstance(entry, list) for entry in request.batch]
     if any(nested) and not all(nested):
         raise invalid("Invalid 'batch': items and lists of items are mixed.", "batch")
-    if len(asked.batch) != count:
+    if len(request.batch) != count:
         message = f"Invalid 'batch': expected {count} samples in the group (num_generations), received {len(nested)}."
         raise invalid(message, "batch", "group_size_mismatch")
     found = []
-    for index, entry in enumerate(asked.batch):
+    for index, entry in enumerate(request.batch):
         items = entry if isinstance(entry, list) else [entry]
         if not items:
             raise invalid(f"Invalid 'batch[{index}]': a trajectory has at least one item.", f"batch[{index}]")
@@ -82,7 +82,7 @@ def trajectories(asked: StepRequest, count: int) -> list[tuple[str, list[Item]]]
     return found
 
 
-def worth(entries: Sequence[tuple[str, Item]]) -> tuple[float | None, float | None]:
+def reward_and_advantage(entries: Sequence[tuple[str, Item]]) -> tuple[float | None, float | None]:
     """Reward and advantage of a trajectory: those that its items share.
 
     Raises:
@@ -141,7 +141,7 @@ def check_message(message: Mapping[str, Any], path: str) -> None:
         raise invalid(f"Invalid '{path}.content': expected text, a list of parts, or null.", f"{path}.content")
 
 
-def group_of(asked: StepRequest, live: RolloutSession, batch_id: int, at: float) -> Group:
+def group_of(request: StepRequest, live: RolloutSession, batch_id: int, at: float) -> Group:
     """A group for the inbox: each completion that the ledger knows as the tokens that were sampled, else as text.
 
     Raises:
@@ -151,16 +151,16 @@ def group_of(asked: StepRequest, live: RolloutSession, batch_id: int, at: float)
     rollouts: list[Rollout] = []
     versions: list[int] = []
     used: set[tuple[str, int]] = set()
-    for index, (path, items) in enumerate(trajectories(asked, live.config.num_generations)):
-        nested = isinstance(asked.batch[index], list)
+    for index, (path, items) in enumerate(trajectories(request, live.config.num_generations)):
+        nested = isinstance(request.batch[index], list)
         entries = [(f"{path}[{k}]" if nested else path, item) for k, item in enumerate(items)]
-        reward, advantage = worth(entries)
+        reward, advantage = reward_and_advantage(entries)
         for place, item in entries:
             rollout, version = rollout_of(item, place, live, used)
             versions.append(credit if version is None else version)
             rollouts.append(msgspec.structs.replace(rollout, trajectory=index, reward=reward, advantage=advantage))
     check_alike(rollouts, "batch")
-    group = Group(id=batch_id, rollouts=tuple(rollouts), version=min(versions), metrics=numbers(asked.metrics), at=at)
+    group = Group(id=batch_id, rollouts=tuple(rollouts), version=min(versions), metrics=numbers(request.metrics), at=at)
     try:
         msgspec.msgpack.encode(group)
     except OverflowError:
@@ -185,11 +185,11 @@ def rollout_of(item: Item, path: str, live: RolloutSession, used: set[tuple[str,
         found = live.match(key_of(item.messages, content), frozenset(used), tools)
         if found is not None:
             used.add((found.id, found.index))
-            return sampled(found, live.config.temperature), found.version
+            return sampled_rollout(found, live.config.temperature), found.version
     return Rollout(messages=item.messages, answer=answer, tools=item.tools), None
 
 
-def sampled(found: Completion, temperature: float) -> Rollout:
+def sampled_rollout(found: Completion, temperature: float) -> Rollout:
     """A completion as it was sampled. Log-probabilities at another temperature than the job's are of no use."""
     same = abs(found.temperature - temperature) <= SAME_TEMPERATURE
     return Rollout(

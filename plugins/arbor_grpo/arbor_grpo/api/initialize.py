@@ -1,4 +1,4 @@
-"""From the configuration that GRPO's clients send to a job of ours: keys renamed, units and words translated.
+"""From the configuration that GRPO's clients send to a job of ours: keys, units and words are translated.
 
 What has no meaning here becomes a warning of the job: a client that sends twenty keys shall not fail for one of them.
 """
@@ -53,8 +53,8 @@ MEANINGLESS = frozenset(
 OUTER = {*InitializeRequest.__struct_fields__, "job_id"}
 
 
-class Asked(msgspec.Struct):
-    """A request for a job of ours."""
+class TranslatedRequest(msgspec.Struct):
+    """A request of a job as the core takes it."""
 
     request: dict[str, Any]
     warnings: list[str]
@@ -62,7 +62,7 @@ class Asked(msgspec.Struct):
     """Where the client wrote what became this hyperparameter."""
 
 
-def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
+def translate(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> TranslatedRequest:
     """The body of `initialize` as the body of `POST /v1/fine_tuning/jobs`.
 
     Args:
@@ -73,10 +73,10 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
         ApiError: there are far too many keys.
     """
     body = typed(dict(raw), InitializeRequest, "")
-    told = flat(raw)
-    if len(told) > MOST_KEYS:
-        raise ApiError(400, f"A configuration of {len(told)} keys: expected at most {MOST_KEYS}.", "invalid_value")
-    hyperparameters, paths, remarks = renamed(told, defaults)
+    given = by_path(raw)
+    if len(given) > MOST_KEYS:
+        raise ApiError(400, f"A configuration of {len(given)} keys: expected at most {MOST_KEYS}.", "invalid_value")
+    hyperparameters, paths, remarks = hyperparameters_of(given, defaults)
     if not hyperparameters.keys() & {"max_group_age", "max_staleness"}:
         hyperparameters["max_group_age"] = MAX_GROUP_AGE
     request = {
@@ -84,22 +84,24 @@ def translated(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
         "method": {"type": METHOD, METHOD: {"hyperparameters": hyperparameters}},
         "suffix": body.suffix,
         "metadata": {"run_name": body.run_name[:512]} if body.run_name else None,
-        "num_gpus": gpus(body, told),
-        "seed": next((value for path, value in told.items() if path.rpartition(".")[2] == "seed"), None),
+        "num_gpus": training_gpus(body, given),
+        "seed": next((value for path, value in given.items() if path.rpartition(".")[2] == "seed"), None),
     }
     request = {key: value for key, value in request.items() if value is not None}
-    return Asked(request, remarks, paths)
+    return TranslatedRequest(request, remarks, paths)
 
 
-def renamed(told: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """What a client told as hyperparameters of ours, the path of each, and what to say of the rest."""
+def hyperparameters_of(
+    given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What a client has set as hyperparameters of ours, the path of each, and warnings of the rest."""
     hyperparameters: dict[str, Any] = {}
     paths: dict[str, str] = {}
     unused: list[str] = []
     remarks: list[str] = []
-    for path, value in told.items():
+    for path, value in given.items():
         key = path.rpartition(".")[2]
-        found = one(key, value)
+        found = translate_key(key, value)
         if found and found[0] in defaults:
             if hyperparameters.setdefault(*found) != found[1]:
                 remarks.append(f"'{paths[found[0]]}' was used, and '{path}', which means the same, was not.")
@@ -111,7 +113,7 @@ def renamed(told: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[
     return hyperparameters, paths, remarks + warnings(unused, defaults)
 
 
-def flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+def by_path(raw: Mapping[str, Any]) -> dict[str, Any]:
     """All keys of a trainer's configuration by the path at which the client wrote them; nulls say nothing."""
     trainer, inference = raw.get("trainer_config") or {}, raw.get("inference_config") or {}
     lengths = ("max_seq_len", "max_context_length")
@@ -121,7 +123,7 @@ def flat(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in found.items() if value is not None}
 
 
-def one(key: str, value: Any) -> tuple[str, Any] | None:
+def translate_key(key: str, value: Any) -> tuple[str, Any] | None:
     """A key and its value in our words; None where it says nothing to us."""
     if key == "lora":
         return None if value is True else ("lora", None if value is False else value)
@@ -134,12 +136,12 @@ def one(key: str, value: Any) -> tuple[str, Any] | None:
     return RENAMED.get(key, key), value
 
 
-def gpus(body: InitializeRequest, told: Mapping[str, Any]) -> Any:
+def training_gpus(body: InitializeRequest, given: Mapping[str, Any]) -> Any:
     """How many devices to train on."""
-    asked = next((value for path, value in told.items() if path.rpartition(".")[2] == "num_training_gpus"), None)
-    if asked is None and body.gpu_config and body.gpu_config.multi:
-        asked = body.gpu_config.multi.num_training_gpus
-    return asked
+    count = next((value for path, value in given.items() if path.rpartition(".")[2] == "num_training_gpus"), None)
+    if count is None and body.gpu_config and body.gpu_config.multi:
+        count = body.gpu_config.multi.num_training_gpus
+    return count
 
 
 def warnings(unused: list[str], defaults: Mapping[str, Any]) -> list[str]:
@@ -161,7 +163,7 @@ def hint(key: str, known: list[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near and near[0] != key else ""
 
 
-def blamed(error: ConfigError | ApiError, paths: Mapping[str, str]) -> ConfigError | ApiError:
+def with_clients_path(error: ConfigError | ApiError, paths: Mapping[str, str]) -> ConfigError | ApiError:
     """An error about a job's request as one about the body that the client sent."""
     path = error.path if isinstance(error, ConfigError) else error.param
     if not path or not path.startswith(WHERE):

@@ -1,4 +1,4 @@
-"""Clients that wait for news of a job: however many wait, the job is looked at once for all of them."""
+"""Clients that wait for a change of a job's status: however many wait, the job is looked at once for all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from .status import GRPOStatus, Style
 
 LATEST_SECONDS = 0.25
-"""Between two looks, if nothing is heard of the job: groups that others send are no news of its trainer."""
+"""Between two looks, if no event of the job comes: a group that another client sends is none."""
 
 Key = tuple[str, str, Style]
 """Job, owner, and how checkpoints are shown."""
@@ -17,13 +17,13 @@ Look = Callable[[str, str, Style], Awaitable[GRPOStatus]]
 Changed = Callable[[str, str, float], Awaitable[None]]
 
 
-class Watch:
+class StatusWatch:
     """Of one job, for the clients that wait at the same time.
 
     Args:
         look: Tells how the job is.
-        changed: Returns when something was heard of it, or after so many seconds.
-        before: The state that they know.
+        changed: Returns when there is an event of it, or after so many seconds.
+        before: The status that they know.
         until: When the last of them has waited enough.
     """
 
@@ -46,12 +46,12 @@ class Watch:
         return before
 
 
-class News:
-    """The watches of a server."""
+class StatusPolls:
+    """All watches of a server."""
 
     def __init__(self, look: Look, changed: Changed) -> None:
         self.look, self.changed = look, changed
-        self.watches: dict[Key, Watch] = {}
+        self.watches: dict[Key, StatusWatch] = {}
 
     async def next(self, key: Key, before: GRPOStatus, seconds: float) -> GRPOStatus | None:
         """The state of a job when it is no longer as it was before; that one or None: so many seconds have passed.
@@ -62,7 +62,7 @@ class News:
         until = time.monotonic() + seconds
         watch = self.watches.get(key)
         if watch is None:
-            watch = self.watches[key] = Watch(self.look, self.changed, key, before, until)
+            watch = self.watches[key] = StatusWatch(self.look, self.changed, key, before, until)
             watch.change.add_done_callback(lambda _: self.watches.pop(key))
         watch.until = max(watch.until, until)
         found, _ = await asyncio.wait({watch.change}, timeout=seconds)  # which leaves it running for the others

@@ -18,34 +18,34 @@ from .requests import Reward, RewardsRequest
 from .turns import Entry, Turns, sequences
 
 
-def group_by_ids(asked: RewardsRequest, live: RolloutSession, batch_id: int, at: float) -> Group:
+def group_by_ids(request: RewardsRequest, live: RolloutSession, batch_id: int, at: float) -> Group:
     """A group for the inbox.
 
     Raises:
         ApiError: it cannot be one; nothing was changed.
     """
-    entries = looked_up(asked.rewards, live)
+    entries = find_completions(request.rewards, live)
     rollouts: list[Rollout] = []
-    all_of = list(gathered(entries))
-    if len(all_of) < 2:
-        message = f"Invalid 'rewards': expected at least two trajectories to compare, received {len(all_of)}."
+    trajectories = list(trajectories_of(entries))
+    if len(trajectories) < 2:
+        message = f"Invalid 'rewards': expected at least two trajectories to compare, received {len(trajectories)}."
         raise invalid(message, "rewards", "group_size_mismatch")
-    for index, made in enumerate(all_of):
-        reward, advantage = worth([entry for turns in made for entry in turns.entries])
-        rollouts += [turns.rollout(index, reward, advantage) for turns in made]
+    for index, sequences_of_one in enumerate(trajectories):
+        reward, advantage = reward_and_advantage([entry for turns in sequences_of_one for entry in turns.entries])
+        rollouts += [turns.rollout(index, reward, advantage) for turns in sequences_of_one]
     check_alike(rollouts, "rewards")
     version = min(completion.version for _, _, completion in entries)
     return Group(
         id=batch_id,
         rollouts=tuple(rollouts),
         version=version,
-        label=asked.group,
-        metrics=numbers(asked.metrics),
+        label=request.group,
+        metrics=numbers(request.metrics),
         at=at,
     )
 
 
-def looked_up(rewards: Sequence[Reward], live: RolloutSession) -> list[Entry]:
+def find_completions(rewards: Sequence[Reward], live: RolloutSession) -> list[Entry]:
     """What was sampled under each id.
 
     Raises:
@@ -87,17 +87,17 @@ def check_usable(completion: Completion, temperature: float, path: str) -> None:
         raise invalid(message, path, "logprobs_unavailable")
 
 
-def gathered(entries: Sequence[Entry]) -> list[list[Turns]]:
+def trajectories_of(entries: Sequence[Entry]) -> list[list[Turns]]:
     """The trajectories, each with its sequences, in the order in which their first completions were listed."""
     named: dict[str | int | None, list[Entry]] = defaultdict(list)
     for entry in entries:
         named[entry[1].trajectory].append(entry)
     trajectories = [[turns] for turns in sequences(named.pop(None, ()))]
     trajectories += [sequences(of_one) for of_one in named.values()]
-    return sorted(trajectories, key=lambda made: min(entry[0] for turns in made for entry in turns.entries))
+    return sorted(trajectories, key=lambda one: min(entry[0] for turns in one for entry in turns.entries))
 
 
-def worth(entries: Sequence[Entry]) -> tuple[float | None, float | None]:
+def reward_and_advantage(entries: Sequence[Entry]) -> tuple[float | None, float | None]:
     """Reward of a trajectory, the sum of its completions'; and its advantage, which they share.
 
     Raises:

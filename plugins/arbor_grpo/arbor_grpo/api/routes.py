@@ -17,11 +17,11 @@ from arbor_core.http import UNNUMBERED, ApiError, RolloutSession
 
 from . import requests
 from .groups import digest_of, group_of
-from .initialize import METHOD, blamed, translated
-from .long_poll import News
+from .initialize import METHOD, translate, with_clients_path
+from .long_poll import StatusPolls
 from .requests import AnyRequest, JobRequest, read
 from .rewards import group_by_ids
-from .status import ENDED, GRPOStatus, StepAnswer, Style, refused, status_of, step_answer
+from .status import ENDED, GRPOStatus, StepAnswer, Style, check_takes_groups, status_of, step_answer
 
 GRPO = "/v1/fine_tuning/grpo"
 CHECKPOINT_SECONDS = 300.0
@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.1
 TRAIN, INFER = ("train",), ("infer",)
 
 
-def grpo_post(path: str, operation_id: str, body: type | None = None, scopes: tuple[str, ...] = TRAIN) -> Any:
+def grpo_post(path: str, operation_id: str, body: type | None = None, scopes: tuple[str, ...] = TRAIN) -> post:
     """The decorator of a handler, with what the server's OpenAPI document and its keys need to know of it: the handler
     reads its body itself."""
     opt = {"scopes": scopes} if body is None else {"body": body, "scopes": scopes, "response": None}
@@ -47,7 +47,7 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.news = News(self.look, services.changed)
+        self.polls = StatusPolls(self.look, services.changed)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
@@ -55,14 +55,14 @@ class Calls:
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         return self.status(await self.services.learner(job_id, owner), owner, style)
 
-    async def after(self, asked: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+    async def wait_for_change(self, body: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
-        known, until = set(asked.known), time.monotonic() + asked.wait
+        known, until = set(body.known), time.monotonic() + body.wait
         before = await self.look(job_id, owner, style)
         while before.status in ("created", "running", "paused") and known.issuperset(before.pending_batch_ids):
             if (left := until - time.monotonic()) <= 0:
                 break
-            now = await self.news.next((job_id, owner, style), before, left)
+            now = await self.polls.next((job_id, owner, style), before, left)
             if now is None or (now.status, now.policy_version) != (before.status, before.policy_version):
                 return now or await self.look(job_id, owner, style)
             before = now
@@ -70,56 +70,56 @@ class Calls:
 
     async def initialize(self, raw: dict[str, Any], owner: str) -> GRPOStatus:
         """Create a job; nothing waits for its worker or for an engine."""
-        asked = translated(raw, self.services.defaults(METHOD))
+        translated = translate(raw, self.services.defaults(METHOD))
         try:
-            job = await self.services.create_job(asked.request, owner, asked.warnings)
+            job = await self.services.create_job(translated.request, owner, translated.warnings)
         except (ConfigError, ApiError) as error:
-            raise blamed(error, asked.paths) from None
+            raise with_clients_path(error, translated.paths) from None
         return self.status(job, owner)
 
-    async def step(self, asked: requests.StepRequest, job_id: str, owner: str, style: Style) -> StepAnswer:
+    async def step(self, body: requests.StepRequest, job_id: str, owner: str, style: Style) -> StepAnswer:
         """Take a group of `num_generations`."""
-        digest = digest_of(asked.batch, "batch")
+        digest = digest_of(body.batch, "batch")
 
-        async def sent(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
+        async def send(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
             if batch_id != UNNUMBERED and (before := await live.known(batch_id, digest)):
                 return before, live.group(before)
-            group = group_of(asked, live, batch_id, time.time())
+            group = group_of(body, live, batch_id, time.time())
             return await live.send(group, digest), group
 
-        return await self.taken(job_id, owner, style, asked.batch_id, sent)
+        return await self.take_group(job_id, owner, style, body.batch_id, send)
 
-    async def rewards(self, asked: requests.RewardsRequest, job_id: str, owner: str) -> StepAnswer:
+    async def rewards(self, body: requests.RewardsRequest, job_id: str, owner: str) -> StepAnswer:
         """Take a group of completions by their ids."""
-        digest = digest_of(asked.rewards, "rewards")
+        digest = digest_of(body.rewards, "rewards")
 
-        async def sent(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
-            before = await live.labelled(asked.group, digest) if asked.group else None
-            if before is None and asked.batch_id is not None:
+        async def send(live: RolloutSession, batch_id: int) -> tuple[Accepted, Group]:
+            before = await live.labelled(body.group, digest) if body.group else None
+            if before is None and body.batch_id is not None:
                 before = await live.known(batch_id, digest)
             if before:
                 return before, live.group(before)
-            group = group_by_ids(asked, live, batch_id, time.time())
+            group = group_by_ids(body, live, batch_id, time.time())
             return await live.send(group, digest), group
 
-        return await self.taken(job_id, owner, "records", asked.batch_id, sent)
+        return await self.take_group(job_id, owner, "records", body.batch_id, send)
 
-    async def taken(
+    async def take_group(
         self,
         job_id: str,
         owner: str,
         style: Style,
         batch_id: int | None,
-        sent: Callable[[RolloutSession, int], Awaitable[tuple[Accepted, Group]]],
+        send: Callable[[RolloutSession, int], Awaitable[tuple[Accepted, Group]]],
     ) -> StepAnswer:
         """Send a group to a job that takes one, and say what became of it."""
         job = await self.services.learner(job_id, owner)
-        if text := refused(self.services, job, owner):
+        if text := check_takes_groups(self.services, job, owner):
             return step_answer(self.status(job, owner, style), accepted=False, batch_id=batch_id, message=text)
         live = self.services.rollouts(job_id, owner)
         if batch_id is None:
             batch_id = next(iter(live.pending()), UNNUMBERED)
-        accepted, group = await sent(live, batch_id)
+        accepted, group = await send(live, batch_id)
         matched = sum(not rollout.messages for rollout in group.rollouts)
         return step_answer(
             await self.look(job_id, owner, style),
@@ -129,17 +129,17 @@ class Calls:
             tokenized=len(group.rollouts) - matched,
         )
 
-    async def checkpoint(self, asked: requests.CheckpointRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
-        await self.services.checkpoint(job_id, owner, asked.checkpoint_name, asked.checked(), CHECKPOINT_SECONDS)
+    async def checkpoint(self, body: requests.CheckpointRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
+        await self.services.checkpoint(job_id, owner, body.checkpoint_name, body.checked(), CHECKPOINT_SECONDS)
         status = await self.look(job_id, owner, style)
-        status.last_checkpoint = asked.checkpoint_name  # a name that was given again is the last one too
+        status.last_checkpoint = body.checkpoint_name  # a name that was given again is the last one too
         return status
 
     async def cancel(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """End a job at once; a second time changes nothing."""
         await self.services.learner(job_id, owner)
         await self.services.ask(job_id, owner, "cancel")
-        return self.status(await self.ended(job_id, owner), owner, style)
+        return self.status(await self.wait_until_ended(job_id, owner), owner, style)
 
     async def terminate(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """End a job with what it has learned. One that has ended well, or was cancelled, is left as it is.
@@ -149,12 +149,12 @@ class Calls:
         """
         job = await self.services.learner(job_id, owner)
         if job["status"] == "failed":
-            refused(self.services, job, owner)
+            check_takes_groups(self.services, job, owner)
         if job["status"] not in ENDED:
             await self.services.ask(job_id, owner, "finish")
-        return self.status(await self.ended(job_id, owner), owner, style)
+        return self.status(await self.wait_until_ended(job_id, owner), owner, style)
 
-    async def ended(self, job_id: str, owner: str) -> dict[str, Any]:
+    async def wait_until_ended(self, job_id: str, owner: str) -> dict[str, Any]:
         """The job, when it has ended or a minute has passed."""
         until = time.monotonic() + END_SECONDS
         while True:
@@ -163,9 +163,9 @@ class Calls:
                 return job
             await self.services.changed(job_id, owner, LOOK_SECONDS)
 
-    def chosen(self, asked: JobRequest, owner: str) -> tuple[str, Style]:
+    def job_of(self, body: JobRequest, owner: str) -> tuple[str, Style]:
         """The job that a body names, or the newest, and how its client wants to see checkpoints."""
-        return (asked.job_id, "records") if asked.job_id is not None else (self.services.newest(owner), "names")
+        return (body.job_id, "records") if body.job_id is not None else (self.services.newest(owner), "names")
 
 
 def routes(services: Services) -> list[Any]:
@@ -185,9 +185,9 @@ def creating(calls: Calls) -> list[Any]:
     @grpo_post(f"{GRPO}/status", "getGRPOStatus", requests.StatusRequest)
     async def status(request: AnyRequest, owner: str) -> GRPOStatus:
         """How a job stands, and which batch ids are offered."""
-        asked = await read(request, requests.StatusRequest)
-        job_id, style = calls.chosen(asked, owner)
-        return await calls.after(asked, job_id, owner, style)
+        body = await read(request, requests.StatusRequest)
+        job_id, style = calls.job_of(body, owner)
+        return await calls.wait_for_change(body, job_id, owner, style)
 
     return [initialize, status]
 
@@ -198,33 +198,33 @@ def in_body(calls: Calls) -> list[Any]:
     @grpo_post(f"{GRPO}/step", "sendGRPOGroup", requests.StepRequest)
     async def step(request: AnyRequest, owner: str) -> StepAnswer:
         """Send a group of completions as text, with their rewards."""
-        asked = await read(request, requests.StepRequest)
-        job_id, style = calls.chosen(asked, owner)
-        return await calls.step(asked, job_id, owner, style)
+        body = await read(request, requests.StepRequest)
+        job_id, style = calls.job_of(body, owner)
+        return await calls.step(body, job_id, owner, style)
 
     @grpo_post(f"{GRPO}/rewards", "sendGRPORewards", requests.RewardsRequest)
     async def rewards(request: AnyRequest, owner: str) -> StepAnswer:
         """Send a group of completions by their ids, with their rewards."""
-        asked = await read(request, requests.RewardsRequest)
-        return await calls.rewards(asked, calls.chosen(asked, owner)[0], owner)
+        body = await read(request, requests.RewardsRequest)
+        return await calls.rewards(body, calls.job_of(body, owner)[0], owner)
 
     @grpo_post(f"{GRPO}/checkpoint", "nameGRPOCheckpoint", requests.CheckpointRequest)
     async def checkpoint(request: AnyRequest, owner: str) -> GRPOStatus:
         """Write a checkpoint and give it a name."""
-        asked = await read(request, requests.CheckpointRequest)
-        job_id, style = calls.chosen(asked, owner)
-        return await calls.checkpoint(asked, job_id, owner, style)
+        body = await read(request, requests.CheckpointRequest)
+        job_id, style = calls.job_of(body, owner)
+        return await calls.checkpoint(body, job_id, owner, style)
 
     @grpo_post(f"{GRPO}/cancel", "cancelGRPO", JobRequest)
     async def cancel(request: AnyRequest, owner: str) -> GRPOStatus:
         """End a job at once."""
-        job_id, style = calls.chosen(await read(request, JobRequest), owner)
+        job_id, style = calls.job_of(await read(request, JobRequest), owner)
         return await calls.cancel(job_id, owner, style)
 
     @grpo_post(f"{GRPO}/terminate", "terminateGRPO", JobRequest)
     async def terminate(request: AnyRequest, owner: str) -> GRPOStatus:
         """End a job with what it has learned."""
-        job_id, style = calls.chosen(await read(request, JobRequest), owner)
+        job_id, style = calls.job_of(await read(request, JobRequest), owner)
         return await calls.terminate(job_id, owner, style)
 
     return [step, rewards, checkpoint, cancel, terminate]
@@ -263,16 +263,16 @@ def engines(services: Services) -> list[Any]:
     @grpo_post("/v1/chat/launch", "launchEngine", requests.LaunchRequest, INFER)
     async def launch(request: AnyRequest, owner: str) -> dict[str, Any]:
         """Start the engine of a model before its first request."""
-        asked = await read(request, requests.LaunchRequest)
-        await services.warm(asked.model, owner)
+        body = await read(request, requests.LaunchRequest)
+        await services.warm(body.model, owner)
         message = "The engine runs. It would have been started by the first completion too."
-        return {"message": message, "job_id": f"infer:{asked.model}", "model": asked.model}
+        return {"message": message, "job_id": f"infer:{body.model}", "model": body.model}
 
     @grpo_post("/v1/chat/kill", "killEngine", requests.KillRequest, INFER)
     async def kill(request: AnyRequest) -> dict[str, Any]:
         """Do nothing: engines are shared, and stop by themselves."""
-        asked = await read(request, requests.KillRequest)
+        body = await read(request, requests.KillRequest)
         message = "Nothing to do: engines are shared, and one that nobody uses is stopped by the server."
-        return {"message": message, "job_id": asked.job_id or "*", "aliases": []}
+        return {"message": message, "job_id": body.job_id or "*", "aliases": []}
 
     return [launch, kill]

@@ -11,7 +11,7 @@ from arbor_core import NamedCheckpoint, Services
 from arbor_core.http import ApiError
 
 ENDED = ("succeeded", "failed", "cancelled")
-WORDS = {"validating_files": "created", "queued": "created"}
+STATUS_NAMES = {"validating_files": "created", "queued": "created"}
 
 
 class Groups(Struct):
@@ -87,7 +87,7 @@ def status_of(services: Services, job: dict[str, Any], owner: str, style: Style 
     error = job["error"]
     return GRPOStatus(
         job_id=job["id"],
-        status=WORDS.get(job["status"], job["status"]),
+        status=STATUS_NAMES.get(job["status"], job["status"]),
         current_model=job["id"],
         checkpoints={one.name: record(one) if style == "records" else one.model for one in named},
         last_checkpoint=named[-1].name if named else None,
@@ -116,20 +116,20 @@ def step_answer(status: GRPOStatus, **values: Any) -> StepAnswer:
     return StepAnswer(**{name: getattr(status, name) for name in status.__struct_fields__}, **values)
 
 
-def refused(services: Services, job: dict[str, Any], owner: str) -> str | None:
+def check_takes_groups(services: Services, job: dict[str, Any], owner: str) -> str | None:
     """What is said to a group that the job has no use for any more, having made all its steps; None: it takes groups.
 
     Raises:
         ApiError: `invalid_job_state`: it was terminated, cancelled, or has failed.
     """
     job_id, status = job["id"], job["status"]
-    asked = services.desired(job_id, owner)
+    desired = services.desired(job_id, owner)
     why = None
     if status == "failed":
         why = f"it has failed: {job['error']['message'] if job['error'] else 'for an unknown reason'}"
-    elif status == "cancelled" or asked == "cancel":
+    elif status == "cancelled" or desired == "cancel":
         why = "it was cancelled"
-    elif asked == "finish":
+    elif desired == "finish":
         why = "it was terminated"
     if why:
         raise ApiError(400, f"Job {job_id} takes no rollouts: {why}.", "invalid_job_state", "job_id")

@@ -99,18 +99,18 @@ class Ends:
 def sequences(entries: Sequence[Entry]) -> list[Turns]:
     """The sequences that some entries form. Each entry goes on from the longest that its prompt begins with, if nothing
     else did; shorter prompts come first."""
-    ends, made = Ends(entries), list[Turns]()
+    ends, found = Ends(entries), list[Turns]()
     for _, alike in groupby(sorted(entries, key=_length), key=_length):
         grown = []
         for entry in alike:
-            number, turns = ends.take(entry[2].prompt) or (len(made), Turns(entry[2].prompt))
-            if number == len(made):
-                made.append(turns)
+            number, turns = ends.take(entry[2].prompt) or (len(found), Turns(entry[2].prompt))
+            if number == len(found):
+                found.append(turns)
             turns.extend(entry)
             grown.append((number, turns))
         for number, turns in grown:  # later: an empty answer to the same prompt is nothing to go on from
             ends.add(number, turns)
-    return made
+    return found
 
 
 def _length(entry: Entry) -> int:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from arbor_core import Record, StepInputs
 
-from .rows import Reader, Reading, RejectedError
+from .rows import GroupRows, Reader, RejectedError
 
 
 @dataclass
-class Gathering:
+class StepGroups:
     """The groups of the next step, so far.
 
     Args:
@@ -23,7 +23,7 @@ class Gathering:
     position: int
     step: int
     iterations: int = 1
-    used: list[tuple[Record, Reading]] = field(default_factory=list)
+    used: list[tuple[Record, GroupRows]] = field(default_factory=list)
     stale: list[Record] = field(default_factory=list)
     rejected: list[tuple[Record, str]] = field(default_factory=list)
 

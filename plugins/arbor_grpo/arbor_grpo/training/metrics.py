@@ -33,7 +33,7 @@ OUR_FOLDERS = ("client", "completions", "clip_ratio", "vespo", "sampling", "samp
 steps and jobs that have none of their own: who reads it there knows who says so."""
 
 
-class Parts:
+class StepMetrics:
     """Collects over a step's micro-batches, and leaves one number of each metric.
 
     Args:
@@ -46,7 +46,7 @@ class Parts:
         self.before = {name: len(values) for name, values in found.items()}
         self.tokens: list[float] = []
         self.rows: list[float] = []
-        self.apart: list[Tensor] = []
+        self.differences: list[Tensor] = []
 
     def add(self, micro: Batch, logps_BC: Tensor | None) -> None:
         """A micro-batch has run; `logps_BC` are the policy's."""
@@ -56,7 +56,7 @@ class Parts:
         sampling_BC = micro.get("sampling_per_token_logps")
         if sampling_BC is not None and logps_BC is not None:
             known_BC = mask_BC.bool() & ~sampling_BC.isnan()
-            self.apart.append((logps_BC - sampling_BC)[known_BC].abs())
+            self.differences.append((logps_BC - sampling_BC)[known_BC].abs())
 
     def combine(self, accelerator: Accelerator) -> None:
         """Once for a step, on all ranks."""
@@ -67,8 +67,9 @@ class Parts:
             if not sum(self.tokens):  # nothing ran that has an entropy, or that could be clipped
                 self.found[name] = values[:start]
             elif len(values) - start == len(self.tokens):
-                values[start:] = [self.combined(name, values[start:])]
-        apart = torch.cat([*self.apart, torch.zeros(1, device=accelerator.device)])  # a zero changes neither number
+                values[start:] = [self.combine_values(name, values[start:])]
+        nothing = torch.zeros(1, device=accelerator.device)  # changes neither number
+        apart = torch.cat([*self.differences, nothing])
         known = torch.tensor(float(len(apart) - 1), device=accelerator.device)
         total, count = accelerator.reduce(torch.stack([apart.sum(), known]), "sum").tolist()
         highest = float(accelerator.gather(apart.max()).max())
@@ -76,7 +77,7 @@ class Parts:
             self.found["sampling_logp_difference/mean"].append(total / count)
             self.found["sampling_logp_difference/max"].append(highest)
 
-    def combined(self, name: str, values: Sequence[float]) -> float:
+    def combine_values(self, name: str, values: Sequence[float]) -> float:
         real = [(v, t, r) for v, t, r in zip(values, self.tokens, self.rows, strict=True) if not math.isnan(v)]
         if not real:
             return math.nan
@@ -89,7 +90,7 @@ class Parts:
         return sum(v * w for (v, _, _), w in zip(real, weights, strict=True)) / max(1.0, sum(weights))
 
 
-def of_rows(rows: Sequence[Row]) -> dict[str, float]:
+def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Lengths are those of completions, in tokens that the policy sampled."""
     lengths = [row.sampled for row in rows]
     return {
@@ -101,7 +102,7 @@ def of_rows(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def of_clients(groups: Sequence[dict[str, float]]) -> dict[str, float]:
+def client_metrics(groups: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means of what clients measured, by name; none of them is called as one of ours."""
     found = defaultdict(list)
     for group in groups:

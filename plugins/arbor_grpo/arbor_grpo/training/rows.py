@@ -62,13 +62,13 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Reading:
+class GroupRows:
     """A group that can be trained on, before its advantages are known."""
 
-    rollouts: tuple[Row, ...]
+    rows: tuple[Row, ...]
     """With advantage 0."""
     trajectories: dict[int, Trajectory]
-    of: tuple[int, ...]
+    trajectory_of: tuple[int, ...]
     """The trajectory of each row."""
 
 
@@ -87,7 +87,7 @@ class Reader:
     vocabulary: int
     longest: int
 
-    def read(self, group: Group) -> Reading:
+    def read(self, group: Group) -> GroupRows:
         """The group's rows.
 
         Raises:
@@ -101,7 +101,7 @@ class Reader:
                 rows.append(self._row(rollout))
             except ValueError as error:
                 raise RejectedError(f"rollout {index}: {error}") from None
-        return Reading(tuple(rows), trajectories(group.rollouts, rows), tuple(r.trajectory for r in group.rollouts))
+        return GroupRows(tuple(rows), trajectories(group.rollouts, rows), tuple(r.trajectory for r in group.rollouts))
 
     def _row(self, rollout: Rollout) -> Row:
         if rollout.messages is not None or rollout.answer is not None:
@@ -230,21 +230,21 @@ class Rewards:
         }
 
 
-def with_advantages(readings: Sequence[Reading], config: GrpoConfig) -> tuple[list[Row], Rewards]:
+def with_advantages(groups: Sequence[GroupRows], config: GrpoConfig) -> tuple[list[Row], Rewards]:
     """All rows of a step with their advantages: a trajectory's reward less the mean of its group's, divided as
     `scale_rewards` says. An advantage that the client sent is taken as it is."""
     shaped_rewards = [
-        {k: shaped(t.reward, t.tokens, config) for k, t in reading.trajectories.items() if t.reward is not None}
-        for reading in readings
+        {k: shaped(t.reward, t.tokens, config) for k, t in group.trajectories.items() if t.reward is not None}
+        for group in groups
     ]
-    rewards = Rewards([list(group.values()) for group in shaped_rewards])
+    rewards = Rewards([list(one.values()) for one in shaped_rewards])
     rows = []
-    for reading, group in zip(readings, shaped_rewards, strict=True):
-        mean = statistics.fmean(group.values()) if group else 0.0
-        scale = {"group": list(group.values()), "batch": rewards.all}.get(config.scale_rewards)
+    for group, rewards_of_group in zip(groups, shaped_rewards, strict=True):
+        mean = statistics.fmean(rewards_of_group.values()) if rewards_of_group else 0.0
+        scale = {"group": list(rewards_of_group.values()), "batch": rewards.all}.get(config.scale_rewards)
         divisor = 1.0 if scale is None else deviation(scale) + SCALE_FLOOR
-        for row, key in zip(reading.rollouts, reading.of, strict=True):
-            given = reading.trajectories[key].advantage
-            advantage = given if given is not None else (group[key] - mean) / divisor
+        for row, key in zip(group.rows, group.trajectory_of, strict=True):
+            given = group.trajectories[key].advantage
+            advantage = given if given is not None else (rewards_of_group[key] - mean) / divisor
             rows.append(Row(**{**vars(row), "advantage": advantage}))
     return rows, rewards

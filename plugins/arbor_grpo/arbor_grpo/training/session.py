@@ -17,7 +17,7 @@ from arbor_core import Checkpoint, CheckpointRequest, JobStopped, Run, StepInput
 from arbor_grpo import GrpoConfig
 
 from . import metrics
-from .intake import Gathering
+from .intake import StepGroups
 from .publishing import Publisher
 from .rows import Reader, Row, with_advantages
 from .trainer import GroupTrainer
@@ -104,41 +104,41 @@ class Session:
             FinishRequested: the client wants no more steps.
         """
         began = time.perf_counter()
-        gathering = Gathering(self.progress.position, self.step, self.run.config.num_iterations)
+        groups = StepGroups(self.progress.position, self.step, self.run.config.num_iterations)
         complete = False
         while not complete:
             self.serve_requests()
-            skipped, rejected = gathering.skipped, len(gathering.rejected)
-            records = self.run.groups(gathering.position, WAIT) if self.run.rank == 0 else []
-            complete = gathering.take(self.of_rank_0(records), self.reader)
-            if gathering.skipped > skipped:
-                self.report_skipped(gathering, rejected)
+            skipped, rejected = groups.skipped, len(groups.rejected)
+            records = self.run.groups(groups.position, WAIT) if self.run.rank == 0 else []
+            complete = groups.take(self.of_rank_0(records), self.reader)
+            if groups.skipped > skipped:
+                self.report_skipped(groups, rejected)
         waited = time.perf_counter() - began
-        rows, rewards = with_advantages([reading for _, reading in gathering.used], self.reader.config)
+        rows, rewards = with_advantages([rows for _, rows in groups.used], self.reader.config)
         self.warn_without_differences(rows)
-        self.progress.position = gathering.position
-        self.progress.handled += gathering.handled
+        self.progress.position = groups.position
+        self.progress.handled += groups.handled
         self.progress.tokens += sum(len(row.prompt) + len(row.completion) for row in rows)
-        self.inputs = gathering.inputs
+        self.inputs = groups.inputs
         self.measured = {
-            **metrics.of_clients([record.group.metrics for record, _ in gathering.used]),
+            **metrics.client_metrics([record.group.metrics for record, _ in groups.used]),
             **rewards.metrics(),
-            **metrics.of_rows(rows),
-            "staleness_mean": sum(gathering.ages) / len(gathering.ages),
-            "staleness_max": max(gathering.ages),
-            "groups_skipped": len(gathering.stale),
-            "groups_rejected": len(gathering.rejected),
+            **metrics.row_metrics(rows),
+            "staleness_mean": sum(groups.ages) / len(groups.ages),
+            "staleness_max": max(groups.ages),
+            "groups_skipped": len(groups.stale),
+            "groups_rejected": len(groups.rejected),
             "wait_time": waited,
         }
         return rows
 
-    def report_skipped(self, gathering: Gathering, reported: int) -> None:
+    def report_skipped(self, groups: StepGroups, reported: int) -> None:
         """Free the credits of groups that were skipped, and warn of those that cannot be used, but for the first
         `reported`."""
-        for record, why in gathering.rejected[reported:]:
+        for record, why in groups.rejected[reported:]:
             text = f"The group of batch {record.group.id} cannot be trained on: {why}"
             self.run.message(text, "warn", group_rejected=record.start, batch_id=record.group.id, reason=why)
-        self.run.report_skipped(self.progress.handled + gathering.skipped)
+        self.run.report_skipped(self.progress.handled + groups.skipped)
 
     def warn_without_differences(self, rows: list[Row]) -> None:
         """Say once that nothing is being learned from rewards, until there is something again."""

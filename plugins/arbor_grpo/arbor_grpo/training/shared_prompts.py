@@ -66,11 +66,11 @@ class SharedPromptsTrainer(GRPOTrainer):
         text = all(value is None for value in images.values())
         if self.shares and input_ids.size(1) - logits_to_keep > 1 and text:
             with self.accelerator.autocast():
-                logps_BC, entropies_BC = scored(model, unwrapped, input_ids, attention_mask, logits_to_keep)
+                logps_BC, entropies_BC = score_completions(model, unwrapped, input_ids, attention_mask, logits_to_keep)
             aux = None
         else:
             logps_BC, entropies_BC, aux = super()._get_per_token_logps_and_entropies(
-                placed(model, unwrapped) if text else model,
+                with_positions(model, unwrapped) if text else model,
                 input_ids,
                 attention_mask,
                 logits_to_keep,
@@ -87,7 +87,7 @@ class SharedPromptsTrainer(GRPOTrainer):
         ids_BT, mask_BT, length = sequences(micro)
         found: list[Tensor] = []
         allow_caches(self.policy)
-        for_a_trial(self.policy)
+        set_trial_mode(self.policy)
         try:
             for shares in (False, True):
                 self.shares = shares
@@ -106,7 +106,7 @@ class SharedPromptsTrainer(GRPOTrainer):
         return apart <= allowed
 
 
-class Prompt(DynamicLayer):  # type: ignore[no-untyped-call]
+class PromptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer's keys and values of the distinct prompts, D x heads x P x size, as they were first computed."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class Prompt(DynamicLayer):  # type: ignore[no-untyped-call]
         return key_states, value_states
 
 
-class Repeated(DynamicLayer):  # type: ignore[no-untyped-call]
+class RepeatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The same for each of B rows, before whatever follows; remembers nothing of that.
 
     Args:
@@ -138,10 +138,10 @@ class Repeated(DynamicLayer):  # type: ignore[no-untyped-call]
         return keys, values
 
 
-def cache(layers: Sequence[Repeated] = ()) -> DynamicCache:
+def cache(layers: Sequence[RepeatedLayer] = ()) -> DynamicCache:
     """Of these layers, or of prompts that are still to be computed."""
     found = DynamicCache()
-    found.layers, found.layer_class_to_replicate = list(layers), None if layers else Prompt
+    found.layers, found.layer_class_to_replicate = list(layers), None if layers else PromptLayer
     return found
 
 
@@ -153,7 +153,7 @@ def allow_caches(model: Any) -> None:
             layer._can_checkpoint_with_cache = True
 
 
-def for_a_trial(model: Any) -> None:
+def set_trial_mode(model: Any) -> None:
     """Let nothing be random, but all that can be checkpointed take the path that it takes in training."""
     model.eval()
     for module in model.modules():
@@ -161,7 +161,7 @@ def for_a_trial(model: Any) -> None:
             module.training = True
 
 
-def scored(
+def score_completions(
     model: Any, unwrapped: Any, input_ids: Tensor, attention_mask: Tensor, completion: int
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability and, where the model's head gives it, entropy of each completion token.
@@ -179,7 +179,7 @@ def scored(
     first_D, prompt_B = distinct(torch.cat([prompts_BP, mask_BP], dim=1))
     prefix_DP, prefix_mask_DP = prompts_BP[first_D, :-1], mask_BP[first_D, :-1]  # P less one
     kept = cache()
-    backbone(unwrapped)(
+    without_head(unwrapped)(
         input_ids=prefix_DP,
         attention_mask=prefix_mask_DP,
         position_ids=(prefix_mask_DP.cumsum(1) - 1).clamp(min=0),
@@ -195,14 +195,14 @@ def scored(
         input_ids=rest_BC,
         attention_mask=torch.cat([prefix_mask_DP[prompt_B], rest_mask_BC], dim=1),
         position_ids=starts_B1 + torch.arange(completion + 1, device=rest_BC.device),
-        past_key_values=cache([Repeated(layer.keys, layer.values, prompt_B) for layer in layers]),
+        past_key_values=cache([RepeatedLayer(layer.keys, layer.values, prompt_B) for layer in layers]),
         labels=labels_BC,
         fused_lm_head=True,
     )
     return out.log_probs, out.entropy
 
 
-def placed(model: Any, unwrapped: Any) -> Any:
+def with_positions(model: Any, unwrapped: Any) -> Any:
     """The model, told where each token stands in its own sequence. Prompts are padded on the left, and a model whose
     positions are learned would count the padding."""
     base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
@@ -224,6 +224,6 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     return first_D.scatter_reduce(0, kind_B, places_B, "amin"), kind_B
 
 
-def backbone(model: Any) -> Any:
+def without_head(model: Any) -> Any:
     """The model without its head."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model

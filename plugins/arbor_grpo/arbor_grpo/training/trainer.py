@@ -1,31 +1,39 @@
-"""TRL's `GRPOTrainer` on groups from outside. The losses are TRL's. What departs from it:
+"""TRL's `GRPOTrainer` on groups from outside. The losses are TRL's (`_compute_loss`). Every departure from TRL 1.16:
 
 Batches
-- A ready batch comes from `BatchSource`; TRL's trainer samples and grades one (`_generate_and_score_completions`).
-- The data set is a clock that counts steps. Nothing is shuffled, and no batch is skipped when a job resumes.
-- Groups may be of any size, and prompts in a group may differ; TRL wants `num_generations` of one prompt each.
-- Advantages are those of rows.py, by trajectory, or the client's own; rows of a trajectory share one.
-- The penalty for long trajectories multiplies positive rewards; TRL's `get_soft_overlong_punishment` adds to all.
+- Ready batches come from a `BatchSource`: `_generate_and_score_completions` samples nothing and grades nothing.
+- TRL's data set is a clock that counts steps: nothing is buffered, split or shuffled, or skipped on resuming.
+- Groups may have any size, and prompts of their own for each row; TRL wants `num_generations` rows of one prompt.
+- A trajectory may be several rows, which share its advantage; it counts once in its group's mean and deviation.
+- Advantages that a client sends are taken as they are; deviations of one reward are 0 (rows.py).
+- `soft_completion_penalty_length` scales positive rewards down to 0; TRL's reward function for length subtracts up to 1.
+- Completions are truncated where the client says so; TRL looks at their last token. Left out by
+  `mask_truncated_completions`, they stay visible to attention, with a zero mask in the loss.
+- `epsilon_high` null is 5 for cispo, which clips at it; TRL takes `epsilon`.
 
 Log-probabilities
-- The old ones are the sampler's, where `ratio` is `sampler`; TRL takes the trainer's own.
-- `importance_sampling_mode` works without vLLM; unknown log-probabilities of samplers (NaN) weigh 1.
-- Each distinct prompt is computed once (`share_prompts`, tried at the first batch); TRL computes it for each row.
-- Positions count from the prompt's first token; TRL lets models with learned positions count the padding too.
-- The reference of a job that starts from an adapter is that adapter (TRL's copy `ref`), else the base model.
+- With `ratio: sampler` the old ones are those at which tokens were sampled, the trainer's own only where those are not
+  known; TRL takes the trainer's own in any case.
+- `importance_sampling_mode` needs no vLLM: `use_vllm` is set, because TRL applies the ratio only then.
+- Each distinct prompt is computed once, where a trial shows the same numbers (`SharedPromptsTrainer`).
+- Positions are counted from each prompt's first token; TRL passes none, so learned positions count the padding.
 
 Steps
-- A step is one call of `training_step`, which cuts the batch into ragged micro-batches itself; TRL accumulates over
-  equal ones. Each loss is weighted so that the cut changes nothing: see `micro_batches.weight`.
-- Rows that cannot move a weight do not run; they count in the mean. If none can, one row runs with a zero mask.
-- Ranks run as many rows each; those that one lacks are rows with a zero mask.
-- `top_entropy_quantile` is of the whole batch; TRL takes it of each micro-batch.
-- The auxiliary loss of mixtures of experts is the mean over the rows that run; TRL adds it for each micro-batch.
-- Metrics of micro-batches are weighted by tokens or rows, as the loss is (metrics.py); TRL averages them evenly.
+- One call of `training_step` is a whole optimizer step: it cuts the batch into ragged micro-batches of least cost,
+  while TRL accumulates over batches of equal size. TRL's division by their number is switched off.
+- Each micro-batch's loss is weighted by its rows or tokens, so that the sum is the loss of the step, whatever the cut.
+- Rows that cannot move a weight (no token to learn, or advantage 0 where nothing else matters) count in the mean and do
+  not run. Where none can, one row runs with a zero mask: the step is that of a zero gradient.
+- Ranks run micro-batches of as many rows each; rows that one lacks are padded with rows of a zero mask.
+- The threshold of `top_entropy_quantile` is that of the whole batch, not of a micro-batch.
+- The auxiliary loss of mixtures of experts is its mean over the rows that run; TRL adds it once for each micro-batch.
+- Metrics of micro-batches are combined by tokens or rows, least and greatest as such (metrics.py); TRL averages them.
 
 Checkpoints
-- They are written between batches, at the run's request (`CheckpointMixin`), with the position in the inbox, and with
-  the reference model where it moves; TRL loses the latter two. Model cards and logs of completions are not written.
+- They are written between batches alone, when the session calls `save`: there the position in the inbox, which is in
+  them, and the optimizer agree, so that a resumed job goes on bit by bit.
+- A reference model that moves is in them. The frozen copy of the adapter that training began with is not: TRL makes it
+  again from that adapter (`CheckpointMixin`).
 
 Shape suffixes: B, rows; P, columns of prompts; C, columns of completions; T = P + C.
 """
@@ -230,15 +238,15 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
         self.batch_ready_at = time.perf_counter()
         if self.top_entropy_quantile < 1.0:
             self.batch["entropy_mask"] = self.highest_entropies()
-        gathered = metrics.Parts(self._metrics["train"], self.importance_sampling_level)
+        step_metrics = metrics.StepMetrics(self._metrics["train"], self.importance_sampling_level)
         loss = torch.zeros((), device=self.accelerator.device)
         for number, rows in enumerate(self.parts):
-            loss += self.micro_step(model, rows, gathered, last=number == len(self.parts) - 1)
-        gathered.combine(self.accelerator)
+            loss += self.micro_step(model, rows, step_metrics, last=number == len(self.parts) - 1)
+        step_metrics.combine(self.accelerator)
         self._step += 1
         return loss
 
-    def micro_step(self, model: Any, rows: RowNumbers, gathered: metrics.Parts, *, last: bool) -> Tensor:
+    def micro_step(self, model: Any, rows: RowNumbers, step_metrics: metrics.StepMetrics, *, last: bool) -> Tensor:
         """The gradient of a micro-batch, added to the step's; its weighted loss."""
         self.micro = select(self.batch, rows)
         self.accelerator.gradient_state._set_sync_gradients(last)
@@ -251,7 +259,7 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
                 loss = loss + self.aux_coefficient * share_of_rows(rows, self.running, self.run.world_size) * self.aux
             options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **options)
-        gathered.add(self.micro, self.logps_BC)
+        step_metrics.add(self.micro, self.logps_BC)
         return torch.as_tensor(loss.detach())
 
     def highest_entropies(self) -> Tensor:
