@@ -1,4 +1,4 @@
-"""Learning from rollouts: REINFORCE (Williams 1992) on a table of how gladly one letter follows another."""
+"""Learning from rollouts: REINFORCE (Williams 1992) on a table of logits, by letter and the letter before it."""
 
 import math
 from collections import defaultdict
@@ -23,23 +23,23 @@ class Learner(msgspec.Struct):
     tokens: int = 0
     table: dict[str, float] = {}
 
-    def chances(self, first: str) -> dict[str, float]:
+    def probabilities(self, first: str) -> dict[str, float]:
         weights = {letter: math.exp(self.table.get(first + letter, 0.0)) for letter in LETTERS}
         total = sum(weights.values())
         return {letter: weight / total for letter, weight in weights.items()}
 
     def learn(self, groups: list[Record], rate: float) -> float:
-        """Make better answers than their group's mean likelier. Returns the loss."""
+        """Make answers that are better than their group's mean likelier. Returns the loss."""
         gradient, losses = defaultdict(float), []
         for rollouts in (record.group.rollouts for record in groups):
             mean = fmean(rollout.reward for rollout in rollouts)
             for rollout in rollouts:
                 advantage = rollout.reward - mean
                 for first, second in pairwise(f"^{rollout.answer['content']}$"):
-                    chances = self.chances(first)
-                    losses.append(-advantage * math.log(chances.get(second, 1e-9)))
-                    for letter, chance in chances.items():
-                        gradient[first + letter] += advantage * ((letter == second) - chance)
+                    probabilities = self.probabilities(first)
+                    losses.append(-advantage * math.log(probabilities.get(second, 1e-9)))
+                    for letter, probability in probabilities.items():
+                        gradient[first + letter] += advantage * ((letter == second) - probability)
         for pair, slope in gradient.items():
             self.table[pair] = self.table.get(pair, 0.0) + rate * slope
         self.tokens += len(losses)
@@ -51,7 +51,7 @@ def train(run: Run[ReinforceConfig]) -> None:
     learner = msgspec.json.decode((last.dir / "learner.json").read_bytes(), type=Learner) if last else Learner()
     used, skipped, position = [], [], learner.position
     while run.desired() != "finish":
-        attend(run, learner)
+        serve_requests(run, learner)
         before = len(skipped)
         for record in run.groups(position, wait=1.0):
             position = record.end
@@ -62,14 +62,14 @@ def train(run: Run[ReinforceConfig]) -> None:
             learner.step, learner.position = learner.step + 1, position
             learner.handled += len(used) + len(skipped)
             loss = learner.learn(used, run.config.learning_rate)
-            fed = StepInputs(position, tuple((r.start, r.crc) for r in used), tuple(r.start for r in skipped))
-            run.metrics(learner.step, learner.step, None, fed, train_loss=loss)
+            inputs = StepInputs(position, tuple((r.start, r.crc) for r in used), tuple(r.start for r in skipped))
+            run.metrics(learner.step, learner.step, None, inputs, train_loss=loss)
             with run.publish(learner.step, learner.handled) as folder:
                 (folder / "learner.json").write_bytes(msgspec.json.encode(learner))
             used, skipped = [], []
         elif len(skipped) > before:
             run.report_skipped(learner.handled + len(skipped))
-    run.finish(saved(run, learner), learner.tokens)
+    run.finish(save(run, learner), learner.tokens)
 
 
 def fits(record: Record, step: int, config: ReinforceConfig) -> bool:
@@ -79,20 +79,20 @@ def fits(record: Record, step: int, config: ReinforceConfig) -> bool:
     return whole and step - record.group.version <= limit
 
 
-def attend(run: Run[ReinforceConfig], learner: Learner) -> None:
-    """Do what is asked now: name checkpoints, pause, stop."""
+def serve_requests(run: Run[ReinforceConfig], learner: Learner) -> None:
+    """Name the checkpoints that clients want; pause or stop where that is wanted."""
     for request in run.asked_checkpoints():
-        saved(run, learner)
+        save(run, learner)
         run.name_checkpoint(request, learner.step)
     try:
         run.stop_if_asked()
     except JobStopped as stop:
         if stop.desired == "pause":
-            saved(run, learner)
+            save(run, learner)
         raise
 
 
-def saved(run: Run[ReinforceConfig], learner: Learner) -> Checkpoint:
+def save(run: Run[ReinforceConfig], learner: Learner) -> Checkpoint:
     """The checkpoint of this step, written if there is none."""
     last = run.last_checkpoint()
     if last is None or last.step != learner.step:

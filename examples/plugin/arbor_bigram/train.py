@@ -34,8 +34,8 @@ def loss(pairs: list[str], counts: Counter[str], smoothing: float) -> float:
     first = Counter()
     for pair, count in counts.items():
         first[pair[0]] += count
-    chances = [(counts[pair] + smoothing) / (first[pair[0]] + 256 * smoothing) for pair in pairs]
-    return -sum(map(math.log, chances)) / len(chances)
+    probabilities = [(counts[pair] + smoothing) / (first[pair[0]] + 256 * smoothing) for pair in pairs]
+    return -sum(map(math.log, probabilities)) / len(probabilities)
 
 
 def save(run: Run[BigramConfig], step: int, counts: Counter[str]) -> None:

@@ -39,7 +39,7 @@ class StepReporter(TrainerCallback):
 
     @abstractmethod
     def report(self, state: TrainerState, control: TrainerControl, logs: Mapping[str, float]) -> None:
-        """A step was made; `logs` are TRL's numbers of it."""
+        """Report a step; `logs` are TRL's numbers of it."""
 
 
 def digest_of(trainer: Any) -> str | None:

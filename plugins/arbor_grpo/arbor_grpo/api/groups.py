@@ -88,22 +88,22 @@ def reward_and_advantage(entries: Sequence[tuple[str, Item]]) -> tuple[float | N
     Raises:
         ApiError: it has none, or two of either.
     """
-    said: dict[str, set[float]] = {"reward": set(), "advantage": set()}
+    values: dict[str, set[float]] = {"reward": set(), "advantage": set()}
     for path, item in entries:
-        for name, found in said.items():
+        for name, found in values.items():
             value = number(getattr(item, name), f"{path}.{name}")
             if value is not None:
                 found.add(value)
     path = entries[0][0]
-    for name, found in said.items():
+    for name, found in values.items():
         if len(found) > 1:
             raise invalid(
                 f"Invalid '{path}': its items differ in '{name}', which is that of the whole trajectory.", path
             )
-    if not said["reward"] and not said["advantage"]:
+    if not values["reward"] and not values["advantage"]:
         message = f"Missing required parameter: '{path}.reward'. Every trajectory has a reward or an advantage."
         raise ApiError(400, message, "invalid_rollout", f"{path}.reward")
-    return next(iter(said["reward"]), None), next(iter(said["advantage"]), None)
+    return next(iter(values["reward"]), None), next(iter(values["advantage"]), None)
 
 
 def check_alike(rollouts: Sequence[Rollout], param: str) -> None:
@@ -122,9 +122,9 @@ def check_alike(rollouts: Sequence[Rollout], param: str) -> None:
 
 def message_of(completion: Mapping[str, Any] | str, path: str) -> dict[str, Any]:
     """A completion as the message that it is."""
-    said = {"role": "assistant", "content": completion} if isinstance(completion, str) else dict(completion)
-    check_message({"role": "assistant", **said}, path)
-    return {"role": "assistant", **said}
+    message = {"role": "assistant", "content": completion} if isinstance(completion, str) else dict(completion)
+    check_message({"role": "assistant", **message}, path)
+    return {"role": "assistant", **message}
 
 
 def check_message(message: Mapping[str, Any], path: str) -> None:

@@ -132,7 +132,11 @@ def translate_key(key: str, value: Any) -> tuple[str, Any] | None:
     if key == "scale_rewards" and isinstance(value, bool):
         value = "group" if value else "none"
     if key == "lora_config" and isinstance(value, Mapping):
-        value = {LORA.get(name, name): said for name, said in value.items() if said is not None and name != "task_type"}
+        value = {
+            LORA.get(name, name): setting
+            for name, setting in value.items()
+            if setting is not None and name != "task_type"
+        }
     return RENAMED.get(key, key), value
 
 

@@ -22,7 +22,7 @@ class StatusWatch:
 
     Args:
         look: Tells how the job is.
-        changed: Returns when there is an event of it, or after so many seconds.
+        changed: Returns when there is an event of it, or after that many seconds.
         before: The status that they know.
         until: When the last of them has waited enough.
     """
@@ -54,7 +54,7 @@ class StatusPolls:
         self.watches: dict[Key, StatusWatch] = {}
 
     async def next(self, key: Key, before: GRPOStatus, seconds: float) -> GRPOStatus | None:
-        """The state of a job when it is no longer as it was before; that one or None: so many seconds have passed.
+        """The state of a job when it is no longer as it was before; None: it was still so after `seconds`.
 
         Raises:
             ApiError: the owner has no such job.

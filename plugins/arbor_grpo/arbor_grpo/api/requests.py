@@ -87,7 +87,7 @@ class CheckpointRequest(JobRequest, kw_only=True):
 
 
 class Item(Struct, kw_only=True):
-    """One completion of a group. `completion` is a message, or its text; `tools` those that it was asked for with."""
+    """One completion of a group. `completion` is a message, or its text; `tools` those of its request."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     completion: dict[str, Any] | str

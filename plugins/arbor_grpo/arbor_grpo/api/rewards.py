@@ -53,20 +53,20 @@ def find_completions(rewards: Sequence[Reward], live: RolloutSession) -> list[En
     """
     found: list[Entry] = []
     seen: set[tuple[str, int]] = set()
-    for place, said in enumerate(rewards):
+    for place, reward in enumerate(rewards):
         path = f"rewards[{place}].completion_id"
-        name = name_of(said.completion_id, said.index)
-        if (said.completion_id, said.index) in seen:
+        name = name_of(reward.completion_id, reward.index)
+        if (reward.completion_id, reward.index) in seen:
             raise invalid(f"Invalid '{path}': {name[:80]} is in this request twice.", path)
-        seen.add((said.completion_id, said.index))
-        if live.is_spent(said.completion_id, said.index):
+        seen.add((reward.completion_id, reward.index))
+        if live.is_spent(reward.completion_id, reward.index):
             raise invalid(f"Invalid '{path}': the reward of {name[:80]} was given before.", path, "reward_given")
-        completion = live.completion(said.completion_id, said.index)
+        completion = live.completion(reward.completion_id, reward.index)
         if completion is None:
             message = f"Invalid '{path}': this job's model has not sampled {name[:80]}, or it is too long ago."
             raise invalid(message, path, "unknown_completion")
         check_usable(completion, live.config.temperature, path)
-        found.append((place, said, completion))
+        found.append((place, reward, completion))
     return found
 
 
@@ -103,8 +103,8 @@ def reward_and_advantage(entries: Sequence[Entry]) -> tuple[float | None, float 
     Raises:
         ApiError: it has neither, or two advantages.
     """
-    rewards = [number(said.reward, f"rewards[{place}].reward") for place, said, _ in entries]
-    advantages = {number(said.advantage, f"rewards[{place}].advantage") for place, said, _ in entries} - {None}
+    rewards = [number(reward.reward, f"rewards[{place}].reward") for place, reward, _ in entries]
+    advantages = {number(reward.advantage, f"rewards[{place}].advantage") for place, reward, _ in entries} - {None}
     path = f"rewards[{min(place for place, _, _ in entries)}]"
     if len(advantages) > 1:
         raise invalid(f"Invalid '{path}.advantage': the completions of a trajectory share it.", f"{path}.advantage")

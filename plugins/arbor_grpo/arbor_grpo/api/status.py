@@ -117,7 +117,7 @@ def step_answer(status: GRPOStatus, **values: Any) -> StepAnswer:
 
 
 def check_takes_groups(services: Services, job: dict[str, Any], owner: str) -> str | None:
-    """What is said to a group that the job has no use for any more, having made all its steps; None: it takes groups.
+    """Whether a job takes groups: None, or the message for a group that comes after its last step.
 
     Raises:
         ApiError: `invalid_job_state`: it was terminated, cancelled, or has failed.

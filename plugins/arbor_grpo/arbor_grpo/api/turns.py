@@ -21,11 +21,11 @@ from .requests import Reward
 TOKEN = 4
 """Bytes of a token's id, and of a log-probability."""
 Entry = tuple[int, Reward, Completion]
-"""Place in the request, what was said of it, and what was sampled."""
+"""Place in the request, its reward, and what was sampled."""
 
 
 class Turns(Struct):
-    """Turns that are one sequence: prompt, answer, what the environment said, answer, and so on."""
+    """Turns that are one sequence: prompt, answer, what the environment wrote, answer, and so on."""
 
     prompt: bytes
     entries: list[Entry] = []

@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a group's client said of one of its trajectories."""
+    """What a group's client sent about one of its trajectories."""
 
     reward: float | None
     advantage: float | None
@@ -184,15 +184,15 @@ def trajectories(rollouts: Sequence[Rollout], rows: Sequence[Row]) -> dict[int, 
     """
     found: dict[int, Trajectory] = {}
     for rollout, row in zip(rollouts, rows, strict=True):
-        key, said = rollout.trajectory, (rollout.reward, rollout.advantage)
-        before = found.get(key, Trajectory(*said, tokens=0))
-        if (before.reward, before.advantage) != said:
+        key, worth = rollout.trajectory, (rollout.reward, rollout.advantage)
+        before = found.get(key, Trajectory(*worth, tokens=0))
+        if (before.reward, before.advantage) != worth:
             raise RejectedError(f"rollouts of trajectory {key} differ in reward or advantage")
-        if any(number is not None and not math.isfinite(number) for number in said):
-            raise RejectedError(f"trajectory {key} has the reward {said[0]} and the advantage {said[1]}")
-        if said == (None, None):
+        if any(number is not None and not math.isfinite(number) for number in worth):
+            raise RejectedError(f"trajectory {key} has the reward {worth[0]} and the advantage {worth[1]}")
+        if worth == (None, None):
             raise RejectedError(f"trajectory {key} has neither reward nor advantage")
-        found[key] = Trajectory(*said, tokens=before.tokens + row.sampled)
+        found[key] = Trajectory(*worth, tokens=before.tokens + row.sampled)
     return found
 
 

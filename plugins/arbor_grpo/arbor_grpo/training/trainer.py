@@ -6,7 +6,7 @@ Batches
 - Groups may have any size, and prompts of their own for each row; TRL wants `num_generations` rows of one prompt.
 - A trajectory may be several rows, which share its advantage; it counts once in its group's mean and deviation.
 - Advantages that a client sends are taken as they are; deviations of one reward are 0 (rows.py).
-- `soft_completion_penalty_length` scales positive rewards down to 0; TRL's reward function for length subtracts up to 1.
+- `soft_completion_penalty_length` scales positive rewards towards 0; TRL's function for length subtracts up to 1.
 - Completions are truncated where the client says so; TRL looks at their last token. Left out by
   `mask_truncated_completions`, they stay visible to attention, with a zero mask in the loss.
 - `epsilon_high` null is 5 for cispo, which clips at it; TRL takes `epsilon`.
