@@ -7,6 +7,7 @@ Routes are Litestar handlers. They reach jobs through the `Services` that the ho
 from arbor_core.config.convert import explained, typed
 from arbor_core.models.catalog import strip_provider
 from arbor_core.rollouts.ledger import key_of, key_of_tools
+from arbor_core.server.http.requests import raw_body
 from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import (
     CLOSE,
@@ -38,6 +39,7 @@ __all__ = [
     "key_of_tools",
     "name_of",
     "not_found",
+    "raw_body",
     "strip_provider",
     "too_deep",
     "typed",

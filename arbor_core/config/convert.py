@@ -66,7 +66,7 @@ def renamed(values: Mapping[str, Any], type_: type, where: str = "") -> tuple[di
             message = f"'{path}' is the former name of '{present}', and they differ: give only '{present}'."
             raise ConfigError(message, path=path, code="conflicting_parameters")
         found[present] = other if value is None else value
-        warnings.append(f"'{former}' is called '{present}' now: the former name will not be read for ever.")
+        warnings.append(f"'{former}' is called '{present}' now: the former name will be removed in a later version.")
     return found, warnings
 
 

@@ -15,8 +15,11 @@ T = TypeVar("T")
 AnyRequest = Request[Any, Any, Any]
 
 
-async def raw_body(request: AnyRequest, seconds: float) -> bytes:
+async def raw_body(request: AnyRequest, seconds: float, setting: str = "limits.upload_idle_seconds") -> bytes:
     """A whole body. Litestar has bounded its size (`limits.json_bytes`).
+
+    Args:
+        setting: Name of the setting that `seconds` comes from; empty: none.
 
     Raises:
         ApiError: 408: it did not come within `seconds`.
@@ -25,7 +28,8 @@ async def raw_body(request: AnyRequest, seconds: float) -> bytes:
         async with asyncio.timeout(seconds):
             return await request.body()
     except TimeoutError:
-        message = f"The body did not come within {seconds:g} seconds (limits.upload_idle_seconds)."
+        source = f" ({setting})" if setting else ""
+        message = f"The body did not come within {seconds:g} seconds{source}."
         raise ApiError(408, message, "request_timeout", headers=NO_RETRY | CLOSE) from None
 
 

@@ -106,7 +106,9 @@ def hyperparameters_of(
             if hyperparameters.setdefault(*found) != found[1]:
                 remarks.append(f"'{paths[found[0]]}' was used, and '{path}', which means the same, was not.")
             elif key in RolloutConfig.former_keys:
-                remarks.append(f"'{path}' is called '{found[0]}' now: the former name will not be read for ever.")
+                remarks.append(
+                    f"'{path}' is called '{found[0]}' now: the former name will be removed in a later version."
+                )
             paths.setdefault(found[0], path)
         elif key not in ("seed", "num_training_gpus", "lora"):
             unused.append(key)

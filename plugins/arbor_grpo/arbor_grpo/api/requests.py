@@ -5,7 +5,6 @@ Unknown keys are left alone, because these clients send many; what is used is ch
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Annotated, Any, TypeVar
 
@@ -13,7 +12,7 @@ import msgspec
 from litestar import Request
 from msgspec import UNSET, Meta, Struct
 
-from arbor_core.http import CLOSE, NO_RETRY, ApiError, explained, typed
+from arbor_core.http import ApiError, explained, raw_body, typed
 
 AnyRequest = Request[Any, Any, Any]
 T = TypeVar("T", bound=Struct)
@@ -132,28 +131,14 @@ class KillRequest(Struct):
     job_id: str | None = None
 
 
-async def raw_body(request: AnyRequest) -> bytes:
-    """The whole body; the server bounds its size.
-
-    Raises:
-        ApiError: 408: it did not come in time.
-    """
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await request.body()
-    except TimeoutError:
-        message = f"The body did not come within {BODY_SECONDS:g} seconds."
-        raise ApiError(408, message, "request_timeout", headers=NO_RETRY | CLOSE) from None
-
-
 async def read(request: AnyRequest, type_: type[T]) -> T:
     """A JSON body as a struct; an empty one as a struct without values.
 
     Raises:
-        ApiError: it is not a JSON object.
+        ApiError: it is not a JSON object. 408: it did not come within `BODY_SECONDS`.
         ConfigError: a value is missing or of the wrong type; the path says which.
     """
-    raw = await raw_body(request) or b"{}"
+    raw = await raw_body(request, BODY_SECONDS, "") or b"{}"
     try:
         return msgspec.json.decode(raw, type=type_)
     except msgspec.ValidationError as error:

@@ -13,7 +13,7 @@ from typing import Any
 from litestar import post
 
 from arbor_core import Accepted, ConfigError, Group, Services
-from arbor_core.http import UNNUMBERED, ApiError, RolloutSession
+from arbor_core.http import UNNUMBERED, ApiError, RolloutSession, raw_body
 
 from . import requests
 from .groups import digest_of, group_of
@@ -180,7 +180,7 @@ def creating(calls: Calls) -> list[Any]:
     @grpo_post(f"{GRPO}/initialize", "initializeGRPO", requests.InitializeRequest)
     async def initialize(request: AnyRequest, owner: str) -> GRPOStatus:
         """Begin to learn from rollouts."""
-        return await calls.initialize(requests.decoded(await requests.raw_body(request)), owner)
+        return await calls.initialize(requests.decoded(await raw_body(request, requests.BODY_SECONDS, "")), owner)
 
     @grpo_post(f"{GRPO}/status", "getGRPOStatus", requests.StatusRequest)
     async def status(request: AnyRequest, owner: str) -> GRPOStatus:
