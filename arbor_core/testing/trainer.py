@@ -94,6 +94,8 @@ def check_config(name: str, trainer: Trainer) -> None:
         f"{trainer.config.__name__} has defaults ({with_default}): they belong in {name}.yaml alone"
     )
     convert.typed(values, trainer.config, f"{name}.yaml")
+    if trainer.adapter:
+        assert isinstance(trainer.adapter(values), bool), f"{name}: 'adapter' returns no bool"
     msgspec.json.schema(trainer.config)
     for key in values:
         _check_misspelled(key, values, trainer.config)
