@@ -11,7 +11,7 @@ sequence for each trained turn, each rendered as the engine will see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
