@@ -4,10 +4,11 @@ Routes are Litestar handlers. They reach jobs through the `Services` that the ho
 `typed`, and answer mistakes with `ApiError`, which leaves the server in OpenAI's envelope.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from arbor_core.config.convert import explained, typed
 from arbor_core.models.catalog import strip_provider
 from arbor_core.rollouts.ledger import key_of, key_of_tools
-from arbor_core.server.http.requests import raw_body
 from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import (
     CLOSE,
@@ -22,6 +23,18 @@ from arbor_core.types import (
     name_of,
     not_found,
 )
+
+if TYPE_CHECKING:
+    from arbor_core.server.http.requests import raw_body
+
+
+def __getattr__(name: str) -> Any:
+    if name != "raw_body":
+        raise AttributeError(f"module 'arbor_core.http' has no attribute '{name}'")
+    from arbor_core.server.http.requests import raw_body  # only now Litestar: structs of requests do without it
+
+    return raw_body
+
 
 __all__ = [
     "CLOSE",
