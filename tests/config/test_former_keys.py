@@ -15,7 +15,7 @@ from live import LiveServer
 from arbor_core.config.convert import renamed
 from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
-from arbor_core.rollouts.session import Live
+from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.testing import JobDirectory
 from arbor_core.types import ConfigError, RolloutConfig
@@ -87,9 +87,11 @@ async def test_the_rollouts_of_a_job_that_was_stored_with_the_former_name(tmp_pa
     store = Store(tmp_path / "arbor.db")
     spec = JobSpec("mock_grpo", "grpo", config, model="m", model_path="m", seed=1, rollouts=True)
     job = await Jobs(store).create(NewJob("me", "", None, None, {}, spec))
-    live = Live(store, job, tmp_path)
-    assert live.config.max_group_age == 7
-    live.close()
+    sessions = OpenSessions(store, tmp_path)
+    session = sessions.of(job)
+    assert session is not None
+    assert session.config.max_group_age == 7
+    sessions.close()
     store.close()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from arbor_core import AllocatorSettings
-from arbor_core.config.compose import defaults, merged
+from arbor_core.config.compose import defaults
+from arbor_core.config.convert import merged
 from arbor_core.inference.engines import Engines
 
 
