@@ -228,7 +228,7 @@ from pathlib import Path
 from arbor_sft import train as module
 
 
-class Hungry(module.SavingTrainer):
+class Hungry(module.RunTrainer):
     def training_step(self, model, inputs, *rest):
         with Path(os.environ["SIZES"]).open("a") as file:
             print(inputs["input_ids"].numel(), file=file)
@@ -238,7 +238,7 @@ class Hungry(module.SavingTrainer):
 
 
 def train(run):
-    module.SavingTrainer = Hungry
+    module.RunTrainer = Hungry
     module.train(run)
 """
 """A trainer that notes the tokens of its micro-batches, and has no memory in its sixth step if it is told so."""
