@@ -16,17 +16,12 @@ from arbor_core.inference.engines import Engines
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, Any]:
-    from hydra import initialize_config_dir
-
-    from arbor_core.config.compose import core_config_dir
-
-    with initialize_config_dir(str(core_config_dir()), version_base="1.3"):
-        return defaults("backend", "mock")
+    return defaults("backend", "mock")
 
 
 @pytest.fixture
 async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callable[..., Engines]]:
-    """`make(devices=2, load_seconds=1.0)`: the engines of a server with so many devices to serve from."""
+    """`make(devices=2, load_seconds=1.0)`: the engines of a server with this number of devices to serve from."""
     arbor_mock = pytest.importorskip("arbor_mock")
     made: list[Engines] = []
 
