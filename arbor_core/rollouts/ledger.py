@@ -39,8 +39,8 @@ class Ledger:
         self.by_key: dict[bytes, list[tuple[str, int]]] = {}
         """Oldest first."""
         self.spent: set[tuple[str, int]] = set()
-        self.held: dict[int, list[tuple[tuple[str, int], bytes]]] = {}
-        """By segment: what it holds."""
+        self.by_segment: dict[int, list[tuple[tuple[str, int], bytes]]] = {}
+        """Names and keys of the completions in each segment."""
         end = 0
         for number, path in segments(folder):
             end = 0
@@ -78,34 +78,41 @@ class Ledger:
     def match(
         self, key: bytes, without: frozenset[tuple[str, int]] = frozenset(), tools: bytes | None = None
     ) -> Completion | None:
-        """The newest unspent completion with this key that is not among `without`. `tools`: those that it was
-        asked for with; None: whichever, because older clients do not say."""
-        for known in reversed(self.by_key.get(key, ())):
-            if known in self.spent or known in without:
+        """The newest unspent completion with this key that is not among `without`.
+
+        Args:
+            tools: The key of the tools in its request (`key_of_tools`); None: any, because older clients do not say.
+        """
+        for name in reversed(self.by_key.get(key, ())):
+            if name in self.spent or name in without:
                 continue
-            if (found := self.get(*known)) and tools in (None, found.toolset):
-                return found
+            if (completion := self.get(*name)) and tools in (None, completion.toolset):
+                return completion
         return None
 
     def spend(self, *completions: tuple[str, int]) -> None:
-        """Completions that were put into the inbox: they are not matched and not rewarded again. Forgotten ones
+        """Mark completions that are put into the inbox: they are not matched and not rewarded again. Forgotten ones
         cannot be anyway."""
-        self.spent.update(known for known in completions if known in self.places)
+        self.spent.update(name for name in completions if name in self.places)
+
+    def unspend(self, *completions: tuple[str, int]) -> None:
+        """Take the mark back: they could not be put into the inbox."""
+        self.spent.difference_update(completions)
 
     def _note(self, completion: Completion, place: Place) -> None:
-        known = (completion.id, completion.index)
-        self.places[known] = place
-        self.by_key.setdefault(completion.key, []).append(known)
-        self.held.setdefault(place[0], []).append((known, completion.key))
+        name = (completion.id, completion.index)
+        self.places[name] = place
+        self.by_key.setdefault(completion.key, []).append(name)
+        self.by_segment.setdefault(place[0], []).append((name, completion.key))
 
     def _rotate(self) -> None:
         """Begin a new segment; the oldest is removed when there are too many."""
         self.log.rotate(self.log.number + 1)
         oldest = self.log.number - self.max_segments
-        forgotten = self.held.pop(oldest, [])
-        for known, _ in forgotten:
-            self.places.pop(known, None)
-            self.spent.discard(known)
+        forgotten = self.by_segment.pop(oldest, [])
+        for name, _ in forgotten:
+            self.places.pop(name, None)
+            self.spent.discard(name)
         for key, count in Counter(key for _, key in forgotten).items():
             del self.by_key[key][:count]  # the oldest
             if not self.by_key[key]:
@@ -125,33 +132,33 @@ def _completions(path: Path) -> Iterator[tuple[Header, Completion]]:
 
 
 def key_of(messages: Sequence[Mapping[str, Any]], content: str | None) -> bytes:
-    """What a completion is found by where its id is not known: all that messages say to a chat template, and what was
-    answered. Empty: it is nested too deeply, and found by its id alone."""
-    said = [{**message, "content": _text(message.get("content")), "weight": None} for message in messages]
-    return _hash([said, content or ""])
+    """The key by which a completion is found when its id is not known: a hash of all in the messages that a chat
+    template may use, and of the answer. Empty: they are nested too deeply, and it is found by its id alone."""
+    conversation = [{**message, "content": _text(message.get("content")), "weight": None} for message in messages]
+    return _hash([conversation, content or ""])
 
 
 def key_of_tools(tools: Sequence[Mapping[str, Any]] | None) -> bytes:
-    """Stands for the tools that a template was shown; empty: none, or they are nested too deeply."""
+    """A hash of the tools that a chat template gets. Empty: there are none, or they are nested too deeply."""
     return _hash(tools) if tools else b""
 
 
 def _hash(value: Any) -> bytes:
     try:
-        return blake2b(msgspec.json.encode(_told(value), order="deterministic"), digest_size=16).digest()
+        return blake2b(msgspec.json.encode(_without_empty(value), order="deterministic"), digest_size=16).digest()
     except RecursionError:
         return b""
 
 
-def _told(value: Any) -> Any:
-    """A value without what says nothing: clients that repeat a message write other empty keys than they were told."""
+def _without_empty(value: Any) -> Any:
+    """A value without null and empty fields: a client that repeats a message may leave out or add some of them."""
     if isinstance(value, Mapping):
-        return {key: _told(one) for key, one in value.items() if one not in (None, [], {})}
-    return [_told(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _without_empty(one) for key, one in value.items() if one not in (None, [], {})}
+    return [_without_empty(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _text(content: Any) -> Any:
-    """A message's content; parts of text are the text they make."""
+    """A message's content; parts of text are joined."""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text", "")) for part in content)
     return content or ""

@@ -111,7 +111,7 @@ class Session:
         try:
             accepted = await self._put(group, digest)
         except Exception as error:
-            self.ledger.spent.difference_update(names)
+            self.ledger.unspend(*names)
             if group.label is not None:
                 del self.labels[group.label]
             coming.set_exception(error)
