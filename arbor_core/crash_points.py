@@ -1,7 +1,7 @@
 """Fault points: named places between two side effects where a test lets a process die as if the power had failed.
 
 `ARBOR_CRASH_AT=name` ends the server with SIGKILL when it comes to that place, `name:3` when it comes there the third
-time. `ARBOR_CRASH_BELOW=name` is for the processes that the server starts (template, keeper, worker); with
+time. `ARBOR_CRASH_BELOW=name` is for the processes that the server starts (template, supervisor, worker); with
 `ARBOR_CRASH_ONCE=<file>` only the first of them dies, which makes the file. Without all that a fault point costs one
 comparison.
 """

@@ -1,6 +1,6 @@
-"""The executor `local`: attempts as processes of this machine, each under a keeper that outlives the server.
+"""The executor `local`: attempts as processes of this machine, each under a supervisor that outlives the server.
 
-A ref is `pid:start time:boot id` of the keeper, so that a pid that was given to another process is never mistaken.
+A ref is `pid:start time:boot id` of the supervisor, so that a pid that was given to another process is never mistaken.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from arbor_core.process.wakeup import short_address
 from arbor_core.types import AttemptOrder, ExecutorSettings, Placement
 
 log = logging.getLogger(__name__)
-TEMPLATE_SECONDS = 300.0
+FORK_SERVER_SECONDS = 300.0
 """How long importing and proving may take."""
 CLOSE_SECONDS = 1.0
-"""How long a template may take to end on SIGTERM: it has nothing to save."""
+"""How long a fork server may take to end on SIGTERM: it has nothing to save."""
 
 
 @dataclass(frozen=True)
-class TemplateKey:
-    """One template per interpreter and set of libraries."""
+class ForkServerKey:
+    """One fork server per interpreter and set of libraries."""
 
     python: str
     preload: tuple[str, ...]
@@ -40,46 +40,46 @@ class TemplateKey:
 
 
 @dataclass
-class Template:
-    """A live template process, and how many threads its environment was made for."""
+class ForkServer:
+    """A live fork server, and how many threads its environment was made for."""
 
     process: asyncio.subprocess.Process
     socket: Path
 
 
 class LocalExecutor:
-    """Starts attempts by forking a template (`start=warm`) or a new interpreter (`cold`)."""
+    """Starts attempts by forking a fork server (`start=warm`) or a new interpreter (`cold`)."""
 
     def __init__(self, settings: ExecutorSettings) -> None:
         self.warm, self.runtime = settings.start == "warm", settings.runtime
-        self.templates: dict[TemplateKey, asyncio.Task[Template]] = {}
-        self.faults: dict[TemplateKey, str] = {}
+        self.fork_servers: dict[ForkServerKey, asyncio.Task[ForkServer]] = {}
+        self.faults: dict[ForkServerKey, str] = {}
         self.processes: set[asyncio.subprocess.Process] = set()
-        """Every template process that may still live, whatever became of its task."""
+        """Every fork server that may still live, whatever became of its task."""
         self.children: set[asyncio.Task[int]] = set()
         self.started = 0
 
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
         """Start to warm up for a trainer, without waiting."""
-        key = TemplateKey(python or sys.executable, preload, prove)
+        key = ForkServerKey(python or sys.executable, preload, prove)
         if self.warm and preload and key not in self.faults:
-            self.template(key)
+            self.fork_server(key)
 
     async def start(self, order: AttemptOrder, placement: Placement) -> str:
         """Start an attempt whose directory holds its documents; returns its ref."""
         env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
-        key = TemplateKey(order.python, order.preload, order.prove)
+        key = ForkServerKey(order.python, order.preload, order.prove)
         forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
         if self.warm and forkable and key not in self.faults:
             try:
-                pid = await self._fork(await asyncio.shield(self.template(key)), order, env)
+                pid = await self._fork(await asyncio.shield(self.fork_server(key)), order, env)
                 return process_ref(pid)
-            except OSError as error:  # the template has died, or never came up
-                if resource_shortage(error):  # no fault of the template: a cold start would fail too
+            except OSError as error:  # the fork server has died, or never came up
+                if resource_shortage(error):  # no fault of the fork server: a cold start would fail too
                     raise
                 self._discard(key)
-                log.warning("starting cold: the template of %s is not usable: %s", order.preload, error)
-            except TemplateError as error:
+                log.warning("starting cold: the fork server of %s is not usable: %s", order.preload, error)
+            except ForkServerError as error:
                 self.faults[key] = str(error)
                 log.warning("starting cold from now on: %s", error)
         return await self._cold(order, env)
@@ -103,24 +103,24 @@ class LocalExecutor:
         waiter.add_done_callback(self.children.discard)
         return process_ref(process.pid)
 
-    def template(self, key: TemplateKey) -> asyncio.Task[Template]:
-        task = self.templates.get(key)
+    def fork_server(self, key: ForkServerKey) -> asyncio.Task[ForkServer]:
+        task = self.fork_servers.get(key)
         if task is None or lost(task):
-            task = self.templates[key] = asyncio.create_task(self._start_template(key))
+            task = self.fork_servers[key] = asyncio.create_task(self._start_fork_server(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whoever waits
         return task
 
-    def _discard(self, key: TemplateKey) -> None:
-        """Have no more to do with a template that failed us: the next attempt starts another."""
-        task = self.templates.pop(key, None)
+    def _discard(self, key: ForkServerKey) -> None:
+        """Have no more to do with a fork server that failed us: the next attempt starts another."""
+        task = self.fork_servers.pop(key, None)
         if task and not lost(task) and task.done():
             task.result().process.terminate()
 
-    async def _start_template(self, key: TemplateKey) -> Template:
+    async def _start_fork_server(self, key: ForkServerKey) -> ForkServer:
         self.runtime.mkdir(parents=True, exist_ok=True)
         self.started += 1  # a number of its own: the socket of one that lives must stay
-        socket = self.runtime / f"template-{self.started}.sock"
-        report = self.runtime / f"template-{self.started}.log"
+        socket = self.runtime / f"fork-server-{self.started}.sock"
+        report = self.runtime / f"fork-server-{self.started}.log"
         extra = {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with report.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -139,7 +139,7 @@ class LocalExecutor:
         self.processes = {process, *(one for one in self.processes if one.returncode is None)}
         assert process.stdout is not None
         try:
-            said = await asyncio.wait_for(process.stdout.readline(), TEMPLATE_SECONDS)
+            said = await asyncio.wait_for(process.stdout.readline(), FORK_SERVER_SECONDS)
         except TimeoutError:
             said = b""
         if said != b"ready\n":
@@ -147,14 +147,14 @@ class LocalExecutor:
                 await asyncio.wait_for(process.wait(), 1.0)  # it closed its output: it ends by itself
             await terminate(process)
             if process.returncode == -signal.SIGKILL:  # somebody's deed, and no fault of the libraries
-                raise ConnectionResetError(f"the template of {', '.join(key.preload)} was killed")
+                raise ConnectionResetError(f"the fork server of {', '.join(key.preload)} was killed")
             lines = report.read_text(errors="replace").strip().splitlines()
-            why = lines[-1] if lines else f"it was not ready after {TEMPLATE_SECONDS:.0f} s"
-            raise TemplateError(f"the template of {', '.join(key.preload)} failed: {why}")
-        return Template(process, socket)
+            why = lines[-1] if lines else f"it was not ready after {FORK_SERVER_SECONDS:.0f} s"
+            raise ForkServerError(f"the fork server of {', '.join(key.preload)} failed: {why}")
+        return ForkServer(process, socket)
 
-    async def _fork(self, template: Template, order: AttemptOrder, env: Mapping[str, str]) -> int:
-        with short_address(template.socket) as address:
+    async def _fork(self, server: ForkServer, order: AttemptOrder, env: Mapping[str, str]) -> int:
+        with short_address(server.socket) as address:
             reader, writer = await asyncio.open_unix_connection(address)
         try:
             request = {"dir": str(order.dir), "env": dict(env), "log": str(AttemptDir(order.dir).log)}
@@ -162,13 +162,13 @@ class LocalExecutor:
             await writer.drain()
             answer = await asyncio.wait_for(reader.readline(), 30)
             if not answer:
-                raise ConnectionResetError("the template hung up")
+                raise ConnectionResetError("the fork server hung up")
             return int(answer)
         finally:
             writer.close()
 
     def poll(self, ref: str) -> bool:
-        """Whether the attempt's keeper lives."""
+        """Whether the attempt's supervisor lives."""
         pid, _, _ = ref.partition(":")
         return bool(ref) and process_ref(int(pid)) == ref
 
@@ -181,24 +181,24 @@ class LocalExecutor:
         return self.poll(ref)
 
     async def close(self) -> None:
-        """End the templates, also those that still import; attempts go on under their supervisors."""
-        for task in self.templates.values():
+        """End the fork servers, also those that still import; attempts go on under their supervisors."""
+        for task in self.fork_servers.values():
             task.cancel()
-        await asyncio.gather(*self.templates.values(), return_exceptions=True)
+        await asyncio.gather(*self.fork_servers.values(), return_exceptions=True)
         living = [process for process in self.processes if process.returncode is None]
         await asyncio.gather(*(terminate(process, CLOSE_SECONDS) for process in living))
         for waiter in list(self.children):
             waiter.cancel()
 
 
-def lost(task: asyncio.Task[Template]) -> bool:
-    """Whether a template's start has failed, or the template has ended since."""
+def lost(task: asyncio.Task[ForkServer]) -> bool:
+    """Whether a fork server's start has failed, or the fork server has ended since."""
     if not task.done():
         return False
     return task.cancelled() or task.exception() is not None or task.result().process.returncode is not None
 
 
-class TemplateError(Exception):
+class ForkServerError(Exception):
     """The libraries cannot be preloaded; the message says why."""
 
 

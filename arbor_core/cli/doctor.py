@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 from arbor_core import plugins
-from arbor_core.builtin.executor import LocalExecutor, TemplateError, TemplateKey
+from arbor_core.builtin.executor import ForkServerError, ForkServerKey, LocalExecutor
 from arbor_core.types import ExecutorSettings, Trainer
 
 
 def examine() -> int:
-    """Try each set of libraries in a template; returns 1 if one has to start cold, or a plugin does not load."""
+    """Try each set of libraries in a fork server; returns 1 if one has to start cold, or a plugin does not load."""
     loaded = plugins.load()
     for reason in loaded.broken.values():
         print(f"broken   {reason}")
@@ -27,14 +27,14 @@ def examine() -> int:
 
 
 async def warm(name: str, trainer: Trainer) -> bool:
-    """Start the trainer's template once and say how it went."""
+    """Start the trainer's fork server once and say how it went."""
     with tempfile.TemporaryDirectory() as folder:
         executor = LocalExecutor(ExecutorSettings("warm", Path(folder)))
-        key = TemplateKey(trainer.python or sys.executable, trainer.preload, trainer.prove)
+        key = ForkServerKey(trainer.python or sys.executable, trainer.preload, trainer.prove)
         began = time.monotonic()
         try:
-            await executor.template(key)
-        except TemplateError as error:
+            await executor.fork_server(key)
+        except ForkServerError as error:
             print(f"cold     trainer {name}: {error}")
             return False
         finally:

@@ -1,5 +1,5 @@
 """What processes that were killed leave in a job's directory: half-written files, checkpoints nobody has told of,
-and children that outlived their keeper."""
+and children that outlived their supervisor."""
 
 from __future__ import annotations
 

@@ -217,16 +217,16 @@ def processes(storage: Path) -> dict[int, str]:
 
 
 def check_processes(storage: Path) -> None:
-    """At most one keeper with its worker for every attempt, and one attempt for every job."""
-    keepers: dict[str, set[str]] = {}
+    """At most one supervisor with its worker for every attempt, and one attempt for every job."""
+    supervisors: dict[str, set[str]] = {}
     for pid in processes(storage):
         try:
             parts = Path(f"/proc/{pid}/cwd").readlink().relative_to(storage).parts
         except (OSError, ValueError):
             continue
         if len(parts) >= 4 and parts[0] == "jobs":
-            keepers.setdefault(parts[1], set()).add(parts[3])
-    double: dict[str, Any] = {job: attempts for job, attempts in keepers.items() if len(attempts) > 1}
+            supervisors.setdefault(parts[1], set()).add(parts[3])
+    double: dict[str, Any] = {job: attempts for job, attempts in supervisors.items() if len(attempts) > 1}
     assert not double, f"jobs with processes of several attempts: {double}"
 
 

@@ -1,4 +1,4 @@
-"""A job's directory as the server writes it, and its worker run as the keeper runs it: for tests of trainers."""
+"""A job's directory as the server writes it, and its worker run as the supervisor runs it: for tests of trainers."""
 
 from __future__ import annotations
 

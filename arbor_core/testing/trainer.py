@@ -131,7 +131,7 @@ def _check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.
 
 
 def check_functions(trainer: Trainer) -> None:
-    """What the trainer names is there. Its entry is looked for, not import_object: only a worker imports it."""
+    """What the trainer names is there. Its entry is looked for, not imported: only a worker imports it."""
     for what, path in (("entry", trainer.entry), ("prove", trainer.prove)):
         if path is None:
             continue
@@ -155,7 +155,7 @@ def check_light() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     heavy = ran.stdout.split()
-    assert not heavy, f"listing plugins import_object {heavy}: import them in the module that `entry` names"
+    assert not heavy, f"listing plugins imported {heavy}: import them in the module that `entry` names"
 
 
 def check_rows(trainer: Trainer, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -51,7 +51,7 @@ class AttemptOrder(Struct, frozen=True):
 
 
 class Exit(Struct, frozen=True):
-    """`attempts/<n>/exit.json`: how the attempt's process ended. Written by the keeper, by nobody else."""
+    """`attempts/<n>/exit.json`: how the attempt's process ended. Written by the supervisor, by nobody else."""
 
     code: int
     """Exit status; negative: the signal that ended it."""
@@ -68,7 +68,7 @@ class Executor(Protocol):
     async def start(self, order: AttemptOrder, placement: Placement) -> str: ...
 
     def poll(self, ref: str) -> bool:
-        """Whether the attempt's keeper lives."""
+        """Whether the attempt's supervisor lives."""
         ...
 
     def signal(self, ref: str, number: int) -> None:
@@ -80,5 +80,5 @@ class Executor(Protocol):
         ...
 
     async def close(self) -> None:
-        """Leave attempts running and free what only this server needs (template processes)."""
+        """Leave attempts running and free what only this server needs (fork servers)."""
         ...

@@ -1,11 +1,11 @@
-"""The template: a process that has import_object a trainer's libraries and forks keepers from them.
+"""The fork server: a process that has imported a trainer's libraries and forks supervisors from them.
 
 `python -m arbor_core.worker.forkserver <socket> <prove> <module> ...`. Importing TRL takes 10 s, forking takes 10 ms.
 Before it is used it proves itself: a test fork calls the trainer's `prove` function; a library that does not survive a
 fork is found out there and not in somebody's job. Says `ready` on standard output, and ends when its standard input
 does.
 
-Requests are one JSON line, `{"dir": <attempt dir>, "env": {...}, "log": <file>}`; the answer is the keeper's pid.
+Requests are one JSON line, `{"dir": <attempt dir>, "env": {...}, "log": <file>}`; the answer is the supervisor's pid.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def main(path: Path, prove: str, modules: list[str]) -> int:
 
 
 def serve(listener: socket.socket) -> None:
-    """Fork a keeper for every request until standard input ends."""
+    """Fork a supervisor for every request until standard input ends."""
     while True:
         readable, _, _ = select.select([listener, sys.stdin.fileno()], [], [], 1.0)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
+            while os.waitpid(-1, os.WNOHANG)[0]:  # supervisors that have ended
                 pass
         if sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 1):
             return
@@ -86,11 +86,11 @@ def serve(listener: socket.socket) -> None:
 
 
 def fork(request: ForkRequest, *inherited: socket.socket) -> int:
-    """Start a keeper; returns its pid."""
-    crash_point("template.asked")
+    """Start a supervisor; returns its pid."""
+    crash_point("forkserver.requested")
     pid = os.fork()
     if pid:
-        crash_point("template.forked")
+        crash_point("forkserver.forked")
         return pid
     status = 1
     try:
@@ -119,18 +119,18 @@ def _redirect(log: Path) -> None:
 
 def _proof(prove: str) -> int:
     """Exit status of a fork that calls the function; negative for a signal."""
-    template, pid = os.getpid(), os.fork()
+    server, pid = os.getpid(), os.fork()
     if pid == 0:
-        _try(prove, template)
+        _try(prove, server)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _try(prove: str, template: int) -> NoReturn:
+def _try(prove: str, server: int) -> NoReturn:
     status = 1
     try:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a template that is killed leaves no orphan
-        if os.getppid() != template:  # it was killed before we said so
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork server that is killed leaves no orphan
+        if os.getppid() != server:  # it was killed before we said so
             os._exit(status)
         signal.alarm(120)  # a fork that hangs is a proof too
         import_object(prove)()

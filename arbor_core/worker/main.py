@@ -25,7 +25,7 @@ from .run import WorkerRun, open_run
 def main(attempt_dir: Path) -> int:
     """Run the trainer; returns the exit status. How the job ended is in its events."""
     run: WorkerRun[Any] = open_run(attempt_dir, WorkerRun)
-    if run.world_size > 1:  # a child of torchrun: a keeper that is killed takes only torchrun along
+    if run.world_size > 1:  # a child of torchrun: a supervisor that is killed takes only torchrun along
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     warn_of_another_machine(run)
     try:

@@ -1,11 +1,11 @@
-"""The keeper: the small parent of an attempt's processes. It outlives the server and writes how the attempt ended.
+"""The supervisor: the small parent of an attempt's processes. It outlives the server and writes how the attempt ended.
 
-`python -m arbor_core.worker.supervisor <attempt dir>`, or a fork of the template. It runs in a session of its own,
+`python -m arbor_core.worker.supervisor <attempt dir>`, or a fork of the fork server. It runs in a session of its own,
 adopts whatever its worker leaves behind, ends all of it, and only then writes `exit.json`: who reads that file knows
 that no process of the attempt lives.
 
-An attempt has one keeper. It says who it is in a file that can be made only once; a server that has lost sight of an
-attempt makes that file itself, so that no keeper that is late can begin it any more.
+An attempt has one supervisor. It says who it is in a file that can be made only once; a server that has lost sight of
+an attempt makes that file itself, so that no supervisor that is late can begin it any more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from arbor_core.types import AttemptOrder, Exit
 
 WAKE_SECONDS = 1.0
 NOT_OURS = 5
-"""Exit status of a keeper that came too late."""
+"""Exit status of a supervisor that came too late."""
 WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
 
 
@@ -43,21 +43,21 @@ def keep(attempt_dir: Path) -> int:
     attempt = AttemptDir(attempt_dir.absolute())
     order = read_order(attempt)
     if attempt.claim(own := process_ref(os.getpid())) != own:
-        print(f"keeper {own}: this attempt has another keeper, or was given up before it began", file=sys.stderr)
+        print(f"supervisor {own}: this attempt has another supervisor, or was given up before that", file=sys.stderr)
         return NOT_OURS
-    crash_point("keeper.claimed")
+    crash_point("supervisor.claimed")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
         run_and_exit(lambda: _work(order, me))
-    crash_point("keeper.forked")
+    crash_point("supervisor.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
     code = _wait(worker, order.grace)
     _end_all(worker)
     ended = Exit(code, time.time())
-    crash_point("keeper.ended")
+    crash_point("supervisor.ended")
     while True:
         try:
             replace(attempt.exit, msgspec.json.encode(ended))
@@ -67,16 +67,16 @@ def keep(attempt_dir: Path) -> int:
         except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
             traceback.print_exc()
             time.sleep(WAKE_SECONDS)
-    crash_point("keeper.told")
+    crash_point("supervisor.told")
     wake(order.bell, attempt.job.path.name)
     return code
 
 
-def _work(order: AttemptOrder, keeper: int) -> int:
+def _work(order: AttemptOrder, supervisor: int) -> int:
     """The child's side of the fork; the exit status."""
     os.setpgid(0, 0)
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a keeper that is killed leaves no orphan
-    if os.getppid() != keeper:  # it was killed before we said so
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a supervisor that is killed leaves no orphan
+    if os.getppid() != supervisor:  # it was killed before we said so
         return -signal.SIGKILL
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
     if order.argv:

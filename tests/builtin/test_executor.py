@@ -1,4 +1,4 @@
-"""Keepers, templates and the executor `local`, with real processes."""
+"""Supervisors, fork servers and the executor `local`, with real processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobs import alive
 from waiting import until_async
 
 from arbor_core import Event, ExecutorSettings
-from arbor_core.builtin.executor import LocalExecutor, TemplateKey
+from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
 from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
 from arbor_core.jobdir.layout import AttemptDir
@@ -36,7 +36,7 @@ async def executor(tmp_path):
 @pytest.mark.parametrize(
     ("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
 )
-async def test_the_keeper_writes_how_the_worker_ended(executor, tmp_path, code, status):
+async def test_the_supervisor_writes_how_the_worker_ended(executor, tmp_path, code, status):
     order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
     found = await until_async(lambda: ended(order))
@@ -74,7 +74,7 @@ async def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace(executor,
     assert (await until_async(lambda: ended(order))).code == -signal.SIGKILL
 
 
-async def test_a_keeper_that_is_killed_leaves_no_worker(executor, tmp_path):
+async def test_a_supervisor_that_is_killed_leaves_no_worker(executor, tmp_path):
     code = "import os,time; open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
     order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
@@ -84,7 +84,7 @@ async def test_a_keeper_that_is_killed_leaves_no_worker(executor, tmp_path):
     assert not executor.poll(ref) and ended(order) is None
 
 
-async def test_a_killed_keeper_takes_the_ranks_of_its_launcher_along(executor, tmp_path, monkeypatch):
+async def test_a_killed_supervisor_takes_the_ranks_of_its_launcher_along(executor, tmp_path, monkeypatch):
     (tmp_path / "ranked.py").write_text(
         "import os,time\n"
         "def train(run):\n    open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
@@ -107,7 +107,7 @@ async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
     await until_async(lambda: ended(order) and not any(map(executor.poll, refs)))
     assert text_of(order.dir / "runs") == "x"
     assert text_of(order.dir / "keeper") in refs
-    assert "has another keeper" in text_of(order.dir / "worker.log")
+    assert "has another supervisor" in text_of(order.dir / "worker.log")
 
 
 async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
@@ -147,7 +147,7 @@ async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_pat
     ref = await executor.start(order, PLACEMENT)
     assert (await until_async(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
     [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
-    template = await executor.template(TemplateKey(sys.executable, ("proving",), "proving:prove"))
+    template = await executor.fork_server(ForkServerKey(sys.executable, ("proving",), "proving:prove"))
     assert event.data == {"imported_by": template.process.pid, "seed": "0"}
     assert ref.split(":")[0] != str(template.process.pid)
     assert not executor.faults
@@ -173,14 +173,14 @@ async def test_libraries_that_do_not_survive_a_fork_start_cold(executor, tmp_pat
 async def test_a_template_that_dies_is_replaced(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    key = TemplateKey(sys.executable, ("light",), None)
-    first = await executor.template(key)
+    key = ForkServerKey(sys.executable, ("light",), None)
+    first = await executor.fork_server(key)
     first.process.kill()
     await first.process.wait()
     order = attempt_order(tmp_path, "", argv=(), preload=("light",))
     await executor.start(order, PLACEMENT)
     assert await until_async(lambda: ended(order))
-    assert (await executor.template(key)).process.pid != first.process.pid
+    assert (await executor.fork_server(key)).process.pid != first.process.pid
 
 
 async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_libraries(executor, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ async def test_a_template_that_is_killed_while_it_imports_is_no_fault_of_the_lib
     await executor.start(order, PLACEMENT)  # cold
     assert await until_async(lambda: ended(order))
     assert not executor.faults
-    assert (await executor.template(TemplateKey(sys.executable, ("slow",), None))).process.returncode is None
+    assert (await executor.fork_server(ForkServerKey(sys.executable, ("slow",), None))).process.returncode is None
 
 
 WAITING = (
@@ -221,7 +221,7 @@ async def test_a_template_that_is_not_ready_ends_before_close_returns(executor, 
 async def test_a_template_that_was_given_up_ends_before_close_returns(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    template = await executor.template(TemplateKey(sys.executable, ("light",), None))
+    template = await executor.fork_server(ForkServerKey(sys.executable, ("light",), None))
     template.process.send_signal(signal.SIGSTOP)
     template.socket.unlink()
     await executor.start(attempt_order(tmp_path, "", argv=(), preload=("light",)), PLACEMENT)  # cold
@@ -232,7 +232,7 @@ async def test_a_template_that_was_given_up_ends_before_close_returns(executor, 
 
 @pytest.fixture
 async def killed_server(tmp_path, monkeypatch):
-    """`await killed_server("python")` kills a server whose template has come that far; returns the pid of who waits
+    """`await killed_server("python")` kills a server whose fork server has come that far; returns the pid of who waits
     there, once it goes on."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     server = (
@@ -291,14 +291,14 @@ async def test_a_template_that_does_not_answer_is_ended_and_its_place_taken(exec
     (tmp_path / "light.py").write_text("import fractions")
     (tmp_path / "other.py").write_text("import decimal")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    key = TemplateKey(sys.executable, ("light",), None)
-    first = await executor.template(key)
-    other = await executor.template(TemplateKey(sys.executable, ("other",), None))
+    key = ForkServerKey(sys.executable, ("light",), None)
+    first = await executor.fork_server(key)
+    other = await executor.fork_server(ForkServerKey(sys.executable, ("other",), None))
     first.socket.unlink()
     order = attempt_order(tmp_path, "pass", argv=(), preload=("light",))
     await executor.start(order, PLACEMENT)  # cold
     await first.process.wait()
-    second = await executor.template(key)
+    second = await executor.fork_server(key)
     assert second.process.pid != first.process.pid
     assert second.socket != other.socket
 

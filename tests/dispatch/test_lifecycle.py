@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import alive, create, events, held, keeper_of, messages, step_events
+from jobs import alive, create, events, held, messages, step_events, supervisor_of
 from waiting import until
 
 
@@ -74,7 +74,7 @@ def test_a_trainer_that_fails_says_why(server, chat_rows):
     job = server.wait(job.id, "failed")
     assert job.error.message and job.error.code
     assert step_events(server, job.id)[-1] in (2, 3)
-    until(lambda: keeper_of(server, job.id) == 0)
+    until(lambda: supervisor_of(server, job.id) == 0)
 
 
 def test_row_89_a_trainer_that_keeps_dying_is_given_up(server, chat_rows):
@@ -90,7 +90,7 @@ def test_row_89_a_killed_attempt_is_taken_up_again(start_server, chat_rows):
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 40, "step_seconds": 0.1, "checkpoint_steps": 5})
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
-    os.kill(keeper_of(server, job.id), signal.SIGKILL)
+    os.kill(supervisor_of(server, job.id), signal.SIGKILL)
     job = server.wait(job.id)
     assert job.status == "succeeded"
     assert any("its supervisor was lost" in text and "from the checkpoint" in text for text in messages(server, job.id))
@@ -102,10 +102,10 @@ def test_row_97_row_98_cancelling_a_running_job_ends_its_processes(start_server,
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.1, "checkpoint_steps": 2})
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
-    keeper = keeper_of(server, job.id)
+    supervisor = supervisor_of(server, job.id)
     assert server.client.fine_tuning.jobs.cancel(job.id).status in ("running", "cancelled")
     job = server.wait(job.id, "cancelled")
-    until(lambda: not alive(keeper))
+    until(lambda: not alive(supervisor))
     assert held(server) == 0 and job.error is None
     assert server.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     checkpoint = server.client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
@@ -150,9 +150,9 @@ def test_row_91_training_goes_on_while_the_server_is_dead(start_server, chat_row
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
     until(lambda: step_events(server, job.id))
-    keeper = keeper_of(server, job.id)
+    supervisor = supervisor_of(server, job.id)
     server.stop(signal.SIGKILL)
-    assert alive(keeper)
+    assert alive(supervisor)
     again = start_server()
     assert again.wait(job.id).status == "succeeded"
     assert step_events(again, job.id) == list(range(1, 61))  # none lost, none twice
@@ -183,19 +183,19 @@ def test_a_job_whose_events_cannot_be_taken_ends_and_frees_its_device(start_serv
     server = start_server("gpu.train=[0]")
     job = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05})
     until(lambda: step_events(server, job.id))
-    keeper = keeper_of(server, job.id)
+    supervisor = supervisor_of(server, job.id)
     if asked == "cancel":
-        os.kill(keeper, signal.SIGSTOP)  # the line comes before the end
+        os.kill(supervisor, signal.SIGSTOP)  # the line comes before the end
         server.client.fine_tuning.jobs.cancel(job.id)
     with (server.storage / "jobs" / job.id / "attempts" / "1" / "events.jsonl").open("ab") as log:
         log.write(line)
     if asked == "cancel":
-        os.kill(keeper, signal.SIGCONT)
+        os.kill(supervisor, signal.SIGCONT)
         assert server.wait(job.id).status == "cancelled"
     else:
         job = server.wait(job.id, "failed")
         assert job.error.code == "event_log_damaged" and f"jobs/{job.id}/attempts/1/events.jsonl" in job.error.message
-    assert not alive(keeper)
+    assert not alive(supervisor)
     after = create(server, chat_rows, hyperparameters={"steps": 1})
     assert server.wait(after.id).status == "succeeded"
     assert held(server) == 0
@@ -204,10 +204,10 @@ def test_a_job_whose_events_cannot_be_taken_ends_and_frees_its_device(start_serv
 def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
     server = start_server("limits.attempts=1")
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
-    keeper = until(lambda: keeper_of(server, job.id))
+    supervisor = until(lambda: supervisor_of(server, job.id))
     server.stop(signal.SIGKILL)
-    os.kill(keeper, signal.SIGKILL)
-    until(lambda: not alive(keeper))
+    os.kill(supervisor, signal.SIGKILL)
+    until(lambda: not alive(supervisor))
     shutil.rmtree(server.storage / "jobs" / job.id / "attempts")
     change(server, "UPDATE jobs SET ref=NULL, offset=0 WHERE id=?", job.id)
     again = start_server("limits.attempts=1")
@@ -248,9 +248,9 @@ def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, ch
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 40, "step_seconds": 0.05})
     until(lambda: step_events(server, job.id))
-    keeper = keeper_of(server, job.id)
+    supervisor = supervisor_of(server, job.id)
     assert server.stop() == 0
-    assert alive(keeper)
+    assert alive(supervisor)
     assert start_server().wait(job.id).status == "succeeded"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_checks import keepers
+from chaos_checks import supervisors
 from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
 from jobs import events, step_events
 from live import LiveServer
@@ -40,8 +40,8 @@ def test_row_92_server_and_trainer_die_together(
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
     seen = step_events(server, job)
     server.process.kill()
-    for keeper in keepers(server.storage):
-        os.kill(keeper, signal.SIGKILL)
+    for supervisor in supervisors(server.storage):
+        os.kill(supervisor, signal.SIGKILL)
     server.stop()
     again = start_server()
     found = again.wait(job)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from arbor_core import AttemptOrder, ExecutorSettings, Lease, Placement, PoolAllocator
-from arbor_core.builtin.executor import LocalExecutor, TemplateKey
+from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
 from arbor_core.dispatch import dispatcher, outcome
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
@@ -130,14 +130,14 @@ async def test_a_start_that_cannot_succeed_fails_at_once(desk: Desk) -> None:
 
 
 async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk) -> None:
-    """Its keeper has claimed the attempt; the watch on it could not be set up, say."""
+    """Its supervisor has claimed the attempt; the watch on it could not be set up, say."""
     sleep = [sys.executable, "-c", "import time; time.sleep(999)"]
-    with subprocess.Popen(sleep, start_new_session=True) as keeper:
-        desk.dispatcher.attempts.attempt_dir(desk.job).claim(process_ref(keeper.pid))
+    with subprocess.Popen(sleep, start_new_session=True) as supervisor:
+        desk.dispatcher.attempts.attempt_dir(desk.job).claim(process_ref(supervisor.pid))
         desk.faults = repeat(OSError(errno.EMFILE, "Too many open files"))
         desk.dispatcher.room_seconds = 0.3
         assert (await desk.launch()).status == "paused"
-        assert keeper.wait() == -signal.SIGKILL
+        assert supervisor.wait() == -signal.SIGKILL
 
 
 async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
@@ -146,8 +146,8 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
     (tmp_path / "light.py").write_text("import fractions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
-    key = TemplateKey(sys.executable, ("light",), None)
-    template = await executor.template(key)
+    key = ForkServerKey(sys.executable, ("light",), None)
+    template = await executor.fork_server(key)
     order = AttemptOrder(tmp_path, (), {}, sys.executable, preload=("light",))
 
     async def refuse(*_: Any, **__: Any) -> Any:
@@ -157,7 +157,7 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
     try:
         with pytest.raises(OSError, match="Too many"):
             await executor.start(order, Placement((), 1))
-        assert (await executor.template(key)).process.pid == template.process.pid
+        assert (await executor.fork_server(key)).process.pid == template.process.pid
         assert template.process.returncode is None
     finally:
         await executor.close()

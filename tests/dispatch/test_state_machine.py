@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from chaos_checks import keepers
+from chaos_checks import supervisors
 from http_calls import JOBS, Answer, call
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -193,9 +193,9 @@ class JobsMachine(RuleBasedStateMachine):
 
     @rule()
     def kill_a_trainer(self) -> None:
-        for keeper in keepers(WORLD.server.storage):
+        for supervisor in supervisors(WORLD.server.storage):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(keeper, signal.SIGKILL)
+                os.kill(supervisor, signal.SIGKILL)
 
     @rule()
     def wait(self) -> None:

@@ -71,7 +71,7 @@ async def test_an_attempt_computes_as_its_job_was_made(
         await executor.close()
     [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
     assert event.message == says
-    assert bool(executor.templates) is (made == HERE), "what was imported before computes as it likes"
+    assert bool(executor.fork_servers) is (made == HERE), "what was imported before computes as it likes"
     assert ref
 
 

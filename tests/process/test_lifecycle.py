@@ -16,15 +16,15 @@ from arbor_core.process.lifecycle import kill_session, process_ref
 SLEEP = [sys.executable, "-c", "import time; time.sleep(999)"]
 
 
-def test_what_outlives_its_keeper_is_ended(tmp_path: Path) -> None:
+def test_what_outlives_its_supervisor_is_ended(tmp_path: Path) -> None:
     start = f"import os, subprocess; print(subprocess.Popen({SLEEP}, stdout=2).pid, flush=True); input(); os.abort()"
-    keeper = subprocess.Popen(
+    supervisor = subprocess.Popen(
         [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert keeper.stdout is not None
-    stray = int(keeper.stdout.readline())
-    ref = process_ref(keeper.pid)
-    keeper.communicate("go on\n", timeout=10)
+    assert supervisor.stdout is not None
+    stray = int(supervisor.stdout.readline())
+    ref = process_ref(supervisor.pid)
+    supervisor.communicate("go on\n", timeout=10)
     with subprocess.Popen(SLEEP, cwd=tmp_path) as other:
         assert process_ref(stray)
         kill_session(ref)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from chaos_checks import digests, keepers, of_replays, violations
+from chaos_checks import digests, of_replays, supervisors, violations
 from chaos_clients import Clients, Kind, training_rows
 from chaos_rollouts import LEARNING, LEARNING_REAL
 from http_calls import JOBS
@@ -103,14 +103,14 @@ class Chaos(Clients):
 
     def kill_worker(self, number: int = signal.SIGKILL) -> None:
         workers = []
-        for keeper in keepers(self.server.storage):
+        for supervisor in supervisors(self.server.storage):
             with contextlib.suppress(OSError):
-                workers += map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+                workers += map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split())
         self.kill("worker", workers, number)
 
     def kill_module(self, module: str, number: int = signal.SIGKILL) -> None:
         named = {pid: line for pid, line in processes(self.server.storage).items() if module in line}
-        parents = {pid for pid in named if parent_of(pid) == self.server.process.pid}  # not what a template has forked
+        parents = {pid for pid in named if parent_of(pid) == self.server.process.pid}  # not its forks
         self.kill(module.rpartition(".")[2], sorted(parents), number)
 
     def let_engines_go_on(self) -> None:
@@ -157,7 +157,7 @@ class Chaos(Clients):
             (1, lambda: self.ask_of_job("cancel")),
             (1.5, lambda: self.end_server(signal.SIGKILL)),
             (0.5, lambda: self.end_server(signal.SIGTERM)),
-            (4, lambda: self.kill("keeper", keepers(self.server.storage))),
+            (4, lambda: self.kill("supervisor", supervisors(self.server.storage))),
             (8, self.kill_worker),
             (1.5, lambda: self.kill_worker(signal.SIGSTOP)),
             (0.8, lambda: self.kill_module("arbor_core.worker.forkserver")),

@@ -193,7 +193,7 @@ def of_order(storage: Path, job_id: str, status: str, steps: list[dict[str, Any]
         yield f"{job_id} went back {restarts} times in {attempts} attempts"
 
 
-def keepers(storage: Path) -> list[int]:
-    """Keepers that live, of all attempts."""
+def supervisors(storage: Path) -> list[int]:
+    """Supervisors that live, of all attempts."""
     refs = [path.read_text() for path in storage.glob("jobs/*/attempts/*/keeper")]
     return [int(ref.partition(":")[0]) for ref in refs if ref and process_ref(int(ref.partition(":")[0])) == ref]

@@ -47,7 +47,7 @@ SERVER = [
 ]
 WORKERS_ALWAYS = ["checkpoint.renamed"]
 WORKERS = [
-    "keeper.ended",
+    "supervisor.ended",
     "checkpoint.written",
     "checkpoint.vouched",
     "checkpoint.event",
@@ -58,11 +58,11 @@ WORKERS = [
     "metrics.event:3",
     "resolved.event",
     "message.event",
-    "keeper.claimed",
-    "keeper.forked",
-    "keeper.told",
-    "template.asked",
-    "template.forked",
+    "supervisor.claimed",
+    "supervisor.forked",
+    "supervisor.told",
+    "forkserver.requested",
+    "forkserver.forked",
 ]
 
 SESSION_SERVER_ALWAYS = ["inbox.written", "inbox.synced", "ledger.written:3"]

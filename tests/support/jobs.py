@@ -54,7 +54,7 @@ def held(server: LiveServer) -> int:
         return int(db.execute("SELECT count(*) FROM leases").fetchone()[0])
 
 
-def keeper_of(server: LiveServer, job_id: str) -> int:
+def supervisor_of(server: LiveServer, job_id: str) -> int:
     """Process id of the supervisor of a job's attempt; 0 if it has none."""
     with sqlite3.connect(server.storage / "arbor.db") as db:
         ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]

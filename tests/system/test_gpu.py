@@ -104,9 +104,9 @@ def test_row_89_a_trainer_killed_on_a_gpu_goes_on_from_its_checkpoint(server: Li
 
 
 def worker_of(folder: Path) -> int:
-    """Process id of the trainer that works for a job: the child of its keeper."""
-    keeper = (folder / "attempts" / "1" / "keeper").read_text().split(":")[0]
-    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
+    """Process id of the trainer that works for a job: the child of its supervisor."""
+    supervisor = (folder / "attempts" / "1" / "keeper").read_text().split(":")[0]
+    return int(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()[0])
 
 
 def test_row_88_a_gpu_that_others_have_filled(server: LiveServer) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_checks import keepers
+from chaos_checks import supervisors
 from grpo_http import Job, call, created, group, launch, signal_worker, stop
 from live import LiveServer, engine_dir, process_of
 from waiting import until
@@ -125,8 +125,8 @@ def test_row_92_what_was_acknowledged_is_trained_on_when_trainer_and_server_are_
     job.step(group("1"), batch_id=1)
     job.step(group("2"), batch_id=2)
     first.process.kill()
-    for keeper in keepers(first.storage):
-        os.kill(keeper, signal.SIGKILL)
+    for supervisor in supervisors(first.storage):
+        os.kill(supervisor, signal.SIGKILL)
     first.stop()
     again = Job(start(), job.id)
     assert again.step(group("1"), batch_id=1)["repeated"]

@@ -1,7 +1,7 @@
 """The executor `mock`: attempts without processes, so that one machine can simulate a thousand devices.
 
 Each attempt is a task in the server's event loop that does what `arbor_mock.train` does and writes the files that a
-keeper and a worker would write; a few threads do the writing, because a disk may be slow. Nothing is forced to the
+supervisor and a worker would write; a few threads do the writing, because a disk may be slow. Nothing is forced to the
 disk, and attempts end with the server: the next one starts them again from their last checkpoints. Only the trainer
 `mock` can be run like this.
 """
@@ -137,7 +137,7 @@ class SimulatedExecutor:
             raise
 
     async def _keep(self, ref: str, order: AttemptOrder) -> None:
-        """Be the attempt's worker, then its keeper."""
+        """Be the attempt's worker, then its supervisor."""
         try:
             code = await self._work(order.dir)
         except asyncio.CancelledError:

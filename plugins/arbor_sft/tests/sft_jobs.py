@@ -50,7 +50,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 @dataclass
 class Job:
-    """A job directory. `attempt()` runs the worker in it as the keeper would."""
+    """A job directory. `attempt()` runs the worker in it as the supervisor would."""
 
     dir: Path
     model: Path
