@@ -218,11 +218,16 @@ async def test_a_template_that_is_not_ready_ends_before_close_returns(executor, 
     assert not alive(pid) and (where == "import" or not alive(parent))
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 async def test_a_template_that_was_given_up_ends_before_close_returns(executor, tmp_path, monkeypatch):
     (tmp_path / "light.py").write_text("import fractions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     template = await executor.fork_server(ForkServerKey(sys.executable, ("light",), None))
     template.process.send_signal(signal.SIGSTOP)
+    await until_async(lambda: stopped(template.process.pid))  # else it takes the SIGTERM that follows first
     template.socket.unlink()
     await executor.start(attempt_order(tmp_path, "", argv=(), preload=("light",)), PLACEMENT)  # cold
     assert alive(template.process.pid)
