@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from arbor_core.config.convert import explained, typed
 from arbor_core.models.catalog import strip_provider
-from arbor_core.rollouts.ledger import key_of, key_of_tools
+from arbor_core.rollouts.completion_ledger import key_of, key_of_tools
 from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import (
     CLOSE,

@@ -21,6 +21,9 @@ def main() -> None:
     again = commands.add_parser("replay", help="run a job's trainer again and compare every step")
     again.add_argument("job", metavar="JOB", help="its id, or its directory")
     again.add_argument("--storage", type=Path, help="the server's storage directory (default: ~/.arbor/storage)")
+    again.add_argument(
+        "--models", type=Path, action="append", default=[], help="a folder with the base model, if that has moved"
+    )
     commands.add_parser("doctor", help="try every trainer's warm start and say which one must start cold")
     arguments = parser.parse_args()
     try:
@@ -35,7 +38,8 @@ def main() -> None:
             from arbor_core.config.user_file import arbor_home
             from arbor_core.worker.replay import find_job, replay
 
-            replay(find_job(arguments.job, arguments.storage or arbor_home() / "storage"), print)
+            job = find_job(arguments.job, arguments.storage or arbor_home() / "storage")
+            replay(job, print, arguments.models)
         elif arguments.command == "tiny-model":
             tiny_model(arguments.dir, arguments.name)
             print(f"wrote {arguments.dir}")

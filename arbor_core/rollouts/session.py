@@ -32,8 +32,8 @@ from arbor_core.types import (
     reference,
 )
 
+from .completion_ledger import Ledger
 from .credits import Credits
-from .ledger import Ledger
 from .writer import InboxWriter, Sending
 
 log = logging.getLogger(__name__)

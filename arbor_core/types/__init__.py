@@ -3,6 +3,7 @@
 from .attempts import AttemptOrder, Executor, Exit, Placement
 from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, pool_for
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
+from .error_envelope import envelope
 from .errors import (
     CLOSE,
     NO_RETRY,
@@ -14,7 +15,6 @@ from .errors import (
     JobFailed,
     JobStopped,
     UnknownModelError,
-    envelope,
     not_found,
 )
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status

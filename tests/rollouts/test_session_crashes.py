@@ -36,7 +36,7 @@ from http_calls import Answer, call
 from live import LiveServer
 
 from arbor_core.jobdir import checkpoints, inbox
-from arbor_core.rollouts.ledger import Ledger
+from arbor_core.rollouts.completion_ledger import Ledger
 from arbor_core.testing.invariants import Seen
 
 pytest.importorskip("arbor_grpo", reason="brings the routes")
@@ -161,7 +161,7 @@ import sys
 from pathlib import Path
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.types import Completion, Group, Rollout
-from arbor_core.rollouts.ledger import Ledger
+from arbor_core.rollouts.completion_ledger import Ledger
 
 box = Inbox(Path(sys.argv[1]) / "inbox", segment_bytes=1)
 ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, max_segments=9)

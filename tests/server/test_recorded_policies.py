@@ -13,7 +13,7 @@ import pytest
 from http_calls import JOBS, call
 from live import LiveServer, launch
 
-from arbor_core.rollouts.ledger import Ledger
+from arbor_core.rollouts.completion_ledger import Ledger
 from arbor_core.types import Completion
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ from waiting import until
 
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.process.wakeup import wake
-from arbor_core.rollouts.ledger import Ledger, key_of
+from arbor_core.rollouts.completion_ledger import Ledger, key_of
 from arbor_core.types import Completion, Group, Rollout
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -13,7 +13,7 @@ import pytest
 from arbor_core.jobdir import inbox
 from arbor_core.testing import JobDirectory
 from arbor_core.types import ArborError, Group, Rollout
-from arbor_core.worker.replay import find_job, replay
+from arbor_core.worker.replay import base_model, find_job, replay
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}]} for n in range(12)
@@ -154,3 +154,13 @@ def test_groups_that_are_gone_are_missed(learned: JobDirectory) -> None:
     os.truncate(path, last.start)
     with pytest.raises(ArborError, match=f"no group at position {last.start}, on which step 3 was trained"):
         told(learned)
+
+
+def test_a_base_model_that_has_moved_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    here, gone = str(tmp_path / "models" / "tiny"), str(tmp_path / "gone" / "tiny")
+    assert base_model("organization/name", "organization/name", ()) == "organization/name"
+    assert base_model(here, "tiny", ()) == here
+    assert base_model(gone, "tiny", [tmp_path / "elsewhere", tmp_path / "models"]) == here
+    with pytest.raises(ArborError, match="with --models DIR"):
+        base_model(gone, "tiny", [tmp_path])

@@ -15,7 +15,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from arbor_core.config.api_keys import Scope
-from arbor_core.types.errors import Error
+from arbor_core.types.error_envelope import Error
 
 from .auth import ADMIN
 from .requests import AnyRequest

@@ -15,7 +15,7 @@ import msgspec
 
 from arbor_core.inference.engines import Engines
 from arbor_core.models.fine_tuned import Resolved
-from arbor_core.rollouts.ledger import Ledger, key_of, key_of_tools, packed_floats, packed_ids
+from arbor_core.rollouts.completion_ledger import Ledger, key_of, key_of_tools, packed_floats, packed_ids
 from arbor_core.server.http.sse import Header
 from arbor_core.types import Completion
 

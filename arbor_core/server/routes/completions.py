@@ -14,7 +14,7 @@ from arbor_core.application.system import Arbor
 from arbor_core.server.http.auth import INFER
 from arbor_core.server.http.openapi import described
 from arbor_core.server.http.requests import AnyRequest, raw_body
-from arbor_core.server.relay.forward import relayed
+from arbor_core.server.relay.completion_request import relay_for
 from arbor_core.server.relay.parameters import Generation, check_generation, read, refused
 from arbor_core.types import ConfigError
 
@@ -103,7 +103,7 @@ async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> AS
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
     generation = read(raw, DECODER)
     check(generation)
-    return relayed(request, arbor, owner, generation, raw)
+    return relay_for(request, arbor, owner, generation, raw)
 
 
 ROUTES = [create_completion]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from live import LiveServer
 
 from arbor_core.jobdir.inbox import read
-from arbor_core.rollouts.ledger import packed_floats, packed_ids
+from arbor_core.rollouts.completion_ledger import packed_floats, packed_ids
 from arbor_core.types import ApiError, Completion, Group, RolloutSession
 
 

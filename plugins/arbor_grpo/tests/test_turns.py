@@ -12,7 +12,7 @@ from arbor_grpo.api.turns import Entry, sequences
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arbor_core.rollouts.ledger import packed_floats, packed_ids
+from arbor_core.rollouts.completion_ledger import packed_floats, packed_ids
 from arbor_core.types import Completion
 
 

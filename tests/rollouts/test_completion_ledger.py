@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from arbor_core.rollouts.ledger import FORMAT, Ledger, key_of, key_of_tools, packed_floats, packed_ids
+from arbor_core.rollouts.completion_ledger import FORMAT, Ledger, key_of, key_of_tools, packed_floats, packed_ids
 from arbor_core.types import Completion
 
 ASKED = [{"role": "user", "content": "say a"}]

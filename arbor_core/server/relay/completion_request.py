@@ -23,7 +23,7 @@ from .recording import RecordingRelay
 from .relay import Relay
 
 
-def relayed(request: AnyRequest, arbor: Arbor, owner: str, generation: Generation, raw: bytes) -> ASGIApp:
+def relay_for(request: AnyRequest, arbor: Arbor, owner: str, generation: Generation, raw: bytes) -> ASGIApp:
     """The answer of the engine that serves the model, as it comes.
 
     Args:
