@@ -31,11 +31,11 @@ class Validation:
         self.jobs, self.files, self.attempts = jobs, files, attempts
         self.executor, self.trainers = executor, trainers
         self.validators = Validators()
-        self.rung: dict[str, asyncio.Event] = {}
+        self.wakeups: dict[str, asyncio.Event] = {}
 
     def wake(self, job_id: str) -> None:
         """Something is asked of a job that may be in validation."""
-        if found := self.rung.get(job_id):
+        if found := self.wakeups.get(job_id):
             found.set()
 
     async def check(self, job: Job) -> None:
@@ -79,20 +79,20 @@ class Validation:
 
     async def _unless_cancelled(self, job: Job, work: asyncio.Future[Report]) -> Report | None:
         """The result of `work`, or None: the job was cancelled meanwhile, and whoever sees it next settles it."""
-        rung = self.rung[job.id] = asyncio.Event()
+        wakeup = self.wakeups[job.id] = asyncio.Event()
         try:
             while not work.done():
-                waiter = asyncio.ensure_future(rung.wait())
+                waiter = asyncio.ensure_future(wakeup.wait())
                 both: list[asyncio.Future[Any]] = [work, waiter]
                 await asyncio.wait(both, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 waiter.cancel()
-                rung.clear()
+                wakeup.clear()
                 fresh = self.jobs.get(job.id)
                 if fresh is None or fresh.desired == "cancel" or fresh.status != job.status:
                     return None
             return work.result()
         finally:
-            del self.rung[job.id]
+            del self.wakeups[job.id]
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 

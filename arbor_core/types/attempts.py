@@ -43,7 +43,7 @@ class AttemptOrder(Struct, frozen=True):
     grace: float = 30.0
     """Seconds between SIGTERM and SIGKILL."""
     bell: str | None = None
-    """Datagram socket that is rung when the attempt has written something."""
+    """Socket on which the attempt tells its server that it has written something (`process/wakeup.py`)."""
     room_seconds: float = 60.0
     """How long a checkpoint waits for room on a full disk before the job is paused."""
     handled: int = 0

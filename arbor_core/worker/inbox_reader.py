@@ -17,7 +17,7 @@ from arbor_core.types import rollouts
 
 
 class Feed:
-    """The reading end of a job's inbox, with a bell that is rung when something was appended."""
+    """The reading end of a job's inbox, and a socket that wakes it when something was appended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bell = folder, folder / "bell"
@@ -28,8 +28,8 @@ class Feed:
             self.socket.bind(address)
 
     def take(self, position: int, wait: float, until: int | None = None) -> list[rollouts.Record]:
-        """The records from a position on, and before `until`; waits up to `wait` seconds for the first, or until the
-        bell rings for something else.
+        """The records from a position on, and before `until`; waits up to `wait` seconds for the first, or until
+        it is woken for something else.
 
         Raises:
             InboxDamagedError: a record is not what was written.

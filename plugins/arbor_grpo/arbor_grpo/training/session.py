@@ -25,7 +25,7 @@ from .trainer import GroupTrainer
 PROGRESS = "inbox.json"
 """File in a checkpoint: how far the inbox was used."""
 WAIT = 1.0
-"""Seconds after which rank 0 looks up from an empty inbox even if nobody rang."""
+"""Seconds after which rank 0 looks up from an empty inbox even if nothing woke it."""
 WITHOUT_DIFFERENCES = 10
 """A warning says so after this many batches in a row that teach nothing."""
 NOISE = 1e-6
