@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from arbor_core.config import compose, convert
@@ -130,27 +131,17 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     )
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
     backend = plugins.get("inference_backends", settings.inference)()
-    options = engine_options(settings, backend)
+    options = engine_options(settings, backend)  # before anything is touched
     lock = locked(root)
     make_private(root)
     store = Store(root / "arbor.db")
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
-    identity = upgraded(store, models)
+    identity = bring_up_to_date(store, models)
     observers = Observers(plugins)
-    end_engines(root / "engines")
-    engines = Engines(
-        backend,
-        allocator,
-        root / "engines",
-        options=options,
-        threads=settings.threads or os.cpu_count() or 1,
-        idle_seconds=settings.limits.engine_idle_seconds,
-        hang_seconds=settings.limits.engine_heartbeat_seconds,
-    )
+    engines = open_engines(settings, backend, options, allocator, root / "engines")
     weight_sync = WeightSync(models.jobs, engines, jobs)
-    threads = threads_per_device(settings, allocator)
-    attempts = Attempts(jobs, files, models, executor, identity, settings, threads)
+    attempts = Attempts(jobs, files, models, executor, identity, settings, threads_per_device(settings, allocator))
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
@@ -188,6 +179,22 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     )
 
 
+def open_engines(
+    settings: ServeConfig, backend: InferenceBackend, options: Mapping[str, Any], allocator: Allocator, folder: Path
+) -> Engines:
+    """The engines of a server; those that an earlier one left in the folder are ended."""
+    end_engines(folder)
+    return Engines(
+        backend,
+        allocator,
+        folder,
+        options=options,
+        threads=settings.threads or os.cpu_count() or 1,
+        idle_seconds=settings.limits.engine_idle_seconds,
+        hang_seconds=settings.limits.engine_heartbeat_seconds,
+    )
+
+
 def engine_options(settings: ServeConfig, backend: InferenceBackend) -> dict[str, Any]:
     """The options of the inference backend: its YAML, and the server's settings over it.
 
@@ -205,7 +212,7 @@ def threads_per_device(settings: ServeConfig, allocator: Allocator) -> int:
     return settings.threads or max(1, (os.cpu_count() or 1) // slots)
 
 
-def upgraded(store: Store, models: Models) -> str:
+def bring_up_to_date(store: Store, models: Models) -> str:
     """Bring the job directories of earlier versions up to date; returns the identity of the storage directory.
 
     Who died here does it again: each job says by itself whether it is done, and the database when all are.
