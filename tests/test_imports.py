@@ -46,6 +46,12 @@ def test_importing_a_light_module_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.split() == [], f"importing {module} imports {done.stdout}"
 
 
+def test_a_server_that_serves_no_model_does_not_load_the_client_of_engines() -> None:
+    code = "import sys, arbor_core.server.app, arbor_core.application.system; print('aiohttp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["False"]
+
+
 def packages() -> dict[str, Path]:
     """The core and every plugin of this repository, by the name of its package."""
     folders = [ROOT / "arbor_core", *sorted(ROOT.glob("plugins/*/arbor_*"))]

@@ -6,9 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import aiohttp
 import msgspec
 from litestar.types import HTTPScope, Receive, Scope, Send
 
@@ -18,6 +17,9 @@ from arbor_core.models.fine_tuned import Resolved
 from arbor_core.server.http.errors import request_id, shutting_down
 from arbor_core.server.http.sse import Events, Header
 from arbor_core.types import NO_RETRY, RETRY_SOON, ApiError, Engine
+
+if TYPE_CHECKING:
+    import aiohttp
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,8 @@ class Relay:
         Raises:
             ApiError: the engine refused, or broke the connection, here or while the answer was read.
         """
+        import aiohttp  # only now: a server that serves no model is 8 MB smaller
+
         try:
             async with await self._post(engine, id) as upstream:
                 if upstream.status >= 400:
@@ -114,6 +118,8 @@ class Relay:
 
     async def _post(self, engine: Engine, id: str) -> aiohttp.ClientResponse:
         """Send the request; once more if only a connection was lost that had been kept open."""
+        import aiohttp
+
         headers = {"content-type": "application/json", "x-request-id": id, **engine.headers}
         try:
             return await self.engines.session.post(engine.url + self.path, data=self.body, headers=headers)
