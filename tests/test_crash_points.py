@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import crash
 import pytest
-from jobs import create, events, offered
+from jobs import create, events, offered, pause
 from live import LiveServer
 from waiting import until
 
@@ -109,8 +109,7 @@ def test_a_trainer_that_dies_when_it_has_withdrawn_a_damaged_checkpoint(
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 10}).id
     until(lambda: offered(server, job).get(20))
-    client.fine_tuning.jobs.pause(job)
-    until(lambda: client.fine_tuning.jobs.retrieve(job).status == "paused")
+    pause(server, job)
     newest = max(offered(server, job))
     weights = server.storage / "jobs" / job / "checkpoints" / f"{newest}-1" / "adapter_model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))

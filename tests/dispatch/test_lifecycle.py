@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import alive, create, events, held, messages, step_events, supervisor_of
+from jobs import alive, create, events, held, messages, pause, step_events, supervisor_of
 from waiting import until
 
 
@@ -134,8 +134,7 @@ def test_row_101_row_102_pause_frees_the_device_and_resume_goes_on(start_server,
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
     until(lambda: len(step_events(server, job.id)) > 3)
-    client.fine_tuning.jobs.pause(job.id)
-    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    pause(server, job.id)
     assert held(server) == 0
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     other = create(server, chat_rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from http_calls import JOBS, call
-from jobs import create, events, offered, supervisor_of
+from jobs import create, events, offered, pause, supervisor_of
 from live import LiveServer
 from openai import NotFoundError
 from waiting import until
@@ -37,8 +37,7 @@ def test_row_94_a_damaged_checkpoint_is_withdrawn_until_it_is_trained_again(
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 10}).id
     name = until(lambda: offered(server, job).get(20))
-    client.fine_tuning.jobs.pause(job)
-    until(lambda: client.fine_tuning.jobs.retrieve(job).status == "paused")
+    pause(server, job)
     newest = max(offered(server, job))
     lost = [step for step in offered(server, job) if step > 10]
     folder = server.storage / "jobs" / job / "checkpoints"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from live import LiveServer
@@ -59,6 +63,31 @@ def supervisor_of(server: LiveServer, job_id: str) -> int:
     with sqlite3.connect(server.storage / "arbor.db") as db:
         ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]
     return int(ref.split(":")[0]) if ref else 0
+
+
+@contextmanager
+def standing_still(server: LiveServer, job_id: str) -> Iterator[None]:
+    """A job's processes get nothing done inside the block: it cannot end before something is asked of it."""
+    pids = list(processes(server.storage / "jobs" / job_id))
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def pause(server: LiveServer, job_id: str) -> None:
+    """Pause a job that trains, however fast it does, and wait until it is paused."""
+    client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
+    with standing_still(server, job_id):
+        client.fine_tuning.jobs.pause(job_id)
+        desired = server.storage / "jobs" / job_id / "desired"
+        until(lambda: desired.read_text() == "pause")
+    until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused")
 
 
 def alive(pid: int) -> bool:

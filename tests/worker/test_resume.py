@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jobs import create, events
+from jobs import create, events, pause
 from waiting import until
 
 from arbor_core.dispatch import dispatcher
@@ -27,9 +27,7 @@ def test_row_102_a_job_keeps_its_threads_and_says_when_the_processor_is_another(
     server = start_server("gpu.train=[0]", "threads=2")
     job = create(server, chat_rows, hyperparameters=SLOW)
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
-    client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
-    client.fine_tuning.jobs.pause(job.id)
-    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    pause(server, job.id)
     papers = server.storage / "jobs" / job.id / "job.json"
     papers.write_text(json.dumps({**json.loads(papers.read_text()), "cpu": "abacus"}))
     server.stop(signal.SIGKILL)
