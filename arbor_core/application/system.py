@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from arbor_core.jobdir.documents import upgrade
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
+from arbor_core.models.fine_tuned import Resolved
 from arbor_core.plugins import Plugins
 from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
@@ -139,7 +140,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     models = Models(store, settings.models, root)
     identity = bring_up_to_date(store, models)
     observers = Observers(plugins)
-    engines = open_engines(settings, backend, options, allocator, root / "engines")
+    engines = open_engines(settings, backend, options, allocator, root / "engines", models.jobs.last)
     weight_sync = WeightSync(models.jobs, engines, jobs)
     attempts = Attempts(jobs, files, models, executor, identity, settings, threads_per_device(settings, allocator))
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
@@ -180,7 +181,12 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
 
 
 def open_engines(
-    settings: ServeConfig, backend: InferenceBackend, options: Mapping[str, Any], allocator: Allocator, folder: Path
+    settings: ServeConfig,
+    backend: InferenceBackend,
+    options: Mapping[str, Any],
+    allocator: Allocator,
+    folder: Path,
+    newest: Callable[[str], Resolved | None],
 ) -> Engines:
     """The engines of a server; those that an earlier one left in the folder are ended."""
     end_engines(folder)
@@ -188,6 +194,7 @@ def open_engines(
         backend,
         allocator,
         folder,
+        newest,
         options=options,
         threads=settings.threads or os.cpu_count() or 1,
         idle_seconds=settings.limits.engine_idle_seconds,

@@ -12,12 +12,14 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arbor_core.models.fine_tuned import Resolved
+from msgspec.structs import replace
+
+from arbor_core.models.fine_tuned import FullPolicy, Resolved
 from arbor_core.types import (
     RETRY_SOON,
     Allocator,
@@ -31,8 +33,10 @@ from arbor_core.types import (
     Lease,
 )
 
+from .hanging import kill_when_it_hangs
+from .process import EngineStoppedError
 from .redaction import refusal
-from .served_model import Key, ServedModel, ignore_result, kill_when_it_hangs
+from .served_model import Key, ServedModel, WeightsGoneError, ignore_result
 
 if TYPE_CHECKING:
     import aiohttp
@@ -56,6 +60,7 @@ class Engines:
         backend: How an engine is started.
         allocator: Who grants devices of the pool `engine`.
         root: Directory of the engines' scratch directories; emptied here.
+        newest: Finds the newest policy of a job that learns or has learned from rollouts.
         options: The backend's options.
         threads: CPU threads of an engine.
         idle_seconds: An engine without requests for that long is stopped by `tick`.
@@ -68,6 +73,7 @@ class Engines:
         backend: InferenceBackend,
         allocator: Allocator,
         root: Path,
+        newest: Callable[[str], Resolved | None],
         *,
         options: Mapping[str, Any],
         threads: int,
@@ -75,7 +81,7 @@ class Engines:
         hang_seconds: float,
         load_wait: float = LOAD_WAIT,
     ) -> None:
-        self.backend, self.allocator, self.root = backend, allocator, root
+        self.backend, self.allocator, self.root, self.newest = backend, allocator, root, newest
         self.options, self.threads = dict(options), threads
         self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
         self.models: dict[Key, ServedModel] = {}
@@ -103,7 +109,15 @@ class Engines:
 
     @asynccontextmanager
     async def using(self, resolved: Resolved) -> AsyncIterator[Engine]:
-        """The running engine that serves a model, its adapter loaded; it is not stopped inside the block.
+        """The running engine that serves a model, as `serving` yields it."""
+        async with self.serving(resolved) as (engine, _):
+            yield engine
+
+    @asynccontextmanager
+    async def serving(self, resolved: Resolved) -> AsyncIterator[tuple[Engine, Resolved]]:
+        """The running engine that serves a model, and the model as it serves it. It is not stopped inside the block.
+
+        A policy that is not loaded yet may be superseded before it is: what is yielded then is a newer one.
 
         Raises:
             ApiError: 404 `model_not_found`: there are no such weights;
@@ -113,31 +127,56 @@ class Engines:
         model = self._find(resolved)
         model.users += 1
         try:
-            with model.holding(resolved):
+            with ExitStack() as held:
+                held.enter_context(model.holding(resolved))
                 try:
                     async with asyncio.timeout(self.load_wait):
                         engine = await asyncio.shield(model.start)
-                        await self._load(model, engine, resolved)
+                        resolved = await self._load(model, engine, resolved, held)
                 except TimeoutError:
                     message = f"The model '{resolved.name}' is still loading. Try again in a while."
                     raise ApiError(503, message, "model_loading", "model", {"retry-after": "10"}) from None
-                yield engine
+                yield engine, resolved
         finally:
             model.users -= 1
             model.used_at = time.monotonic()
             if model.users == 0:
                 self.released.set()
 
-    async def _load(self, model: ServedModel, engine: Engine, resolved: Resolved) -> None:
-        """Load an adapter into an engine, or the newest weights."""
-        if resolved.adapter:
-            try:
-                await asyncio.shield(model.adapter(resolved.adapter))
-            except ApiError:
-                await self.suspect(engine)  # one that died is forgotten before its client asks again
-                raise
-            model.retire()
-        if resolved.full and (update := model.update(resolved.full)):
+    async def _load(self, model: ServedModel, engine: Engine, resolved: Resolved, held: ExitStack) -> Resolved:
+        """Load an adapter into an engine, or the newest weights; returns what is loaded."""
+        if resolved.full:
+            await self._update(model, engine, resolved, resolved.full)
+        if resolved.adapter is None:
+            return resolved
+        try:
+            if resolved.live and model.ready(resolved) != resolved:
+                return await self._load_policy(model, resolved, resolved.live, held)
+            await asyncio.shield(model.adapter(resolved.adapter))
+        except ApiError:
+            await self.suspect(engine)  # one that died is forgotten before its client asks again
+            raise
+        return resolved
+
+    async def _load_policy(self, model: ServedModel, resolved: Resolved, job_id: str, held: ExitStack) -> Resolved:
+        """Load the newest policy of a job; where several requests wait for it, they share what the first one loads."""
+        async with model.turns[job_id]:
+            while True:
+                policy = model.ready(resolved) or self.newest(job_id) or resolved
+                assert policy.adapter is not None
+                held.enter_context(model.holding(policy))
+                try:
+                    await asyncio.shield(model.adapter(policy.adapter))
+                except WeightsGoneError:
+                    if self.newest(job_id) == policy:
+                        raise
+                else:
+                    model.retire()
+                    return policy
+
+    async def _update(self, model: ServedModel, engine: Engine, resolved: Resolved, full: FullPolicy) -> None:
+        """Have an engine's weights replaced by a policy of all weights, or a newer one."""
+        if update := model.update(full, lambda: self._newest_full(model)):
             try:
                 await asyncio.shield(update)
             except ArborError as error:  # its weights may be mixed: it never answers again
@@ -145,6 +184,10 @@ class Engines:
                 await asyncio.shield(self.later(self._disown(model, engine)))
                 message = f"The engine of '{resolved.name}' did not take new weights. It is started again."
                 raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
+
+    def _newest_full(self, model: ServedModel) -> FullPolicy | None:
+        newest = self.newest(model.key[0])
+        return newest.full if newest else None
 
     def _find(self, resolved: Resolved) -> ServedModel:
         """The entry of the base model; where there is none, its engine is started."""
@@ -162,28 +205,16 @@ class Engines:
     async def _start(self, key: Key) -> Engine:
         """Lease a device and start an engine on it. A failure reaches every request that waits."""
         model = self.models[key]
-        path = model.full.path if model.full else key[1]
         try:
-            await self.backend.find(path)
+            if model.full is None or model.full.version == 0:
+                await self.backend.find(model.full.path if model.full else key[1])
             model.lease = await self._lease(key)
-            self.starts += 1
-            model.dir = self.root / str(self.starts)
-            spec = EngineSpec(
-                model=key[0],
-                path=path,
-                dir=model.dir,
-                devices=model.lease.of("engine"),
-                threads=self.threads,
-                token=secrets.token_urlsafe(24),
-                options=self.options,
-                version=model.full.version if model.full else None,
-            )
-            engine = await self.backend.start(spec)
+            engine = await self._begin(model, model.lease)
         except BaseException as error:
             self._drop(model)
             if isinstance(error, ArborError | OSError):
                 log.warning("engine of %s: %s", key[0], error)
-                if model.superseded(path):  # the next request finds newer ones
+                if isinstance(error, EngineStoppedError) or model.superseded():  # the next request fares better
                     message = f"'{key[0]}' is loaded anew."
                     raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
                 self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
@@ -191,6 +222,24 @@ class Engines:
             raise
         model.watch = asyncio.create_task(self._watch(model, engine))
         return engine
+
+    async def _begin(self, model: ServedModel, lease: Lease) -> Engine:
+        """Start the process of an engine."""
+        self.starts += 1
+        model.dir = self.root / str(self.starts)
+        spec = EngineSpec(
+            model=model.key[0],
+            path=model.key[1],
+            dir=model.dir,
+            devices=lease.of("engine"),
+            threads=self.threads,
+            token=secrets.token_urlsafe(24),
+            options=self.options,
+        )
+        if model.full is None:
+            return await self.backend.start(spec)
+        with model.reading_newest(lambda: self._newest_full(model)) as weights:
+            return await self.backend.start(replace(spec, path=weights.path, version=weights.version))
 
     async def _lease(self, key: Key) -> Lease:
         """A device for an engine; idle engines make room, the one not used for longest first.

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.process.lifecycle import kill_session, process_ref, terminate
+from arbor_core.process.lifecycle import kill_session, process_ref, stat_fields, terminate
 from arbor_core.types import ArborError, EngineSpec, Weights
 
 from .child import READY
@@ -25,6 +25,14 @@ from .child import READY
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
 HEALTH_SECONDS = 5.0
+STOPPED_SECONDS = 5.0
+"""A process that is stopped (SIGSTOP, a debugger) for that long while it starts is killed."""
+STOPPED = "Tt"
+"""States of `/proc/<pid>/stat`."""
+
+
+class EngineStoppedError(ArborError):
+    """Somebody stopped the process of an engine while it started."""
 
 
 class Health(msgspec.Struct):
@@ -55,6 +63,7 @@ class EngineProcess:
 
         Raises:
             ArborError: it ended or did not listen in time; the message carries the last line it wrote.
+            EngineStoppedError: it was stopped for `STOPPED_SECONDS`.
         """
         spec.dir.mkdir(parents=True, exist_ok=True)
         (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
@@ -75,12 +84,9 @@ class EngineProcess:
             (spec.dir / REF).write_text(process_ref(process.pid))
         try:
             async with asyncio.timeout(seconds):
-                while not ready.exists():
-                    if process.returncode is not None:
-                        raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
-                    await asyncio.sleep(POLL_SECONDS)
+                await listening(process, spec)
         except BaseException as error:
-            await terminate(process)
+            await terminate(process, 0 if isinstance(error, EngineStoppedError) else None)
             if isinstance(error, TimeoutError):
                 raise ArborError(f"the engine of '{spec.model}' did not start in {seconds:.0f} s") from None
             raise
@@ -142,6 +148,30 @@ class EngineProcess:
             raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {said}") from None
         if status != 200:
             raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
+
+
+async def listening(process: asyncio.subprocess.Process, spec: EngineSpec) -> None:
+    """Return when a process that starts says that it listens.
+
+    Raises:
+        ArborError: it ended; EngineStoppedError: it is stopped.
+    """
+    stopped = 0
+    while not (spec.dir / READY).exists():
+        if process.returncode is not None:
+            raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
+        stopped = stopped + 1 if state(process.pid) in STOPPED else 0  # counted: this server may be stopped too
+        if stopped * POLL_SECONDS >= STOPPED_SECONDS:
+            raise EngineStoppedError(f"the engine of '{spec.model}' was stopped while it started and is killed")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def state(pid: int) -> str:
+    """The state of a process, as in `/proc/<pid>/stat`; `X`: it has ended."""
+    try:
+        return stat_fields(Path(f"/proc/{pid}/stat"))[0]
+    except OSError:
+        return "X"
 
 
 def stalled_seconds(raw: bytes) -> float:

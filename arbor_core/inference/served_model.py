@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arbor_core.jobdir.weights import reading
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
 from arbor_core.types import NO_RETRY, RETRY_SOON, ApiError, ArborError, Engine, Lease, Weights
 
@@ -22,11 +23,16 @@ log = logging.getLogger(__name__)
 ADAPTERS = 64
 """Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
 
-CHECKS = 4
-"""An engine hangs when it shows no sign of life in this number of checks in a row."""
-
 Key = tuple[str, str]
 """Public name and path of a base model."""
+
+
+class WeightsGoneError(ApiError):
+    """An adapter is not on the disk any more: a trainer has published newer ones, or somebody has removed it."""
+
+    def __init__(self, name: str) -> None:
+        message = f"The model '{name}' cannot be loaded: its weights are not there any more."
+        super().__init__(503, message, "engine_unavailable", "model", NO_RETRY)
 
 
 @dataclass(eq=False)
@@ -51,8 +57,10 @@ class ServedModel:
     updating: asyncio.Task[None] | None = None
     version: int = -1
     """Of the weights that the last update brought; -1: there was none."""
-    policies: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Of adapters that are a live job's policy: the job and the version."""
+    policies: dict[str, Resolved] = field(default_factory=dict)
+    """Of adapters that are a live job's policy, by their names."""
+    turns: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """Of each live job: its policies are loaded one after the other."""
     held: Counter[str] = field(default_factory=Counter)
     """Requests that run on each of those, or wait for it."""
 
@@ -66,15 +74,15 @@ class ServedModel:
         """Whether it runs and nobody uses it."""
         return self.users == 0 and self.watch is not None
 
-    def superseded(self, path: str) -> bool:
-        """Whether the weights at a path have gone because the trainer published newer ones."""
-        return self.full is not None and self.full.version > 0 and not Path(path).exists()
+    def superseded(self) -> bool:
+        """Whether its weights have gone because the trainer published newer ones."""
+        return self.full is not None and self.full.version > 0 and not Path(self.full.path).exists()
 
     def adapter(self, weights: Weights) -> asyncio.Task[None]:
         """The loading of an adapter, started by its first user.
 
         Raises:
-            ApiError: (from the task) 503 `engine_unavailable`: the engine refused it.
+            ApiError: (from the task) 503 `engine_unavailable`: the engine refused it; WeightsGoneError: it has gone.
         """
         if weights.name in self.adapters and self.paths[weights.name] != weights.path:
             self.forget(weights.name)  # its step was trained again
@@ -93,7 +101,12 @@ class ServedModel:
             await asyncio.wait({unloading})
         engine = await self.start
         try:
-            await engine.load_weights(weights)
+            with reading(Path(weights.path)) as there:
+                if not there:
+                    raise WeightsGoneError(weights.name)
+                await engine.load_weights(weights)
+        except WeightsGoneError:
+            raise
         except ArborError as error:
             log.warning("adapter %s: %s", weights.name, error)
             message = f"The model '{weights.name}' cannot be loaded: {without_paths(str(error), weights.path)}"
@@ -107,7 +120,7 @@ class ServedModel:
             yield
             return
         name = resolved.adapter.name
-        self.policies[name] = (resolved.live, resolved.version)
+        self.policies[name] = resolved
         self.held[name] += 1
         try:
             yield
@@ -117,37 +130,75 @@ class ServedModel:
 
     def retire(self, ended: str | None = None) -> None:
         """Unload the policies that no request runs on and whose job has a newer one loaded, or is the job `ended`."""
-        newest: dict[str, int] = {}
-        for name, (job_id, version) in self.policies.items():
-            if name in self.adapters and succeeded(self.adapters[name]):
-                newest[job_id] = max(version, newest.get(job_id, 0))
-        for name, (job_id, version) in list(self.policies.items()):
-            if not self.held[name] and (job_id == ended or version < newest.get(job_id, 0)):
+        newest: dict[str | None, int] = {}
+        for policy in self.loaded_policies():
+            newest[policy.live] = max(policy.version, newest.get(policy.live, 0))
+        for name, policy in list(self.policies.items()):
+            is_old = policy.version < newest.get(policy.live, 0)
+            if not self.held[name] and (is_old or policy.live == ended):
                 del self.policies[name], self.held[name]
                 if name in self.adapters:
                     self.forget(name)
+        if ended:
+            self.turns.pop(ended, None)
 
-    def update(self, full: FullPolicy) -> asyncio.Task[None] | None:
+    def loaded_policies(self) -> list[Resolved]:
+        """The policies of live jobs that are loaded."""
+        names = (name for name in self.policies if name in self.adapters and succeeded(self.adapters[name]))
+        return [self.policies[name] for name in names]
+
+    def ready(self, resolved: Resolved) -> Resolved | None:
+        """What is loaded of an adapter: it, or of a live job's policy a newer one; None: it has to be loaded."""
+        if resolved.adapter is None:
+            return resolved
+        loading = self.adapters.get(resolved.adapter.name)
+        if loading and succeeded(loading) and self.paths[resolved.adapter.name] == resolved.adapter.path:
+            return resolved
+        later = (one for one in self.loaded_policies() if one.live == resolved.live and one.version > resolved.version)
+        return max(later, key=lambda policy: policy.version, default=None)
+
+    def update(self, full: FullPolicy, newest: Callable[[], FullPolicy | None]) -> asyncio.Task[None] | None:
         """The update to these weights or newer ones, started by its first user; None: the engine has them.
+
+        Args:
+            newest: Looks up the newest weights, for the case that these have gone.
 
         Raises:
             ArborError: (from the task) the engine did not take them.
         """
         if self.full is None or full.version > self.full.version:
-            self.updating = asyncio.create_task(self._update(full, self.updating))
+            self.updating = asyncio.create_task(self._update(full, self.updating, newest))
             self.updating.add_done_callback(ignore_result)
             self.full = full
         return self.updating
 
-    async def _update(self, full: FullPolicy, before: asyncio.Task[None] | None) -> None:
+    async def _update(
+        self, full: FullPolicy, before: asyncio.Task[None] | None, newest: Callable[[], FullPolicy | None]
+    ) -> None:
         engine = await self.start
         if before:
             await before
         if self.version >= full.version:
             return
-        newest = self.full or full  # the trainer removes old ones while an update lasts
-        await engine.update(newest.path, newest.version)
-        self.version = newest.version
+        with self.reading_newest(newest) as weights:
+            await engine.update(weights.path, weights.version)
+            self.version = weights.version
+
+    @contextmanager
+    def reading_newest(self, newest: Callable[[], FullPolicy | None]) -> Iterator[FullPolicy]:
+        """The newest weights, which their trainer does not remove inside the block.
+
+        Raises:
+            ArborError: they have gone, and there are none that are newer.
+        """
+        assert self.full is not None
+        with ExitStack() as held:
+            while self.full.version > 0 and not held.enter_context(reading(Path(self.full.path))):
+                newer = newest()
+                if newer is None or newer.version <= self.full.version:
+                    raise ArborError(f"the weights of policy version {self.full.version} are not there any more")
+                self.full = newer
+            yield self.full
 
     def forget(self, name: str) -> None:
         """Unload an adapter. Requests that run on it finish first; new ones load it again."""
@@ -161,26 +212,6 @@ class ServedModel:
             log.warning("unloading %s: %s", name, error)
         finally:
             del self.unloading[name]
-
-
-async def kill_when_it_hangs(model: str, engine: Engine, seconds: float) -> None:
-    """End an engine as soon as it hangs."""
-    how = await hanging(engine, seconds)
-    log.warning("engine of %s %s for %g s and is killed", model, how, seconds)
-    await engine.kill()
-
-
-async def hanging(engine: Engine, seconds: float) -> str:
-    """Return when an engine has shown no sign of life for `seconds`; the text says which one was missed.
-
-    Checks are counted and no clocks compared: after this server or the machine stood still, no engine is to blame.
-    """
-    pause, missed = seconds / CHECKS, 0
-    while True:
-        stalled, _ = await asyncio.gather(engine.stalled_for(pause), asyncio.sleep(pause))
-        missed = missed + 1 if stalled is None or stalled >= pause else 0
-        if missed == CHECKS:
-            return "does not answer" if stalled is None else "makes no progress with its work"
 
 
 def succeeded(task: asyncio.Task[Any]) -> bool:

@@ -65,7 +65,7 @@ class WeightSync:
         """The jobs whose policies are in engines."""
         models = self.engines.models.values()
         owners = {one.key[0] for one in models if one.full}
-        return owners | {job_id for one in models for job_id, _ in one.policies.values()}
+        return owners | {policy.live for one in models for policy in one.policies.values() if policy.live}
 
     async def tick(self) -> None:
         """Unload what belongs to jobs that have ended, where nobody runs on it. Their files go a tick later: who asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from pathlib import Path
 from arbor_core.crash_points import crash_point
 
 KEPT = 4
-"""Published versions that stay on the disk: engines load a version soon after it was published, or never."""
+"""Published versions that stay on the disk, beside those that somebody reads."""
 
 
 @contextmanager
@@ -31,10 +33,54 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(folder.iterdir(), key=_newness, reverse=True)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_unread(old)
 
 
 def _newness(path: Path) -> tuple[int, int]:
     """Version and attempt. The newest version is served, though an attempt that began before it publishes again."""
     version, _, attempt = path.name.removesuffix(".tmp").partition("-")
     return int(version), int(attempt)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[bool]:
+    """Whether a version is on the disk; while the block lasts, its trainer does not remove it."""
+    with _locked(folder, fcntl.LOCK_SH) as locked:
+        yield locked
+
+
+def _remove_unread(folder: Path) -> None:
+    """Remove a version, unless somebody reads it: then it goes with a later one."""
+    with _locked(folder, fcntl.LOCK_EX) as locked:
+        if locked:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[bool]:
+    """Hold a lock on a directory, which ends with the process that holds it; False: it has gone, or is locked."""
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        yield False
+        return
+    try:
+        yield _lock(opened, kind) and _is_still(folder, opened)
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, kind: int) -> bool:
+    try:
+        fcntl.flock(opened, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still(folder: Path, opened: int) -> bool:
+    """Whether a path still names the directory that was opened there: it may have been removed before it was locked."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(opened))
+    except FileNotFoundError:
+        return False

@@ -143,6 +143,11 @@ class FineTunedModels:
         job = self._maker(job_id)
         return self._policy(job) if job and job.live else None
 
+    def last(self, job_id: str) -> Resolved | None:
+        """The newest policy of a job, also after its end, whoever it belongs to."""
+        job = self._maker(job_id)
+        return self._policy(job) if job and job.spec.rollouts else None
+
     def policies(self, owner: str) -> list[tuple[str, int]]:
         """Ids of the jobs that learn from rollouts now, and when they were created; newest first."""
         rows = self.store.read(

@@ -12,6 +12,7 @@ from arbor_core import AllocatorSettings
 from arbor_core.config.compose import defaults
 from arbor_core.config.convert import merged
 from arbor_core.inference.engines import Engines
+from arbor_core.models.fine_tuned import Resolved
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,12 @@ async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callabl
     made: list[Engines] = []
 
     def engines(
-        devices: int = 1, idle_seconds: float = 60.0, hang_seconds: float = 60.0, load_wait: float = 60.0, **values: Any
+        devices: int = 1,
+        idle_seconds: float = 60.0,
+        hang_seconds: float = 60.0,
+        load_wait: float = 60.0,
+        newest: Callable[[str], Resolved | None] = lambda _: None,
+        **values: Any,
     ) -> Engines:
         allocator = arbor_mock.simulated_devices(AllocatorSettings([], list(range(devices))))
         made.append(
@@ -34,6 +40,7 @@ async def make(tmp_path: Path, options: dict[str, Any]) -> AsyncIterator[Callabl
                 arbor_mock.MockBackend(),
                 allocator,
                 tmp_path / "engines",
+                newest,
                 options=merged(options, values),
                 threads=1,
                 idle_seconds=idle_seconds,

@@ -21,9 +21,9 @@ from waiting import until_async
 from arbor_core import UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
 from arbor_core.inference import engines as engines_module
+from arbor_core.inference.hanging import hanging
 from arbor_core.inference.process import REF, end_engines, stalled_seconds
 from arbor_core.inference.redaction import without_paths
-from arbor_core.inference.served_model import hanging
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.types import ApiError
@@ -313,6 +313,37 @@ async def test_a_request_that_gives_up_does_not_stop_the_start(make):
     await used(engines, ONE)
     assert engines.starts == 1
     assert next(iter(engines.models.values())).users == 0
+
+
+@pytest.mark.parametrize("end", ["stop", "close"])
+async def test_an_engine_that_starts_ends_within_seconds(make, end):
+    engines = make(load_seconds=600)
+    starting = asyncio.create_task(used(engines, ONE))
+    await until_async((engines.root / "1" / REF).exists)
+    process = (engines.root / "1" / REF).read_text()
+    async with asyncio.timeout(30):
+        await (engines.close() if end == "close" else engines.stop(next(iter(engines.models.values()))))
+    await asyncio.gather(starting, return_exceptions=True)
+    assert process_ref(int(process.partition(":")[0])) == ""
+    assert engines.allocator.free()["engine"] == 1
+
+
+async def test_an_engine_that_is_stopped_while_it_starts_is_killed_and_the_next_request_starts_another(
+    make, monkeypatch
+):
+    monkeypatch.setattr("arbor_core.inference.process.STOPPED_SECONDS", 0.2)
+    engines = make(load_seconds=600)
+    starting = asyncio.create_task(used(engines, ONE))
+    await until_async((engines.root / "1" / REF).exists)
+    process = (engines.root / "1" / REF).read_text()
+    os.kill(int(process.partition(":")[0]), signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        with pytest.raises(ApiError, match="loaded anew") as caught:
+            await starting
+    assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "1"})
+    assert process_ref(int(process.partition(":")[0])) == ""
+    engines.options["load_seconds"] = 0
+    await used(engines, ONE)
 
 
 async def test_closing_ends_every_process_even_one_that_starts(make):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,11 +15,14 @@ from typing import Any
 import aiohttp
 import pytest
 from engines import loaded
+from waiting import until_async
 
 from arbor_core import Event
 from arbor_core.config.settings import ModelsConfig
 from arbor_core.engine import EngineProcess
 from arbor_core.inference.weight_sync import WeightSync
+from arbor_core.jobdir.layout import JobDir
+from arbor_core.jobdir.weights import KEPT, publishing, reading
 from arbor_core.jobs.events import add_checkpoint
 from arbor_core.jobs.policies import record_policy
 from arbor_core.jobs.records import Job, JobSpec, NewJob
@@ -70,7 +75,7 @@ class World:
 
 
 def weights(folder: Path, full: bool, raw: bytes) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not full:
         (folder / "adapter_config.json").write_text("{}")
     (folder / ("model.safetensors" if full else "adapter_model.safetensors")).write_bytes(raw)
@@ -85,7 +90,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture
 async def live(world: World, make: Any) -> WeightSync:
-    return WeightSync(world.models.jobs, make(devices=2), world.jobs)
+    return WeightSync(world.models.jobs, make(devices=2, newest=world.models.jobs.last), world.jobs)
 
 
 async def test_a_job_that_learns_is_its_newest_policy(world: World) -> None:
@@ -335,6 +340,65 @@ async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
     assert await asyncio.gather(*waiting) == [engine] * 3
     assert versions == [1, 3]
     assert await version_of(engine, job.id) == 3
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+async def test_a_policy_that_is_published_faster_than_it_is_loaded_is_always_served(
+    world: World, make: Any, full: bool
+) -> None:
+    """Clients that get a 503 here would lose their rollouts: whatever the pace, each gets the version that it was
+    promised or a newer one, and never an older one than before."""
+    engines = make(newest=world.models.jobs.last, weights_seconds=0.2, load_seconds=0.3)
+    live = WeightSync(world.models.jobs, engines, world.jobs)
+    job = await world.job(lora=None if full else {})
+
+    async def publish() -> None:
+        folder = JobDir.of(world.root, job.id).weights
+        for version in itertools.count(1):
+            with publishing(folder, f"{version}-1") as new:
+                weights(new, full, TENSORS)
+            event = Event("weights", data={"version": version, "handled": version, "dir": f"{version}-1"})
+            await world.store.write(functools.partial(record_policy, job_id=job.id, event=event))
+            live.published(job.id)
+            await asyncio.sleep(0.02)
+
+    async def ask() -> int:
+        last = 0
+        for _ in range(4):
+            promised = world.models.resolve(job.id, "me")
+            async with engines.serving(promised) as (engine, found):
+                assert isinstance(engine, EngineProcess)
+                assert full or found.name in await loaded(engine)
+                version = await version_of(engine, job.id) if full else found.version
+            assert version >= promised.version >= last
+            last = version
+        return last
+
+    publisher = asyncio.create_task(publish())
+    await until_async(lambda: world.models.resolve(job.id, "me").version > 0)
+    versions = await asyncio.gather(*(ask() for _ in range(4)))
+    publisher.cancel()
+    await asyncio.gather(publisher, *engines.background, return_exceptions=True)
+    assert min(versions) > KEPT, "they were published faster than loaded"
+    assert engines.starts == 1
+    assert not [event.message for event in world.jobs.events(job.id, 5) if event.level == "error"]
+
+
+async def test_a_version_that_is_read_stays_until_it_was_read(tmp_path: Path) -> None:
+    def publish(version: int) -> Path:
+        with publishing(tmp_path, f"{version}-1"):
+            return tmp_path / f"{version}-1"
+
+    first = publish(1)
+    with reading(first) as there, reading(first) as again:
+        assert (there, again) == (True, True)
+        for version in range(2, 9):
+            publish(version)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1-1", "5-1", "6-1", "7-1", "8-1"]
+    publish(9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6-1", "7-1", "8-1", "9-1"]
+    with reading(first) as there:
+        assert not there
 
 
 async def test_a_start_with_weights_that_are_gone_is_tried_again_with_newer_ones(

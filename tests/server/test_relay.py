@@ -65,7 +65,7 @@ class SlowEngines:
         self.cancelled = False
 
     @asynccontextmanager
-    async def using(self, _: Resolved) -> AsyncIterator[Any]:
+    async def serving(self, _: Resolved) -> AsyncIterator[Any]:
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
@@ -106,8 +106,8 @@ class BrokenEngines:
     content = Content()
 
     @asynccontextmanager
-    async def using(self, _: Resolved) -> AsyncIterator[Any]:
-        yield None
+    async def serving(self, resolved: Resolved) -> AsyncIterator[Any]:
+        yield None, resolved
 
 
 async def test_whatever_breaks_an_open_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

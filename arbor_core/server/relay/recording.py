@@ -150,6 +150,12 @@ class RecordingRelay(Relay):
         self.model = resolved.live
         self.headers: list[Header] = [self._header(resolved.version)]
 
+    def superseded(self) -> None:
+        """The policy of the request was superseded before it was loaded: this one answers."""
+        self.recording.version = self.resolved.version
+        self.body = msgspec.json.encode(self.recording.request(self.resolved.name))
+        self.headers[:] = [self._header(self.resolved.version)]
+
     def _header(self, version: int) -> Header:
         return HEADER, str(version).encode()
 

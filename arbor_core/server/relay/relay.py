@@ -61,7 +61,7 @@ class Relay:
 
     async def _whole(self, id: str, send: Send) -> None:
         raw = b""
-        async with self.engines.using(self.resolved) as engine, self._response(engine, id) as upstream:
+        async with self._engine() as engine, self._response(engine, id) as upstream:
             raw = await upstream.read()
         raw = self.finished(raw)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), *self.headers]
@@ -72,7 +72,7 @@ class Relay:
         events = Events(send, self.headers)
         pings = asyncio.create_task(events.keep_alive())
         try:
-            async with self.engines.using(self.resolved) as engine, self._response(engine, id) as upstream:
+            async with self._engine() as engine, self._response(engine, id) as upstream:
                 async for chunk in self.chunks(upstream.content.iter_any()):
                     await events.write(chunk)
         except Exception as error:  # once the stream is open, its client gets any error in it
@@ -89,6 +89,17 @@ class Relay:
         finally:
             pings.cancel()
         await events.close()
+
+    @asynccontextmanager
+    async def _engine(self) -> AsyncIterator[Engine]:
+        async with self.engines.serving(self.resolved) as (engine, resolved):
+            if resolved != self.resolved:
+                self.resolved = resolved
+                self.superseded()
+            yield engine
+
+    def superseded(self) -> None:
+        """`resolved` is a newer policy than the one that the request was made for."""
 
     def finished(self, raw: bytes) -> bytes:
         """What the client gets of a whole response: all of it."""

@@ -47,6 +47,7 @@ class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
     max_running: Count
     max_waiting: Annotated[int, Meta(ge=0)]
     load_seconds: Seconds
+    weights_seconds: Seconds
     delay_seconds: Seconds
     token_seconds: Seconds
     load_error: str | None

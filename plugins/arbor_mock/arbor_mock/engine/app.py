@@ -80,6 +80,7 @@ class MockEngine:
         """Load an adapter under a name; one of the same name is replaced."""
         given = msgspec.json.decode(await request.read(), type=dict[str, str])
         path = given["lora_path"]
+        await asyncio.sleep(self.options.weights_seconds)
         try:
             check_adapter(Path(path))
         except (OSError, ValueError) as error:
@@ -99,6 +100,7 @@ class MockEngine:
     async def update(self, request: web.Request) -> web.Response:
         """Take new weights; requests that run go on, and say which version they began with."""
         given = msgspec.json.decode(await request.read(), type=UpdateBody)
+        await asyncio.sleep(self.options.weights_seconds)
         try:
             check_tensors(Path(given.path) / "model.safetensors")
         except (OSError, ValueError) as error:
