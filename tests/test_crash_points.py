@@ -26,8 +26,10 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {
     "{event.type}.event": [f"{kind}.event" for kind in get_args(EventType)],
     "job.{desired}": [f"job.{wanted}" for wanted in get_args(Desired)],
-    "{self.name}.written": ["inbox.written", "ledger.written"],
-    "{self.name}.rotated": ["inbox.rotated", "ledger.rotated"],
+    "{self.name}.written": ["inbox.written", "ledger.written", "results.written"],
+    "{self.name}.rotated": ["inbox.rotated", "ledger.rotated", "results.rotated"],
+    "{self.log.name}.synced": ["inbox.synced", "results.synced"],
+    "{self.log.name}.marked": ["inbox.marked", "results.marked"],
     "forgotten.{name}": [f"forgotten.{name}" for name in LIVE],
 }
 """The names that each f-string may come to."""
@@ -41,6 +43,7 @@ MATRICES = {
         *crash.SESSION_WORKERS,
         *crash.SEGMENTS,
     ],
+    "results": [*crash.RESULTS_ALWAYS, *crash.RESULTS],
     "uploads": [*crash.UPLOAD_POINTS_ALWAYS, *crash.UPLOAD_POINTS],
     "upgrades": crash.UPGRADES,
     "here": HERE,

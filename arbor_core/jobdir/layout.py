@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINTS, WEIGHTS, INBOX, LEDGER, CHECKPOINT_REQUESTS = "checkpoints", "weights", "inbox", "ledger", "asked"
+RESULTS = "results"
 
 
 def checkpoint_path(job_id: str, name: str) -> str:
@@ -56,13 +57,23 @@ class JobDir:
 
     @property
     def inbox(self) -> Path:
-        """Groups of rollouts in order of arrival."""
+        """What clients send, groups of rollouts or commands, in order of arrival."""
         return self.path / INBOX
 
     @property
     def inbox_bell(self) -> Path:
         """Socket on which the trainer hears that something has come, or that something else is wanted of it."""
         return self.inbox / "bell"
+
+    @property
+    def results(self) -> Path:
+        """What the trainer answers to commands, and up to where that was acknowledged."""
+        return self.path / RESULTS
+
+    @property
+    def results_bell(self) -> Path:
+        """Socket on which the server hears that there is a result."""
+        return self.results / "bell"
 
     @property
     def ledger(self) -> Path:

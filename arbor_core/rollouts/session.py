@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from arbor_core.config.convert import renamed
-from arbor_core.jobdir import inbox
+from arbor_core.jobdir import groups, inbox
+from arbor_core.jobdir.inbox_writer import InboxWriter, Sending
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
@@ -34,7 +35,6 @@ from arbor_core.types import (
 
 from .completion_ledger import Ledger
 from .credits import Credits
-from .writer import InboxWriter, Sending
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Session:
     async def known(self, batch_id: int, digest: int) -> Accepted | None:
         self.credits.check_id(batch_id)
         if sending := self.sending.get(batch_id):
-            earlier: tuple[int, int] | None = (sending.digest, await asyncio.shield(sending.position))
+            earlier: tuple[int, int] | None = (sending.entry.digest, await asyncio.shield(sending.position))
         else:
             earlier = self.credits.latest.get(batch_id)
         if earlier is None and batch_id not in self.credits.used:
@@ -132,20 +132,21 @@ class Session:
         elif group.id != UNNUMBERED and (known := await self.known(group.id, digest)):
             return known
         self.credits.reserve(group.id, policy)
-        sending = self.writer.send(group, digest)
+        sending = self.writer.send(groups.entry(group, digest))
         if group.id != UNNUMBERED:
             self.sending[group.id] = sending
         return Accepted(group.id, await asyncio.shield(sending.position))
 
     def _settle(self, sending: Sending, position: int | Exception) -> None:
-        self.sending.pop(sending.group.id, None)
+        batch_id, digest, _ = sending.entry
+        self.sending.pop(batch_id, None)
         if isinstance(position, Exception):
-            self.credits.release(sending.group.id)
+            self.credits.release(batch_id)
         else:
-            self.credits.settle(sending.group.id, sending.digest, position)
+            self.credits.settle(batch_id, digest, position)
 
     def group(self, accepted: Accepted) -> Group:
-        return next(inbox.read(self.folder, accepted.position)).group
+        return next(groups.read(self.folder, accepted.position)).group
 
     def completion(self, id: str, index: int = 0) -> Completion | None:
         return self.ledger.get(id, index)

@@ -1,4 +1,5 @@
-"""Append-only logs in numbered segments, with a checksum for each record: the inbox of a job and the completion ledger.
+"""Append-only logs in numbered segments, with a checksum for each record: the inbox and the results of a job (through
+`synced_log`) and the completion ledger.
 
 A segment is a file `<number>.log`. A record is a header and its payload; the header holds the payload's length and
 CRC-32, further integers of the log's own, and with `RecordFormat.checked` the CRC-32 of all these, little-endian. What
@@ -152,10 +153,12 @@ def segments(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in folder.glob("*.log") if path.stem.isdigit())
 
 
-def headers(path: Path, record_format: RecordFormat) -> Iterator[Header]:
-    """The headers of a segment's whole records; ends at the first one that is damaged. No payload is read."""
-    size, offset = path.stat().st_size, 0
+def headers(path: Path, record_format: RecordFormat, start: int = 0) -> Iterator[Header]:
+    """The headers of a segment's whole records from the offset `start` on; ends at the first one that is damaged. No
+    payload is read."""
+    size, offset = path.stat().st_size, start
     with path.open("rb") as file:
+        file.seek(start)
         while len(raw := file.read(record_format.header_bytes)) == record_format.header_bytes:
             header = record_format.parse(raw, offset)
             if header is None or header.end > size:

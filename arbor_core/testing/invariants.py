@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.jobdir import checkpoints, inbox
+from arbor_core.jobdir import checkpoints, groups
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.storage.event_log import tail
 from arbor_core.types import TERMINAL, Event, Lease, rollouts
@@ -128,7 +128,7 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
 def check_rollouts(job: JobDir) -> None:
     """Every group stands in the inbox once, no completion is in two of them, and the steps took all of them in order:
     each step those that follow the step before."""
-    records = list(inbox.read(job.inbox, 0))
+    records = list(groups.read(job.inbox, 0))
     ids = Counter(record.group.id for record in records if record.group.id != rollouts.UNNUMBERED)
     labels = Counter(record.group.label for record in records if record.group.label is not None)
     sampled = Counter(n for record in records for rollout in record.group.rollouts for n in rollout.completions)

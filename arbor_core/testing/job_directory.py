@@ -16,6 +16,7 @@ import msgspec
 
 from arbor_core import plugins
 from arbor_core.config import convert
+from arbor_core.jobdir import groups
 from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.jobdir.inbox import Inbox
@@ -99,11 +100,11 @@ class JobDirectory:
         """Say what is wanted of the job: a level that the worker reads between steps."""
         replace(self.files.desired, desired.encode())
 
-    def send(self, *groups: Group) -> list[int]:
+    def send(self, *sent: Group) -> list[int]:
         """Put groups into the inbox, as the server does for a trainer of rollouts; the positions that follow them."""
         box = Inbox(self.files.inbox)
         try:
-            ends = box.append([(group, 0) for group in groups])
+            ends = box.append([groups.entry(group, 0) for group in sent])
         finally:
             box.close()
         wake(str(self.files.inbox_bell), "inbox")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from arbor_core.jobdir import checkpoints
-from arbor_core.jobdir.inbox import read
+from arbor_core.jobdir.groups import read
 from arbor_core.types import Event, Group, Rollout
 
 from .hardware import device

@@ -1,6 +1,7 @@
 """The nouns of Arbor. Imports nothing heavy: the server, every worker and every plugin share them."""
 
 from .attempts import AttemptOrder, Executor, Exit, Placement
+from .commands import Command, CommandSession, Result, Sent
 from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, pool_for
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
 from .error_envelope import envelope
@@ -63,6 +64,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointRequest",
     "Claim",
+    "Command",
+    "CommandSession",
     "Completion",
     "ConfigError",
     "ConfigT",
@@ -91,6 +94,7 @@ __all__ = [
     "Policy",
     "QueuedJob",
     "Record",
+    "Result",
     "Rollout",
     "RolloutConfig",
     "RolloutSession",
@@ -98,6 +102,7 @@ __all__ = [
     "RunningJob",
     "Scheduler",
     "SchedulerFactory",
+    "Sent",
     "Services",
     "Snapshot",
     "Status",

@@ -1,8 +1,4 @@
-"""A worker's side of learning from rollouts: groups that arrive, weights that go out, checkpoints that clients name.
-
-Everything goes through the job's directory: `inbox/` (see `inbox`), `weights/<version>-<attempt>/`, and
-`asked/<name>.json` for each checkpoint that a client waits for.
-"""
+"""A worker's side of its job's inbox: groups of rollouts in order of arrival, or commands in order of their numbers."""
 
 from __future__ import annotations
 
@@ -11,13 +7,16 @@ import socket
 from functools import cached_property
 from pathlib import Path
 
-from arbor_core.jobdir import inbox
+from arbor_core.jobdir import commands, groups, inbox
 from arbor_core.process.wakeup import short_address
-from arbor_core.types import rollouts
+from arbor_core.types import Command, rollouts
+
+TAKEN_BYTES = 16 << 20
+"""Of the commands that are taken at once."""
 
 
-class Feed:
-    """The reading end of a job's inbox, and a socket that wakes it when something was appended."""
+class Listener:
+    """A socket that wakes the reader of a job's inbox when something was appended, or something else is wanted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bell = folder, folder / "bell"
@@ -26,6 +25,19 @@ class Feed:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         with short_address(self.bell) as address:
             self.socket.bind(address)
+
+    def listen(self, seconds: float) -> None:
+        """Wait until it is woken, up to so many seconds."""
+        ready, _, _ = select.select([self.socket], [], [], seconds)
+        while ready:
+            try:
+                self.socket.recv(256)
+            except BlockingIOError:
+                return
+
+
+class Feed(Listener):
+    """The reading end of an inbox of groups."""
 
     def take(self, position: int, wait: float, until: int | None = None) -> list[rollouts.Record]:
         """The records from a position on, and before `until`; waits up to `wait` seconds for the first, or until
@@ -36,21 +48,58 @@ class Feed:
         """
         found = self._there(position, until)
         if not found and wait > 0:
-            self._listen(wait)
+            self.listen(wait)
             found = self._there(position, until)
         return found
 
     def _there(self, position: int, until: int | None) -> list[rollouts.Record]:
         ends = [end for end in (inbox.synced(self.folder), until) if end is not None]
-        return list(inbox.read(self.folder, position, min(ends, default=None)))
+        return list(groups.read(self.folder, position, min(ends, default=None)))
 
-    def _listen(self, seconds: float) -> None:
-        ready, _, _ = select.select([self.socket], [], [], seconds)
-        while ready:
-            try:
-                self.socket.recv(256)
-            except BlockingIOError:
-                return
+
+class CommandFeed(Listener):
+    """The reading end of an inbox of commands, which are taken in the order of their numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.after = self.seen = 0
+        self.places: dict[int, inbox.Place] = {}
+        """Of the commands that are not taken yet, by number, as far as the inbox was seen."""
+
+    def take(self, after: int, wait: float) -> list[Command]:
+        """The commands `after` + 1, `after` + 2, ... as far as all before them are there, some megabytes at a time;
+        waits up to `wait` seconds for the first, or until it is woken for something else.
+
+        Raises:
+            InboxDamagedError: a record is not what was written.
+        """
+        if not self.has(after + 1) and wait > 0:
+            self.listen(wait)
+        found: list[Command] = []
+        size = 0
+        while size < TAKEN_BYTES and self.has(after + 1 + len(found)):
+            command = commands.read(self.folder, self.places[after + 1 + len(found)].start)
+            found.append(command)
+            size += len(command.payload)
+        self._forget(after)
+        return found
+
+    def has(self, number: int) -> bool:
+        """Whether a command has come. Only numbers above those that were taken may be asked for."""
+        if number <= self.after:  # taken up anew, from an earlier checkpoint
+            self.after = self.seen = 0
+            self.places.clear()
+        if number not in self.places:
+            for place in inbox.places(self.folder, self.seen, inbox.synced(self.folder)):
+                self.seen = place.end
+                if place.number > self.after:
+                    self.places.setdefault(place.number, place)
+        return number in self.places
+
+    def _forget(self, until: int) -> None:
+        """Forget the commands up to a number: they were taken."""
+        self.after = until
+        self.places = {number: place for number, place in self.places.items() if number > until}
 
 
 class CatchingUp:

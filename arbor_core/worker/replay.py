@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core.jobdir import inbox
+from arbor_core.jobdir import groups, inbox
 from arbor_core.jobdir.documents import object_path, read_document, read_order, read_placement, write_order
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.plugins import load
@@ -134,7 +134,7 @@ def whole(folder: Path, trained: dict[int, tuple[int, int]]) -> Iterator[rollout
         ArborError: one is not what was written; names the step that it belongs to.
     """
     try:
-        yield from inbox.read(folder, 0)
+        yield from groups.read(folder, 0)
     except inbox.InboxDamagedError as error:
         _, number = trained.get(error.position, (0, 0))
         step = f"step {number} was trained on it" if number else "no step was trained on it"

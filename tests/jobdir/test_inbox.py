@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from arbor_core.jobdir import checkpoint_requests, inbox, weights
+from arbor_core.jobdir import checkpoint_requests, groups, inbox, weights
+from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox, InboxDamagedError
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.process.wakeup import wake
@@ -25,21 +26,20 @@ def group(number: int, words: int = 50) -> Group:
 
 
 def record(number: int) -> bytes:
-    payload = msgspec.msgpack.encode(group(number))
-    return inbox.FORMAT.header(payload, number, number) + payload
+    return inbox.encoded(entry(group(number), number))
 
 
 def ids(folder: Path, position: int = 0) -> list[int]:
-    return [record.group.id for record in inbox.read(folder, position)]
+    return [record.group.id for record in groups.read(folder, position)]
 
 
 def test_what_was_appended_is_read_from_any_position(tmp_path: Path) -> None:
     box = Inbox(tmp_path, segment_bytes=1500)
-    ends = [end for n in range(20) for end in box.append([(group(n), n)])]
+    ends = [end for n in range(20) for end in box.append([entry(group(n), n)])]
     assert len(inbox.segments(tmp_path)) > 3
     for n, end in enumerate(ends):
         assert ids(tmp_path, end) == list(range(n + 1, 20))
-    records = list(inbox.read(tmp_path, 0))
+    records = list(groups.read(tmp_path, 0))
     assert [record.group for record in records] == [group(n) for n in range(20)]
     assert [record.end for record in records] == ends
     assert [record.digest for record in records] == list(range(20))
@@ -47,21 +47,21 @@ def test_what_was_appended_is_read_from_any_position(tmp_path: Path) -> None:
 
 def test_several_groups_in_one_append(tmp_path: Path) -> None:
     box = Inbox(tmp_path)
-    ends = box.append([(group(n), n) for n in range(5)])
-    assert [record.end for record in inbox.read(tmp_path, 0)] == ends
+    ends = box.append([entry(group(n), n) for n in range(5)])
+    assert [record.end for record in groups.read(tmp_path, 0)] == ends
 
 
 @pytest.mark.parametrize("kept", range(1, 40, 7))
 def test_a_torn_tail_is_not_read_and_cut_off(tmp_path: Path, kept: int) -> None:
     box = Inbox(tmp_path)
-    (end,) = box.append([(group(0), 0)])
+    (end,) = box.append([entry(group(0), 0)])
     box.close()
     with inbox.segments(tmp_path)[-1][1].open("ab") as file:
         file.write(record(1)[:kept])
     assert ids(tmp_path) == [0]
     again = Inbox(tmp_path)
     assert again.end == end
-    again.append([(group(2), 2)])
+    again.append([entry(group(2), 2)])
     assert ids(tmp_path) == [0, 2]
 
 
@@ -71,7 +71,7 @@ def test_what_a_killed_writer_did_not_sync_is_on_the_disk_before_anybody_hears_o
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    Inbox(tmp_path).append([(group(0), 0)])
+    Inbox(tmp_path).append([entry(group(0), 0)])
     monkeypatch.setattr(os, "fsync", lambda to: synced.append(os.readlink(f"/proc/self/fd/{to}")) or real(to))
     Inbox(tmp_path)
     (segment,) = (path for _, path in inbox.segments(tmp_path))
@@ -81,7 +81,7 @@ def test_what_a_killed_writer_did_not_sync_is_on_the_disk_before_anybody_hears_o
 def test_nothing_is_read_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a failing disk takes back must not have been trained on."""
     box, reader = Inbox(tmp_path), inbox_reader.Feed(tmp_path)
-    (end,) = box.append([(group(0), 0)])
+    (end,) = box.append([entry(group(0), 0)])
     seen: list[tuple[list[int], int]] = []
 
     def fail(_: int) -> None:
@@ -91,19 +91,19 @@ def test_nothing_is_read_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="Input/output"):
-            box.append([(group(1), 1)])
+            box.append([entry(group(1), 1)])
     assert seen == [([0, 1], 1)]
-    box.append([(group(2), 2)])
+    box.append([entry(group(2), 2)])
     assert [found.group.id for found in reader.take(end, 0)] == [2]
 
 
 def test_what_a_power_failure_left_beyond_the_mark_is_kept_where_it_is_whole(tmp_path: Path) -> None:
     box = Inbox(tmp_path)
-    (first,) = box.append([(group(0), 0)])
-    (second,) = box.append([(group(1), 1)])
+    (first,) = box.append([entry(group(0), 0)])
+    (second,) = box.append([entry(group(1), 1)])
     box.close()
     (tmp_path / inbox.SYNCED).write_bytes(inbox.POSITION.pack(first))  # the newer mark had not reached the disk
-    zeros = inbox.FORMAT.header(bytes(100), 2, 2).ljust(500, b"\0")  # nor had the pages of the third record
+    zeros = record(2)[: inbox.HEADER_BYTES].ljust(500, b"\0")  # nor had the pages of the third record
     with inbox.segments(tmp_path)[-1][1].open("ab") as file:
         file.write(zeros)
     again = Inbox(tmp_path)
@@ -113,7 +113,7 @@ def test_what_a_power_failure_left_beyond_the_mark_is_kept_where_it_is_whole(tmp
 @pytest.mark.parametrize("at", [0, 9, 20])
 def test_a_damaged_header_loses_nothing_that_follows(tmp_path: Path, at: int) -> None:
     box = Inbox(tmp_path)
-    first, *_ = box.append([(group(n), n) for n in range(5)])
+    first, *_ = box.append([entry(group(n), n) for n in range(5)])
     box.close()
     path = inbox.segments(tmp_path)[0][1]
     content = bytearray(path.read_bytes())
@@ -127,7 +127,7 @@ def test_a_damaged_header_loses_nothing_that_follows(tmp_path: Path, at: int) ->
 
 def test_a_changed_record_is_found_and_named(tmp_path: Path) -> None:
     box = Inbox(tmp_path)
-    first, _ = box.append([(group(n), n) for n in range(2)])
+    first, _ = box.append([entry(group(n), n) for n in range(2)])
     path = inbox.segments(tmp_path)[0][1]
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -140,7 +140,7 @@ def test_a_changed_record_is_found_and_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box = Inbox(tmp_path)
-    box.append([(group(0), 0)])
+    box.append([entry(group(0), 0)])
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -148,9 +148,9 @@ def test_a_full_disk_leaves_nothing_of_the_record(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            box.append([(group(1), 1)])
+            box.append([entry(group(1), 1)])
     assert ids(tmp_path) == [0]
-    box.append([(group(2), 2)])
+    box.append([entry(group(2), 2)])
     assert ids(tmp_path) == [0, 2]
 
 
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_nothing_of_the_record(tmp_path: Path, monkeypatch: p
 def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: int) -> None:
     """The trainer may have read a whole record before the writer knows that the next one did not fit."""
     box = Inbox(tmp_path)
-    box.append([(group(0), 0)])
+    box.append([entry(group(0), 0)])
 
     class Filling:
         """The inbox's file on a disk that takes a part of what is written."""
@@ -170,7 +170,7 @@ def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: 
             return int(self.file.write(content[:room]))
 
     whole, box.log.file = box.log.file, Filling(box.log.file)  # type: ignore[assignment]
-    several = [(group(n), n) for n in (1, 2, 3)]
+    several = [entry(group(n), n) for n in (1, 2, 3)]
     size = inbox.HEADER_BYTES + len(msgspec.msgpack.encode(group(1)))
     taken = min(3, room // size)
     if taken:
@@ -180,12 +180,12 @@ def test_of_several_groups_those_that_the_disk_took_stand(tmp_path: Path, room: 
             box.append(several)
     box.log.file = whole
     assert ids(tmp_path) == list(range(taken + 1))
-    box.append([(group(9), 9)])
+    box.append([entry(group(9), 9)])
     assert ids(tmp_path) == [*range(taken + 1), 9]
 
 
 def test_headers_tell_ids_and_digests_without_the_payloads(tmp_path: Path) -> None:
-    Inbox(tmp_path).append([(group(n), 100 + n) for n in range(3)])
+    Inbox(tmp_path).append([entry(group(n), 100 + n) for n in range(3)])
     found = [(number, digest) for _, _, number, digest in inbox.headers(inbox.segments(tmp_path)[0][1])]
     assert found == [(0, 100), (1, 101), (2, 102)]
 
@@ -203,7 +203,7 @@ def test_a_wakeup_ends_a_readers_wait(tmp_path: Path) -> None:
     got: list[int] = []
     waiting = threading.Thread(target=lambda: got.extend(r.group.id for r in reader.take(0, 60.0)))
     waiting.start()
-    box.append([(group(9), 9)])
+    box.append([entry(group(9), 9)])
     while waiting.is_alive():
         wake(tmp_path / "bell", "")
         waiting.join(0.05)
@@ -211,7 +211,7 @@ def test_a_wakeup_ends_a_readers_wait(tmp_path: Path) -> None:
 
 
 def test_a_reader_does_not_wait_for_what_is_there(tmp_path: Path) -> None:
-    Inbox(tmp_path).append([(group(1), 1)])
+    Inbox(tmp_path).append([entry(group(1), 1)])
     reader = inbox_reader.Feed(tmp_path)
     assert [record.group.id for record in reader.take(0, 600.0)] == [1]
     assert reader.take(1 << 40, 0) == []

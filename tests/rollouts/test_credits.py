@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbor_core.jobdir.inbox import read
+from arbor_core.jobdir.groups import read
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.rollouts import credits as credits_module
 from arbor_core.rollouts.credits import Spans

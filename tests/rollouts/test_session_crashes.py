@@ -35,7 +35,7 @@ from crash import (
 from http_calls import Answer, call
 from live import LiveServer
 
-from arbor_core.jobdir import checkpoints, inbox
+from arbor_core.jobdir import checkpoints, groups
 from arbor_core.rollouts.completion_ledger import Ledger
 from arbor_core.testing.invariants import Seen
 
@@ -124,7 +124,7 @@ class Pupil:
         assert list(of_forgotten(storage)) == []
         named = storage / "jobs" / self.job_id / "checkpoints" / checkpoints.NAMED / "half-way"
         assert checkpoints.fault(named.resolve()) is None
-        assert len(list(inbox.read(storage / "jobs" / self.job_id / "inbox", 0))) == STEPS
+        assert len(list(groups.read(storage / "jobs" / self.job_id / "inbox", 0))) == STEPS
 
 
 def finished(pupil: Pupil, seen: Seen) -> None:
@@ -159,6 +159,7 @@ def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServ
 WRITING = """
 import sys
 from pathlib import Path
+from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.types import Completion, Group, Rollout
 from arbor_core.rollouts.completion_ledger import Ledger
@@ -166,7 +167,7 @@ from arbor_core.rollouts.completion_ledger import Ledger
 box = Inbox(Path(sys.argv[1]) / "inbox", segment_bytes=1)
 ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, max_segments=9)
 for n in range(int(sys.argv[2]), 4):
-    box.append([(Group(id=n, rollouts=(Rollout(reward=1.0),), version=0), n)])
+    box.append([entry(Group(id=n, rollouts=(Rollout(reward=1.0),), version=0), n)])
     ledger.add(Completion(id=f"c{n}", version=0, prompt=b"", tokens=b"", logprobs=b"", temperature=1.0, key=b"k"))
 """
 
@@ -176,10 +177,10 @@ def test_a_server_that_dies_between_two_segments(point: str, tmp_path: Path) -> 
     command = [sys.executable, "-c", WRITING, str(tmp_path)]
     died = subprocess.run([*command, "0"], env={**os.environ, "ARBOR_CRASH_AT": point}, check=False)
     assert died.returncode == -signal.SIGKILL
-    there = [record.group.id for record in inbox.read(tmp_path / "inbox", 0)]
+    there = [record.group.id for record in groups.read(tmp_path / "inbox", 0)]
     assert there == list(range(len(there)))
     ledger = Ledger(tmp_path / "ledger")
     assert {id for id, _ in ledger.places} >= {f"c{n}" for n in there[:-1]}  # noqa: A001
     ledger.close()
     subprocess.run([*command, str(len(there))], check=True)
-    assert [record.group.id for record in inbox.read(tmp_path / "inbox", 0)] == [0, 1, 2, 3]
+    assert [record.group.id for record in groups.read(tmp_path / "inbox", 0)] == [0, 1, 2, 3]

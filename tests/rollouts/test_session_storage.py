@@ -16,7 +16,7 @@ from http_calls import JOBS, Answer, call
 from jobs import check_and_stop, until
 from live import LiveServer
 
-from arbor_core.jobdir import inbox
+from arbor_core.jobdir import groups
 
 pytest.importorskip("arbor_grpo", reason="brings the routes")
 
@@ -90,7 +90,7 @@ def test_a_group_for_which_there_is_no_room_is_refused_and_taken_later(server: L
     assert (taken["batch_id"], taken["repeated"]) == (1, False)
     assert "best" in job.post("checkpoint", checkpoint_name="best", metadata={"why": LONG}).json["checkpoints"]
     job.handled(2)
-    assert [record.group.id for record in inbox.read(job.dir / "inbox", 0)] == [0, 1]
+    assert [record.group.id for record in groups.read(job.dir / "inbox", 0)] == [0, 1]
     assert job.steps() == [1, 2]
     job.end()
 

@@ -12,6 +12,7 @@ from http_calls import JOBS, call, raw_socket
 from live import LiveServer, launch
 from waiting import until
 
+from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.process.wakeup import wake
 from arbor_core.rollouts.completion_ledger import Ledger, key_of
@@ -182,7 +183,7 @@ def test_a_completion_after_a_step_comes_from_its_policy(server: LiveServer) -> 
     folder = server.storage / "jobs" / job / "inbox"
     inbox = Inbox(folder)
     rollouts = tuple(Rollout(reward=float(n), completion=b"\1\0\0\0") for n in range(8))
-    inbox.append([(Group(rollouts=rollouts, version=0), 1)])
+    inbox.append([entry(Group(rollouts=rollouts, version=0), 1)])
     inbox.close()
     wake(folder / "bell", "")
 

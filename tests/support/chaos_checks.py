@@ -17,7 +17,7 @@ from live import ENDED, LiveServer
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import LIVE
-from arbor_core.jobdir.inbox import read as read_inbox
+from arbor_core.jobdir.groups import read as read_inbox
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.types import ArborError
 from arbor_core.worker.replay import replay

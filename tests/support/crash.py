@@ -92,6 +92,15 @@ SESSION_WORKERS = [
     "name_checkpoint.answered",
     "result.event",
 ]
+RESULTS_ALWAYS = ["results.synced", "results.dropped"]
+RESULTS = [
+    "results.written",
+    "results.marked",
+    "results.marked:3",
+    "results.rotated",
+    "results.acknowledged",
+    "results.dropped:2",
+]
 SEGMENTS = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
 
 UPLOAD_POINTS_ALWAYS = [

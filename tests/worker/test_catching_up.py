@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox, end_of, segments
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.rollouts import SIZE, check_report_skipped, group, groups, running, steps_of
@@ -50,7 +51,7 @@ def test_what_is_asked_while_it_catches_up(tmp_path: Path) -> None:
 
 def test_where_so_many_records_end(tmp_path: Path) -> None:
     box = Inbox(tmp_path, segment_bytes=600)
-    ends = [box.append([(group(number, 0), number)])[0] for number in range(6)]
+    ends = [box.append([entry(group(number, 0), number)])[0] for number in range(6)]
     box.close()
     assert len(segments(tmp_path)) > 1
     assert [end_of(tmp_path, count) for count in range(8)] == [0, *ends, ends[-1]]

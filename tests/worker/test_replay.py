@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arbor_core.jobdir import inbox
+from arbor_core.jobdir import groups, inbox
 from arbor_core.testing import JobDirectory
 from arbor_core.types import ArborError, Group, Rollout
 from arbor_core.worker.replay import base_model, find_job, replay
@@ -126,7 +126,7 @@ def test_steps_of_rollouts_come_out_again(learned: JobDirectory) -> None:
 
 def test_a_damaged_group_is_found_and_its_step_is_named(learned: JobDirectory) -> None:
     (path,) = (path for _, path in inbox.segments(learned.dir / "inbox"))
-    third = list(inbox.read(learned.dir / "inbox", 0))[2]
+    third = list(groups.read(learned.dir / "inbox", 0))[2]
     content = bytearray(path.read_bytes())
     content[third.end - 5] ^= 1
     path.write_bytes(content)
@@ -136,12 +136,12 @@ def test_a_damaged_group_is_found_and_its_step_is_named(learned: JobDirectory) -
 
 def test_a_group_that_was_exchanged_is_found_whatever_its_checksum(learned: JobDirectory) -> None:
     folder = learned.dir / "inbox"
-    records = [record.group for record in inbox.read(folder, 0)]
+    records = [record.group for record in groups.read(folder, 0)]
     records[5].rollouts[1].reward = 9.0
     (path,) = (path for _, path in inbox.segments(folder))
     path.unlink()
     box = inbox.Inbox(folder)
-    box.append([(one, one.id) for one in records])
+    box.append([groups.entry(one, one.id) for one in records])
     box.close()
     with pytest.raises(ArborError, match=r"\(batch 5\) is not the one that step 3 was trained on"):
         told(learned)
@@ -149,7 +149,7 @@ def test_a_group_that_was_exchanged_is_found_whatever_its_checksum(learned: JobD
 
 def test_groups_that_are_gone_are_missed(learned: JobDirectory) -> None:
     folder = learned.dir / "inbox"
-    last = list(inbox.read(folder, 0))[-1]
+    last = list(groups.read(folder, 0))[-1]
     (path,) = (path for _, path in inbox.segments(folder))
     os.truncate(path, last.start)
     with pytest.raises(ArborError, match=f"no group at position {last.start}, on which step 3 was trained"):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import LiveServer
 
-from arbor_core.jobdir.inbox import read
+from arbor_core.jobdir.groups import read
 from arbor_core.rollouts.completion_ledger import packed_floats, packed_ids
 from arbor_core.types import ApiError, Completion, Group, RolloutSession
 

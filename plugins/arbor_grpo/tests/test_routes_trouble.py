@@ -17,7 +17,7 @@ from http_calls import Answer
 from live import LiveServer
 from waiting import until
 
-from arbor_core.jobdir.inbox import read
+from arbor_core.jobdir.groups import read
 
 BOUND = 30.0
 """No answer may take so long."""

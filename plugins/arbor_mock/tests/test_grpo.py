@@ -11,6 +11,7 @@ from arbor_mock.train import STATE
 from waiting import until
 
 from arbor_core.jobdir.checkpoint_requests import ask
+from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.types import CheckpointRequest, Group, Rollout
@@ -38,7 +39,7 @@ def send(folder, *versions, first=0, **metrics):
             )
             for number in range(2)
         )
-        inbox.append([(Group(id=id, rollouts=rollouts, version=version, metrics=metrics), id)])
+        inbox.append([entry(Group(id=id, rollouts=rollouts, version=version, metrics=metrics), id)])
     inbox.close()
 
 

@@ -1,4 +1,4 @@
-"""Writes the groups of one job into its inbox. Those that come while it writes are written together, with one sync."""
+"""Writes what comes for one job into its inbox. What comes while it writes is written together, with one sync."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from arbor_core.jobdir.inbox import Inbox
-from arbor_core.jobdir.layout import JobDir
 from arbor_core.process.wakeup import wake
-from arbor_core.types import Group
+
+from .inbox import Entry, Inbox
+from .layout import JobDir
 
 
 @dataclass
 class Sending:
-    """A group that waits to be written."""
+    """A record that waits to be written."""
 
-    group: Group
-    digest: int
+    entry: Entry
     position: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Where the group begins in the inbox, once it is on the disk; or why it could not be written."""
+    """Where the record begins in the inbox, once it is on the disk; or why it could not be written."""
 
 
 class InboxWriter:
@@ -28,7 +27,7 @@ class InboxWriter:
 
     Args:
         folder: The job's directory.
-        settle: Called with each group and its position in the inbox, or the error, before its sender hears of it.
+        settle: Called with each record and its position in the inbox, or the error, before its sender hears of it.
     """
 
     def __init__(self, folder: JobDir, settle: Callable[[Sending, int | Exception], None]) -> None:
@@ -37,9 +36,9 @@ class InboxWriter:
         self.queue: list[Sending] = []
         self.writing: asyncio.Task[None] | None = None
 
-    def send(self, group: Group, digest: int) -> Sending:
-        """Have a group written."""
-        sending = Sending(group, digest)
+    def send(self, entry: Entry) -> Sending:
+        """Have a record written."""
+        sending = Sending(entry)
         self.queue.append(sending)
         if self.writing is None:
             self.writing = asyncio.create_task(self._write())
@@ -51,7 +50,7 @@ class InboxWriter:
             batch = self.queue[:]
             try:
                 begin = self.inbox.end
-                ends = await asyncio.to_thread(self.inbox.append, [(one.group, one.digest) for one in batch])
+                ends = await asyncio.to_thread(self.inbox.append, [one.entry for one in batch])
                 full = OSError(errno.ENOSPC, "the disk became full", str(self.folder.inbox))
                 starts: Sequence[int | Exception] = [begin, *ends[:-1]] + [full] * (len(batch) - len(ends))
             except Exception as error:  # each sender gets it
