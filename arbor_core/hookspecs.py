@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Event,
         ExecutorFactory,
         JobView,
+        Launcher,
         SchedulerFactory,
         Services,
         Trainer,
@@ -48,6 +49,13 @@ def arbor_allocators() -> Mapping[str, AllocatorFactory]:  # type: ignore[empty-
 def arbor_executors() -> Mapping[str, ExecutorFactory]:  # type: ignore[empty-body]
     """Ways to start attempts and to find them again after the server restarted. Called when the plugins are loaded; the
     server calls the factory that the key `executor` names once, when it starts."""
+
+
+@hookspec
+def arbor_launchers() -> Mapping[str, Launcher]:  # type: ignore[empty-body]
+    """Ways to start the ranks of a job with several devices. Called when the plugins are loaded; the server calls the
+    command of the one that `launcher` names before each attempt of such a job. The names `warm` and `cold` are those of
+    `start`."""
 
 
 @hookspec

@@ -16,7 +16,7 @@ import pluggy
 from . import hookspecs
 from .types import ArborError
 
-KINDS = ("trainers", "schedulers", "allocators", "executors", "inference_backends")
+KINDS = ("trainers", "schedulers", "allocators", "executors", "launchers", "inference_backends")
 """What a plugin brings by name, for the server."""
 COMMAND_KINDS = ("tiny_models",)
 """What it brings for the commands of `arbor` alone."""
@@ -36,6 +36,11 @@ KNOWN = {
     ("tiny_models", "tiny"): "arbor-sft",
 }
 """What to install for a name that is not there."""
+RESERVED = {
+    ("launchers", "accelerate"): "there is no launcher 'accelerate' yet: accelerate_config=FILE starts ranks with it",
+    ("launchers", "deepspeed"): "there is no launcher 'deepspeed' yet: accelerate_config=FILE may choose DeepSpeed",
+}
+"""Names that will be brought later, and what does for them now."""
 METHOD_PACKAGES = {"supervised": "arbor-sft", "dpo": "arbor-dpo", "reinforcement": "arbor-grpo"}
 """What to install for an OpenAI method that no trainer answers to."""
 
@@ -131,6 +136,8 @@ class Plugins:
 
     def _missing(self, kind: str, name: str, known: Collection[str]) -> str:
         what = f"{singular(kind)} '{name}'"
+        if reserved := RESERVED.get((kind, name)):
+            return reserved
         package = KNOWN.get((kind, name))
         if package and package in self.broken:
             return f"{what} is installed but does not load: {self.broken[package]}"

@@ -186,6 +186,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "keys of mock": lambda: key_table(ROOT / "plugins/arbor_mock/arbor_mock/conf/trainer/mock.yaml"),
     "keys of mock_grpo": lambda: key_table(ROOT / "plugins/arbor_mock/arbor_mock/conf/trainer/mock_grpo.yaml"),
     "keys of grpo": lambda: key_table(ROOT / "plugins/arbor_grpo/arbor_grpo/conf/trainer/grpo.yaml"),
+    "options of torchrun": lambda: key_table(ROOT / "conf/launcher/torchrun.yaml"),
     "options of transformers": lambda: key_table(
         ROOT / "plugins/arbor_transformers/arbor_transformers/conf/backend/transformers.yaml"
     ),

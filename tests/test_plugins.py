@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from waiting import until
 
-from arbor_core import ArborError, Event, JobView, Trainer, hookspecs
+from arbor_core import ArborError, Event, JobView, Launcher, Trainer, hookspecs
 from arbor_core import plugins as loading
 from arbor_core.dispatch.observers import Observers
 
@@ -30,6 +30,15 @@ def test_hook_arbor_schedulers_allocators_executors_inference_backends(plugins, 
     made = object()
     plugin("acme 1.0", **{f"arbor_{kind}": lambda: {"mine": lambda: made}})
     assert plugins.get(kind, "mine")() is made
+
+
+def test_hook_arbor_launchers_are_found_by_name(plugins, plugin):
+    mine = Launcher(msgspec.Struct, lambda options, python, ranks: None)
+    plugin("acme 1.0", arbor_launchers=lambda: {"mine": mine, "accelerate": mine})
+    assert plugins.get("launchers", "mine") is mine
+    assert plugins.get("launchers", "accelerate") is mine, "whoever brings a reserved name has it"
+    with pytest.raises(ArborError, match="there is no launcher 'deepspeed' yet: accelerate_config=FILE"):
+        plugins.get("launchers", "deepspeed")
 
 
 def test_hook_arbor_tiny_models_are_for_commands(plugins, plugin):
@@ -161,7 +170,7 @@ def test_a_disabled_plugin_is_not_imported(site):
 
 
 def test_every_hook_says_what_it_is_for():
-    assert len(HOOKS) == 8
+    assert len(HOOKS) == 9
     for name in HOOKS:
         assert len(getattr(hookspecs, name).__doc__) > 40
 

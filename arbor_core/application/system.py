@@ -37,6 +37,7 @@ from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
 from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings, InferenceBackend
+from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
 
 from .job_service import JobService
 from .submission import Submission, TrainerDefaults
@@ -131,6 +132,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
+    launcher = launcher_of(settings, plugins)
     backend = plugins.get("inference_backends", settings.inference)()
     options = engine_options(settings, backend)  # before anything is touched
     lock = locked(root)
@@ -142,7 +144,8 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     observers = Observers(plugins)
     engines = open_engines(settings, backend, options, allocator, root / "engines", models.jobs.last)
     weight_sync = WeightSync(models.jobs, engines, jobs)
-    attempts = Attempts(jobs, files, models, executor, identity, settings, threads_per_device(settings, allocator))
+    threads = threads_per_device(settings, allocator)
+    attempts = Attempts(jobs, files, models, executor, launcher, identity, settings, threads)
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
@@ -211,6 +214,23 @@ def engine_options(settings: ServeConfig, backend: InferenceBackend) -> dict[str
     options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
     convert.typed(options, backend.options, where="engine")
     return options
+
+
+def launcher_of(settings: ServeConfig, plugins: Plugins) -> ConfiguredLauncher:
+    """Who starts the ranks of a job with several devices.
+
+    Raises:
+        ArborError: no plugin brings it, or an option is not one of its own.
+    """
+    chosen = ConfiguredLauncher.of(plugins, settings.launcher)
+    if settings.accelerate_config is None:
+        return chosen
+    log.warning(
+        "accelerate_config: accelerate starts the ranks of jobs, and not launcher=%s; the key will become options of "
+        "launcher=accelerate",
+        settings.launcher["name"],
+    )
+    return accelerate(settings.accelerate_config)
 
 
 def threads_per_device(settings: ServeConfig, allocator: Allocator) -> int:

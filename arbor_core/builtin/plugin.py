@@ -1,14 +1,15 @@
-"""The core's own plugin: the schedulers, the allocator and the executor that come with Arbor."""
+"""The core's own plugin: the schedulers, the allocator, the executor and the launchers that come with Arbor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from arbor_core.hookspecs import hookimpl
-from arbor_core.types import AllocatorFactory, ExecutorFactory, SchedulerFactory
+from arbor_core.types import AllocatorFactory, ExecutorFactory, Launcher, SchedulerFactory
 
 from .allocator import LocalAllocator
 from .executor import LocalExecutor
+from .launchers import NONE, TORCHRUN
 from .schedulers import FifoScheduler, PriorityScheduler
 
 
@@ -25,3 +26,8 @@ def arbor_allocators() -> Mapping[str, AllocatorFactory]:
 @hookimpl
 def arbor_executors() -> Mapping[str, ExecutorFactory]:
     return {"local": LocalExecutor}
+
+
+@hookimpl
+def arbor_launchers() -> Mapping[str, Launcher]:
+    return {"none": NONE, "torchrun": TORCHRUN}

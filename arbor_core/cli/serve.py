@@ -51,15 +51,16 @@ def first_override(arguments: list[str]) -> int:
 
 
 def open_ended(word: str) -> str:
-    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know, and `trainer.` former names
-    of keys, which the trainer's YAML does not have: Hydra is to add them."""
+    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know, `launcher.env.` any
+    variable, and `trainer.` former names of keys, which the trainer's YAML does not have: Hydra is to add them."""
     former = tuple(f"trainer.{key}=" for key in RolloutConfig.former_keys)
-    return f"++{word}" if word.startswith(("engine.", "trainers.", *former)) else word
+    return f"++{word}" if word.startswith(("engine.", "trainers.", "launcher.env.", *former)) else word
 
 
 def plain_words(message: str) -> str:
     """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
     from arbor_core.config import convert, settings
+    from arbor_core.plugins import RESERVED
 
     line = " ".join(message.split()).partition(" Config search path:")[0]
     if key := re.match(r"Could not override '([^']+)'", line):
@@ -71,6 +72,8 @@ def plain_words(message: str) -> str:
         hint = f"did you mean '{close[0]}'?" if close else "see them all with: arbor-serve --cfg job"
         return f"no key '{key[1]}'; {hint}"
     if group := re.search(r"Could not find '(\w+)/([^']+)'.*Available options in '\w+': (.*)", line):
+        if reserved := RESERVED.get((f"{group[1]}s", group[2])):
+            return reserved
         close = difflib.get_close_matches(group[2], group[3].split(), n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(group[3].split())}"
         return f"no {group[1]} called '{group[2]}'; {hint}"

@@ -28,6 +28,8 @@ from .user_file import with_new_keys
 
 HYDRA_VERSION = "1.3"
 """Whose defaults Hydra keeps to."""
+LAUNCHER = "torchrun"
+"""The default in conf/serve.yaml."""
 
 
 def core_config_dir() -> Path:
@@ -69,7 +71,9 @@ def settings_of(cfg: DictConfig) -> ServeConfig:
     Raises:
         ConfigError: a key or a value that the settings do not have.
     """
-    return typed(with_new_keys(plain(cfg)), ServeConfig, where="")
+    values = with_new_keys(plain(cfg))
+    values.setdefault("launcher", defaults("launcher", LAUNCHER))  # it may have been `start`, which has its own key
+    return typed(values, ServeConfig, where="")
 
 
 def serve_settings(*overrides: str) -> ServeConfig:

@@ -104,6 +104,8 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     allocator: str
     executor: str
     start: Literal["warm", "cold"]
+    launcher: dict[str, Any]
+    """`conf/launcher/<name>.yaml`: `name`, and the options of that launcher."""
     inference: str
     organization: Name
     threads: Count | None

@@ -100,13 +100,15 @@ def warn_of_launcher() -> None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Nested values as `a.b=value`; `trainer: NAME` chooses the group."""
+    """Nested values as `a.b=value`; `trainer: NAME`, `launcher: NAME`, `launcher: {name: NAME}` choose from a group."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name == "trainer" and isinstance(value, str):
             yield f"+trainer={value}"
+        elif name in ("launcher", "launcher.name") and isinstance(value, str):
+            yield f"launcher={value}"
         elif isinstance(value, Mapping) and value:
-            added = "+" if name in ("trainers", "engine") else ""
+            added = "+" if name in ("trainers", "engine") else "++" if name == "launcher.env" else ""
             yield from (f"{added}{line}" for line in flat(value, f"{name}."))
         else:
             yield f"{name}={literal(value)}"

@@ -11,8 +11,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import msgspec
-
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
@@ -27,7 +25,7 @@ from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.types import AttemptOrder, Executor, Lease, Placement, Trainer
-from arbor_core.worker.launchers import SAME_MACHINE, ranks_command
+from arbor_core.worker.launchers import ConfiguredLauncher
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "arbor-core")
@@ -39,6 +37,7 @@ class Attempts:
     """Starts attempts, and tells them what is wanted.
 
     Args:
+        launcher: Who starts the ranks of a job with several devices.
         storage: Identity of the storage directory.
         threads: CPU threads of a new job.
     """
@@ -49,11 +48,13 @@ class Attempts:
         files: Files,
         models: Models,
         executor: Executor,
+        launcher: ConfiguredLauncher,
         storage: str,
         settings: ServeConfig,
         threads: int,
     ) -> None:
         self.jobs, self.files, self.models, self.executor = jobs, files, models, executor
+        self.launcher = launcher
         self.root, self.storage, self.settings, self.threads = models.root, storage, settings, threads
 
     def dir(self, job: Job) -> JobDir:
@@ -121,10 +122,8 @@ class Attempts:
             room_seconds=self.settings.limits.room_seconds,
             handled=newest_policy(self.jobs.store, job.id)[0].handled,
         )
-        if trainer.ranks and len(placement.devices) > 1:
-            argv = ranks_command(order, len(placement.devices), self.settings.accelerate_config)
-            here = {} if self.settings.accelerate_config else SAME_MACHINE
-            order = msgspec.structs.replace(order, argv=argv, env={**here, **order.env})
+        if trainer.ranks:
+            order = self.launcher.order(order, len(placement.devices))
         write_order(order, placement)
         crash_point("attempt.ordered")
         return order, placement

@@ -12,6 +12,15 @@ from .devices import check_allocator, check_scheduler
 from .engine import check_backend
 from .hardware import device
 from .job_directory import JobDirectory
+from .launcher import check_launcher
 from .trainer import check_trainer
 
-__all__ = ["JobDirectory", "check_allocator", "check_backend", "check_scheduler", "check_trainer", "device"]
+__all__ = [
+    "JobDirectory",
+    "check_allocator",
+    "check_backend",
+    "check_launcher",
+    "check_scheduler",
+    "check_trainer",
+    "device",
+]

@@ -98,7 +98,7 @@ def check_config(name: str, trainer: Trainer) -> None:
         assert isinstance(trainer.adapter(values), bool), f"{name}: 'adapter' returns no bool"
     msgspec.json.schema(trainer.config)
     for key in values:
-        _check_misspelled(key, values, trainer.config)
+        check_misspelled(key, values, trainer.config)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -115,7 +115,7 @@ def _inside_null(key: str, values: Mapping[str, Any]) -> bool:
     return value is None or bool(rest and isinstance(value, Mapping) and _inside_null(".".join(rest), value))
 
 
-def _check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.Struct]) -> None:
+def check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.Struct]) -> None:
     """A key with a letter too many is refused, and the nearest one is named."""
     wrong = f"{key}x"
     if wrong in values:

@@ -19,6 +19,7 @@ from .errors import (
     not_found,
 )
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
+from .launchers import Launcher, RanksCommand
 from .plugins import (
     AllocatorFactory,
     AllocatorSettings,
@@ -86,6 +87,7 @@ __all__ = [
     "JobFailed",
     "JobStopped",
     "JobView",
+    "Launcher",
     "Lease",
     "Level",
     "NamedCheckpoint",
@@ -93,6 +95,7 @@ __all__ = [
     "Plan",
     "Policy",
     "QueuedJob",
+    "RanksCommand",
     "Record",
     "Result",
     "Rollout",

@@ -29,8 +29,8 @@ class Trainer:
         prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
         min_rows: Fewer rows fail the job.
         python: Interpreter of another virtual environment; None: the server's.
-        ranks: A job with several devices is as many processes, started by torchrun or accelerate. False: one process
-            that uses all of them.
+        ranks: A job with several devices is as many processes, started by the launcher that the operator chose. False:
+            one process that uses all of them.
         rollouts: It learns from groups that clients send while it runs: `config` is a `RolloutConfig`, and there is no
             training file.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).

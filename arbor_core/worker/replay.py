@@ -24,13 +24,13 @@ import msgspec
 from arbor_core.jobdir import groups, inbox
 from arbor_core.jobdir.documents import object_path, read_document, read_order, read_placement, write_order
 from arbor_core.jobdir.layout import JobDir
-from arbor_core.plugins import load
+from arbor_core.plugins import Plugins, load
 from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.event_log import tail
 from arbor_core.types import ArborError, AttemptOrder, Event, StepInputs, rollouts
 
-from .launchers import ranks_command
+from .launchers import ConfiguredLauncher
 
 POLL_SECONDS = 0.05
 END_SECONDS = 30.0
@@ -148,7 +148,8 @@ def scratch(job_dir: Path, models: Sequence[Path]) -> Iterator[Path]:
     document, before = read_document(job), read_order(last)
     if before.base and not document.model:
         before = msgspec.structs.replace(before, base=base_model(before.base, document.model_name, models))
-    trainer = load().get("trainers", document.trainer)
+    plugins = load()
+    trainer = plugins.get("trainers", document.trainer)
     with tempfile.TemporaryDirectory(prefix="replay-", dir=job_dir.parent) as name:
         folder = JobDir(Path(name))  # beside the job's own, because stored paths are relative to the storage directory
         attempt = folder.attempt(1)
@@ -169,9 +170,16 @@ def scratch(job_dir: Path, models: Sequence[Path]) -> Iterator[Path]:
             base=before.base,
         )
         if before.argv:
-            order = msgspec.structs.replace(order, argv=ranks_command(order, len(placement.devices), None))
+            order = ranks_launcher(plugins).order(order, len(placement.devices))
         write_order(order, placement)
         yield folder.path
+
+
+def ranks_launcher(plugins: Plugins) -> ConfiguredLauncher:
+    """What starts the ranks here: the same computation, whoever started them before."""
+    from arbor_core.config.compose import defaults  # Hydra, which a job on one device does without
+
+    return ConfiguredLauncher.of(plugins, defaults("launcher", "torchrun"))
 
 
 def base_model(found: str, name: str, models: Sequence[Path]) -> str:

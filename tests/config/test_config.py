@@ -72,9 +72,10 @@ def test_merging_is_by_key_and_changes_nothing():
 def test_serve_yaml_and_its_struct_have_the_same_keys():
     said = yaml.safe_load((compose.core_config_dir() / "serve.yaml").read_text())
     of_commands = {"trainer", "trainers"}  # only there when somebody asks for them
+    of_groups = {"launcher"}
     hydra_own = {"defaults", "hydra"}
     keys = {field.name for field in msgspec.structs.fields(settings.ServeConfig)}
-    assert set(said) - hydra_own == keys - of_commands
+    assert set(said) - hydra_own == keys - of_commands - of_groups
     for name in ("gpu", "models", "auth", "plugins", "limits"):
         inner = next(f.type for f in msgspec.structs.fields(settings.ServeConfig) if f.name == name)
         assert set(said[name]) == {field.name for field in msgspec.structs.fields(inner)}
@@ -138,6 +139,7 @@ def test_one_list_of_gpus_is_for_training_and_serving(home):
     assert composed()["gpu"] == {"train": [0, 1], "inference": [2]}
 
 
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 RENAMED = "the key 'launcher' is called 'start' now: write start=warm or start=cold\n"
 
 
@@ -157,7 +159,7 @@ def test_launcher_is_the_old_name_of_start(home, file, argument, start):
     done = arbor_serve("--cfg", "job", argument)
     assert (done.returncode, done.stderr) == (0, RENAMED)
     found = yaml.safe_load(done.stdout)
-    assert found["start"] == start and "launcher" not in found
+    assert found["start"] == start and found["launcher"]["name"] == "torchrun"
 
 
 def test_start_needs_no_warning(home):
@@ -179,8 +181,31 @@ def test_launcher_in_settings_and_what_it_may_mean_later(caplog):
     assert user_file.with_new_keys(compose_values) == {"start": "cold", "port": 1}
     assert user_file.with_new_keys(compose_values) == {"start": "cold", "port": 1}
     assert [record.getMessage() for record in caplog.records] == [RENAMED.strip()], "one warning"
-    assert user_file.with_new_keys({"launcher": "torchrun"}) == {"launcher": "torchrun"}
+    assert user_file.with_new_keys({"launcher": {"name": "none"}}) == {"launcher": {"name": "none"}}
     assert user_file.with_new_key("launcher=torchrun") == "launcher=torchrun"
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "launcher"),
+    [
+        ("", ["launcher=none"], {"name": "none"}),
+        ("launcher: none\n", [], {"name": "none"}),
+        ("launcher: none\n", ["launcher=torchrun"], "torchrun"),
+        ("launcher: {name: torchrun, command: [run]}\n", [], {"command": ["run"]}),
+        ("launcher: {env: {A: b}}\n", ["launcher.env.C=d"], {"env": {**LOOPBACK, "A": "b", "C": "d"}}),
+        ("launcher: cold\n", ["launcher=none", "start=warm"], {"name": "none"}),
+        ("launcher: none\n", ["launcher=warm"], {"name": "none"}),
+    ],
+)
+def test_launcher_starts_ranks(home, file, arguments, launcher):
+    (home / "config.yaml").write_text(file)
+    found = composed(*arguments)
+    assert found["start"] == "warm"
+    if launcher == "torchrun":
+        assert found["launcher"]["env"] == LOOPBACK
+    else:
+        assert {key: found["launcher"][key] for key in launcher} == launcher
+    assert set(found["launcher"]) == ({"name"} if launcher == {"name": "none"} else {"name", "command", "env"})
 
 
 def test_an_order_of_an_earlier_server_is_read():
@@ -193,8 +218,9 @@ def test_an_order_of_an_earlier_server_is_read():
 
 def test_settings_without_a_command_line():
     assert not GlobalHydra.instance().is_initialized()
-    found = compose.serve_settings("port=9", "limits.attempts=7", "start=cold")
+    found = compose.serve_settings("port=9", "limits.attempts=7", "start=cold", "launcher=none")
     assert (found.port, found.limits.attempts, found.start) == (9, 7, "cold")
+    assert found.launcher == {"name": "none"}
     assert not GlobalHydra.instance().is_initialized(), "it is left as it was"
     with pytest.raises(HydraException, match="Could not override 'prot'"):
         compose.serve_settings("prot=9")
@@ -262,7 +288,12 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
         ("host=0.0.0.0", "auth.keys"),
         ("start=luke", "Invalid 'start'"),
-        ("launcher=luke", "launcher"),
+        ("launcher=luke", "no launcher called 'luke'; installed: "),
+        ("launcher=torchrum", "no launcher called 'torchrum'; did you mean 'torchrun'?"),
+        ("launcher=accelerate", "there is no launcher 'accelerate' yet: accelerate_config=FILE"),
+        ("launcher=deepspeed", "there is no launcher 'deepspeed' yet"),
+        ("launcher.command=['{pyhton}']", "'command' may hold {python} and {ranks}, but it has 'pyhton'"),
+        ("launcher.comand=[a]", "no key 'launcher.comand'"),
         ("trainer=sft", "+trainer=NAME"),
         ("engine.token_secondss=1", "Did you mean 'token_seconds'?"),
         ("port=99999", "Invalid 'port': Expected `int` <= 65535"),

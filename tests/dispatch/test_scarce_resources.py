@@ -69,7 +69,7 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     jobs = Jobs(store)
     nobody: Any = None
     models: Any = SimpleNamespace(root=tmp_path)
-    attempts = Attempts(jobs, nobody, models, nobody, "storage_x", nobody, 1)
+    attempts = Attempts(jobs, nobody, models, nobody, nobody, "storage_x", nobody, 1)
     ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     outcomes = Outcomes(jobs, nobody, ingest, tmp_path, nobody)
     monitor = Monitor(attempts, ingest, outcomes, nobody, nobody)

@@ -123,7 +123,11 @@ def test_link_leads_somewhere(page: Path, target: str, anchor: str) -> None:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return blocks_of(page.read_text(), language)
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
@@ -137,13 +141,24 @@ def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
     assert {"Good", "morning!"} & set(ran.stdout.split())
 
 
+def test_a_launcher_is_shown_as_it_is_tested() -> None:
+    page, mock = (ROOT / "docs" / "plugins.md").read_text(), ROOT / "plugins" / "arbor_mock" / "arbor_mock"
+    (section,) = (part for part in page.split("\n## ") if part.startswith("A launcher\n"))
+    shown = re.findall(r"^```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3
+    sources = [mock / name for name in ("__init__.py", "config.py", "conf/launcher/mock.yaml")]
+    for block in shown:
+        assert any(block in path.read_text() for path in sources), block
+
+
 def test_tutorial_shows_the_example_plugin() -> None:
-    plugin = ROOT / "examples" / "plugin"
+    plugin, tutorial = (
+        ROOT / "examples" / "plugin",
+        (ROOT / "docs" / "plugins.md").read_text().partition("## The hooks")[0],
+    )
     sources = "\n".join(path.read_text() for path in plugin.rglob("*.*") if path.suffix in (".py", ".yaml", ".toml"))
-    shown = [block for language in ("toml", "yaml") for block in blocks(ROOT / "docs" / "plugins.md", language)]
-    shown += [
-        block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "Config" in block and "..." not in block
-    ]
+    shown = [block for language in ("toml", "yaml") for block in blocks_of(tutorial, language)]
+    shown += [block for block in blocks_of(tutorial, "python") if "Config" in block and "..." not in block]
     assert len(shown) == 5
     for block in shown:
         assert block in sources

@@ -1,4 +1,4 @@
-"""Every installed trainer, scheduler, allocator and backend against the conformance kit; the kit against bad ones."""
+"""What every plugin brings against the conformance kit; the kit against bad ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import pytest
 from arbor_core import AllocatorSettings, Plan, Snapshot, Trainer
 from arbor_core.config import convert
 from arbor_core.plugins import load
-from arbor_core.testing import JobDirectory, check_allocator, check_backend, check_scheduler, check_trainer
+from arbor_core.testing import (
+    JobDirectory,
+    check_allocator,
+    check_backend,
+    check_launcher,
+    check_scheduler,
+    check_trainer,
+)
 from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
 INSTALLED = load()
 LIGHT = {"mock", "mock_grpo"}
 """What needs no torch."""
+LAUNCHERS = list(INSTALLED.all("launchers"))
 SHORT = {"n_epochs": 1, "batch_size": 4}
 
 
@@ -73,6 +81,14 @@ def test_scheduler_conforms(name: str) -> None:
 def test_allocator_conforms(name: str) -> None:
     factory = INSTALLED.get("allocators", name)
     check_allocator(lambda: factory(AllocatorSettings(None, None)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=(pytest.mark.ml, pytest.mark.slow) if name == "torchrun" else ()) for name in LAUNCHERS],
+)
+def test_launcher_conforms(name: str) -> None:
+    check_launcher(name)
 
 
 class Loose(msgspec.Struct):

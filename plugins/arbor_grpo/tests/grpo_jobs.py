@@ -125,7 +125,7 @@ def step(trainer: GroupTrainer) -> tuple[float, dict[str, torch.Tensor]]:
 def two_ranks(job: Job) -> None:
     """A new attempt of two processes on this machine; it must succeed."""
     folder = job.prepare()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [sys.executable, "-m", "arbor_core.worker.torchrun", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "arbor_core.worker.main", str(folder)]
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})

@@ -15,13 +15,15 @@ from arbor_core import (
     Executor,
     ExecutorSettings,
     InferenceBackend,
+    Launcher,
     PoolAllocator,
+    RanksCommand,
     Trainer,
     hookimpl,
 )
 from arbor_core.engine import EngineProcess
 
-from .config import EngineOptions, MockConfig, MockGrpoConfig
+from .config import EngineOptions, LauncherOptions, MockConfig, MockGrpoConfig
 
 GPUS, SERVING = 4, 1
 """Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
@@ -102,6 +104,15 @@ def simulated_executor(settings: ExecutorSettings) -> Executor:
 @hookimpl
 def arbor_executors() -> Mapping[str, Callable[[ExecutorSettings], Executor]]:
     return {"mock": simulated_executor}
+
+
+def ranks_without_torch(options: LauncherOptions, python: str, ranks: int) -> RanksCommand:
+    return RanksCommand((python, "-m", "arbor_mock.ranks", str(options.nice), str(ranks), python))
+
+
+@hookimpl
+def arbor_launchers() -> Mapping[str, Launcher]:
+    return {"mock": Launcher(LauncherOptions, ranks_without_torch)}
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""What YAML and requests configure: two trainers and the engine."""
+"""What YAML and requests configure: two trainers, the engine and the launcher."""
 
 from typing import Annotated, Literal
 
@@ -52,3 +52,9 @@ class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
     token_seconds: Seconds
     load_error: str | None
     die_after_tokens: Annotated[int, Meta(ge=0)] | None
+
+
+class LauncherOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/launcher/mock.yaml`, typed; each key is explained there."""
+
+    nice: Annotated[int, Meta(ge=0, le=19)]

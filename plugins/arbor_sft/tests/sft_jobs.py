@@ -137,7 +137,7 @@ class Cold:
     """`python -m arbor_core.worker.main`, by torchrun if there are several ranks."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        torchrun = ["-m", "arbor_core.worker.torchrun", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *torchrun, "-m", "arbor_core.worker.main", str(folder)]
         with (folder / "worker.log").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})

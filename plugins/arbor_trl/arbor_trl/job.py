@@ -35,7 +35,18 @@ def process_group() -> Iterator[None]:
 
 
 def set_up(run: Run[Any]) -> None:
-    """Threads, seed and logging of this process."""
+    """Threads, seed and logging of this process.
+
+    Raises:
+        JobFailed: `launcher_unsuitable`: it is alone with several GPUs. transformers would split each micro-batch among
+            them, and every step would be another one than was planned.
+    """
+    if run.world_size == 1 and len(run.devices) > 1 and uses_cuda(run):
+        raise JobFailed(
+            f"this method trains on {len(run.devices)} GPUs in as many processes, but the server starts one for all "
+            "(launcher=none): start it with launcher=torchrun, or train on one GPU",
+            code="launcher_unsuitable",
+        )
     torch.set_num_threads(run.threads)
     transformers.set_seed(run.seed % 2**32)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
