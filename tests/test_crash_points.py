@@ -20,7 +20,8 @@ from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import LIVE, reconciled
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import Seen
-from arbor_core.types import Desired, EventType
+from arbor_core.testing.rollouts import group
+from arbor_core.types import CheckpointDiscarded, Desired, EventType, MetricsEvent, ResultEvent
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {
@@ -33,7 +34,7 @@ FAMILIES = {
     "forgotten.{name}": [f"forgotten.{name}" for name in LIVE],
 }
 """The names that each f-string may come to."""
-HERE = ["error.event", "withdrawn.event", "discarded.event"]
+HERE = ["error.event", "withdrawn.event", "discarded.event", "skipped.event"]
 MATRICES = {
     "jobs": [*crash.SERVER_ALWAYS, *crash.SERVER, *crash.WORKERS_ALWAYS, *crash.WORKERS],
     "rollouts": [
@@ -147,10 +148,28 @@ def test_a_trainer_that_dies_when_it_has_discarded_a_checkpoint(
     with monkeypatch.context() as dying:
         dying.setenv("ARBOR_CRASH_AT", "discarded.event")
         assert job.attempt() == -signal.SIGKILL
-    assert [event.data for event in job.events("discarded")] == [{"dir": "1-1"}]
+    assert [event.dir for event in job.events(CheckpointDiscarded)] == ["1-1"]
     folder = job.dir / "checkpoints"
     assert {path.name for path in checkpoints.newest_first(folder)} == {"1-1", "2-1"}
     assert reconciled(job.files.attempt(1)) == []
     assert {path.name for path in checkpoints.newest_first(folder)} == {"2-1"}
     assert job.attempt() == 0
     assert {path.name for path in checkpoints.newest_first(folder)} == {"4-2"}
+
+
+def test_a_trainer_that_dies_when_it_has_told_of_skipped_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one counts them again, and no step is made of them."""
+    sizes = {"num_generations": 2, "groups_per_step": 1, "max_staleness": 0, "max_steps": 2}
+    job = JobDirectory(tmp_path / "job", "mock_grpo", [], "mock/tiny", sizes)
+    job.send(*(group(number, version=0) for number in range(3)))
+    with monkeypatch.context() as dying:
+        dying.setenv("ARBOR_CRASH_AT", "skipped.event")
+        assert job.attempt() == -signal.SIGKILL
+    counted = job.handled()
+    assert job.events()[-1].type == "skipped"
+    job.ask("finish")
+    assert job.attempt() == 0
+    assert max(job.handled(), default=0) >= counted[-1]
+    assert [event.step for event in job.events(ResultEvent)] == [len(job.events(MetricsEvent))]

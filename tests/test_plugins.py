@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from waiting import until
 
-from arbor_core import ArborError, Event, JobView, Launcher, Trainer, hookspecs
+from arbor_core import ArborError, JobView, Launcher, MetricsEvent, Trainer, hookspecs
 from arbor_core import plugins as loading
 from arbor_core.dispatch.observers import Observers
 
@@ -71,7 +71,7 @@ def test_hook_arbor_job_event_cannot_reach_the_jobs(plugins, plugin):
     observers = Observers(plugins)
     view = JobView("ftjob-1", "mock", "m", "running")
     for step in range(3):
-        observers.notify(view, Event("metrics", step=step))
+        observers.notify(view, MetricsEvent(step=step, total_steps=3, values={}))
     observers.close()
     until(lambda: len(seen) >= 3)
     assert seen == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_a_plugin_that_hangs_loses_events_but_stops_nobody(plugins, plugin, monk
     plugin("slow 1.0", arbor_job_event=lambda job: held.wait())
     observers = Observers(plugins)
     for step in range(50):
-        observers.notify(JobView("ftjob-1", "mock", "m", "running"), Event("metrics", step=step))
+        observers.notify(JobView("ftjob-1", "mock", "m", "running"), MetricsEvent(step=step, total_steps=3, values={}))
     assert observers.dropped >= 40
     held.set()
 

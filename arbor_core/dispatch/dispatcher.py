@@ -28,8 +28,8 @@ from arbor_core.types import (
     Allocator,
     ArborError,
     DevicesLostError,
-    Event,
     Lease,
+    MessageEvent,
     QueuedJob,
     RunningJob,
     Scheduler,
@@ -160,7 +160,7 @@ class Dispatcher:
         """Do what is asked of a job that no process works on; a job that moves meanwhile is looked at again."""
         found: Job | None = job
         while found is not None and (to := idle_target(found)):
-            event = Event("message", f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
+            event = MessageEvent(f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
             if await self.jobs.transition(found, to, event):
                 self.told_to_wait.discard(found.id)
                 break
@@ -184,7 +184,7 @@ class Dispatcher:
         waiting = [job.id for job in line if job.id not in self.told_to_wait and job.id not in plan.start]
         if waiting:
             self.told_to_wait.update(waiting)
-            await self.jobs.add_event(Event("message", "Waiting for a device"), *waiting)
+            await self.jobs.add_event(MessageEvent("Waiting for a device"), *waiting)
 
     def _snapshot(self, line: list[QueuedJob]) -> Snapshot:
         running = dict(self.running)
@@ -203,7 +203,7 @@ class Dispatcher:
             reason = f"it needs {job.spec.devices} devices to train on, and this server has {pool}"
             if job.spec.trainer not in self.trainers:
                 reason = f"the trainer '{job.spec.trainer}' is not installed any more"
-            await self.jobs.add_event(Event("message", f"This job cannot start here: {reason}", "warn"), job.id)
+            await self.jobs.add_event(MessageEvent(f"This job cannot start here: {reason}", "warn"), job.id)
 
     async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
@@ -218,12 +218,12 @@ class Dispatcher:
             return
         except ArborError as error:
             failed = JobError("insufficient_devices", str(error))
-            await self.jobs.transition(job, "failed", Event("message", failed.message, "error"), error=failed)
+            await self.jobs.transition(job, "failed", MessageEvent(failed.message, "error"), error=failed)
             return
         self.leases[job.id] = lease
         crash_point("lease.acquired")
         self.told_to_wait.discard(job.id)
-        started = Event("message", "Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
+        started = MessageEvent("Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
         try:
             moved = await self.jobs.transition(
                 job,

@@ -15,7 +15,7 @@ from arbor_core.jobs.records import Job
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import ft_name
 from arbor_core.storage.event_log import tail
-from arbor_core.types import Event, Exit, JobView
+from arbor_core.types import Event, Exit, JobView, PolicyPublished
 
 from .observers import Observers
 
@@ -61,7 +61,7 @@ class Ingest:
         """Read what the attempt has written since the last time, `BATCH` events at most."""
         attempt = self.attempt_dir(job)
         unread = Unread(read_exit(attempt), [], job.offset)  # before the events: all that precedes it is then there
-        for unread.offset, event in tail(attempt.events, job.offset, Event):
+        for unread.offset, event in tail(attempt.events, job.offset):
             unread.events.append(event)
             if len(unread.events) == BATCH:
                 break
@@ -74,7 +74,7 @@ class Ingest:
             if taken is None:
                 break
             crash_point("events.taken")
-            if any(event.type == "weights" and "dir" in event.data for event in unread.events):
+            if any(isinstance(event, PolicyPublished) for event in unread.events):
                 self.published(job.id)
             for event in unread.events:
                 self.observers.notify(view(job), event)

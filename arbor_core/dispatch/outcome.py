@@ -28,7 +28,14 @@ from arbor_core.models.catalog import add_model
 from arbor_core.process.lifecycle import kill_session
 from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.storage.event_log import tail
-from arbor_core.types import Event, Exit
+from arbor_core.types import (
+    CheckpointWithdrawn,
+    ErrorEvent,
+    Exit,
+    MessageEvent,
+    PausedEvent,
+    ResultEvent,
+)
 
 from .ingest import Ingest, view
 
@@ -59,22 +66,23 @@ class Outcomes:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
         job = await self._tidy(job, ended)
         last = await asyncio.to_thread(last_word, self.ingest.attempt_dir(job))
-        if last and last.type == "result":
+        if isinstance(last, ResultEvent):
             await self._succeed(job, last)
-        elif last and last.type == "error":
-            await self._failed(job, JobError(**last.data))
+        elif isinstance(last, ErrorEvent):
+            await self._failed(job, JobError(last.code, last.message, last.param))
         elif job.desired == "cancel":
-            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
-        elif last and last.type == "paused" and last.data.get("code"):
-            said = Event("message", last.message, "error", data=last.data)
-            await self._end(job, "paused", said, also=keep_paused(job.id))
-        elif last and last.type == "paused" and job.preempted and job.desired == "run":
-            text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
-            await self._end(job, "queued", Event("message", text))
-        elif last and last.type == "paused":
-            await self._end(job, "paused", Event("message", f"Fine-tuning job {job.id} paused"))
-        else:
+            await self._end(job, "cancelled", MessageEvent(f"Fine-tuning job {job.id} cancelled"))
+        elif last is None:
             await self._crashed(job, ended)
+        elif last.code:
+            data = {"code": last.code, "message": last.message}
+            said = MessageEvent(last.message, "error", data=data)
+            await self._end(job, "paused", said, also=keep_paused(job.id))
+        elif job.preempted and job.desired == "run":
+            text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
+            await self._end(job, "queued", MessageEvent(text))
+        else:
+            await self._end(job, "paused", MessageEvent(f"Fine-tuning job {job.id} paused"))
 
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
@@ -82,14 +90,14 @@ class Outcomes:
             await asyncio.to_thread(kill_session, supervisor)
         await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
         if job.desired == "cancel":
-            await self._end(job, "cancelled", Event("message", f"Fine-tuning job {job.id} cancelled"))
+            await self._end(job, "cancelled", MessageEvent(f"Fine-tuning job {job.id} cancelled"))
             return
         message = (
             f"What the training process told cannot be read ({type(error).__name__}: {error}): "
             f"jobs/{job.id}/attempts/{job.attempt}/events.jsonl in the storage directory, from byte {job.offset} on"
         )
         failed = JobError("event_log_damaged", message)
-        await self._end(job, "failed", Event("message", message, "error"), error=failed)
+        await self._end(job, "failed", MessageEvent(message, "error"), error=failed)
 
     async def _tidy(self, job: Job, ended: Exit | None) -> Job:
         """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
@@ -100,14 +108,14 @@ class Outcomes:
         if missed := await asyncio.to_thread(reconciled, self.ingest.attempt_dir(job)):
             await self.jobs.reconcile(job, missed, self.ingest.model_name(job))
             for event in missed:
-                if event.type == "withdrawn":  # after that was written down: what is offered is there
-                    damaged = JobDir.of(self.root, job.id).checkpoints / event.data["dir"]
+                if isinstance(event, CheckpointWithdrawn):  # after that was written down: what is offered is there
+                    damaged = JobDir.of(self.root, job.id).checkpoints / event.dir
                     await asyncio.to_thread(checkpoints.set_aside, damaged)
             job = self.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
 
-    async def _end(self, job: Job, status: Any, *events: Event, **changes: Any) -> None:
+    async def _end(self, job: Job, status: Any, *events: MessageEvent, **changes: Any) -> None:
         """Leave `running`, and forget the lease in the same transaction."""
         also = changes.pop("also", None)
 
@@ -122,7 +130,7 @@ class Outcomes:
             for event in events:
                 self.ingest.observers.notify(seen, event)
 
-    async def _succeed(self, job: Job, result: Event) -> None:
+    async def _succeed(self, job: Job, result: ResultEvent) -> None:
         name = self.ingest.model_name(job)
         metrics = await asyncio.to_thread(self.metrics_csv, job)
         file_id, insert = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
@@ -137,17 +145,17 @@ class Outcomes:
                 job_id=job.id,
                 base=job.spec.model,
                 base_path=job.spec.model_path or "",
-                path=checkpoint_path(job.id, result.data["dir"]),
-                kind="adapter" if result.data.get("adapter") else "full",
+                path=checkpoint_path(job.id, result.dir),
+                kind="adapter" if result.adapter else "full",
             )
 
         await self._end(
             job,
             "succeeded",
-            Event("message", f"New fine-tuned model created: {name}"),
-            Event("message", "The job has successfully completed"),
+            MessageEvent(f"New fine-tuned model created: {name}"),
+            MessageEvent("The job has successfully completed"),
             fine_tuned_model=name,
-            trained_tokens=result.data["trained_tokens"],
+            trained_tokens=result.trained_tokens,
             result_files=[file_id],
             also=register,
         )
@@ -160,7 +168,7 @@ class Outcomes:
                 f"{starting_point(job)}, with micro-batches half the size where the trainer can cut them: gradients "
                 "are the same but for their last digits, and digests are others than without this"
             )
-            await self._end(job, "queued", Event("message", text, "warn"), memory_retries=1)
+            await self._end(job, "queued", MessageEvent(text, "warn"), memory_retries=1)
             return
         if error.code == DEVICE_LOST:
             await self._lost(job, error)
@@ -169,7 +177,7 @@ class Outcomes:
             advice = memory.advice(job.spec.config, trains_all=job.spec.trains_all)
             what = f"{error.message.rstrip('.')}. The job does not fit in memory: {advice}"
             error = JobError(error.code, what, error.param)
-        await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+        await self._end(job, "failed", MessageEvent(error.message, "error"), error=error)
 
     async def _lost(self, job: Job, error: JobError) -> None:
         """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
@@ -182,17 +190,17 @@ class Outcomes:
         text = f"The training process lost {names} ({error.message.rstrip('.')})"
         if crashes >= self.limits.attempts or job.desired == "cancel":
             failed = JobError(error.code, f"{text}. It died {crashes} times without progress")
-            await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+            await self._end(job, "failed", MessageEvent(failed.message, "error"), error=failed)
             return
         text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {starting_point(job)}"
         data = {"code": DEVICE_LOST, "devices": devices}
-        await self._end(job, "queued", Event("message", text, "warn", data=data), crashes=crashes)
+        await self._end(job, "queued", MessageEvent(text, "warn", data=data), crashes=crashes)
 
     async def _crashed(self, job: Job, ended: Exit | None) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
         if ended is None and job.ref is None and not self.ingest.attempt_dir(job).revoke_claim():
             text = f"The server ended before attempt {job.attempt} began; another one starts"
-            await self._end(job, "queued", Event("message", text, "warn"))
+            await self._end(job, "queued", MessageEvent(text, "warn"))
             return
         hung = self.ingest.attempt_dir(job).hung.exists()
         how = "its supervisor was lost" if ended is None else describe_exit(ended.code)
@@ -205,10 +213,10 @@ class Outcomes:
                 f"The training process died {crashes} times without progress; the last time {how}. "
                 f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
             )
-            await self._end(job, "failed", Event("message", error.message, "error"), error=error)
+            await self._end(job, "failed", MessageEvent(error.message, "error"), error=error)
             return
         text = f"The training process died ({how}); attempt {job.attempt + 1} starts {starting_point(job)}"
-        await self._end(job, "queued", Event("message", text, "warn"), crashes=crashes)
+        await self._end(job, "queued", MessageEvent(text, "warn"), crashes=crashes)
 
     def _missed_signs(self, job: Job) -> str:
         """What was missed of an attempt that hung."""
@@ -230,10 +238,10 @@ class Outcomes:
             message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
         if code:
             data = {"code": code, "message": message}
-            await self._end(job, "paused", Event("message", message, "error", data=data), also=keep_paused(job.id))
+            await self._end(job, "paused", MessageEvent(message, "error", data=data), also=keep_paused(job.id))
             return
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
-        await self._end(job, "failed", Event("message", failed.message, "error"), error=failed)
+        await self._end(job, "failed", MessageEvent(failed.message, "error"), error=failed)
 
     def metrics_csv(self, job: Job) -> bytes:
         """OpenAI's result file: one row a step, of the newest attempt that trained it."""
@@ -247,16 +255,16 @@ class Outcomes:
         return text.getvalue().encode()
 
 
-def last_word(attempt: AttemptDir) -> Event | None:
+def last_word(attempt: AttemptDir) -> ResultEvent | ErrorEvent | PausedEvent | None:
     """How an attempt says that it ended: its last result, error or paused event, or the note of another rank that
     explains it. None: it died without a word."""
     last = None
-    for _, event in tail(attempt.events, 0, Event):
-        if event.type in ("result", "error", "paused"):
+    for _, event in tail(attempt.events):
+        if isinstance(event, ResultEvent | ErrorEvent | PausedEvent):
             last = event
-    unexplained = last is None or last.data.get("code") == "worker_error"  # or it follows from another rank's end
-    if unexplained and (note := read_note(attempt.path)):
-        return Event("error", note.message, "error", data={"code": note.code, "message": note.message})
+    follows = isinstance(last, ErrorEvent) and last.code == "worker_error"  # from another rank's end, perhaps
+    if (last is None or follows) and (note := read_note(attempt.path)):
+        return ErrorEvent(note.message, "error", code=note.code)
     return last
 
 

@@ -15,7 +15,7 @@ from arbor_core.files.repository import Files
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
 from arbor_core.process.environment import clean_env
-from arbor_core.types import Event, Executor, Trainer
+from arbor_core.types import Executor, MessageEvent, Trainer
 
 from .attempts import Attempts
 
@@ -50,7 +50,7 @@ class Validation:
         await asyncio.to_thread(self.attempts.write_document, job)
         crash_point("job.document")
         if job.spec.rollouts:
-            await self.jobs.transition(job, "queued", Event("message", "Moving job to queued state"))
+            await self.jobs.transition(job, "queued", MessageEvent("Moving job to queued state"))
             return
         files = FileCheck(
             trainer.check_row,
@@ -66,16 +66,16 @@ class Validation:
         if report is None:
             return
         crash_point("job.validated")
-        warnings = [Event("message", text, "warn") for text in report.warnings]
+        warnings = [MessageEvent(text, "warn") for text in report.warnings]
         if report.error:
             await self._fail(job, JobError(**report.error), *warnings)
         else:
-            queued = Event("message", "Files validated, moving job to queued state")
+            queued = MessageEvent("Files validated, moving job to queued state")
             await self.jobs.transition(job, "queued", *warnings, queued)
         crash_point("job.queued")
 
-    async def _fail(self, job: Job, error: JobError, *before: Event) -> None:
-        await self.jobs.transition(job, "failed", *before, Event("message", error.message, "error"), error=error)
+    async def _fail(self, job: Job, error: JobError, *before: MessageEvent) -> None:
+        await self.jobs.transition(job, "failed", *before, MessageEvent(error.message, "error"), error=error)
 
     async def _unless_cancelled(self, job: Job, work: asyncio.Future[Report]) -> Report | None:
         """The result of `work`, or None: the job was cancelled meanwhile, and whoever sees it next settles it."""

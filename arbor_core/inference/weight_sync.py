@@ -8,7 +8,7 @@ from arbor_core.jobdir.cleanup import LIVE, forget_rollouts
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.fine_tuned import FineTunedModels, Resolved
-from arbor_core.types import ApiError, Event
+from arbor_core.types import ApiError, MessageEvent
 
 from .engines import Engines
 
@@ -39,7 +39,7 @@ class WeightSync:
             if self.fine_tuned.current(job_id) != policy:
                 return  # a newer one speaks for itself, and these weights may have gone
             message = f"Policy version {policy.version} cannot be served: {error}"
-            await self.jobs.add_event(Event("message", message, "error"), job_id)
+            await self.jobs.add_event(MessageEvent(message, "error"), job_id)
 
     async def refresh(self, policy: Resolved) -> None:
         """Load a policy, if the engine for it runs: no request has to wait for it then.

@@ -20,7 +20,7 @@ import msgspec
 from arbor_core.crash_points import crash_point
 from arbor_core.process.resources import DiskFullError, is_disk_full
 from arbor_core.storage.atomic import replace, sync_folder
-from arbor_core.types import Checkpoint, Event
+from arbor_core.types import Checkpoint, CheckpointWithdrawn
 
 MANIFEST = "manifest.json"
 NAMED = "named"
@@ -115,9 +115,9 @@ def fault(folder: Path, *, sizes_only: bool = False) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[Event]]:
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointWithdrawn]]:
     """The newest checkpoint under `folder` that is whole, and the withdrawals of newer ones."""
-    withdrawals: list[Event] = []
+    withdrawals: list[CheckpointWithdrawn] = []
     for path in newest_first(folder):
         if reason := fault(path):
             withdrawals.append(withdrawal(path, reason))
@@ -126,10 +126,10 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[Event]]:
     return None, withdrawals
 
 
-def withdrawal(folder: Path, reason: str) -> Event:
+def withdrawal(folder: Path, reason: str) -> CheckpointWithdrawn:
     """Tells that a checkpoint is damaged and not offered any more. To be written before it is set aside."""
     text = f"checkpoint {folder.name} is not used: {reason}. What is left of it is kept as {folder.name}{DAMAGED}"
-    return Event("withdrawn", text, "error", data={"dir": folder.name})
+    return CheckpointWithdrawn(text, "error", dir=folder.name)
 
 
 def set_aside(folder: Path) -> None:

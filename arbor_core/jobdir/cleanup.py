@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arbor_core.crash_points import crash_point
 from arbor_core.storage.event_log import tail
-from arbor_core.types import Event
+from arbor_core.types import CheckpointDiscarded, CheckpointEvent, CheckpointWithdrawn
 
 from . import checkpoints
 from .layout import CHECKPOINT_REQUESTS, LEDGER, WEIGHTS, AttemptDir, JobDir
@@ -37,17 +37,17 @@ def forget_rollouts(job: JobDir) -> None:
         crash_point(f"forgotten.{name}")
 
 
-def reconciled(attempt: AttemptDir) -> list[Event]:
+def reconciled(attempt: AttemptDir) -> list[CheckpointEvent | CheckpointWithdrawn]:
     """The events that an attempt could not write any more: its checkpoints that were not reported, and withdrawals of
     any that are not whole, as far as can be seen without reading them. What it had reported as discarded is removed."""
     folder = attempt.job.checkpoints
     known: set[str] = set()
-    for _, event in tail(attempt.events, 0, Event):
-        if event.type in ("checkpoint", "discarded"):
-            known.add(event.data["dir"])
-        if event.type == "discarded":
-            shutil.rmtree(folder / event.data["dir"], ignore_errors=True)
-    found = []
+    for _, event in tail(attempt.events):
+        if isinstance(event, CheckpointEvent | CheckpointDiscarded):
+            known.add(event.dir)
+        if isinstance(event, CheckpointDiscarded):
+            shutil.rmtree(folder / event.dir, ignore_errors=True)
+    found: list[CheckpointEvent | CheckpointWithdrawn] = []
     for path in reversed(checkpoints.newest_first(folder)):
         said = checkpoints.manifest(path)
         if reason := checkpoints.fault(path, sizes_only=True):
@@ -57,12 +57,12 @@ def reconciled(attempt: AttemptDir) -> list[Event]:
     return found
 
 
-def created(folder: Path, said: checkpoints.Manifest) -> Event:
+def created(folder: Path, said: checkpoints.Manifest) -> CheckpointEvent:
     """The event of a checkpoint that nobody has told of."""
-    return Event(
-        "checkpoint",
+    return CheckpointEvent(
         f"Checkpoint created at step {said.step}",
         step=said.step,
-        data={"dir": folder.name, "metrics": said.metrics},
+        dir=folder.name,
+        metrics=said.metrics,
         at=(folder / checkpoints.MANIFEST).stat().st_mtime,
     )

@@ -14,13 +14,23 @@ import msgspec
 
 from arbor_core import ids
 from arbor_core.storage.database import Store
-from arbor_core.types import Event
+from arbor_core.types import (
+    CheckpointDiscarded,
+    CheckpointEvent,
+    CheckpointWithdrawn,
+    Event,
+    GroupsSkipped,
+    HyperparametersResolved,
+    MessageEvent,
+    MetricsEvent,
+    PolicyPublished,
+)
 
 from .policies import name_checkpoint, record_policy
 from .records import Job, to_json
 
-PUBLIC = ("message", "metrics", "checkpoint", "withdrawn")
-"""Types of an attempt's events that clients see."""
+PUBLIC = (MessageEvent, MetricsEvent, CheckpointEvent, CheckpointWithdrawn)
+"""Kinds of an attempt's events that clients see."""
 
 
 def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], model: str) -> None:
@@ -29,17 +39,17 @@ def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], mode
     Args:
         model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
     """
-    add_events(db, job.id, [event for event in events if event.type in PUBLIC])
+    add_events(db, job.id, [event for event in events if isinstance(event, PUBLIC)])
     for event in events:
-        if event.type == "resolved":
-            hyperparameters = {**job.hyperparameters, **event.data}
+        if isinstance(event, HyperparametersResolved):
+            hyperparameters = {**job.hyperparameters, **event.hyperparameters}
             db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (to_json(hyperparameters), job.id))
-        elif event.type == "checkpoint":
+        elif isinstance(event, CheckpointEvent):
             add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
-        elif event.type == "weights":
+        elif isinstance(event, PolicyPublished | GroupsSkipped):
             record_policy(db, job.id, event)
-        elif event.type in ("discarded", "withdrawn"):
-            remove_checkpoint(db, job.id, event.data["dir"])
+        elif isinstance(event, CheckpointDiscarded | CheckpointWithdrawn):
+            remove_checkpoint(db, job.id, event.dir)
 
 
 def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
@@ -49,7 +59,7 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> 
     for event in events:
         seq += 1
         newest = max(newest, int(event.at or time.time()))
-        kind = "metrics" if event.type == "metrics" else "message"
+        kind = "metrics" if isinstance(event, MetricsEvent) else "message"
         db.execute(
             "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
             (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, to_json(event.data or None)),
@@ -65,7 +75,7 @@ def metrics_by_step(store: Store, job_id: str) -> dict[int, dict[str, Any]]:
     return steps
 
 
-def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str) -> None:
+def add_checkpoint(db: sqlite3.Connection, job_id: str, event: CheckpointEvent, model: str) -> None:
     """Store a checkpoint. One that a later attempt wrote at the same step replaces the earlier one."""
     db.execute(
         "INSERT INTO checkpoints(id,job_id,created_at,step,dir,model,metrics) VALUES(?,?,?,?,?,?,?)"
@@ -75,13 +85,13 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: Event, model: str
             job_id,
             int(event.at),
             event.step,
-            event.data["dir"],
+            event.dir,
             model,
-            to_json(event.data.get("metrics", {})),
+            to_json(event.metrics),
         ),
     )
-    if name := event.data.get("name"):
-        name_checkpoint(db, job_id, name, event.step, event.data["dir"], event.data["metadata"])
+    if event.name:
+        name_checkpoint(db, job_id, event.name, event.step, event.dir, event.metadata)
     db.execute(
         "UPDATE jobs SET crashes=iif(:step>furthest,0,crashes), furthest=max(furthest,:step),"
         " progress=max(progress,:step) WHERE id=:id",

@@ -11,25 +11,26 @@ import msgspec
 
 from arbor_core.storage.codec import shallow
 from arbor_core.storage.database import Store
-from arbor_core.types import Event, NamedCheckpoint, Policy
+from arbor_core.types import GroupsSkipped, NamedCheckpoint, Policy, PolicyPublished
 
 
-def record_policy(db: sqlite3.Connection, job_id: str, event: Event) -> None:
-    """Store a `weights` event; part of the caller's transaction.
+def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | GroupsSkipped) -> None:
+    """Store what a trainer has published and handled; part of the caller's transaction.
 
     A later attempt that repeats steps of an earlier one reverts nothing: completions come from the newest version that
     was ever published, and there are no new credits until the trainer has caught up. A version that no attempt had
     reached before is progress and resets `crashes`, even of a job without checkpoints, whose attempts begin anew.
     """
+    version, folder = (event.version, event.dir) if isinstance(event, PolicyPublished) else (0, "")
     db.execute(
         "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
-        (job_id, event.data.get("version", 0), job_id),
+        (job_id, version, job_id),
     )
     db.execute(
         "INSERT INTO policies(job_id,version,handled,dir) VALUES(?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
         " handled=max(handled,excluded.handled), dir=iif(excluded.version>version,excluded.dir,dir),"
         " version=max(version,excluded.version)",
-        (job_id, event.data.get("version", 0), event.data["handled"], event.data.get("dir", "")),
+        (job_id, version, event.handled, folder),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from arbor_core import ids
 from arbor_core.crash_points import crash_point
 from arbor_core.storage.database import Store
-from arbor_core.types import TERMINAL, Desired, Event, Status
+from arbor_core.types import TERMINAL, CheckpointEvent, CheckpointWithdrawn, Desired, Event, MessageEvent, Status
 
 from .events import add_events, apply_events, has_checkpoint
 from .records import (
@@ -63,10 +63,10 @@ class Jobs:
             also: More changes for the same transaction; if it raises, there is no job.
         """
         job_id = ids.new("ftjob-")
-        events = [Event("message", f"Created fine-tuning job: {job_id}")]
-        events += [Event("message", warning, "warn") for warning in warnings]
+        events = [MessageEvent(f"Created fine-tuning job: {job_id}")]
+        events += [MessageEvent(warning, "warn") for warning in warnings]
         if new.training_file:
-            events.append(Event("message", f"Validating training file: {new.training_file}"))
+            events.append(MessageEvent(f"Validating training file: {new.training_file}"))
 
         def insert(db: sqlite3.Connection) -> Job:
             job = insert_job(db, job_id, new)
@@ -244,17 +244,16 @@ class Jobs:
 
         return await self._write(store_events, job.id)
 
-    async def reconcile(self, job: Job, found: Sequence[Event], model: str) -> None:
+    async def reconcile(self, job: Job, found: Sequence[CheckpointEvent | CheckpointWithdrawn], model: str) -> None:
         """Store checkpoints that are on the disk but in no attempt's log, and withdraw damaged ones, each once.
 
         Args:
-            found: `checkpoint` and `withdrawn` events.
             model: See `apply_events`.
         """
 
         def change(db: sqlite3.Connection) -> None:
             for event in found:
-                if has_checkpoint(db, job.id, event.data["dir"]) == (event.type == "withdrawn"):
+                if has_checkpoint(db, job.id, event.dir) == isinstance(event, CheckpointWithdrawn):
                     apply_events(db, job, [event], model)
 
         await self._write(change, job.id)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from .event_log import T
-
+T = TypeVar("T")
 MAX_DEPTH = 64
 """Arrays and objects within one another in JSON that others read again. Decoders give up at about 1,000, less what is
 on the stack: what one process has just read, another may not be able to."""

@@ -1,4 +1,4 @@
-"""Append-only logs of JSON records, one a line: the events of an attempt.
+"""The log of an attempt's events: one JSON object a line, appended.
 
 A record counts once its newline is written: a torn tail (a line without one, left by a crash) is not read, and is cut
 off before the next append.
@@ -10,11 +10,11 @@ import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 
-T = TypeVar("T")
+from arbor_core.types import Event, decode_event
+
 READ_BYTES = 1 << 20
 
 
@@ -31,7 +31,7 @@ class EventLog:
         """Offset that follows the last whole record, in bytes."""
         self.unwritten = b""
 
-    def append(self, record: Any, *, durable: bool = False) -> bool:
+    def append(self, record: Event, *, durable: bool = False) -> bool:
         """Write one record, after those that wait.
 
         Args:
@@ -78,13 +78,12 @@ def cut_torn_tail(path: Path) -> None:
         file.truncate(0)
 
 
-def tail(path: Path, offset: int, type_: type[T]) -> Iterator[tuple[int, T]]:
-    """The whole records from `offset` on, each with the offset that follows it; offsets are in bytes.
+def tail(path: Path, offset: int = 0) -> Iterator[tuple[int, Event]]:
+    """The events from `offset` on, each with the offset that follows it; offsets are in bytes. Reads as it goes.
 
     Raises:
-        msgspec.DecodeError: a whole line is not a record: the log was changed, or the disk is faulty.
+        msgspec.DecodeError: a whole line is no event: the log was changed, or the disk is faulty.
     """
-    decoder = msgspec.json.Decoder(type_)
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -95,4 +94,4 @@ def tail(path: Path, offset: int, type_: type[T]) -> Iterator[tuple[int, T]]:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield offset, decoder.decode(line)
+            yield offset, decode_event(line)

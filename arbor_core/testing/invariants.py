@@ -22,7 +22,7 @@ import msgspec
 from arbor_core.jobdir import checkpoints, groups
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.storage.event_log import tail
-from arbor_core.types import TERMINAL, Event, Lease, rollouts
+from arbor_core.types import TERMINAL, Event, Lease, MetricsEvent, rollouts
 from arbor_core.worker.replay import reported
 
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
@@ -112,7 +112,7 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
     for attempt, events in enumerate(logs, 1):
         check_steps(f"{name}, attempt {attempt}", events, every_step)
     told = [msgspec.json.decode(row["data"]) for row in rows if row["type"] == "metrics"]
-    written = [event.data for events in logs for event in events if event.type == "metrics"]
+    written = [event.data for events in logs for event in events if isinstance(event, MetricsEvent)]
     whole = job["status"] in TERMINAL or job["status"] == "paused"
     assert told == (written if whole else written[: len(told)]), f"{name}: metrics were lost or told twice"
     files = JobDir.of(storage, name)
@@ -144,12 +144,12 @@ def check_rollouts(job: JobDir) -> None:
 
 
 def attempt_log(storage: Path, job_id: str, attempt: int) -> list[Event]:
-    return [event for _, event in tail(JobDir.of(storage, job_id).attempt(attempt).events, 0, Event)]
+    return [event for _, event in tail(JobDir.of(storage, job_id).attempt(attempt).events)]
 
 
 def check_steps(what: str, events: list[Event], every_step: bool) -> None:
     """Steps of one attempt go up, without a gap if each is reported."""
-    steps = [event.data["step"] for event in events if event.type == "metrics"]
+    steps = [event.step for event in events if isinstance(event, MetricsEvent)]
     if not steps:
         return
     if every_step:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 
@@ -25,7 +25,18 @@ from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
-from arbor_core.types import AttemptOrder, CheckpointRequest, Desired, Device, Event, EventType, Group, Placement
+from arbor_core.types import (
+    AttemptOrder,
+    CheckpointRequest,
+    Desired,
+    Device,
+    Event,
+    EventT,
+    Group,
+    GroupsSkipped,
+    Placement,
+    PolicyPublished,
+)
 
 from .hardware import device
 
@@ -119,7 +130,7 @@ class JobDirectory:
         self.attempts += 1
         folder = self.attempt_dir
         folder.mkdir(parents=True)
-        told = [e.data["handled"] for n in range(1, self.attempts) for e in self.events("weights", attempt=n)]
+        told = [handled for n in range(1, self.attempts) for handled in self.handled(attempt=n)]
         order = AttemptOrder(
             folder,
             (),
@@ -159,10 +170,19 @@ class JobDirectory:
         """What the newest attempt printed."""
         return self.files.attempt(self.attempts).log.read_text(errors="replace")
 
-    def events(self, *types: EventType, attempt: int | None = None) -> list[Event]:
-        """What an attempt reported (default: the newest), all of it or of some types."""
+    @overload
+    def events(self, *, attempt: int | None = None) -> list[Event]: ...
+    @overload
+    def events(self, *kinds: type[EventT], attempt: int | None = None) -> list[EventT]: ...
+    def events(self, *kinds: type[Event], attempt: int | None = None) -> Sequence[Event]:
+        """What an attempt reported (default: the newest), all of it or of some kinds (`MetricsEvent`, ...)."""
         path = self.files.attempt(attempt or self.attempts).events
-        return [event for _, event in tail(path, 0, Event) if not types or event.type in types]
+        return [event for _, event in tail(path) if isinstance(event, kinds or Event)]
+
+    def handled(self, attempt: int | None = None) -> list[int]:
+        """What an attempt said of how many groups it had handled, each time."""
+        events = self.events(attempt=attempt)
+        return [event.handled for event in events if isinstance(event, PolicyPublished | GroupsSkipped)]
 
 
 def yaml_of(trainer: str) -> dict[str, Any]:

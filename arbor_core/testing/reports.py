@@ -5,46 +5,45 @@ from __future__ import annotations
 import math
 
 from arbor_core.jobdir import checkpoints
-from arbor_core.types import Event, EventType
+from arbor_core.types import CheckpointEvent, ErrorEvent, MetricsEvent, PausedEvent, ResultEvent
 
 from .job_directory import JobDirectory
 
-LAST_WORDS: tuple[EventType, ...] = ("result", "error", "paused")
+LAST_WORDS = (ResultEvent, ErrorEvent, PausedEvent)
 RESUMED_TOLERANCE = 1e-3
 """How far a resumed run's losses may be from an uninterrupted one's, relatively."""
 
 
-def check_numbers(event: Event) -> None:
+def check_numbers(event: MetricsEvent) -> None:
     """The metrics of a step are numbers, the loss among them."""
-    for key, value in event.data.items():
-        if key in ("digest", "fed"):  # of the parameters, and of the groups
-            continue
+    for key, value in event.values.items():
         good = isinstance(value, int | float) and math.isfinite(value)
-        assert good, f"metrics of step {event.data['step']}: {key} is {value!r}, expected a finite number"
-    assert "train_loss" in event.data, f"metrics of step {event.data['step']} have no train_loss"
+        assert good, f"metrics of step {event.step}: {key} is {value!r}, expected a finite number"
+    assert "train_loss" in event.values, f"metrics of step {event.step} have no train_loss"
 
 
 def check_checkpoints(job: JobDirectory) -> None:
     """Every checkpoint that was reported is whole, and none is half-written."""
-    for event in job.events("checkpoint"):
-        reason = checkpoints.fault(job.files.checkpoints / event.data["dir"])
-        assert reason is None, f"checkpoint {event.data['dir']}: {reason}"
+    for event in job.events(CheckpointEvent):
+        reason = checkpoints.fault(job.files.checkpoints / event.dir)
+        assert reason is None, f"checkpoint {event.dir}: {reason}"
     left = [path.name for path in job.files.checkpoints.glob("*.tmp")]
     assert not left, f"unfinished checkpoints are left: {left}"
 
 
-def check_result(job: JobDirectory) -> Event:
+def check_result(job: JobDirectory) -> ResultEvent:
     """The last word is a result, with a whole checkpoint; nothing else is left. Returns it."""
     (*_, last) = job.events()
-    assert last.type == "result", f"the last event is '{last.type}', expected 'result': call run.finish at the end"
+    assert isinstance(last, ResultEvent), (
+        f"the last event is '{last.type}', expected 'result': call run.finish at the end"
+    )
     assert len(job.events(*LAST_WORDS)) == 1, "there is more than one of result, error and paused"
-    folder = job.files.checkpoints / last.data["dir"]
+    folder = job.files.checkpoints / last.dir
     assert checkpoints.fault(folder) is None, f"the result's checkpoint {folder.name} is not whole"
-    assert last.data["trained_tokens"] > 0, "the result's trained_tokens is not above 0"
+    assert last.trained_tokens > 0, "the result's trained_tokens is not above 0"
     is_adapter = (folder / "adapter_config.json").is_file()
-    said = bool(last.data.get("adapter"))
-    assert said == is_adapter, (
-        f"finish(adapter={said}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
+    assert last.adapter == is_adapter, (
+        f"finish(adapter={last.adapter}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
     )
     assert not (job.attempt_dir / "work").exists(), "the scratch directory outlives the attempt"
     return last

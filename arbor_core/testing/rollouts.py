@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.groups import read
-from arbor_core.types import Event, Group, Rollout
+from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PausedEvent, PolicyPublished, ResultEvent, Rollout
 
 from .hardware import device
 from .job_directory import ATTEMPT_SECONDS, JobDirectory
@@ -80,8 +80,7 @@ class Attempt:
 
     def handled(self) -> int:
         """What the trainer has said of it last: see `Run.publish` and `Run.report_skipped`."""
-        said = [event.data["handled"] for event in self.job.events("weights")]
-        return int(said[-1]) if said else 0
+        return (self.job.handled() or [0])[-1]
 
     def sent(self) -> int:
         """Groups in the inbox."""
@@ -105,7 +104,7 @@ def running(job: JobDirectory) -> Iterator[Attempt]:
 
 
 def steps_of(job: JobDirectory) -> list[int]:
-    return [event.data["step"] for event in job.events("metrics")]
+    return [event.step for event in job.events(MetricsEvent)]
 
 
 def check_to_the_end(job: JobDirectory) -> None:
@@ -121,9 +120,9 @@ def check_to_the_end(job: JobDirectory) -> None:
         attempt.end("asked to finish")
     steps = steps_of(job)
     assert steps == list(range(1, STEPS + 1)), f"the steps are {steps}; expected each once, from 1 to {STEPS}"
-    for event in job.events("metrics"):
+    for event in job.events(MetricsEvent):
         check_numbers(event)
-    check_fed(job, job.events("metrics"))
+    check_fed(job, job.events(MetricsEvent))
     check_checkpoints(job)
     result = check_result(job)
     check_published(job, result)
@@ -134,13 +133,11 @@ def check_named(attempt: Attempt) -> None:
     """Whoever asks for a checkpoint gets one, though no group comes."""
     job = attempt.job
     job.request_checkpoint("first", why="conformance")
-    attempt.until(
-        lambda: any(e.data.get("name") == "first" for e in job.events("checkpoint")), "the checkpoint 'first'"
-    )
-    event = next(event for event in job.events("checkpoint") if event.data.get("name") == "first")
-    said = event.data["metadata"]
+    attempt.until(lambda: any(e.name == "first" for e in job.events(CheckpointEvent)), "the checkpoint 'first'")
+    event = next(event for event in job.events(CheckpointEvent) if event.name == "first")
+    said = event.metadata
     assert said == {"why": "conformance"}, f"the checkpoint's metadata came back as {said}: hand on the request itself"
-    reason = checkpoints.fault(job.files.checkpoints / event.data["dir"])
+    reason = checkpoints.fault(job.files.checkpoints / event.dir)
     assert reason is None, f"the checkpoint 'first': {reason}"
 
 
@@ -152,37 +149,36 @@ def check_report_skipped(attempt: Attempt) -> None:
     assert steps_of(attempt.job) == steps, "a step was made of a group that is too old"
 
 
-def check_fed(job: JobDirectory, events: list[Event]) -> None:
+def check_fed(job: JobDirectory, events: list[MetricsEvent]) -> None:
     """Each step says of which groups it was made: those that came first and were not too old, and no others."""
     records = {record.start: record for record in read(job.files.inbox, 0)}
     ids = {number: step for step in range(1, STEPS + 1) for number in (g.id for g in groups(step))}
     position = 0
     for event in events:
-        fed, step = event.data.get("fed"), event.data["step"]
+        fed, step = event.fed, event.step
         assert fed, f"metrics of step {step} do not say what it was made of: pass StepInputs to run.metrics"
         mine = [(start, records[start].crc) for start in records if ids.get(records[start].group.id) == step]
-        told = [tuple(pair) for pair in fed["groups"]]
+        told = list(fed.groups)
         assert told == mine, f"step {step} says it was made of {told} (position, CRC-32); expected {mine}"
-        between = [r for r in records.values() if position <= r.start < fed["end"]]
+        between = [r for r in records.values() if position <= r.start < fed.end]
         skipped = [record.start for record in between if record.group.id not in ids]
-        assert list(fed["skipped"]) == skipped, f"step {step} says it skipped {fed['skipped']}; expected {skipped}"
+        assert list(fed.skipped) == skipped, f"step {step} says it skipped {fed.skipped}; expected {skipped}"
         used = len(between) - len(skipped)
-        assert used == len(told), f"step {step} ends at {fed['end']}, before which are {used} groups for it"
-        position = fed["end"]
+        assert used == len(told), f"step {step} ends at {fed.end}, before which are {used} groups for it"
+        position = fed.end
 
 
-def check_published(job: JobDirectory, result: Event) -> None:
+def check_published(job: JobDirectory, result: ResultEvent) -> None:
     """Versions and counts of handled groups only grow, and the last policy is there, of the same kind as the result."""
-    events = job.events("weights")
-    handled = [event.data["handled"] for event in events]
+    handled = job.handled()
     assert handled == sorted(handled), f"the count of handled groups falls: {handled}"
-    published = [event.data for event in events if "dir" in event.data]
-    versions = [data["version"] for data in published]
+    published = job.events(PolicyPublished)
+    versions = [event.version for event in published]
     assert versions == sorted(versions), f"versions are published out of order: {versions}"
     assert versions[-1:] == [STEPS], f"the versions published are {versions}; expected the last to be {STEPS}"
-    folder = job.files.weights / published[-1]["dir"]
+    folder = job.files.weights / published[-1].dir
     assert any(folder.iterdir()), f"the published policy {folder.name} is empty"
-    adapters = [(at / "adapter_config.json").is_file() for at in (folder, job.files.checkpoints / result.data["dir"])]
+    adapters = [(at / "adapter_config.json").is_file() for at in (folder, job.files.checkpoints / result.dir)]
     assert adapters[0] == adapters[1], "of the published policy and the result, one is a PEFT adapter and one is not"
 
 
@@ -194,12 +190,12 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
         job.ask("pause")
         attempt.end("asked to pause")
     last = job.events()[-1]
-    assert last.type == "paused", (
+    assert isinstance(last, PausedEvent), (
         f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
     )
-    saved = [event.step for event in job.events("checkpoint")]
+    saved = [event.step for event in job.events(CheckpointEvent)]
     assert saved[-1:] == [PAUSED_AFTER], f"paused after step {PAUSED_AFTER}, with checkpoints of {saved}"
-    before = job.events("metrics")
+    before = job.events(MetricsEvent)
     for step in range(PAUSED_AFTER + 1, STEPS):
         job.send(*groups(step))
     job.send(group(1000, version=0), *groups(STEPS))  # all of it waits when the job goes on
@@ -208,7 +204,7 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
         attempt.until(lambda: steps_of(job)[-1:] == [STEPS], f"step {STEPS} of the resumed run")
         job.ask("finish")
         attempt.end("resumed and asked to finish")
-    check_same([*before, *job.events("metrics")], whole.events("metrics"))
+    check_same([*before, *job.events(MetricsEvent)], whole.events(MetricsEvent))
     check_result(job)
     said = [event.type for event in job.events(*LAST_WORDS)]
     assert said == ["result"], f"the resumed run reported {said}; expected a result"
@@ -229,18 +225,18 @@ def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
         f"killed after step {STEPS - 1} and asked to finish, the result is that of step {result.step}: ask "
         "run.desired() after groups are taken, and say with run.publish or run.report_skipped how many are handled"
     )
-    newest = {e.data["step"]: e for n in range(1, job.attempts + 1) for e in job.events("metrics", attempt=n)}
-    check_same(list(newest.values()), whole.events("metrics")[:-1], "it was killed")
+    newest = {e.step: e for n in range(1, job.attempts + 1) for e in job.events(MetricsEvent, attempt=n)}
+    check_same(list(newest.values()), whole.events(MetricsEvent)[:-1], "it was killed")
 
 
-def check_same(mine: list[Event], theirs: list[Event], why: str = "a pause") -> None:
+def check_same(mine: list[MetricsEvent], theirs: list[MetricsEvent], why: str = "a pause") -> None:
     """Steps of a run that was interrupted and of one that was not."""
-    steps, expected = ([event.data["step"] for event in events] for events in (mine, theirs))
+    steps, expected = ([event.step for event in events] for events in (mine, theirs))
     assert steps == expected, f"after {why} the steps are {steps}; expected {expected}"
     for one, other in zip(mine, theirs, strict=True):
-        step, a, b = one.data["step"], one.data, other.data
-        assert a["fed"] == b["fed"], f"step {step} was made of {a['fed']} after {why}, of {b['fed']} without"
-        alike = math.isclose(a["train_loss"], b["train_loss"], rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6)
-        assert alike, f"step {step}: the loss is {a['train_loss']} after {why}, {b['train_loss']} without"
-        same = a.get("digest") == b.get("digest") or device().kind != "cpu"  # a GPU may add in another order
+        step, a, b = one.step, one.values["train_loss"], other.values["train_loss"]
+        assert one.fed == other.fed, f"step {step} was made of {one.fed} after {why}, of {other.fed} without"
+        alike = math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6)
+        assert alike, f"step {step}: the loss is {a} after {why}, {b} without"
+        same = one.digest == other.digest or device().kind != "cpu"  # a GPU may add in another order
         assert same, f"step {step}: the digest of the parameters is another after {why} than without"

@@ -18,7 +18,16 @@ import msgspec
 from arbor_core import plugins
 from arbor_core.config import convert
 from arbor_core.jobdir.documents import import_object
-from arbor_core.types import ConfigError, Event, RolloutConfig, Trainer
+from arbor_core.types import (
+    CheckpointEvent,
+    ConfigError,
+    HyperparametersResolved,
+    MetricsEvent,
+    PausedEvent,
+    ResultEvent,
+    RolloutConfig,
+    Trainer,
+)
 
 from . import rollouts
 from .job_directory import JobDirectory, yaml_of
@@ -176,19 +185,19 @@ def check_run(job: JobDirectory) -> None:
     """One attempt from beginning to end."""
     status = job.attempt()
     assert status == 0, f"the worker ended with status {status}:\n{job.log}"
-    check_metrics(job.events("metrics"))
+    check_metrics(job.events(MetricsEvent))
     check_checkpoints(job)
     check_result(job)
     check_resolved(job)
 
 
-def check_metrics(events: Sequence[Event]) -> None:
+def check_metrics(events: Sequence[MetricsEvent]) -> None:
     """Every step once, from 1, each with numbers; the total is the last step's."""
     assert events, "no metrics were reported"
-    steps = [event.data["step"] for event in events]
+    steps = [event.step for event in events]
     assert steps == sorted(set(steps)), f"metrics do not come in the order of steps: {steps}"
     assert steps[0] >= 1, f"steps count from 1, the first is {steps[0]}"
-    totals = {event.data["total_steps"] for event in events}
+    totals = {event.total_steps for event in events}
     assert totals == {steps[-1]}, f"total_steps is {sorted(totals)}, the last step is {steps[-1]}"
     for event in events:
         check_numbers(event)
@@ -198,7 +207,12 @@ def check_resolved(job: JobDirectory) -> None:
     """What was `"auto"` among OpenAI's hyperparameters has been reported as a number."""
     values = {**yaml_of(job.trainer), **job.hyperparameters}
     auto = {key for key in ("n_epochs", "batch_size", "learning_rate_multiplier") if values.get(key) == "auto"}
-    told = {key for event in job.events("resolved") for key, value in event.data.items() if value != "auto"}
+    told = {
+        key
+        for event in job.events(HyperparametersResolved)
+        for key, value in event.hyperparameters.items()
+        if value != "auto"
+    }
     assert auto <= told, f"{sorted(auto - told)} stayed 'auto': report the numbers with run.resolved"
 
 
@@ -208,20 +222,22 @@ def check_pause(job: JobDirectory, whole: JobDirectory) -> None:
     status = job.attempt()
     assert status == 0, f"asked to pause, the worker ended with status {status}:\n{job.log}"
     last = job.events()[-1]
-    assert last.type == "paused", f"asked to pause, the last event is '{last.type}': call run.stop_if_asked every step"
-    done = [event.data["step"] for event in job.events("metrics")]
-    saved = [event.step for event in job.events("checkpoint")]
+    assert isinstance(last, PausedEvent), (
+        f"asked to pause, the last event is '{last.type}': call run.stop_if_asked every step"
+    )
+    done = [event.step for event in job.events(MetricsEvent)]
+    saved = [event.step for event in job.events(CheckpointEvent)]
     assert not done or saved[-1:] == done[-1:], f"paused after step {done[-1:]}, with checkpoints of {saved}"
     job.ask("run")
     status = job.attempt()
     assert status == 0, f"the resumed worker ended with status {status}:\n{job.log}"
-    both = [*job.events("metrics", attempt=1), *job.events("metrics", attempt=2)]
-    expected = whole.events("metrics")
-    steps, expected_steps = ([event.data["step"] for event in events] for events in (both, expected))
+    both = [*job.events(MetricsEvent, attempt=1), *job.events(MetricsEvent, attempt=2)]
+    expected = whole.events(MetricsEvent)
+    steps, expected_steps = ([event.step for event in events] for events in (both, expected))
     assert steps == expected_steps, f"paused and resumed, the steps are {steps}; expected {expected_steps}"
     for mine, theirs in zip(both, expected, strict=True):
-        a, b = mine.data["train_loss"], theirs.data["train_loss"]
+        a, b = mine.values["train_loss"], theirs.values["train_loss"]
         assert math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6), (
-            f"step {mine.data['step']}: the loss is {a} in a run that was paused, {b} in one that was not"
+            f"step {mine.step}: the loss is {a} in a run that was paused, {b} in one that was not"
         )
-    assert job.events(*LAST_WORDS)[-1].type == "result", "the resumed run did not finish"
+    assert isinstance(job.events(*LAST_WORDS)[-1], ResultEvent), "the resumed run did not finish"

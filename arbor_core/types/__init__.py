@@ -18,6 +18,24 @@ from .errors import (
     UnknownModelError,
     not_found,
 )
+from .events import (
+    CheckpointDiscarded,
+    CheckpointEvent,
+    CheckpointWithdrawn,
+    ErrorEvent,
+    Event,
+    EventT,
+    EventType,
+    GroupsSkipped,
+    HyperparametersResolved,
+    Level,
+    MessageEvent,
+    MetricsEvent,
+    PausedEvent,
+    PolicyPublished,
+    ResultEvent,
+    decode_event,
+)
 from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
 from .launchers import Launcher, RanksCommand
 from .plugins import (
@@ -42,7 +60,7 @@ from .rollouts import (
     name_of,
     reference,
 )
-from .runs import Checkpoint, CheckpointRequest, ConfigT, ConfigT_co, Event, EventType, Level, Run
+from .runs import Checkpoint, CheckpointRequest, ConfigT, ConfigT_co, Run
 from .scheduling import Plan, QueuedJob, RunningJob, Scheduler, Snapshot
 from .services import NamedCheckpoint, RolloutSession, Services
 
@@ -63,7 +81,10 @@ __all__ = [
     "BackendFactory",
     "Bundle",
     "Checkpoint",
+    "CheckpointDiscarded",
+    "CheckpointEvent",
     "CheckpointRequest",
+    "CheckpointWithdrawn",
     "Claim",
     "Command",
     "CommandSession",
@@ -76,13 +97,17 @@ __all__ = [
     "DevicesLostError",
     "Engine",
     "EngineSpec",
+    "ErrorEvent",
     "Event",
+    "EventT",
     "EventType",
     "Executor",
     "ExecutorFactory",
     "ExecutorSettings",
     "Exit",
     "Group",
+    "GroupsSkipped",
+    "HyperparametersResolved",
     "InferenceBackend",
     "JobFailed",
     "JobStopped",
@@ -90,14 +115,19 @@ __all__ = [
     "Launcher",
     "Lease",
     "Level",
+    "MessageEvent",
+    "MetricsEvent",
     "NamedCheckpoint",
+    "PausedEvent",
     "Placement",
     "Plan",
     "Policy",
+    "PolicyPublished",
     "QueuedJob",
     "RanksCommand",
     "Record",
     "Result",
+    "ResultEvent",
     "Rollout",
     "RolloutConfig",
     "RolloutSession",
@@ -113,6 +143,7 @@ __all__ = [
     "Trainer",
     "UnknownModelError",
     "Weights",
+    "decode_event",
     "devices_by_pool",
     "envelope",
     "name_of",

@@ -1,15 +1,16 @@
-"""What a trainer's function is handed inside its own process, and what it reports."""
+"""What a trainer's function is handed inside its own process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from msgspec import Struct, field
 
 from .devices import Device
+from .events import Level
 from .jobs import Desired
 from .rollouts import StepInputs
 
@@ -18,23 +19,6 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT", bound=Struct)
 ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)
-
-EventType = Literal[
-    "message", "metrics", "checkpoint", "withdrawn", "discarded", "weights", "resolved", "result", "paused", "error"
-]
-Level = Literal["info", "warn", "error"]
-
-
-class Event(Struct, omit_defaults=True):
-    """Something a run reports. One line of `events.jsonl`."""
-
-    type: EventType
-    message: str = ""
-    level: Level = "info"
-    step: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-    at: float = 0.0
-    """Seconds since the epoch; set when the event is written."""
 
 
 class Checkpoint(Struct, frozen=True):
@@ -191,6 +175,7 @@ class Run(Protocol[ConfigT_co]):
         when it has handled what they had handled, and is given no more groups than those."""
         ...
 
-    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
-        """Name the checkpoint that is the job's model. `adapter` in it means: a PEFT adapter, else full weights."""
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, *, adapter: bool = False, **more: Any) -> None:
+        """Name the checkpoint that is the job's model: a PEFT adapter, else full weights. `more` goes to those who
+        observe the job."""
         ...

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, FailureNote, write_note
 from arbor_core.process.resources import is_disk_full
-from arbor_core.types import Event
+from arbor_core.types import ErrorEvent, PausedEvent
 
 if TYPE_CHECKING:
     from .run import WorkerRun
@@ -25,7 +25,7 @@ def explain(run: WorkerRun[Any], error: Exception) -> int:
     if run.rank == 0 and is_disk_full(error, run.dir):
         shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
         text = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
-        run.emit(Event("paused", text, "error", data={"code": "insufficient_storage", "message": text}))
+        run.emit(PausedEvent(text, "error", code="insufficient_storage"))
         return 0
     message, code = f"{type(error).__name__}: {error}"[:2000], "worker_error"
     if is_lost(error):
@@ -42,7 +42,7 @@ def explain(run: WorkerRun[Any], error: Exception) -> int:
 
 def fail(run: WorkerRun[Any], message: str, code: str, param: str | None) -> None:
     """Report why the job cannot go on."""
-    run.emit(Event("error", message, "error", data={"code": code, "message": message, "param": param}))
+    run.emit(ErrorEvent(message, "error", code=code, param=param))
 
 
 def is_lost(error: BaseException) -> bool:

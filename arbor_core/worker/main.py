@@ -16,7 +16,7 @@ from arbor_core.jobdir.documents import import_object
 from arbor_core.process.cpu import instruction_set
 from arbor_core.process.exit import ignore_output_errors, run_and_exit
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
-from arbor_core.types import Event, JobFailed, JobStopped
+from arbor_core.types import JobFailed, JobStopped, PausedEvent
 
 from .failures import explain, fail
 from .run import WorkerRun, open_run
@@ -32,7 +32,7 @@ def main(attempt_dir: Path) -> int:
         import_object(run.order.entry)(run)
     except JobStopped as stop:
         if stop.desired == "pause":
-            run.emit(Event("paused", "The job is paused"))
+            run.emit(PausedEvent("The job is paused", code=None))
         return 0
     except JobFailed as error:
         fail(run, str(error), error.code, error.param)

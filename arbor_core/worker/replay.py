@@ -28,7 +28,7 @@ from arbor_core.plugins import Plugins, load
 from arbor_core.process.environment import clean_env, threads_env
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.event_log import tail
-from arbor_core.types import ArborError, AttemptOrder, Event, StepInputs, rollouts
+from arbor_core.types import ArborError, AttemptOrder, ErrorEvent, MetricsEvent, StepInputs, rollouts
 
 from .launchers import ConfiguredLauncher
 
@@ -91,19 +91,13 @@ def reported(job_dir: Path) -> dict[int, Step]:
 
 
 def steps_of(log: Path, offset: int = 0) -> Iterator[Step]:
-    for _, event in tail(log, offset, Event):
-        if event.type == "metrics":
+    for _, event in tail(log, offset):
+        if isinstance(event, MetricsEvent):
             yield step_of(event)
 
 
-def step_of(event: Event) -> Step:
-    fed = event.data.get("fed")
-    return Step(
-        event.step,
-        event.data.get("train_loss"),
-        event.data.get("digest"),
-        msgspec.convert(fed, StepInputs) if fed else None,
-    )
+def step_of(event: MetricsEvent) -> Step:
+    return Step(event.step, event.values.get("train_loss"), event.digest, event.fed)
 
 
 def check_inbox(job_dir: Path, steps: dict[int, Step]) -> None:
@@ -218,10 +212,10 @@ def repeated(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[Step]:
     log, offset = JobDir(folder).attempt(1).events, 0
     while True:
         ended = process.poll() is not None  # before the events: what was written before its end is then all there
-        for offset, event in tail(log, offset, Event):  # noqa: B020, B007
-            if event.type == "error":
+        for offset, event in tail(log, offset):  # noqa: B020, B007
+            if isinstance(event, ErrorEvent):
                 raise ArborError(f"the trainer failed: {event.message}")
-            if event.type == "metrics":
+            if isinstance(event, MetricsEvent):
                 yield step_of(event)
         if ended:
             return

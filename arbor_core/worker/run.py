@@ -34,22 +34,30 @@ from arbor_core.storage.event_log import EventLog
 from arbor_core.types import (
     AttemptOrder,
     Checkpoint,
+    CheckpointDiscarded,
+    CheckpointEvent,
     CheckpointRequest,
     ConfigT,
     Desired,
     Device,
     Event,
+    GroupsSkipped,
+    HyperparametersResolved,
     JobFailed,
     JobStopped,
     Level,
+    MessageEvent,
+    MetricsEvent,
     Placement,
+    PolicyPublished,
     Record,
+    ResultEvent,
     StepInputs,
 )
 
 from .inbox_reader import CatchingUp, Feed
 
-PASSING = ("metrics", "message", "weights")
+PASSING = (MetricsEvent, MessageEvent, PolicyPublished, GroupsSkipped)
 """Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
 RETRY_SECONDS = 1.0
 """How often a worker tries again to report what the disk had no room for."""
@@ -100,20 +108,21 @@ class WorkerRun(Generic[ConfigT]):
         if self.log is None:
             return
         event.at = time.time()
-        durable = event.type not in PASSING
+        durable = not isinstance(event, PASSING)
         written = self.log.append(event, durable=durable)
         while durable and not written:  # nobody else can say it: wait for room on the disk
             self.heartbeat.beat_if_started()
             time.sleep(RETRY_SECONDS)
             written = self.log.flush(durable=True)
-        if event.type == "metrics":
+        if isinstance(event, MetricsEvent):
             self.heartbeat.beat()
         self.heartbeat.beat_if_started()
         crash_point(f"{event.type}.event")
-        wake(self.bell, self.job_id + (URGENT if event.type == "weights" else ""))
+        urgent = isinstance(event, PolicyPublished | GroupsSkipped)
+        wake(self.bell, self.job_id + (URGENT if urgent else ""))
 
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
-        self.emit(Event("message", text, level, data=data))
+        self.emit(MessageEvent(text, level, data=data))
 
     def metrics(
         self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
@@ -123,13 +132,11 @@ class WorkerRun(Generic[ConfigT]):
             for name, value in values.items()
             if name.endswith("loss")
         )
-        data = {**values, "step": step, "total_steps": total_steps, **({"digest": digest} if digest else {})}
-        if fed:
-            data["fed"] = msgspec.to_builtins(fed)
-        self.emit(Event("metrics", f"Step {step}/{total_steps}: {shown}", step=step, data=data))
+        text = f"Step {step}/{total_steps}: {shown}"
+        self.emit(MetricsEvent(text, step=step, total_steps=total_steps, values=values, digest=digest, fed=fed))
 
     def resolved(self, **hyperparameters: Any) -> None:
-        self.emit(Event("resolved", "Hyperparameters resolved", data=hyperparameters))
+        self.emit(HyperparametersResolved("Hyperparameters resolved", hyperparameters=hyperparameters))
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -165,14 +172,13 @@ class WorkerRun(Generic[ConfigT]):
         wait_for_disk_space(self.dir, needed, room_seconds, self.heartbeat.beat_if_started)
         with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:
             yield folder
-        data = {"dir": name, "metrics": metrics}
-        self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
+        self.emit(CheckpointEvent(f"Checkpoint created at step {step}", step=step, dir=name, metrics=metrics))
 
     def last_checkpoint(self) -> Checkpoint | None:
         found, withdrawals = checkpoints.newest_whole(self.checkpoints_dir)
         for event in withdrawals if self.rank == 0 else ():  # the other ranks find the same, and leave it to this one
             self.emit(event)
-            checkpoints.set_aside(self.checkpoints_dir / event.data["dir"])  # after the event: what is offered is there
+            checkpoints.set_aside(self.checkpoints_dir / event.dir)  # after the event: what is offered is there
         if found is None and (withdrawals or checkpoints.aside(self.checkpoints_dir)):
             names = ", ".join(path.name for path in checkpoints.aside(self.checkpoints_dir))
             text = f"No checkpoint of the job is whole (damaged: {names}). Create the job again to start anew"
@@ -181,7 +187,7 @@ class WorkerRun(Generic[ConfigT]):
 
     def keep_checkpoints(self, count: int) -> None:
         for folder in checkpoints.superseded(self.checkpoints_dir, count):
-            self.emit(Event("discarded", f"Checkpoint {folder.name} removed", data={"dir": folder.name}))
+            self.emit(CheckpointDiscarded(f"Checkpoint {folder.name} removed", dir=folder.name))
             shutil.rmtree(folder)  # after the event: what is offered is there
 
     def groups(self, position: int, wait: float) -> list[Record]:
@@ -200,12 +206,11 @@ class WorkerRun(Generic[ConfigT]):
         name = f"{version}-{self.attempt}"
         with publishing(self.job_files.weights, name) as folder:
             yield folder
-        data = {"dir": name, "version": version, "handled": handled}
-        self.emit(Event("weights", f"Policy version {version} published", step=version, data=data))
+        self.emit(PolicyPublished(f"Policy version {version} published", version=version, handled=handled, dir=name))
         self.catching_up.handled(handled)
 
     def report_skipped(self, handled: int) -> None:
-        self.emit(Event("weights", f"{handled} groups handled", data={"handled": handled}))
+        self.emit(GroupsSkipped(f"{handled} groups handled", handled=handled))
         self.catching_up.handled(handled)
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
@@ -215,9 +220,15 @@ class WorkerRun(Generic[ConfigT]):
         folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
         crash_point("name_checkpoint.linked")
         said = checkpoints.manifest(folder)
-        data = {"dir": folder.name, "metrics": said.metrics if said else {}, **msgspec.to_builtins(request)}
-        text = f"Checkpoint '{request.name}' is that of step {step}"
-        self.emit(Event("checkpoint", text, step=step, data=data))
+        named = CheckpointEvent(
+            f"Checkpoint '{request.name}' is that of step {step}",
+            step=step,
+            dir=folder.name,
+            metrics=said.metrics if said else {},
+            name=request.name,
+            metadata=request.metadata,
+        )
+        self.emit(named)
         crash_point("name_checkpoint.told")
         answered(self.job_files, request.name)
         crash_point("name_checkpoint.answered")
@@ -233,9 +244,16 @@ class WorkerRun(Generic[ConfigT]):
         wanted = read_desired(self.job_files)
         return "run" if wanted == "finish" and not self.catching_up.done else wanted
 
-    def finish(self, checkpoint: Checkpoint, trained_tokens: int, **result: Any) -> None:
-        data = {"dir": checkpoint.dir.name, "step": checkpoint.step, "trained_tokens": trained_tokens, **result}
-        self.emit(Event("result", "The job has successfully completed", step=checkpoint.step, data=data))
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, *, adapter: bool = False, **more: Any) -> None:
+        result = ResultEvent(
+            "The job has successfully completed",
+            step=checkpoint.step,
+            dir=checkpoint.dir.name,
+            trained_tokens=trained_tokens,
+            adapter=adapter,
+            more=more,
+        )
+        self.emit(result)
 
 
 RunT = TypeVar("RunT", bound=WorkerRun[Any])

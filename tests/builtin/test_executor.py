@@ -16,7 +16,7 @@ from attempts import PLACEMENT, attempt_order, ended, text_of, write_job_documen
 from jobs import alive
 from waiting import until_async
 
-from arbor_core import Event, ExecutorSettings
+from arbor_core import ExecutorSettings
 from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
 from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
@@ -146,7 +146,7 @@ async def test_a_warm_worker_is_forked_from_imported_libraries(executor, tmp_pat
     write_job_document(order, "proving:train")
     ref = await executor.start(order, PLACEMENT)
     assert (await until_async(lambda: ended(order))).code == 0, text_of(order.dir / "worker.log")
-    [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
+    [(_, event)] = tail(order.dir / "events.jsonl")
     template = await executor.fork_server(ForkServerKey(sys.executable, ("proving",), "proving:prove"))
     assert event.data == {"imported_by": template.process.pid, "seed": "0"}
     assert ref.split(":")[0] != str(template.process.pid)

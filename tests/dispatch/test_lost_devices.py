@@ -15,7 +15,7 @@ from jobs import check_and_stop, events, step_events
 from live import LiveServer
 from waiting import until
 
-from arbor_core import Device
+from arbor_core import Device, ErrorEvent
 from arbor_core.builtin.allocator import find_gpus
 from arbor_core.dispatch.outcome import last_word
 from arbor_core.jobdir.failure_notes import read_note
@@ -113,10 +113,10 @@ def test_row_105_the_rank_that_lost_its_device_names_it(
         assert word is not None
         assert word.devices == [devices[rank].id]
         assert outcome is not None
-        assert outcome.data["code"] == code
+        assert outcome.code == code
     else:
         assert word is None
-        assert [event.data["code"] for event in job.events("error")] == ([code] if rank == 0 else [])
+        assert [event.code for event in job.events(ErrorEvent)] == ([code] if rank == 0 else [])
 
 
 def test_row_105_a_server_starts_without_the_gpu_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

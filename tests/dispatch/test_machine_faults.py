@@ -95,8 +95,8 @@ def test_row_88_memory_that_does_not_do_is_named(
     outcome = last_word(job.files.attempt(job.attempts))
     assert outcome is not None
     assert outcome.type == "error"
-    assert outcome.data["code"] == "out_of_memory"
-    assert "Tried to allocate 20.00 MiB" in outcome.data["message"]
+    assert outcome.code == "out_of_memory"
+    assert "Tried to allocate 20.00 MiB" in outcome.message
 
 
 def test_row_88_it_is_tried_once_more_with_smaller_micro_batches(

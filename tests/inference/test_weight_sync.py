@@ -17,7 +17,7 @@ import pytest
 from engines import loaded
 from waiting import until_async
 
-from arbor_core import Event
+from arbor_core import CheckpointEvent, PolicyPublished
 from arbor_core.config.settings import ModelsConfig
 from arbor_core.engine import EngineProcess
 from arbor_core.inference.weight_sync import WeightSync
@@ -61,15 +61,14 @@ class World:
         """Write a version and note it; returns its directory."""
         folder = self.root / "jobs" / job.id / "weights" / f"{version}-{attempt}"
         weights(folder, full, raw)
-        event = Event("weights", data={"version": version, "handled": version, "dir": folder.name})
+        event = PolicyPublished(version=version, handled=version, dir=folder.name)
         await self.store.write(lambda db: record_policy(db, job.id, event))
         return str(folder)
 
     async def checkpoint(self, job: Job, step: int, name: str | None = None) -> Path:
         folder = self.root / "jobs" / job.id / "checkpoints" / f"{step}-1"
         weights(folder, False, TENSORS)
-        data = {"dir": folder.name, **({"name": name, "metadata": {}} if name else {})}
-        event = Event("checkpoint", step=step, data=data, at=1.0)
+        event = CheckpointEvent(step=step, dir=folder.name, name=name, at=1.0)
         await self.store.write(lambda db: add_checkpoint(db, job.id, event, f"ft:base:arbor::x:ckpt-step-{step}"))
         return folder
 
@@ -357,7 +356,7 @@ async def test_a_policy_that_is_published_faster_than_it_is_loaded_is_always_ser
         for version in itertools.count(1):
             with publishing(folder, f"{version}-1") as new:
                 weights(new, full, TENSORS)
-            event = Event("weights", data={"version": version, "handled": version, "dir": f"{version}-1"})
+            event = PolicyPublished(version=version, handled=version, dir=f"{version}-1")
             await world.store.write(functools.partial(record_policy, job_id=job.id, event=event))
             live.published(job.id)
             await asyncio.sleep(0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arbor_core import Event
+from arbor_core import CheckpointDiscarded, CheckpointEvent
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.layout import JobDir
@@ -23,10 +23,11 @@ def test_row_93_checkpoints_without_an_event_are_found(tmp_path: Path) -> None:
     committed(tmp_path, 2, 1)
     for step in (4, 6, 8):
         committed(tmp_path, step, 2)
-    log.append(Event("checkpoint", step=4, data={"dir": "4-2"}))
-    log.append(Event("discarded", data={"dir": "6-2"}))
+    log.append(CheckpointEvent(step=4, dir="4-2"))
+    log.append(CheckpointDiscarded(dir="6-2"))
     [found] = reconciled(JobDir(tmp_path).attempt(2))
-    assert (found.type, found.step, found.data) == ("checkpoint", 8, {"dir": "8-2", "metrics": {"train_loss": 1.0}})
+    assert isinstance(found, CheckpointEvent)
+    assert (found.step, found.dir, found.metrics) == (8, "8-2", {"train_loss": 1.0})
     assert not (tmp_path / "checkpoints" / "6-2").exists(), "one that was discarded is removed"
     assert (tmp_path / "checkpoints" / "2-1").exists()
 

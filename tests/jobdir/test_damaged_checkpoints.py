@@ -15,6 +15,7 @@ from live import LiveServer
 from openai import NotFoundError
 from waiting import until
 
+from arbor_core import ErrorEvent, MetricsEvent
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import reconciled
 from arbor_core.jobdir.layout import JobDir
@@ -107,7 +108,7 @@ def test_what_is_cut_short_is_seen_without_reading(tmp_path: Path) -> None:
     whole, short, changed = (committed(tmp_path, step, 1) for step in (2, 4, 6))
     (short / "deep" / "weights").write_bytes(b"12")
     (changed / "deep" / "weights").write_bytes(b"1235")
-    found = {event.data["dir"]: event.type for event in reconciled(JobDir(tmp_path).attempt(1))}
+    found = {event.dir: event.type for event in reconciled(JobDir(tmp_path).attempt(1))}
     assert found == {"2-1": "checkpoint", "4-1": "withdrawn", "6-1": "checkpoint"}
     assert [checkpoints.fault(path) is None for path in (whole, short, changed)] == [True, False, False]
 
@@ -154,10 +155,10 @@ def test_a_job_whose_checkpoints_were_all_set_aside_does_not_start_anew(tmp_path
     assert job.attempt() == -signal.SIGKILL
     checkpoints.set_aside(job.dir / "checkpoints" / "2-1")  # by a server that saw it, or a worker that died then
     assert job.attempt() == 1
-    [error] = job.events("error")
-    assert error.data["code"] == "checkpoint_corrupted"
+    [error] = job.events(ErrorEvent)
+    assert error.code == "checkpoint_corrupted"
     assert "2-1.damaged" in error.message
-    assert not job.events("metrics")
+    assert not job.events(MetricsEvent)
 
 
 @pytest.mark.parametrize("damaged", [[4], [2, 4]], ids=["falls-back", "none-is-left"])
@@ -172,9 +173,9 @@ def test_row_94_damaged_checkpoints(tmp_path: Path, chat_rows: list[dict[str, An
     assert "checkpoint 4-1 is not used" in told[0]
     if damaged == [4]:
         assert status == 0
-        assert [event.data["step"] for event in job.events("metrics")] == [3, 4, 5, 6]
+        assert [event.data["step"] for event in job.events(MetricsEvent)] == [3, 4, 5, 6]
     else:
         assert status == 1
-        [error] = job.events("error")
-        assert error.data["code"] == "checkpoint_corrupted"
-        assert not job.events("metrics")
+        [error] = job.events(ErrorEvent)
+        assert error.code == "checkpoint_corrupted"
+        assert not job.events(MetricsEvent)

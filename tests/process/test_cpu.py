@@ -15,7 +15,7 @@ from jobs import events, pause
 from live import LiveServer
 from waiting import until, until_async
 
-from arbor_core import Event, ExecutorSettings, Placement
+from arbor_core import ExecutorSettings, Placement
 from arbor_core.builtin.executor import LocalExecutor
 from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.storage.event_log import tail
@@ -69,7 +69,7 @@ async def test_an_attempt_computes_as_its_job_was_made(
         assert (await until_async(lambda: ended(order), 120)).code == 0, text_of(order.dir / "worker.log")
     finally:
         await executor.close()
-    [(_, event)] = tail(order.dir / "events.jsonl", 0, Event)
+    [(_, event)] = tail(order.dir / "events.jsonl")
     assert event.message == says
     assert bool(executor.fork_servers) is (made == HERE), "what was imported before computes as it likes"
     assert ref

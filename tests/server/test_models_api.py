@@ -18,7 +18,7 @@ from arbor_core.jobs.records import Job, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models, add_model, ft_name, strip_provider
 from arbor_core.storage.database import Store
-from arbor_core.types import ApiError, Event, Weights
+from arbor_core.types import ApiError, CheckpointEvent, Weights
 
 
 def weights(folder: Path, **config: Any) -> Path:
@@ -181,7 +181,7 @@ async def test_checkpoints_are_models(known: Models, tmp_path: Path, kind: str) 
     if kind == "adapter":
         (folder / "adapter_config.json").write_text("{}")
     name = f"{ft_name('base', 'arbor', None, job.id)}:ckpt-step-4"
-    event = Event("checkpoint", step=4, data={"dir": "4-1"})
+    event = CheckpointEvent(step=4, dir="4-1")
     await known.store.write(lambda db: add_checkpoint(db, job.id, event, name))
     resolved = known.resolve(name, "me")
     if kind == "adapter":

@@ -19,7 +19,6 @@ from jobs import check_and_stop, events, step_events, train
 from live import ENDED, LiveServer
 from waiting import until
 
-from arbor_core import Event
 from arbor_core.process.resources import DiskFullError, is_disk_full, wait_for_disk_space
 from arbor_core.storage.directory import locked, network_kind
 from arbor_core.storage.event_log import tail
@@ -123,21 +122,21 @@ def test_a_log_that_has_no_room_keeps_its_records_whole(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from arbor_core import Event\nfrom arbor_core.storage.event_log import EventLog\n"
+        "from arbor_core import MetricsEvent, ResultEvent\nfrom arbor_core.storage.event_log import EventLog\n"
         "log = EventLog(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))\n"
-        "said = [log.append(Event('metrics', step=step)) for step in range(1, 21)]\n"
+        "said = [log.append(MetricsEvent(step=step, total_steps=21, values={})) for step in range(1, 21)]\n"
         "assert said[0] and not said[-1], said\n"
         "assert not log.flush(durable=True)\n"
         "before = Path(sys.argv[1]).read_bytes()\n"
         "assert before.endswith(b'\\n') and len(before) <= 200, before\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "assert log.append(Event('result', step=21), durable=True)\n"
+        "assert log.append(ResultEvent(step=21, dir='21-1', trained_tokens=1), durable=True)\n"
         "assert Path(sys.argv[1]).read_bytes().startswith(before)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert [event.step for _, event in tail(path, 0, Event)] == list(range(1, 22))
+    assert [event.step for _, event in tail(path)] == list(range(1, 22))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from live import LiveServer
 
+from arbor_core.types import ErrorEvent, JobView, MetricsEvent
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(?:#([^)\s]+))?\)")
@@ -162,6 +164,21 @@ def test_tutorial_shows_the_example_plugin() -> None:
     assert len(shown) == 5
     for block in shown:
         assert block in sources
+
+
+def test_the_observer_of_the_tutorial_runs(caplog: pytest.LogCaptureFixture) -> None:
+    (shown,) = [block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "def arbor_job_event" in block]
+    module: dict[str, Any] = {"__name__": "observer"}
+    exec(compile(shown, "docs/plugins.md", "exec"), module)
+    job = JobView("ftjob-1", "mock", "m", "running")
+    with caplog.at_level("INFO", "observer"):
+        for step in (99, 100):
+            module["arbor_job_event"](job, MetricsEvent(step=step, total_steps=200, values={"train_loss": 0.5}))
+        module["arbor_job_event"](job, ErrorEvent("no rows", "error", code="invalid_training_file"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "ftjob-1 (mock): step 100, loss 0.5",
+        "ftjob-1 cannot go on (invalid_training_file): no rows",
+    ]
 
 
 def test_data_examples_are_accepted(server: LiveServer) -> None:

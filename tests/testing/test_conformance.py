@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from arbor_core import AllocatorSettings, Plan, Snapshot, Trainer
+from arbor_core import AllocatorSettings, MetricsEvent, Plan, Snapshot, Trainer
 from arbor_core.config import convert
 from arbor_core.plugins import load
 from arbor_core.testing import (
@@ -149,14 +149,16 @@ def test_the_kit_finds_a_trainer_that_skips_nothing(
 def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[..., JobDirectory]) -> None:
     job = learner()
     rollout_checks.check_to_the_end(job)
-    honest, mine = job.events("metrics"), job.events("metrics")
-    mine[1].data["fed"]["groups"].pop()
+    honest, mine = job.events(MetricsEvent), job.events(MetricsEvent)
+    fed = mine[1].fed
+    assert fed
+    mine[1].fed = msgspec.structs.replace(fed, groups=fed.groups[:-1])
     with pytest.raises(AssertionError, match="step 2 says it was made of"):
         rollout_checks.check_fed(job, mine)
     with pytest.raises(AssertionError, match="step 2 was made of"):
         rollout_checks.check_same(mine, honest)
-    mine = job.events("metrics")
-    mine[2].data["digest"] = "another"
+    mine = job.events(MetricsEvent)
+    mine[2].digest = "another"
     with pytest.raises(AssertionError, match="step 3: the digest of the parameters is another"):
         rollout_checks.check_same(mine, honest)
     with pytest.raises(AssertionError, match="the steps are"):

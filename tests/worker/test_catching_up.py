@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from arbor_core import ResultEvent
 from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox, end_of, segments
 from arbor_core.testing import JobDirectory
@@ -31,7 +32,7 @@ def test_a_paused_job_that_is_finished_uses_no_group_that_waits(tmp_path: Path, 
     with running(job) as attempt:
         attempt.end("asked to finish")
     assert steps_of(job) == []
-    assert [event.step for event in job.events("result")] == [2]
+    assert [event.step for event in job.events(ResultEvent)] == [2]
 
 
 def test_what_is_asked_while_it_catches_up(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_what_is_asked_while_it_catches_up(tmp_path: Path) -> None:
         job.ask("finish")
         attempt.end("asked to finish")
     assert steps_of(job)[-1] in (2, 3), "the groups of step 3 may have been taken before"
-    assert [event.step for event in job.events("result")] == steps_of(job)[-1:]
+    assert [event.step for event in job.events(ResultEvent)] == steps_of(job)[-1:]
 
 
 def test_where_so_many_records_end(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from arbor_core.jobdir import groups, inbox
 from arbor_core.testing import JobDirectory
-from arbor_core.types import ArborError, Group, Rollout
+from arbor_core.types import ArborError, Group, MetricsEvent, Rollout
 from arbor_core.worker.replay import base_model, find_job, replay
 
 ROWS = [
@@ -36,14 +37,14 @@ def told(job: JobDirectory) -> str:
     return "\n".join(lines)
 
 
-def rewrite(job: JobDirectory, step: int, **data: object) -> None:
+def rewrite(job: JobDirectory, step: int, digest: str | None = None, **values: float) -> None:
     """Have the job's first attempt report something else of a step."""
-    log = job.attempt_dir / "events.jsonl"
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = job.events(attempt=1)
     for event in events:
-        if event["type"] == "metrics" and event["step"] == step:
-            event["data"] |= data
-    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+        if isinstance(event, MetricsEvent) and event.step == step:
+            event.digest = digest or event.digest
+            event.values |= values
+    (job.attempt_dir / "events.jsonl").write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in events))
 
 
 def test_every_step_comes_out_again(job: JobDirectory) -> None:
@@ -107,7 +108,7 @@ def learned(tmp_path: Path) -> JobDirectory:
     made = JobDirectory(folder / "one", "mock_grpo", (), "mock/tiny", values)
     made.send(*(group(number, version) for number, version in enumerate((0, 0, 1, 1, 0, 2, 2))))
     assert made.attempt() == 0, made.log
-    assert len(made.events("metrics")) == 3
+    assert len(made.events(MetricsEvent)) == 3
     return made
 
 

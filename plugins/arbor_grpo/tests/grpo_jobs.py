@@ -21,7 +21,7 @@ from arbor_sft.tiny import tokenizer
 
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.job_directory import ENV
-from arbor_core.types import Group, Rollout
+from arbor_core.types import ErrorEvent, Event, Group, MetricsEvent, Rollout
 from arbor_core.worker.main import main
 from arbor_core.worker.run import WorkerRun, open_run
 
@@ -104,14 +104,14 @@ class Job(JobDirectory):
         return main(self.prepare())
 
     def must(self) -> Job:
-        assert self.run() == 0, [event.message for event in self.events("error")]
+        assert self.run() == 0, [event.message for event in self.events(ErrorEvent)]
         return self
 
     def digests(self) -> dict[int, str]:
         """Of all attempts, each step's newest."""
         found = {}
         for attempt in range(1, self.attempts + 1):
-            found |= {event.step: event.data["digest"] for event in self.events("metrics", attempt=attempt)}
+            found |= {event.step: event.data["digest"] for event in self.events(MetricsEvent, attempt=attempt)}
         return found
 
 
@@ -145,12 +145,12 @@ class Background:
         self.thread = threading.Thread(target=lambda: setattr(self, "code", main(folder)), daemon=True)
         self.thread.start()
 
-    def until(self, type_: Any, count: int = 1) -> None:
-        """Wait until it has reported so many events of a type."""
+    def until(self, kind: type[Event], count: int = 1) -> None:
+        """Wait until it has reported so many events of a kind."""
         end = time.monotonic() + WAIT_SECONDS
-        while len(self.job.events(type_)) < count:
+        while len(self.job.events(kind)) < count:
             assert self.thread.is_alive(), [event.message for event in self.job.events()]
-            assert time.monotonic() < end, f"no {type_}: {[event.message for event in self.job.events()]}"
+            assert time.monotonic() < end, f"no {kind.__name__}: {[event.message for event in self.job.events()]}"
             time.sleep(0.01)
 
     def end(self) -> int:

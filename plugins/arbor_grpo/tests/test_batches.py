@@ -8,7 +8,7 @@ import pytest
 from arbor_grpo.training.session import WITHOUT_DIFFERENCES
 from grpo_jobs import QUICK, Background, group, groups, rollout
 
-from arbor_core.types import Group, Rollout
+from arbor_core.types import Group, GroupsSkipped, MessageEvent, MetricsEvent, ResultEvent, Rollout
 
 
 def deep() -> Group:
@@ -26,23 +26,23 @@ def test_groups_that_are_no_good_are_said_and_their_credit_is_freed(job, bad):
     made = job(max_steps=1, **QUICK | {"groups_per_step": 1})
     made.send(bad)
     attempt = Background(made)
-    attempt.until("weights")
-    (said,) = [event for event in made.events("message") if event.level == "warn"]
+    attempt.until(GroupsSkipped)
+    (said,) = [event for event in made.events(MessageEvent) if event.level == "warn"]
     assert said.data["batch_id"] == 7
-    assert made.events("weights")[0].data == {"handled": 1}
+    assert made.handled() == [1]
     made.send(*groups(1))
     assert attempt.end() == 0
-    (metrics,) = made.events("metrics")
+    (metrics,) = made.events(MetricsEvent)
     assert metrics.data["groups_rejected"] == 1
-    assert metrics.data["fed"]["skipped"] == [0]
-    assert made.events("weights")[-1].data["handled"] == 2
+    assert metrics.fed.skipped == (0,)
+    assert made.handled()[-1] == 2
 
 
 def test_stale_groups_are_skipped_and_counted(job):
     made = job(max_steps=2, **QUICK | {"groups_per_step": 1, "max_staleness": 0})
     made.send(group(1), group(2), group(3, version=1))
     made.must()
-    assert [event.data["groups_skipped"] for event in made.events("metrics")] == [0, 1]
+    assert [event.data["groups_skipped"] for event in made.events(MetricsEvent)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_groups_that_credits_asked_for_are_used(job, more, versions, ages):
     made = job(**QUICK | {"groups_per_step": 1, "max_staleness": 1} | more)
     made.send(*(group(n, version=version) for n, version in enumerate(versions)))
     attempt = Background(made)
-    attempt.until("metrics", len(ages))
+    attempt.until(MetricsEvent, len(ages))
     assert attempt.end() == 0
-    metrics = [event.data for event in made.events("metrics")]
+    metrics = [event.data for event in made.events(MetricsEvent)]
     assert [step["groups_skipped"] for step in metrics] == [0] * len(ages)
     assert [step["staleness_max"] for step in metrics] == ages
 
@@ -74,7 +74,7 @@ def test_a_step_in_which_nothing_runs_has_no_entropy(job):
     made = job(max_steps=2, **QUICK | {"groups_per_step": 1})
     made.send(equal(97), group(1))
     made.must()
-    nothing, something = (event.data for event in made.events("metrics"))
+    nothing, something = (event.data for event in made.events(MetricsEvent))
     assert (nothing["train_loss"], nothing["frac_reward_zero_std"]) == (0, 1)
     assert not [name for name in nothing if name == "entropy" or name.startswith("clip_ratio")]
     assert something["entropy"] > 0
@@ -91,7 +91,7 @@ def test_row_82_rewards_that_never_differ_are_warned_of_once_until_they_do(job):
     assert "nothing is learned from rewards" in warnings[0].message
     told = [event for event in made.events() if event in warnings or event.type == "metrics"]
     assert [at for at, event in enumerate(told) if event in warnings] == [WITHOUT_DIFFERENCES - 1, len(batches)]
-    assert made.events("result")
+    assert made.events(ResultEvent)
 
 
 def test_row_82_advantages_of_the_client_teach_whatever_the_rewards(job):

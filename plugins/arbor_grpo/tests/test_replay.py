@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from grpo_jobs import QUICK, Background, Job, group, groups
 
+from arbor_core import MetricsEvent
 from arbor_core.worker.replay import replay
 
 pytestmark = pytest.mark.ml
@@ -20,13 +21,13 @@ def test_every_step_of_a_job_that_was_paused_comes_out_again(tiny: Path, tmp_pat
     made = Job(storage / "one", "grpo", [], str(tiny), keys)
     made.send(*groups(2))
     attempt = Background(made)
-    attempt.until("metrics", 2)
+    attempt.until(MetricsEvent, 2)
     made.ask("pause")
     assert attempt.end() == 0
     made.ask("run")
     made.send(*(group(n, version=version) for n, version in enumerate((2, 0, 2, 4, 4))))
     made.must()
-    assert [event.data["groups_skipped"] for event in made.events("metrics")] == [1, 1, 0, 0]
+    assert [event.data["groups_skipped"] for event in made.events(MetricsEvent)] == [1, 1, 0, 0]
     assert len(set(made.digests().values())) == 6
     told: list[str] = []
     replay(made.dir, told.append)

@@ -13,7 +13,16 @@ from grpo_jobs import FULL, QUICK, Background, group, groups, two_ranks
 from safetensors.torch import load_file
 
 from arbor_core.testing import check_trainer, device
-from arbor_core.types import Group
+from arbor_core.types import (
+    CheckpointEvent,
+    ErrorEvent,
+    Group,
+    MessageEvent,
+    MetricsEvent,
+    PausedEvent,
+    PolicyPublished,
+    ResultEvent,
+)
 
 CLAIMED = ("train_loss", "kl", "step", "digest", "fed", "reward", "clip_ratio/region_mean", "client/kl")
 """Names of our metrics, not all of which such a job has."""
@@ -23,8 +32,8 @@ MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
 
 def weights(job: Any) -> dict[str, torch.Tensor]:
     """Of the job's result."""
-    (result,) = job.events("result")
-    folder = job.dir / "checkpoints" / result.data["dir"]
+    (result,) = job.events(ResultEvent)
+    folder = job.dir / "checkpoints" / result.dir
     return load_file(next(folder.glob("*.safetensors")))
 
 
@@ -38,7 +47,7 @@ def test_a_job_trains_publishes_and_ends(job, more):
     said = {"validation_score": 2.0, "write": 2.0, "self": 2.0, **dict.fromkeys(CLAIMED, 777.0)}
     made.send(*(Group(**{**vars_of(each), "metrics": said}) for each in groups(6)))
     made.must()
-    metrics = made.events("metrics")
+    metrics = made.events(MetricsEvent)
     assert [event.data["step"] for event in metrics] == [1, 2, 3]
     assert [event.data["staleness_max"] for event in metrics] == [0, 1, 2]
     assert len(set(made.digests().values())) == 3
@@ -66,9 +75,9 @@ def test_a_job_trains_publishes_and_ends(job, more):
     assert {name for name, value in first.items() if value == 777.0} == {f"client/{name}" for name in CLAIMED}
     theirs = {"validation_score", "write", "self", *(f"client/{name}" for name in CLAIMED)}
     assert all(name in OURS or name.partition("/")[0] in OUR_FOLDERS for name in first.keys() - theirs)
-    published = made.events("weights")
-    assert [(event.data["version"], event.data["handled"]) for event in published] == [(1, 2), (2, 4), (3, 6)]
-    newest = made.dir / "weights" / published[-1].data["dir"]
+    published = made.events(PolicyPublished)
+    assert [(event.version, event.handled) for event in published] == [(1, 2), (2, 4), (3, 6)]
+    newest = made.dir / "weights" / published[-1].dir
     kept = weights(made)
     out = load_file(next(newest.glob("*.safetensors")))
     assert out.keys() == kept.keys()
@@ -76,9 +85,9 @@ def test_a_job_trains_publishes_and_ends(job, more):
     wanted = {"generation_config.json", "config.json", "tokenizer.json"} if more else {"adapter_config.json"}
     assert wanted <= {path.name for path in newest.iterdir()}
     assert json.loads((newest / "generation_config.json").read_text())["eos_token_id"]
-    (result,) = made.events("result")
-    assert result.data["adapter"] is not bool(more)
-    assert result.data["trained_tokens"] > 0
+    (result,) = made.events(ResultEvent)
+    assert result.adapter is not bool(more)
+    assert result.trained_tokens > 0
 
 
 def vars_of(each: Group) -> dict[str, Any]:
@@ -91,8 +100,8 @@ def adapter(job: Any) -> Path:
     first = job("first", max_steps=1, **QUICK | {"lora": {"dropout": 0.0}})
     first.send(*groups(2))
     first.must()
-    (result,) = first.events("result")
-    return first.dir / "checkpoints" / str(result.data["dir"])
+    (result,) = first.events(ResultEvent)
+    return first.dir / "checkpoints" / str(result.dir)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,7 @@ def paused_goes_on(job: Any, more: dict[str, Any], adapter: Path | None = None) 
     paused = job("paused", adapter, **keys)
     paused.send(*groups(2 * half))
     attempt = Background(paused)
-    attempt.until("metrics", half * more.get("num_iterations", 1))
+    attempt.until(MetricsEvent, half * more.get("num_iterations", 1))
     paused.ask("pause")
     assert attempt.end() == 0
     assert paused.events()[-1].type == "paused"
@@ -132,8 +141,8 @@ def paused_goes_on(job: Any, more: dict[str, Any], adapter: Path | None = None) 
     assert paused.digests() == whole.digests()
     assert len(whole.digests()) == 6
     for name in ("fed", "kl"):
-        found = [event.data[name] for event in (*paused.events("metrics", attempt=1), *paused.events("metrics"))]
-        assert found == [event.data[name] for event in whole.events("metrics")]
+        found = [event.data[name] for event in (*paused.events(MetricsEvent, attempt=1), *paused.events(MetricsEvent))]
+        assert found == [event.data[name] for event in whole.events(MetricsEvent)]
     return paused
 
 
@@ -149,7 +158,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(job):
         import time
 
         end = time.monotonic() + 120
-        while len(killed.events("metrics")) < 3:
+        while len(killed.events(MetricsEvent)) < 3:
             assert process.poll() is None, killed.log
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -158,7 +167,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(job):
         process.wait()
     killed.send(*groups(1, 7))
     killed.must()
-    assert killed.events("metrics")[0].data["step"] == 3
+    assert killed.events(MetricsEvent)[0].data["step"] == 3
     assert killed.digests() == whole.digests()
 
 
@@ -178,17 +187,17 @@ def test_checkpoints_are_named_while_the_inbox_is_empty(job):
     made = job(**QUICK, keep_checkpoints=1)
     made.request_checkpoint("zero", note="before")
     attempt = Background(made)
-    attempt.until("checkpoint", 2)
+    attempt.until(CheckpointEvent, 2)
     made.send(*groups(2))
-    attempt.until("metrics")
+    attempt.until(MetricsEvent)
     made.request_checkpoint("one")
-    attempt.until("checkpoint", 4)
+    attempt.until(CheckpointEvent, 4)
     made.ask("finish")
     assert attempt.end() == 0
-    named = {event.data["name"]: event.step for event in made.events("checkpoint") if "name" in event.data}
+    named = {event.name: event.step for event in made.events(CheckpointEvent) if event.name}
     assert named == {"zero": 0, "one": 1}
     assert (made.dir / "checkpoints" / "named" / "zero" / "adapter_model.safetensors").is_file()
-    (result,) = made.events("result")
+    (result,) = made.events(ResultEvent)
     assert result.step == 1
 
 
@@ -196,40 +205,40 @@ def test_a_job_that_is_told_to_finish_before_its_first_group_has_the_model_as_it
     made = job(**QUICK)
     made.ask("finish")
     made.must()
-    (result,) = made.events("result")
-    assert (result.step, result.data["trained_tokens"]) == (0, 0)
+    (result,) = made.events(ResultEvent)
+    assert (result.step, result.trained_tokens) == (0, 0)
 
 
 def test_a_cancelled_job_stops_without_a_checkpoint(job):
     made = job(**QUICK)
     attempt = Background(made)
-    attempt.until("message")
+    attempt.until(MessageEvent)
     made.ask("cancel")
     assert attempt.end() == 0
-    assert not made.events("checkpoint", "result", "error", "paused")
+    assert not made.events(CheckpointEvent, ResultEvent, ErrorEvent, PausedEvent)
 
 
 def test_training_goes_on_from_another_jobs_adapter(job, adapter):
     second = job("second", adapter=adapter, max_steps=2, **QUICK, beta=0.1)
     second.send(*groups(4))
     second.must()
-    published = second.events("weights")
-    assert [event.data["version"] for event in published] == [0, 1, 2]
+    published = second.events(PolicyPublished)
+    assert [event.version for event in published] == [0, 1, 2]
     before = load_file(adapter / "adapter_model.safetensors")
-    at_first = load_file(second.dir / "weights" / published[0].data["dir"] / "adapter_model.safetensors")
+    at_first = load_file(second.dir / "weights" / published[0].dir / "adapter_model.safetensors")
     assert before.keys() == at_first.keys()
     assert all(torch.equal(before[name], at_first[name]) for name in before)
     after = weights(second)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert second.events("metrics")[0].data["kl"] == pytest.approx(0, abs=1e-6)
-    assert second.events("metrics")[1].data["kl"] > 0
+    assert second.events(MetricsEvent)[0].data["kl"] == pytest.approx(0, abs=1e-6)
+    assert second.events(MetricsEvent)[1].data["kl"] > 0
 
 
 def test_an_adapter_cannot_be_trained_as_full_weights(job, tmp_path):
     made = job(adapter=tmp_path, **FULL)
     assert made.run() == 1
-    (error,) = made.events("error")
+    (error,) = made.events(ErrorEvent)
     assert "lora is null" in error.message
 
 
@@ -247,11 +256,11 @@ def test_two_ranks_train_what_one_does(job, loss_type):
         made.request_checkpoint("early")
         made.must() if name == "one" else two_ranks(made)
         found.append(made)
-    one, two = ([event.data for event in made.events("metrics")] for made in found)
+    one, two = ([event.data for event in made.events(MetricsEvent)] for made in found)
     assert [step["fed"] for step in one] == [step["fed"] for step in two]
     for mine, theirs in zip(one, two, strict=True):
         for key in ("train_loss", "grad_norm", "kl", "entropy", "clip_ratio/region_mean"):
             assert mine[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-3), key
     first, second = map(weights, found)
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
-    assert [e.data["name"] for e in found[1].events("checkpoint") if "name" in e.data] == ["early"]
+    assert [e.name for e in found[1].events(CheckpointEvent) if e.name] == ["early"]

@@ -23,12 +23,14 @@ from arbor_core import (
     AttemptDir,
     AttemptOrder,
     Checkpoint,
+    CheckpointEvent,
     Event,
     ExecutorSettings,
     Exit,
     JobFailed,
     JobStopped,
     Manifest,
+    PausedEvent,
     Placement,
     WorkerRun,
     explain,
@@ -80,8 +82,7 @@ class SimulatedRun(WorkerRun[MockConfig]):
         vouched = Manifest(step, self.attempt, metrics, {})
         (temporary / MANIFEST).write_bytes(msgspec.json.encode(vouched))
         temporary.rename(folder)
-        data = {"dir": name, "metrics": metrics}
-        self.emit(Event("checkpoint", f"Checkpoint created at step {step}", step=step, data=data))
+        self.emit(CheckpointEvent(f"Checkpoint created at step {step}", step=step, dir=name, metrics=metrics))
 
     def last_checkpoint(self) -> Checkpoint | None:
         for folder in newest_first(self.checkpoints_dir):
@@ -158,7 +159,7 @@ class SimulatedExecutor:
                 await asyncio.sleep(seconds)
         except JobStopped as stop:
             if stop.desired == "pause":
-                run.emit(Event("paused", "The job is paused"))
+                run.emit(PausedEvent("The job is paused", code=None))
             return 0
         except Killed as killed:
             if killed.number == signal.SIGSTOP:

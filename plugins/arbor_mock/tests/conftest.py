@@ -22,6 +22,7 @@ from arbor_core.config.compose import load_yaml
 from arbor_core.engine import EngineProcess
 from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.storage.event_log import tail
+from arbor_core.types import EventT
 
 CONF = Path(arbor_mock.__file__).parent / "conf"
 MODEL = "mock/tiny"
@@ -57,9 +58,9 @@ class JobFolder:
         """One attempt from beginning to end; returns its exit status."""
         return self.start().wait(60)
 
-    def events(self, type_: str | None = None, attempt: int | None = None) -> list[Event]:
+    def events(self, kind: type[EventT] = Event, attempt: int | None = None) -> list[EventT]:
         log = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
-        return [event for _, event in tail(log, 0, Event) if type_ in (None, event.type)]
+        return [event for _, event in tail(log) if isinstance(event, kind)]
 
 
 @pytest.fixture

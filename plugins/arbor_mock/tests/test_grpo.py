@@ -14,7 +14,17 @@ from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.jobdir.layout import JobDir
-from arbor_core.types import CheckpointRequest, Group, Rollout
+from arbor_core.types import (
+    CheckpointEvent,
+    CheckpointRequest,
+    ErrorEvent,
+    Group,
+    GroupsSkipped,
+    MetricsEvent,
+    PolicyPublished,
+    ResultEvent,
+    Rollout,
+)
 
 
 @pytest.fixture
@@ -43,19 +53,24 @@ def send(folder, *versions, first=0, **metrics):
     inbox.close()
 
 
+def handled(job):
+    """What the newest attempt said of how many groups it had handled, each time."""
+    return [event.handled for event in job.events() if isinstance(event, PolicyPublished | GroupsSkipped)]
+
+
 def test_steps_are_made_of_groups_in_order(grpo):
     done = grpo(max_steps=3, groups_per_step=2, max_group_age=9)
     send(done, 0, 0, 0, 0, 0, 0, 0, validation_score=0.5)
     assert done.run() == 0, (done.dir / "attempts/1/worker.log").read_text()
-    metrics = [event.data for event in done.events("metrics")]
+    metrics = [event.data for event in done.events(MetricsEvent)]
     assert [values["step"] for values in metrics] == [1, 2, 3]
     assert [len(values["fed"]["groups"]) for values in metrics] == [2, 2, 2]
     assert [values["staleness"] for values in metrics] == [0, 1, 2]
     assert metrics[0]["reward"] == metrics[0]["reward_std"] == metrics[0]["validation_score"] == 0.5
     assert len({values["digest"] for values in metrics}) == 3
-    assert [event.data["handled"] for event in done.events("weights")] == [2, 4, 6]
-    result = done.events("result")[0].data
-    assert (result["step"], result["adapter"], result["trained_tokens"]) == (3, True, 36)
+    assert handled(done) == [2, 4, 6]
+    result = done.events(ResultEvent)[0]
+    assert (result.step, result.adapter, result.trained_tokens) == (3, True, 36)
     assert json.loads((done.dir / "checkpoints" / "3-1" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
@@ -63,27 +78,27 @@ def test_what_is_too_old_is_skipped_and_counted(grpo):
     done = grpo(max_steps=2, max_staleness=0)
     send(done, 0, 0, 0, 1)
     assert done.run() == 0
-    fed = [event.data["fed"] for event in done.events("metrics")]
+    fed = [event.data["fed"] for event in done.events(MetricsEvent)]
     assert [len(one["skipped"]) for one in fed] == [0, 2]
-    assert done.events("weights")[-1].data["handled"] == 4
+    assert handled(done)[-1] == 4
 
 
 def test_skipping_gives_credits_back_without_a_step(grpo):
     waiting = grpo(max_steps=2, max_staleness=0)
     send(waiting, 0, 0)
     process = waiting.start()
-    until(lambda: len(waiting.events("weights")) == 2)
-    assert [event.data for event in waiting.events("weights")][-1] == {"handled": 2}
+    until(lambda: len(handled(waiting)) == 2)
+    assert handled(waiting)[-1] == 2
     waiting.desire("finish")
     assert process.wait(30) == 0
-    assert waiting.events("result")[0].data["step"] == 1
+    assert waiting.events(ResultEvent)[0].step == 1
 
 
 def test_a_checkpoint_is_named_while_no_group_comes(grpo):
     waiting = grpo()
     process = waiting.start()
     ask(JobDir(waiting.dir), CheckpointRequest("best", {"score": 1}))
-    until(lambda: any("name" in event.data for event in waiting.events("checkpoint")))
+    until(lambda: any(event.name for event in waiting.events(CheckpointEvent)))
     assert (waiting.dir / "checkpoints" / "named" / "best").resolve().name == "0-1"
     waiting.desire("finish")
     assert process.wait(30) == 0
@@ -97,9 +112,9 @@ def test_a_killed_job_learns_the_same_as_one_that_was_not(grpo):
     assert killed.run() == -signal.SIGKILL
     assert killed.run() == 0
     assert whole.run() == 0
-    digests = {event.step: event.data["digest"] for event in whole.events("metrics")}
-    assert {event.step: event.data["digest"] for event in killed.events("metrics", 1)}.items() <= digests.items()
-    assert {event.step: event.data["digest"] for event in killed.events("metrics", 2)}.items() <= digests.items()
+    digests = {event.step: event.data["digest"] for event in whole.events(MetricsEvent)}
+    assert {event.step: event.data["digest"] for event in killed.events(MetricsEvent, 1)}.items() <= digests.items()
+    assert {event.step: event.data["digest"] for event in killed.events(MetricsEvent, 2)}.items() <= digests.items()
     states = [
         (folder.dir / "checkpoints" / name / STATE).read_bytes() for folder, name in ((killed, "4-2"), (whole, "4-1"))
     ]
@@ -111,17 +126,17 @@ def test_a_paused_job_keeps_its_place(grpo):
     paused = grpo(step_seconds=0.05, max_group_age=64)
     send(paused, *[0] * 100)
     process = paused.start()
-    until(lambda: len(paused.events("metrics")) > 2)
+    until(lambda: len(paused.events(MetricsEvent)) > 2)
     paused.desire("pause")
     assert process.wait(30) == 0
-    step = paused.events("metrics")[-1].step
-    assert paused.events("checkpoint")[-1].step == step
+    step = paused.events(MetricsEvent)[-1].step
+    assert paused.events(CheckpointEvent)[-1].step == step
     paused.desire("finish")
     assert paused.run() == 0
-    assert paused.events("result")[0].data["step"] == step
+    assert paused.events(ResultEvent)[0].step == step
 
 
 def test_it_can_die_before_the_first_step(grpo):
     dead = grpo(fault="fail", fault_step=0)
     assert dead.run() == 1
-    assert dead.events("error")[0].data["code"] == "mock_failure"
+    assert dead.events(ErrorEvent)[0].code == "mock_failure"

@@ -22,7 +22,7 @@ from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
 from arbor_core.testing import device
-from arbor_core.types import AttemptOrder, Event, Placement
+from arbor_core.types import AttemptOrder, Event, EventT, MetricsEvent, Placement, ResultEvent
 
 ENV = {
     "OMP_NUM_THREADS": "1",
@@ -100,23 +100,23 @@ class Job:
     def log(self) -> str:
         return (self.dir / "attempts" / str(self.attempts) / "worker.log").read_text()
 
-    def events(self, type_: str | None = None, attempt: int | None = None) -> list[Event]:
+    def events(self, kind: type[EventT] = Event, attempt: int | None = None) -> list[EventT]:
         path = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"
-        return [event for _, event in tail(path, 0, Event) if type_ in (None, event.type)]
+        return [event for _, event in tail(path) if isinstance(event, kind)]
 
-    def event(self, type_: str) -> Event:
-        (event,) = self.events(type_)
+    def event(self, kind: type[EventT]) -> EventT:
+        (event,) = self.events(kind)
         return event
 
     def curve(self, name: str = "train_loss", attempt: int | None = None) -> list[float]:
-        return [e.data[name] for e in self.events("metrics", attempt) if name in e.data]
+        return [e.data[name] for e in self.events(MetricsEvent, attempt) if name in e.data]
 
     def digests(self, attempt: int | None = None) -> dict[int, str]:
         """What stands for the parameters after each step of an attempt."""
-        return {e.data["step"]: e.data["digest"] for e in self.events("metrics", attempt)}
+        return {e.data["step"]: e.data["digest"] for e in self.events(MetricsEvent, attempt)}
 
     def result(self) -> Path:
-        return self.dir / "checkpoints" / str(self.event("result").data["dir"])
+        return self.dir / "checkpoints" / self.event(ResultEvent).dir
 
     def digest(self) -> str:
         """SHA-256 of the final weights."""
@@ -192,13 +192,13 @@ class Fork:
         self.wait()
 
 
-def until(worker: Worker, job: Job, type_: str, count: int = 1) -> None:
-    """Wait until the running attempt has reported `count` events of a type."""
+def until(worker: Worker, job: Job, kind: type[Event], count: int = 1) -> None:
+    """Wait until the running attempt has reported `count` events of a kind."""
     for _ in polls(60):
-        if len(job.events(type_)) >= count:
+        if len(job.events(kind)) >= count:
             return
         assert not worker.ended(), job.log()
-    raise AssertionError(f"no {type_} within 60 s: {job.log()}")
+    raise AssertionError(f"no {kind.__name__} within 60 s: {job.log()}")
 
 
 def polls(seconds: float) -> Iterator[None]:

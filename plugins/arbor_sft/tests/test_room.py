@@ -11,6 +11,8 @@ import pytest
 from disks import mounted
 from sft_jobs import FULL, Job, Worker, chat, polls, until, write_rows
 
+from arbor_core import CheckpointEvent, MetricsEvent
+
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2, "batch_size": 4, "n_epochs": 1}
 STEPS = {"n_epochs": 10, "max_steps": 40, "checkpoint_steps": 20}
 
@@ -47,13 +49,13 @@ def test_row_95_a_checkpoint_waits_for_room_and_nothing_is_lost(
     settings = {**kind, **STEPS}
     job = Job(small_disk / "job", tiny, data, None, settings)
     process = job.start()
-    until(process, job, "metrics", 1)
+    until(process, job, MetricsEvent, 1)
     ballast = fill(small_disk, leave)
     wait_for_tries(job, process, 2)
-    assert not job.events("checkpoint")
+    assert not job.events(CheckpointEvent)
     ballast.unlink()
     assert process.wait() == 0, job.log()
-    assert [event.step for event in job.events("checkpoint")] == [20, 40]
+    assert [event.step for event in job.events(CheckpointEvent)] == [20, 40]
     assert not list((job.dir / "checkpoints").glob("*.tmp"))
     twin = Job(tmp_path / "twin", tiny, data, None, settings).run()
     assert list(twin.digests()) == list(range(1, 41))

@@ -20,7 +20,16 @@ from peft import PeftModel
 from sft_jobs import DEFAULTS, FULL, Job, chat, config, until, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from arbor_core import ConfigError
+from arbor_core import (
+    CheckpointEvent,
+    ConfigError,
+    ErrorEvent,
+    HyperparametersResolved,
+    MessageEvent,
+    MetricsEvent,
+    PausedEvent,
+    ResultEvent,
+)
 from arbor_core.testing import device
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2, "batch_size": 4, "n_epochs": 1}
@@ -83,16 +92,20 @@ def test_full_weights(job: Any) -> None:
     loss = made.curve()
     assert len(loss) == 24
     assert loss[-1] < 0.6 * loss[0]
-    assert made.event("resolved").data == {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}
-    metrics = [event.data for event in made.events("metrics")]
+    assert made.event(HyperparametersResolved).hyperparameters == {
+        "n_epochs": 3,
+        "batch_size": 4,
+        "learning_rate_multiplier": 1.0,
+    }
+    metrics = [event.data for event in made.events(MetricsEvent)]
     assert [m["step"] for m in metrics if "valid_loss" in m] == [5, 8, 10, 15, 16, 20, 24]
     assert [m["step"] for m in metrics if "full_valid_loss" in m] == [8, 16, 24]
     assert all(0 <= m["train_mean_token_accuracy"] <= 1 for m in metrics)
-    assert [event.step for event in made.events("checkpoint")] == [8, 16, 24]
-    assert made.events("checkpoint")[-1].data["metrics"]["full_valid_loss"] == metrics[-1]["valid_loss"]
-    result = made.event("result").data
-    assert (result["step"], result["adapter"]) == (24, False)
-    assert result["trained_tokens"] == 3 * tokens(made.model, made.training_file)
+    assert [event.step for event in made.events(CheckpointEvent)] == [8, 16, 24]
+    assert made.events(CheckpointEvent)[-1].data["metrics"]["full_valid_loss"] == metrics[-1]["valid_loss"]
+    result = made.event(ResultEvent)
+    assert (result.step, result.adapter) == (24, False)
+    assert result.trained_tokens == 3 * tokens(made.model, made.training_file)
     loss_again, accuracy_again = reference(made.result(), made.validation_file)
     assert metrics[-1]["valid_loss"] == pytest.approx(loss_again, abs=1e-5)
     assert metrics[-1]["valid_mean_token_accuracy"] == pytest.approx(accuracy_again, abs=1e-6)
@@ -100,8 +113,7 @@ def test_full_weights(job: Any) -> None:
 
 def test_adapter(job: Any) -> None:
     made = job(valid=True, **LORA).run()
-    result = made.event("result").data
-    assert result["adapter"] is True
+    assert made.event(ResultEvent).adapter is True
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         path.name for path in made.result().iterdir()
     }
@@ -168,7 +180,7 @@ def test_two_ranks(job: Any) -> None:
     assert two.start(ranks=2).wait() == 0, two.log()
     for name in ("train_loss", "train_mean_token_accuracy", "grad_norm", "valid_loss"):
         assert two.curve(name) == pytest.approx(one.curve(name), rel=1e-4)
-    assert [event.step for event in two.events("checkpoint")] == [3, 4]
+    assert [event.step for event in two.events(CheckpointEvent)] == [3, 4]
     shutil.rmtree(two.result())
     assert two.start(ranks=2).wait() == 0, two.log()
     assert two.curve() == two.curve(attempt=1)[3:]
@@ -192,23 +204,23 @@ def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any], batching:
     draw = random.Random(f"{kind['lora']}/{batching}")  # where it is interrupted: differs by case, not by run
 
     process = broken.start()
-    until(process, broken, "metrics", draw.randint(1, 6))
+    until(process, broken, MetricsEvent, draw.randint(1, 6))
     (broken.dir / "desired").write_text("pause")
     assert process.wait() == 0, broken.log()
     assert broken.events()[-1].type == "paused"
-    assert broken.events("checkpoint")[-1].step == broken.events("metrics")[-1].step
+    assert broken.events(CheckpointEvent)[-1].step == broken.events(MetricsEvent)[-1].step
 
     (broken.dir / "desired").write_text("run")
     process = broken.start()
-    until(process, broken, "checkpoint", 2)
-    until(process, broken, "metrics", len(broken.events("metrics")) + draw.randint(0, 4))
+    until(process, broken, CheckpointEvent, 2)
+    until(process, broken, MetricsEvent, len(broken.events(MetricsEvent)) + draw.randint(0, 4))
     process.kill()
-    assert not broken.events("result")
-    resumed = broken.events("metrics")[0].step
-    assert resumed == broken.events("checkpoint", attempt=1)[-1].step + 1
+    assert not broken.events(ResultEvent)
+    resumed = broken.events(MetricsEvent)[0].step
+    assert resumed == broken.events(CheckpointEvent, attempt=1)[-1].step + 1
 
     broken.run()
-    assert broken.events("metrics")[0].step > resumed
+    assert broken.events(MetricsEvent)[0].step > resumed
     expected = whole.digests()
     assert list(expected) == list(range(1, 41))
     assert len(set(expected.values())) == 40  # each step changes the parameters
@@ -218,7 +230,7 @@ def test_pause_and_kill_change_nothing(job: Any, kind: dict[str, Any], batching:
     assert max(found) == 40
     assert broken.curve() == whole.curve()[-len(broken.curve()) :]
     assert broken.digest() == whole.digest()
-    assert broken.event("result").data["trained_tokens"] == whole.event("result").data["trained_tokens"]
+    assert broken.event(ResultEvent).trained_tokens == whole.event(ResultEvent).trained_tokens
 
 
 HUNGRY = """
@@ -265,12 +277,12 @@ def test_row_88_smaller_micro_batches_after_the_memory_did_not_do(
     with monkeypatch.context() as fails:
         fails.setenv("FAILS", "1")
         assert attempt(broken, "first-sizes")[0] == 1
-    assert broken.event("error").data["code"] == "out_of_memory"
+    assert broken.event(ErrorEvent).code == "out_of_memory"
     broken.share = 0.5
     code, smaller = attempt(broken, "second-sizes")
     assert code == 0, broken.log()
     assert smaller <= largest / 2
-    assert [event.data["step"] for event in broken.events("metrics")] == list(range(5, 11))
+    assert [event.data["step"] for event in broken.events(MetricsEvent)] == list(range(5, 11))
     assert broken.curve() == pytest.approx(whole.curve()[4:], rel=1e-4)
     assert broken.curve("grad_norm") == pytest.approx(whole.curve("grad_norm")[4:], rel=1e-3)
 
@@ -280,24 +292,24 @@ def test_a_job_on_another_processor_says_so(job: Any) -> None:
     path = made.dir / "job.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cpu": "abacus"}))
     made.run()
-    assert [event.data["made"] for event in made.events("message") if event.level == "warn"] == ["abacus"]
+    assert [event.data["made"] for event in made.events(MessageEvent) if event.level == "warn"] == ["abacus"]
 
 
 def test_a_finished_job_that_lost_its_last_word(job: Any) -> None:
     made = job(**FULL).run()
     digest = made.digest()
     made.run()
-    assert made.events("metrics") == []
+    assert made.events(MetricsEvent) == []
     assert made.digest() == digest
 
 
 def test_cancel(job: Any) -> None:
     made = job(**{**FULL, "n_epochs": 50})
     process = made.start()
-    until(process, made, "metrics", 2)
+    until(process, made, MetricsEvent, 2)
     (made.dir / "desired").write_text("cancel")
     assert process.wait() == 0
-    assert made.events("result") == made.events("paused") == made.events("error") == []
+    assert made.events(ResultEvent) == made.events(PausedEvent) == made.events(ErrorEvent) == []
 
 
 def test_keep_checkpoints(job: Any) -> None:
@@ -308,23 +320,23 @@ def test_keep_checkpoints(job: Any) -> None:
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def failure(made: Job) -> dict[str, Any]:
+def failure(made: Job) -> ErrorEvent:
     assert made.attempt() == 1, made.log()
-    return dict(made.event("error").data)
+    return made.event(ErrorEvent)
 
 
 def test_row_63_too_long(job: Any) -> None:
     cut = job("cut", **FULL, max_length=60).run()
-    (warning,) = [event for event in cut.events("message") if event.level == "warn"]
+    (warning,) = [event for event in cut.events(MessageEvent) if event.level == "warn"]
     long = warning.data["truncated"] + warning.data["skipped"]
     assert long > 0
     skip = job("skip", **FULL, max_length=60, too_long="skip").run()
-    (warning,) = [event for event in skip.events("message") if event.level == "warn"]
+    (warning,) = [event for event in skip.events(MessageEvent) if event.level == "warn"]
     assert warning.data == {"truncated": 0, "skipped": long}
-    assert skip.event("result").data["trained_tokens"] < cut.event("result").data["trained_tokens"]
+    assert skip.event(ResultEvent).trained_tokens < cut.event(ResultEvent).trained_tokens
     error = failure(job("short", **FULL, max_length=12))
-    assert error["code"] == "invalid_training_file"
-    assert "longer than 12 tokens" in error["message"]
+    assert error.code == "invalid_training_file"
+    assert "longer than 12 tokens" in error.message
 
 
 @pytest.mark.parametrize(
@@ -341,9 +353,9 @@ def test_bad_rows(job: Any, tmp_path: Path, text: str, message: str) -> None:
     path.write_text(json.dumps(chat("a", "b")) + "\n" + text + "\n")
     broken = Job(tmp_path / "bad", made.model, path, None, FULL)
     error = failure(broken)
-    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
-    assert message in error["message"]
-    assert text[:20] in error["message"]
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert message in error.message
+    assert text[:20] in error.message
 
 
 @pytest.mark.parametrize("name", ["empty", "nobody/has-this-one"], ids=["row-107-nothing-in-it", "row-107-offline"])
@@ -351,19 +363,19 @@ def test_bad_model(tmp_path: Path, data: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     model = tmp_path / "empty" if name == "empty" else Path(name)
     error = failure(Job(tmp_path / "job", model, data / "train.jsonl", None, FULL))
-    assert (error["code"], error["param"]) == ("model_unavailable", "model")
-    assert "\n" not in error["message"]
+    assert (error.code, error.param) == ("model_unavailable", "model")
+    assert "\n" not in error.message
 
 
 def test_bad_modules(job: Any) -> None:
     error = failure(job(**{**LORA, "lora": {"target_modules": ["no_such"]}}))
-    assert error["param"] == "hyperparameters"
-    assert "no_such" in error["message"]
+    assert error.param == "hyperparameters"
+    assert "no_such" in error.message
 
 
 def test_divergence(job: Any) -> None:
     error = failure(job(**{**FULL, "learning_rate": 1e30, "max_grad_norm": 0, "n_epochs": 20}))
-    assert error["code"] == "training_diverged"
+    assert error.code == "training_diverged"
 
 
 def test_remaining_settings_reach_the_trainer(job: Any) -> None:
