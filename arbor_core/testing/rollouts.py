@@ -211,12 +211,14 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
 
 
 def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
-    """Killed, and asked to finish before it runs again: what it had learned is in its result, and no more."""
+    """Killed, and asked to finish before it runs again: what it had learned is in its result, and no more. A checkpoint
+    that a client wants meanwhile is of nothing less."""
     with running(job) as attempt:
         for step in range(1, STEPS):
             attempt.learn(step)
         check_report_skipped(attempt)
     job.send(*groups(STEPS))
+    job.request_checkpoint("late")
     job.ask("finish")
     with running(job) as attempt:
         attempt.end("killed, and asked to finish")
@@ -224,6 +226,10 @@ def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
     assert result.step == STEPS - 1, (
         f"killed after step {STEPS - 1} and asked to finish, the result is that of step {result.step}: ask "
         "run.desired() after groups are taken, and say with run.publish or run.report_skipped how many are handled"
+    )
+    named = [event.step for event in job.events(CheckpointEvent) if event.name == "late"]
+    assert named in ([], [STEPS - 1]), (
+        f"killed after step {STEPS - 1}, it gave a name to the checkpoint of step {named}"
     )
     newest = {e.step: e for n in range(1, job.attempts + 1) for e in job.events(MetricsEvent, attempt=n)}
     check_same(list(newest.values()), whole.events(MetricsEvent)[:-1], "it was killed")

@@ -154,7 +154,11 @@ class Run(Protocol[ConfigT_co]):
         ...
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
-        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`."""
+        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`.
+
+        An attempt that follows others is asked for none before it has handled what they had handled: clients know of a
+        newer policy than the one that it begins with.
+        """
         ...
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:

@@ -214,7 +214,7 @@ class WorkerRun(Generic[ConfigT]):
         self.catching_up.handled(handled)
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
-        return asked(self.job_files)
+        return asked(self.job_files) if self.catching_up.done else []  # clients have been answered a newer policy
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
         folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)

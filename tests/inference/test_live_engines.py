@@ -50,6 +50,10 @@ class Serving:
         return str(json.loads((engine_dir(self.live) / "ready.json").read_bytes())["url"])
 
 
+SILENT = "from arbor_core.server.http import sse; sse.PING_SECONDS = 600"
+"""A stream that opens with a ping, because an engine takes long to fail, has no status for its error any more."""
+
+
 @pytest.fixture(scope="module", params=["mock", pytest.param("transformers", marks=pytest.mark.ml)])
 def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("engines of a server")  # paths with spaces are paths too
@@ -62,7 +66,7 @@ def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         subprocess.run(command, check=True, capture_output=True)
     limit = f"limits.engine_heartbeat_seconds={HANG_SECONDS}"
     chosen = (f"models.dirs=['{models}']", f"inference={request.param}", limit, "threads=1")
-    live = launch(folder, *chosen, mock=False, env=CALM)
+    live = launch(folder, *chosen, mock=False, env=CALM, before=SILENT)
     yield Serving(live, model, models)
     live.stop()
 

@@ -20,6 +20,8 @@ BASE = "mock/tiny"
 """Any name will do: the mock plugin trains and serves without weights."""
 PURPOSE = ("purpose", b"fine-tune")
 FILE = ("file", b"{}\n", "rows.jsonl")
+PATIENCE = 120
+"""Seconds: an engine that starts on a machine with much else to do takes its time."""
 MULTIPART = {"content-type": "multipart/form-data; boundary=XX"}
 
 
@@ -51,7 +53,7 @@ class Answer:
 def call(url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
     """One request, sent as it is. `body`: bytes as they are, an iterable of bytes in chunks, anything else as JSON."""
     where = urlsplit(url)
-    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=30)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=PATIENCE)
     try:
         raw = json.dumps(body).encode() if isinstance(body, dict | list) else body
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before all is sent
@@ -66,7 +68,7 @@ def call(url: str, method: str, path: str, body: Any = None, headers: Mapping[st
 
 def raw_socket(url: str) -> socket.socket:
     where = urlsplit(url)
-    return socket.create_connection((where.hostname or "", where.port or 0), timeout=30)
+    return socket.create_connection((where.hostname or "", where.port or 0), timeout=PATIENCE)
 
 
 def form(*parts: tuple[str, bytes] | tuple[str, bytes, str]) -> bytes:

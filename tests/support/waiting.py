@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120.0, pause: float = 0.02) -> Any:
     """The first true value of a condition.
 
     Raises:
@@ -22,7 +22,7 @@ def until(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.
     return value
 
 
-async def until_async(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
+async def until_async(condition: Callable[[], Any], seconds: float = 120.0, pause: float = 0.02) -> Any:
     """As `until`, while the event loop goes on; the condition may be a coroutine function."""
     deadline = time.monotonic() + seconds
     while not (value := await found if inspect.isawaitable(found := condition()) else found):
