@@ -6,8 +6,8 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 
 For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
 their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the worker's side of a job
-directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `manifest`, `newest_first`, `replace`) and its
-server's bell (`wake`).
+directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`, `newest_first`, `replace`)
+and its server's bell (`wake`).
 """
 
 from importlib import import_module
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .data.chat_format import Chats, ChatText, Conversation
     from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
+    from .jobdir.heartbeat import last_beat
     from .jobdir.layout import AttemptDir
     from .process.wakeup import wake
     from .storage.atomic import replace
@@ -97,6 +98,7 @@ LAZY = {
     "Manifest": "jobdir.checkpoints",
     "manifest": "jobdir.checkpoints",
     "newest_first": "jobdir.checkpoints",
+    "last_beat": "jobdir.heartbeat",
     "AttemptDir": "jobdir.layout",
     "wake": "process.wakeup",
     "replace": "storage.atomic",
@@ -185,6 +187,7 @@ __all__ = [
     "explain",
     "fail",
     "hookimpl",
+    "last_beat",
     "manifest",
     "newest_first",
     "open_run",

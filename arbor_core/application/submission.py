@@ -20,7 +20,7 @@ from arbor_core.jobs.repository import Jobs
 from arbor_core.models import memory
 from arbor_core.models.catalog import Models, Start
 from arbor_core.plugins import Plugins
-from arbor_core.types import Allocator, ApiError, ArborError, ConfigError, Trainer
+from arbor_core.types import Allocator, ApiError, ArborError, ConfigError, Trainer, most_on_one_node
 
 from .requests import MAX_SEED, METHODS, CreateFineTuningJobRequest, check_suffix, hyperparameters_of, warnings
 
@@ -171,9 +171,10 @@ class Submission:
     def check_devices(self, devices: int) -> None:
         """Refuse what can never run."""
         there, lost = self.allocator.inventory(), self.allocator.lost()
-        pool = len(there.get("train", ())) + len(lost.get("train", ()))  # the job waits for those that are lost
-        if devices > pool:
-            message = f"Invalid 'num_gpus': {devices} are asked for, this server trains on {pool}."
+        whole = (*there.get("train", ()), *lost.get("train", ()))  # the job waits for those that are lost
+        most = most_on_one_node(whole)
+        if devices > most:
+            message = f"Invalid 'num_gpus': {devices} are asked for, this server trains on {most}."
             raise ApiError(400, message, "invalid_gpu", "num_gpus")
 
     def check_queue(self, waiting: int) -> None:
@@ -191,9 +192,9 @@ class Submission:
         weights = Path(self.models.locate(spec.model, spec.model_path))
         shortfall = memory.shortfall(weights, spec.config, smallest, trains_all=spec.trains_all)
         found = [shortfall] if shortfall else []
-        if spec.devices > len(there):
+        if spec.devices > (most := most_on_one_node(there)):
             gone = ", ".join(device.id for device in self.allocator.lost().get("train", ()))
             found.append(
-                f"This job waits: it needs {spec.devices} devices, and this server has {len(there)}; {gone} is lost."
+                f"This job waits: it needs {spec.devices} devices, and this server has {most}; {gone} is lost."
             )
         return found

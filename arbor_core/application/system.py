@@ -147,7 +147,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     threads = threads_per_device(settings, allocator)
     attempts = Attempts(jobs, files, models, executor, launcher, identity, settings, threads)
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
-    outcomes = Outcomes(jobs, files, ingest, root, settings.limits, allocator.set_aside)
+    outcomes = Outcomes(jobs, files, ingest, executor, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
     dispatcher = Dispatcher(
         jobs,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from arbor_core import ids
 from arbor_core.types import (
     AllocatorSettings,
     ArborError,
+    Bundle,
     Claim,
     Device,
     DevicesLostError,
@@ -27,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class PoolAllocator:
-    """Leases whole devices from fixed pools. A claim is granted as a whole or waits; the oldest that fits is first."""
+    """Leases whole devices from fixed pools. A claim is granted as a whole or waits; the oldest that fits is first. The
+    devices of a bundle are on one node."""
 
     def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
         self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
@@ -53,11 +56,14 @@ class PoolAllocator:
         self._grant()
 
     def free(self) -> Mapping[str, int]:
-        return {pool: len(self._free(pool)) for pool in self.pools}
+        return {pool: len(devices) for pool, devices in self._free().items()}
 
-    def _free(self, pool: str) -> list[Device]:
-        held = self.held.get(pool, set[str]())
-        return [device for device in self.pools.get(pool, ()) if device.id not in held]
+    def _free(self) -> dict[str, list[Device]]:
+        """The devices of each pool that are not leased."""
+        return {
+            pool: [device for device in devices if device.id not in self.held[pool]]
+            for pool, devices in self.pools.items()
+        }
 
     def restore(self, lease: Lease) -> None:
         self._hold(lease)
@@ -82,15 +88,24 @@ class PoolAllocator:
             raise
 
     def _refusal(self, claim: Claim) -> ArborError | None:
-        """Why a claim can never be granted; None: it can."""
-        for pool, count in devices_by_pool(claim).items():
-            have, lost = len(self.pools.get(pool, ())), self.lost_devices.get(pool, ())
-            if count > have:
-                text = f"{claim.owner} needs {count} device(s) to {pool}, this machine offers {have}"
-                if count > have + len(lost):
-                    return ArborError(text)
-                return DevicesLostError(f"{text}: {', '.join(device.id for device in lost)} is lost")
-        return None
+        """Why a claim can never be granted; None: it can, when nobody else holds anything."""
+        if choose(claim.bundles, self.pools) is not None:
+            return None
+        needed = devices_by_pool(claim)
+        wanted = " and ".join(f"{count} device(s) to {pool}" for pool, count in needed.items())
+        text = f"{claim.owner} needs {wanted}, this server has {', '.join(map(self._described, needed))}"
+        whole = {pool: (*devices, *self.lost_devices[pool]) for pool, devices in self.pools.items()}
+        if choose(claim.bundles, whole) is None:
+            return ArborError(text)
+        lost = [device.id for pool in needed for device in self.lost_devices[pool]]
+        return DevicesLostError(f"{text}: {', '.join(lost)} is lost")
+
+    def _described(self, pool: str) -> str:
+        """What a pool has, for people."""
+        by_node = Counter(device.node for device in self.pools.get(pool, ()))
+        if by_node.keys() <= {""}:
+            return str(by_node.total())
+        return " and ".join(f"{count} on {node or 'its own machine'}" for node, count in by_node.items())
 
     def release(self, lease: Lease) -> None:
         if self.leases.pop(lease.id, None):
@@ -114,18 +129,36 @@ class PoolAllocator:
 
     def _lease(self, claim: Claim) -> Lease | None:
         """A lease of free devices for a claim; None: it does not fit now."""
-        free: dict[str, list[Device]] = {}
-        chosen: list[tuple[Device, ...]] = []
-        for bundle in claim.bundles:
-            name = pool_for(bundle.role)
-            pool = free.setdefault(name, self._free(name))
-            fitting = [device for device in pool if bundle.kind in (None, device.kind)][: bundle.count]
-            if len(fitting) < bundle.count:
-                return None
-            for device in fitting:
-                pool.remove(device)
-            chosen.append(tuple(fitting))
-        return Lease(ids.new("lease-"), claim, tuple(chosen))
+        devices = choose(claim.bundles, self._free())
+        return None if devices is None else Lease(ids.new("lease-"), claim, devices)
+
+
+def choose(bundles: Sequence[Bundle], free: Mapping[str, Sequence[Device]]) -> tuple[tuple[Device, ...], ...] | None:
+    """Devices for each bundle, those of one bundle on one node: the fullest node that has enough comes first, so that
+    large bundles find room on the others.
+
+    Args:
+        free: Devices by pool.
+
+    Returns:
+        None: they do not fit.
+    """
+    if not bundles:
+        return ()
+    bundle, pool = bundles[0], pool_for(bundles[0].role)
+    nodes: dict[str, list[Device]] = {}
+    for device in free.get(pool, ()):
+        if bundle.kind in (None, device.kind):
+            nodes.setdefault(device.node, []).append(device)
+    for fitting in sorted(nodes.values(), key=len):
+        if len(fitting) >= bundle.count:
+            chosen = tuple(fitting[: bundle.count])
+            taken = {device.id for device in chosen}
+            left = {**free, pool: [device for device in free[pool] if device.id not in taken]}
+            others = choose(bundles[1:], left)
+            if others is not None:
+                return (chosen, *others)
+    return None
 
 
 class LocalAllocator(PoolAllocator):

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.process.lifecycle import process_ref, terminate
+from arbor_core.process.lifecycle import kill_session, lives, process_ref, send_signal, terminate
 from arbor_core.process.resources import resource_shortage
 from arbor_core.process.wakeup import short_address
-from arbor_core.types import AttemptOrder, ExecutorSettings, Placement
+from arbor_core.types import ArborError, AttemptOrder, ExecutorSettings, Placement
 
 log = logging.getLogger(__name__)
 FORK_SERVER_SECONDS = 300.0
@@ -66,7 +67,13 @@ class LocalExecutor:
             self.fork_server(key)
 
     async def start(self, order: AttemptOrder, placement: Placement) -> str:
-        """Start an attempt whose directory holds its documents; returns its ref."""
+        """See `Executor.start`."""
+        if placement.node:
+            names = ", ".join(device.id for device in placement.devices)
+            raise ArborError(
+                f"executor=local starts attempts on the server's machine, and {names} is on the node "
+                f"'{placement.node}': choose an executor that reaches it, or an allocator of this machine's devices"
+            )
         env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
         key = ForkServerKey(order.python, order.preload, order.prove)
         forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
@@ -167,18 +174,20 @@ class LocalExecutor:
         finally:
             writer.close()
 
-    def poll(self, ref: str) -> bool:
-        """Whether the attempt's supervisor lives."""
-        pid, _, _ = ref.partition(":")
-        return bool(ref) and process_ref(int(pid)) == ref
+    async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
+        """The heartbeats of those whose supervisors live, by ref."""
+        return await asyncio.to_thread(heartbeats, attempts)
 
-    def signal(self, ref: str, number: int) -> None:
-        if self.poll(ref):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(ref.partition(":")[0]), number)
+    async def signal(self, ref: str, number: int) -> None:
+        await asyncio.to_thread(send_signal, ref, number)
 
-    def adopt(self, ref: str) -> bool:
-        return self.poll(ref)
+    async def adopt(self, attempt_dir: Path) -> str | None:
+        """Who has claimed the attempt; if nobody has, the claim is revoked."""
+        return await asyncio.to_thread(AttemptDir(attempt_dir).revoke_claim) or None
+
+    async def end(self, ref: str) -> None:
+        """Kill the supervisor's session; the supervisor has killed what left it, unless it was killed itself."""
+        await asyncio.to_thread(kill_session, ref)
 
     async def close(self) -> None:
         """End the fork servers, also those that still import; attempts go on under their supervisors."""
@@ -189,6 +198,15 @@ class LocalExecutor:
         await asyncio.gather(*(terminate(process, CLOSE_SECONDS) for process in living))
         for waiter in list(self.children):
             waiter.cancel()
+
+
+def heartbeats(attempts: Mapping[str, Path]) -> dict[str, str | None]:
+    """The last heartbeat of each attempt whose supervisor lives; see `Executor.poll`.
+
+    Raises:
+        OSError: it could not be looked up (no descriptors are left, for example).
+    """
+    return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if lives(ref)}
 
 
 def lost(task: asyncio.Task[ForkServer]) -> bool:

@@ -138,22 +138,23 @@ class Attempts:
         wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
-            self.executor.signal(job.ref, signal.SIGTERM)
+            await self.executor.signal(job.ref, signal.SIGTERM)
             crash_point("attempt.signalled")
 
-    def end_hung(self, job: Job) -> None:
-        """End an attempt that makes no progress any more; the mark says why, to whichever server settles it."""
-        log.warning("job %s: attempt %d makes no progress and is ended", job.id, job.attempt)
+    async def end_hung(self, job: Job, how: str) -> None:
+        """End an attempt that makes no progress any more; a note says how it hung, to whichever server settles it."""
+        log.warning("job %s: attempt %d makes no progress: %s", job.id, job.attempt, how)
         with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
-            self.attempt_dir(job).hung.touch()
+            await asyncio.to_thread(self.attempt_dir(job).hung.write_text, how)
         if job.ref:
-            self.executor.signal(job.ref, signal.SIGTERM)
+            await self.executor.signal(job.ref, signal.SIGTERM)
 
     async def find(self, job: Job) -> Job | None:
         """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
         a second time because the first start took too long. One that has not begun yet never will."""
-        ref = await asyncio.to_thread(self.attempt_dir(job).revoke_claim)
-        if not ref or ref == job.ref or not self.executor.adopt(ref):
+        folder = self.attempt_dir(job).path
+        ref = await self.executor.adopt(folder)
+        if not ref or ref == job.ref or ref not in await self.executor.poll({ref: folder}):
             return None
         return await self.jobs.note_ref(job, ref)
 

@@ -35,6 +35,7 @@ from arbor_core.types import (
     Scheduler,
     Snapshot,
     Trainer,
+    most_on_one_node,
 )
 
 from .attempts import Attempts
@@ -195,7 +196,7 @@ class Dispatcher:
     async def _set_aside(self) -> None:
         """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
         that can, and hold nobody back."""
-        pool = len(self.allocator.inventory().get("train", ()))
+        pool = most_on_one_node(self.allocator.inventory().get("train", ()))  # a job's devices are on one
         if pool == self.pool:
             return
         self.pool = pool
@@ -223,7 +224,11 @@ class Dispatcher:
         self.leases[job.id] = lease
         crash_point("lease.acquired")
         self.told_to_wait.discard(job.id)
-        started = MessageEvent("Fine-tuning job started", data={"devices": [d.id for d in lease.of("train")]})
+        devices = lease.of("train")
+        where: dict[str, Any] = {"devices": [device.id for device in devices]}
+        if node := devices[0].node:
+            where["node"] = node
+        started = MessageEvent("Fine-tuning job started", data=where)
         try:
             moved = await self.jobs.transition(
                 job,

@@ -1,7 +1,8 @@
 """Monitors attempts: takes their events as they come until they have ended, then settles their jobs.
 
 An attempt's files are read when it has woken the server, or when something is asked of its job. Wake-ups get lost, and
-a supervisor that was killed sends none: one patrol goes round all attempts once a second, and wakes those with news.
+a supervisor that was killed sends none: one patrol goes round all attempts once a second, in one batch, and wakes those
+that have news, that live no more, or that hang. Which of them live, and which make progress, the executor says.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.heartbeat import HeartbeatMonitor
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.records import Job
 from arbor_core.process.wakeup import URGENT
@@ -28,10 +29,28 @@ from .outcome import Outcomes
 
 log = logging.getLogger(__name__)
 PATROL_SECONDS = 1.0
+POLL_SECONDS = 30.0
+"""How long an executor may take to say which attempts live."""
 UNREADABLE = (msgspec.MsgspecError, ArithmeticError, LookupError, TypeError, ValueError)
 """What a log raises that was damaged, or that a trainer has written nonsense into."""
 GATHER_SECONDS = 0.03
 """Events that come within this time are taken in one transaction."""
+
+
+@dataclass
+class Progress:
+    """Counts the rounds in which an attempt made no progress. It compares no clocks: a clock that is set ends no
+    attempt, and after this server or the machine stood still a trainer has missed one beat, however long that was."""
+
+    beat: str | None = None
+    """What its executor said in the last round; None before the first step."""
+    missed: int = 0
+    """Rounds in a row without a new beat."""
+
+    def note(self, beat: str | None) -> None:
+        """Note what an executor says of a living attempt."""
+        self.missed = self.missed + 1 if beat == self.beat else 0
+        self.beat = beat
 
 
 @dataclass
@@ -41,10 +60,14 @@ class MonitoredAttempt:
     job: Job
     """As it was seen last."""
     files: AttemptDir
-    heartbeat: HeartbeatMonitor
+    progress: Progress = field(default_factory=Progress)
     wakeup: asyncio.Event = field(default_factory=asyncio.Event)
     urgent: bool = False
     """Clients wait for what it has written: it is taken at once."""
+    missing: bool = False
+    """It did not live in the last round."""
+    hung: str = ""
+    """How it hangs; empty: it does not."""
     instruction: Desired = "run"
     """What its worker knows to do."""
 
@@ -76,7 +99,7 @@ class Monitor:
     async def monitor(self, job: Job) -> None:
         """Take an attempt's events until it has ended, then settle its job."""
         files = self.ingest.attempt_dir(job)
-        attempt = self.monitored[job.id] = MonitoredAttempt(job, files, HeartbeatMonitor(files.heartbeat))
+        attempt = self.monitored[job.id] = MonitoredAttempt(job, files)
         try:
             while await self._goes_on(attempt):
                 await attempt.wakeup.wait()
@@ -89,8 +112,9 @@ class Monitor:
 
     async def _give_up(self, job: Job, error: Exception) -> None:
         """End an attempt whose events cannot be taken, and its job."""
-        while job.ref and self.executor.poll(job.ref):
-            self.executor.signal(job.ref, signal.SIGTERM)
+        folder = self.ingest.attempt_dir(job).path
+        while job.ref and job.ref in await self.executor.poll({job.ref: folder}):
+            await self.executor.signal(job.ref, signal.SIGTERM)
             await asyncio.sleep(PATROL_SECONDS)
         await self.outcomes.unreadable(self.ingest.jobs.get(job.id) or job, error)
 
@@ -111,15 +135,17 @@ class Monitor:
         if job.instruction != attempt.instruction:
             await self.attempts.instruct(job)
             attempt.instruction = job.instruction
+        if attempt.hung:
+            await self.attempts.end_hung(job, attempt.hung)
+            attempt.hung, attempt.progress = "", Progress()
         return True
 
     async def _lives(self, attempt: MonitoredAttempt) -> bool:
-        """Whether the attempt's supervisor lives, wherever it is."""
-        job = attempt.job
-        if job.ref is not None and self.executor.poll(job.ref):
+        """Whether somebody runs the attempt: it is taken to live until a round does not find it."""
+        if attempt.job.ref is not None and not attempt.missing:
             return True
-        if found := await self.attempts.find(job):
-            attempt.job = found
+        if found := await self.attempts.find(attempt.job):
+            attempt.job, attempt.missing = found, False
         return found is not None
 
     async def patrol(self) -> None:
@@ -133,22 +159,45 @@ class Monitor:
 
     async def go_round(self) -> None:
         """Look at every attempt once."""
-        attempts = list(self.monitored.values())
-        for attempt, news in zip(attempts, await asyncio.to_thread(look_for_news, attempts), strict=True):
-            if news or attempt.job.ref is None or not self.executor.poll(attempt.job.ref):
+        refs = [(attempt, attempt.job.ref) for attempt in self.monitored.values()]
+        running = {ref: attempt.files.path for attempt, ref in refs if ref}
+        beats, news = await asyncio.gather(self._poll(running), asyncio.to_thread(look_for_news, refs))
+        for (attempt, ref), has_news in zip(refs, news, strict=True):
+            if has_news:
                 attempt.wakeup.set()
-            if self._hangs(attempt.heartbeat):
-                self.attempts.end_hung(attempt.job)
-                attempt.heartbeat = HeartbeatMonitor(attempt.heartbeat.path)
+            if beats is not None and ref == attempt.job.ref:  # else another was found meanwhile
+                self._note(attempt, beats)
 
-    def _hangs(self, heartbeat: HeartbeatMonitor) -> bool:
-        """Whether an attempt has shown no sign of life for too long. One look is too few: it may have come late."""
-        allowed = self.limits.heartbeat_seconds if heartbeat.started else self.limits.start_seconds
-        return heartbeat.missed * PATROL_SECONDS > max(allowed, PATROL_SECONDS)
+    async def _poll(self, running: Mapping[str, Path]) -> Mapping[str, str | None] | None:
+        """What the executor says of all that run; None: it cannot say anything now."""
+        if not running:
+            return {}
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                return await self.executor.poll(running)
+        except Exception:  # an executor may raise anything; events are taken meanwhile
+            log.exception("the executor cannot say which of %d attempts live", len(running))
+            return None
+
+    def _note(self, attempt: MonitoredAttempt, beats: Mapping[str, str | None]) -> None:
+        """Note whether an attempt lives and makes progress. One round is too few to hang: it may have come late."""
+        ref, progress = attempt.job.ref, attempt.progress
+        attempt.missing = ref is None or ref not in beats
+        if ref is None or attempt.missing:
+            attempt.wakeup.set()
+            return
+        progress.note(beats[ref])
+        limits = self.limits
+        allowed = limits.start_seconds if progress.beat is None else limits.heartbeat_seconds
+        if progress.missed * PATROL_SECONDS <= max(allowed, PATROL_SECONDS):
+            return
+        how = f"it made no progress for {allowed:g} seconds and was ended"
+        if progress.beat is None:
+            how = f"it had not begun to train after {allowed:g} seconds and was ended"
+        attempt.hung = how
+        attempt.wakeup.set()
 
 
-def look_for_news(attempts: Iterable[MonitoredAttempt]) -> list[bool]:
-    """Look at the heartbeat of each; whether it has news."""
-    for attempt in attempts:
-        attempt.heartbeat.check()
-    return [attempt.has_news() for attempt in attempts]
+def look_for_news(attempts: Iterable[tuple[MonitoredAttempt, object]]) -> list[bool]:
+    """Whether the files of each hold what nobody has taken yet."""
+    return [attempt.has_news() for attempt, _ in attempts]

@@ -25,12 +25,12 @@ from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs, keep_paused
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
-from arbor_core.process.lifecycle import kill_session
 from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.storage.event_log import tail
 from arbor_core.types import (
     CheckpointWithdrawn,
     ErrorEvent,
+    Executor,
     Exit,
     MessageEvent,
     PausedEvent,
@@ -55,16 +55,21 @@ class Outcomes:
         jobs: Jobs,
         files: Files,
         ingest: Ingest,
+        executor: Executor,
         root: Path,
         limits: LimitsConfig,
         set_aside: Callable[[Sequence[str]], object] = lambda devices: None,
     ) -> None:
-        self.jobs, self.files, self.ingest = jobs, files, ingest
+        self.jobs, self.files, self.ingest, self.executor = jobs, files, ingest, executor
         self.root, self.limits, self.set_aside = root, limits, set_aside
 
     async def settle(self, job: Job, ended: Exit | None) -> None:
         """Move a job whose attempt is over to where it belongs. All its events have been collected."""
-        job = await self._tidy(job, ended)
+        begun = True
+        if ended is None:  # its supervisor was killed, or never came to be
+            begun = await self._end_attempt(job) or job.ref is not None
+            job = await self.ingest.collect(job)  # its worker may have written until now
+        job = await self._tidy(job)
         last = await asyncio.to_thread(last_word, self.ingest.attempt_dir(job))
         if isinstance(last, ResultEvent):
             await self._succeed(job, last)
@@ -73,7 +78,7 @@ class Outcomes:
         elif job.desired == "cancel":
             await self._end(job, "cancelled", MessageEvent(f"Fine-tuning job {job.id} cancelled"))
         elif last is None:
-            await self._crashed(job, ended)
+            await self._crashed(job, ended, begun)
         elif last.code:
             data = {"code": last.code, "message": last.message}
             said = MessageEvent(last.message, "error", data=data)
@@ -86,8 +91,7 @@ class Outcomes:
 
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
-        if supervisor := await asyncio.to_thread(self.ingest.attempt_dir(job).revoke_claim):
-            await asyncio.to_thread(kill_session, supervisor)
+        await self._end_attempt(job)
         await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
         if job.desired == "cancel":
             await self._end(job, "cancelled", MessageEvent(f"Fine-tuning job {job.id} cancelled"))
@@ -99,11 +103,19 @@ class Outcomes:
         failed = JobError("event_log_damaged", message)
         await self._end(job, "failed", MessageEvent(message, "error"), error=failed)
 
-    async def _tidy(self, job: Job, ended: Exit | None) -> Job:
-        """End and remove what the attempt left, and tell of checkpoints what it could not tell any more."""
-        if ended is None and (supervisor := self.ingest.attempt_dir(job).revoke_claim()):  # it was killed
-            await asyncio.to_thread(kill_session, supervisor)
-            job = await self.ingest.collect(job)  # its worker may have written until now
+    async def _end_attempt(self, job: Job) -> bool:
+        """See to it that nothing of an attempt lives, nor ever will; returns whether anybody had begun it.
+
+        Raises:
+            TimeoutError: something does not end. It may hold a device, so nobody else may have that yet.
+        """
+        ref = await self.executor.adopt(self.ingest.attempt_dir(job).path)
+        if ref is not None:
+            await self.executor.end(ref)
+        return ref is not None
+
+    async def _tidy(self, job: Job) -> Job:
+        """Remove what the attempt left, and tell of checkpoints what it could not tell any more."""
         await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
         if missed := await asyncio.to_thread(reconciled, self.ingest.attempt_dir(job)):
             await self.jobs.reconcile(job, missed, self.ingest.model_name(job))
@@ -196,16 +208,14 @@ class Outcomes:
         data = {"code": DEVICE_LOST, "devices": devices}
         await self._end(job, "queued", MessageEvent(text, "warn", data=data), crashes=crashes)
 
-    async def _crashed(self, job: Job, ended: Exit | None) -> None:
+    async def _crashed(self, job: Job, ended: Exit | None, begun: bool) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
-        if ended is None and job.ref is None and not self.ingest.attempt_dir(job).revoke_claim():
+        if not begun:
             text = f"The server ended before attempt {job.attempt} began; another one starts"
             await self._end(job, "queued", MessageEvent(text, "warn"))
             return
-        hung = self.ingest.attempt_dir(job).hung.exists()
-        how = "its supervisor was lost" if ended is None else describe_exit(ended.code)
-        if hung:
-            how = self._missed_signs(job)
+        hung = read_hung(self.ingest.attempt_dir(job))
+        how = hung or ("its supervisor was lost" if ended is None else describe_exit(ended.code))
         crashes = job.crashes + 1
         if crashes >= self.limits.attempts:
             error = JobError(
@@ -218,17 +228,15 @@ class Outcomes:
         text = f"The training process died ({how}); attempt {job.attempt + 1} starts {starting_point(job)}"
         await self._end(job, "queued", MessageEvent(text, "warn"), crashes=crashes)
 
-    def _missed_signs(self, job: Job) -> str:
-        """What was missed of an attempt that hung."""
-        limits = self.limits
-        if self.ingest.attempt_dir(job).heartbeat.exists():
-            return f"it made no progress for {limits.heartbeat_seconds:g} seconds and was ended"
-        return f"it had not begun to train after {limits.start_seconds:g} seconds and was ended"
-
     async def not_started(self, job: Job, error: Exception) -> None:
         """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
         Any other fault of it will not mend itself."""
-        await asyncio.to_thread(give_up, self.ingest.attempt_dir(job))
+        try:
+            await self._end_attempt(job)  # its start may have failed when it had a process already
+        except TimeoutError:
+            raise
+        except OSError as failure:  # for want of a descriptor, say
+            log.warning("job %s: it cannot be seen what lives of attempt %d: %s", job.id, job.attempt, failure)
         code = None
         if isinstance(error, OSError) and is_disk_full(error, self.root):
             code = "insufficient_storage"
@@ -268,19 +276,12 @@ def last_word(attempt: AttemptDir) -> ResultEvent | ErrorEvent | PausedEvent | N
     return last
 
 
-def give_up(attempt: AttemptDir) -> None:
-    """See to it that no process of an attempt lives whose start has failed, perhaps when it had one already.
-
-    Raises:
-        TimeoutError: one does not end.
-    """
+def read_hung(attempt: AttemptDir) -> str:
+    """How an attempt hung that the server ended; empty: it did not."""
     try:
-        if supervisor := attempt.revoke_claim():
-            kill_session(supervisor)
-    except TimeoutError:  # it may still hold a device: nobody else may have that yet
-        raise
-    except OSError as error:
-        log.warning("%s: for want of a descriptor, say, it cannot be seen what lives of it: %s", attempt.path, error)
+        return attempt.hung.read_text() or "it made no progress and was ended"  # as former versions marked it
+    except FileNotFoundError:
+        return ""
 
 
 def starting_point(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""The heartbeat of an attempt: its worker touches a file when training makes progress, its server monitors the file.
+"""The heartbeat of an attempt: its worker touches a file when training makes progress, its executor looks at the file.
 
 The first beat comes with the first step, or when the trainer is ready and waits for rollouts: importing and loading
 have a time limit of their own.
@@ -36,27 +36,9 @@ class Heartbeat:
             self.beat()
 
 
-class HeartbeatMonitor:
-    """The server's end. It counts checks and compares no clocks: a clock that is set ends no attempt, and after this
-    server or the machine stood still a trainer has missed one check, however long that was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.beat: int | None = None
-        """The file's modification time in nanoseconds at the last check; None before the first beat."""
-        self.missed = 0
-        """Checks in a row that saw no new beat."""
-
-    @property
-    def started(self) -> bool:
-        """Whether a beat was seen."""
-        return self.beat is not None
-
-    def check(self) -> None:
-        """Check whether there was a beat since the last check."""
-        try:
-            beat = self.path.stat().st_mtime_ns
-        except FileNotFoundError:
-            beat = None
-        self.missed = self.missed + 1 if beat == self.beat else 0
-        self.beat = beat
+def last_beat(path: Path) -> str | None:
+    """A text that is another after every beat; None before the first."""
+    try:
+        return str(path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return None

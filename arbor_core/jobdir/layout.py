@@ -130,7 +130,7 @@ class AttemptDir:
 
     @property
     def hung(self) -> Path:
-        """There if the server ended the attempt because it made no progress."""
+        """There if the server ended the attempt because it made no progress: says for how long."""
         return self.path / "hung"
 
     @property

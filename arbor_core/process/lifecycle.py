@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 STOP_SECONDS = 10.0
@@ -48,6 +49,23 @@ def process_ref(pid: int) -> str:
         return ""
 
 
+def lives(ref: str) -> bool:
+    """Whether the process with this ref lives. Texts that are no refs name no process.
+
+    Raises:
+        OSError: it could not be looked up.
+    """
+    pid = ref.partition(":")[0]
+    return pid.isdecimal() and process_ref(int(pid)) == ref
+
+
+def send_signal(ref: str, number: int) -> None:
+    """Send a signal to a process; nothing happens if it has ended."""
+    if lives(ref):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(ref.partition(":")[0]), number)
+
+
 def stat_fields(path: Path) -> list[str]:
     """The fields of a `/proc/<pid>/stat`, from the state on: the name before it, in parentheses, may hold anything.
 
@@ -57,8 +75,9 @@ def stat_fields(path: Path) -> list[str]:
     return path.read_bytes().rpartition(b")")[2].decode().split()
 
 
+@cache
 def boot_id() -> str:
-    """The id of the machine's current boot."""
+    """The id of the machine's current boot: the same as long as this process lives."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

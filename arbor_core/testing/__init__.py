@@ -5,11 +5,13 @@
     def test_my_trainer_conforms():
         check_trainer("mine", rows=ROWS, model="mock/tiny")
 
-Each check raises an AssertionError that says what was expected. None needs a server; `check_backend` starts an engine.
+Each check raises an AssertionError that says what was expected. None needs a server; `check_backend` starts an engine,
+`check_executor` attempts.
 """
 
 from .devices import check_allocator, check_scheduler
 from .engine import check_backend
+from .executor import check_executor
 from .hardware import device
 from .job_directory import JobDirectory
 from .launcher import check_launcher
@@ -19,6 +21,7 @@ __all__ = [
     "JobDirectory",
     "check_allocator",
     "check_backend",
+    "check_executor",
     "check_launcher",
     "check_scheduler",
     "check_trainer",

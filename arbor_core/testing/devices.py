@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -20,6 +21,7 @@ from arbor_core.types import (
     Scheduler,
     Snapshot,
     devices_by_pool,
+    most_on_one_node,
 )
 
 ROUNDS = 300
@@ -82,7 +84,8 @@ def random_snapshot(draw: random.Random) -> Snapshot:
 
 
 def check_allocator(factory: Callable[[], Allocator], *, pool: str = "train") -> None:
-    """Check an allocator: leases are whole, exclusive, waited for, and given back.
+    """Check an allocator: leases are whole, exclusive, waited for, and given back; the devices of a bundle are on one
+    node.
 
     Args:
         factory: Makes a new allocator of the same devices each time, at least one in `pool`.
@@ -96,29 +99,32 @@ def check_allocator(factory: Callable[[], Allocator], *, pool: str = "train") ->
 
 async def _check_allocator(factory: Callable[[], Allocator], pool: str) -> None:
     allocator = factory()
-    size = len(allocator.inventory()[pool])
+    devices = allocator.inventory()[pool]
+    size = len(devices)
     assert size >= 1, f"there is no device in the pool '{pool}' to try"
     assert allocator.free()[pool] == size, f"a new allocator has {allocator.free()[pool]} of {size} devices free"
-    await _check_too_much(allocator, pool, size)
+    await _check_too_much(allocator, pool, most_on_one_node(devices))
+    whole = _claim(pool, "all", *Counter(device.node for device in devices).values())
     leases = [await _soon(allocator.acquire(_claim(pool, f"job-{n}", 1))) for n in range(size)]
-    devices = [device.id for lease in leases for device in lease.of(pool)]
-    assert len(devices) == len(set(devices)) == size, f"{size} leases of one device each hold {devices}"
+    held = [device.id for lease in leases for device in lease.of(pool)]
+    assert len(held) == len(set(held)) == size, f"{size} leases of one device each hold {held}"
     assert allocator.free()[pool] == 0, f"all devices are leased, {allocator.free()[pool]} are said to be free"
     await _check_waiting(allocator, pool, leases)
     assert allocator.free()[pool] == size, f"all is given back, {allocator.free()[pool]} of {size} are free"
-    await _check_restored(factory, pool, size)
-    await _check_lost(factory, pool, size)
+    await _check_restored(factory, pool, whole)
+    await _check_lost(factory, pool, whole)
 
 
-async def _check_too_much(allocator: Allocator, pool: str, size: int) -> None:
-    said = None
+async def _check_too_much(allocator: Allocator, pool: str, most: int) -> None:
+    """The devices of a bundle are on one node: more than it has are never leased."""
+    said, free = None, allocator.free()[pool]
     try:
-        await _soon(allocator.acquire(_claim(pool, "too-much", size + 1)))
+        await _soon(allocator.acquire(_claim(pool, "too-much", most + 1)))
     except ArborError as error:
         said = str(error)
-    assert said is not None, f"{size + 1} of {size} devices were leased"
+    assert said is not None, f"{most + 1} devices were leased at once, and no node has more than {most}"
     assert said, "a claim that can never fit is refused without a reason"
-    assert allocator.free()[pool] == size, "a claim that was refused holds devices"
+    assert allocator.free()[pool] == free, "a claim that was refused holds devices"
 
 
 async def _check_waiting(allocator: Allocator, pool: str, leases: Sequence[Lease]) -> None:
@@ -136,21 +142,26 @@ async def _check_waiting(allocator: Allocator, pool: str, leases: Sequence[Lease
         allocator.release(held)
 
 
-async def _check_restored(factory: Callable[[], Allocator], pool: str, size: int) -> None:
+async def _check_restored(factory: Callable[[], Allocator], pool: str, whole: Claim) -> None:
     """A lease of before the server's restart holds its devices in the next server."""
-    lease = await _soon(factory().acquire(_claim(pool, "survivor", size)))
-    allocator = factory()
+    lease = await _soon(factory().acquire(whole))
+    for bundle, devices in zip(whole.bundles, lease.devices, strict=True):
+        assert len(devices) == bundle.count, f"a bundle of {bundle.count} devices got {len(devices)}"
+        assert len({device.node for device in devices}) == 1, (
+            f"the devices of one bundle are on several nodes: {devices}"
+        )
+    allocator, size = factory(), sum(bundle.count for bundle in whole.bundles)
     allocator.restore(lease)
     assert allocator.free()[pool] == 0, "a restored lease does not hold its devices"
     allocator.release(lease)
     assert allocator.free()[pool] == size, "a restored lease cannot be released"
 
 
-async def _check_lost(factory: Callable[[], Allocator], pool: str, size: int) -> None:
+async def _check_lost(factory: Callable[[], Allocator], pool: str, whole: Claim) -> None:
     """A device that is lost while somebody holds it: nobody gets it any more, and nobody waits for it."""
     allocator = factory()
-    lease = await _soon(allocator.acquire(_claim(pool, "unlucky", size)))
-    waits = asyncio.create_task(allocator.acquire(_claim(pool, "waits", size)))
+    lease = await _soon(allocator.acquire(whole))
+    waits = asyncio.create_task(allocator.acquire(msgspec.structs.replace(whole, owner="waits")))
     await asyncio.sleep(0)
     gone = lease.of(pool)[0].id
     allocator.set_aside([gone])
@@ -159,11 +170,13 @@ async def _check_lost(factory: Callable[[], Allocator], pool: str, size: int) ->
     outcome = (await asyncio.gather(_soon(waits), return_exceptions=True))[0]
     assert isinstance(outcome, DevicesLostError), "a claim that waits for a lost device is not refused"
     allocator.release(lease)
-    assert allocator.free()[pool] == size - 1, "a lost device that is given back is free"
+    left = sum(bundle.count for bundle in whole.bundles) - 1
+    assert allocator.free()[pool] == left, "a lost device that is given back is free"
 
 
-def _claim(pool: str, owner: str, count: int) -> Claim:
-    return Claim(owner, (Bundle(pool, count),))
+def _claim(pool: str, owner: str, *counts: int) -> Claim:
+    """A claim of a bundle for each count."""
+    return Claim(owner, tuple(Bundle(pool, count) for count in counts))
 
 
 async def _soon(lease: object) -> Lease:

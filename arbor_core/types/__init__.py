@@ -2,7 +2,7 @@
 
 from .attempts import AttemptOrder, Executor, Exit, Placement
 from .commands import Command, CommandSession, Result, Sent
-from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, pool_for
+from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, most_on_one_node, pool_for
 from .engines import Engine, EngineSpec, InferenceBackend, Weights
 from .error_envelope import envelope
 from .errors import (
@@ -146,6 +146,7 @@ __all__ = [
     "decode_event",
     "devices_by_pool",
     "envelope",
+    "most_on_one_node",
     "name_of",
     "not_found",
     "pool_for",

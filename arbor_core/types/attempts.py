@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +12,17 @@ from .devices import Device
 
 
 class Placement(Struct, frozen=True):
-    """Where an attempt runs: the devices of each rank, and how many CPU threads a rank may use."""
+    """Where an attempt runs: the devices of each rank, all on one node, and how many CPU threads a rank may use."""
 
     devices: tuple[Device, ...]
     threads: int
     micro_batch_share: float = 1.0
     """How large micro-batches should be, in parts of what they would be: less than 1 where the job did not fit."""
+
+    @property
+    def node(self) -> str:
+        """The node that the devices are on; empty: the server's machine."""
+        return self.devices[0].node if self.devices else ""
 
 
 class AttemptOrder(Struct, frozen=True):
@@ -59,24 +65,55 @@ class Exit(Struct, frozen=True):
 
 
 class Executor(Protocol):
-    """Starts attempts and finds them again. A ref is opaque text that outlives the server."""
+    """Starts attempts, says which of them live, and ends them, on whatever machine they run. Nobody else looks at their
+    processes, at who has claimed them, or at their heartbeats.
+
+    A ref is opaque text that names an attempt's run for good: attempts outlive the server, and the next one has nothing
+    but refs and directories. An OSError of any of these calls says that something cannot be known or done now (a
+    machine does not answer, say): nothing is concluded from it, and the server asks again.
+    """
 
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
         """An attempt of such a trainer may come soon: get ready without waiting. May do nothing."""
         ...
 
-    async def start(self, order: AttemptOrder, placement: Placement) -> str: ...
+    async def start(self, order: AttemptOrder, placement: Placement) -> str:
+        """Start an attempt whose directory holds its documents; returns its ref. Started twice, it runs once.
 
-    def poll(self, ref: str) -> bool:
-        """Whether the attempt's supervisor lives."""
+        Raises:
+            ArborError: this executor does not reach the node of the devices.
+        """
         ...
 
-    def signal(self, ref: str, number: int) -> None:
-        """Send a signal to the attempt; nothing happens if it has ended."""
+    async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
+        """Which attempts live: asked once a second, about all that run. What is written here stays on the server's
+        machine: an executor whose attempts write elsewhere has brought their files here before it says that one has
+        ended.
+
+        Args:
+            attempts: Their directories, by their refs; refs of other executors do not live.
+
+        Returns:
+            By the refs of those that live, a text that changes whenever training makes progress; None before the first
+            time. An attempt that cannot be seen for a moment keeps its last one: it hangs if that takes too long.
+        """
         ...
 
-    def adopt(self, ref: str) -> bool:
-        """Take over an attempt started by an earlier server; False if it does not live."""
+    async def signal(self, ref: str, number: int) -> None:
+        """Send a signal to the attempt's supervisor; nothing happens if it has ended."""
+        ...
+
+    async def adopt(self, attempt_dir: Path) -> str | None:
+        """The ref of who runs the attempt, or ran it: the server may have died before it could write the ref down. If
+        nobody has begun it, nobody ever will from now on, not even a start that is still on its way; then None."""
+        ...
+
+    async def end(self, ref: str) -> None:
+        """Kill whatever lives of an attempt, its supervisor included or long gone; returns when nothing does.
+
+        Raises:
+            TimeoutError: something does not end. It may still hold a device.
+        """
         ...
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -9,17 +10,20 @@ from msgspec import Struct
 
 
 class Device(Struct, frozen=True):
-    """A device that can be leased. `id` is unique on the machine: a GPU's UUID, or `cpu:0` for a CPU slot."""
+    """A device that can be leased. `id` is unique in a server's inventory, whatever the node: a GPU's UUID, or `cpu:0`
+    for a CPU slot."""
 
     id: str
     kind: Literal["cpu", "cuda", "mock"] = "cpu"
     index: int = 0
     memory: int = 0
     """Bytes; 0 where it is not known."""
+    node: str = ""
+    """Name of the machine that it is on; empty: the server's own."""
 
 
 class Bundle(Struct, frozen=True):
-    """Some devices of one kind for one purpose."""
+    """Some devices of one kind and one node for one purpose."""
 
     role: str
     """`train`, or `engine:<base model>`."""
@@ -90,6 +94,11 @@ class Allocator(Protocol):
 def pool_for(role: str) -> str:
     """The pool of the devices for a role: `engine` for `engine:Qwen/Qwen3-0.6B`."""
     return role.partition(":")[0]
+
+
+def most_on_one_node(devices: Collection[Device]) -> int:
+    """How many of the devices a single bundle can have."""
+    return max(Counter(device.node for device in devices).values(), default=0)
 
 
 def devices_by_pool(claim: Claim) -> dict[str, int]:

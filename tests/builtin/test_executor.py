@@ -16,12 +16,12 @@ from attempts import PLACEMENT, attempt_order, ended, text_of, write_job_documen
 from jobs import alive
 from waiting import until_async
 
-from arbor_core import ExecutorSettings
+from arbor_core import ArborError, Device, ExecutorSettings, Placement
 from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
 from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
-from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
+from arbor_core.process.lifecycle import lives as living
 from arbor_core.process.lifecycle import process_ref, stat_fields
 from arbor_core.storage.event_log import tail
 
@@ -41,8 +41,8 @@ async def test_the_supervisor_writes_how_the_worker_ended(executor, tmp_path, co
     ref = await executor.start(order, PLACEMENT)
     found = await until_async(lambda: ended(order))
     assert found.code == status
-    await until_async(lambda: not executor.poll(ref))
-    assert not executor.adopt(ref)
+    await until_async(lambda: not living(ref))
+    assert await executor.adopt(order.dir) == ref
 
 
 async def test_a_signal_ends_the_worker_and_everything_it_started(executor, tmp_path):
@@ -57,8 +57,8 @@ async def test_a_signal_ends_the_worker_and_everything_it_started(executor, tmp_
     order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
     pids = [int(pid) for pid in (await until_async(lambda: text_of(order.dir / "pids"))).split()]
-    assert executor.poll(ref) and all(map(alive, pids))
-    executor.signal(ref, signal.SIGTERM)
+    assert living(ref) and all(map(alive, pids))
+    await executor.signal(ref, signal.SIGTERM)
     assert (await until_async(lambda: ended(order))).code == -signal.SIGTERM
     assert not any(map(alive, pids))
 
@@ -70,7 +70,7 @@ async def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace(executor,
     order = attempt_order(tmp_path, code, grace=0.2)
     ref = await executor.start(order, PLACEMENT)
     await until_async((order.dir / "deaf").exists)
-    executor.signal(ref, signal.SIGTERM)
+    await executor.signal(ref, signal.SIGTERM)
     assert (await until_async(lambda: ended(order))).code == -signal.SIGKILL
 
 
@@ -79,9 +79,9 @@ async def test_a_supervisor_that_is_killed_leaves_no_worker(executor, tmp_path):
     order = attempt_order(tmp_path, code)
     ref = await executor.start(order, PLACEMENT)
     pid = int(await until_async(lambda: text_of(order.dir / "pid")))
-    executor.signal(ref, signal.SIGKILL)
+    await executor.signal(ref, signal.SIGKILL)
     await until_async(lambda: not alive(pid))
-    assert not executor.poll(ref) and ended(order) is None
+    assert not living(ref) and ended(order) is None
 
 
 async def test_a_killed_supervisor_takes_the_ranks_of_its_launcher_along(executor, tmp_path, monkeypatch):
@@ -97,14 +97,14 @@ async def test_a_killed_supervisor_takes_the_ranks_of_its_launcher_along(executo
     write_job_document(order, "ranked:train")
     ref = await executor.start(order, PLACEMENT)
     pid = int(await until_async(lambda: text_of(order.dir / "pid")))
-    executor.signal(ref, signal.SIGKILL)
+    await executor.signal(ref, signal.SIGKILL)
     await until_async(lambda: not alive(pid))
 
 
 async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
     order = attempt_order(tmp_path, "open('runs','a').write('x')")
     refs = [await executor.start(order, PLACEMENT) for _ in range(2)]
-    await until_async(lambda: ended(order) and not any(map(executor.poll, refs)))
+    await until_async(lambda: ended(order) and not any(map(living, refs)))
     assert text_of(order.dir / "runs") == "x"
     assert text_of(order.dir / "keeper") in refs
     assert "has another supervisor" in text_of(order.dir / "worker.log")
@@ -112,20 +112,25 @@ async def test_an_attempt_that_is_started_twice_runs_once(executor, tmp_path):
 
 async def test_an_attempt_that_was_given_up_does_not_begin(executor, tmp_path):
     order = attempt_order(tmp_path, "open('runs','a').write('x')")
-    assert AttemptDir(order.dir).revoke_claim() == ""
+    assert await executor.adopt(order.dir) is None
     ref = await executor.start(order, PLACEMENT)
-    await until_async(lambda: not executor.poll(ref))
+    await until_async(lambda: not living(ref))
     assert not (order.dir / "runs").exists() and ended(order) is None
 
 
 def test_a_ref_is_not_mistaken_for_another_process():
     mine = process_ref(os.getpid())
     pid, start, boot = mine.split(":")
-    executor = LocalExecutor(ExecutorSettings("cold", Path("unused")))
-    assert executor.poll(mine)
-    assert not executor.poll(f"{pid}:{int(start) + 1}:{boot}")
-    assert not executor.poll(f"{pid}:{start}:another-boot")
-    assert not executor.poll("")
+    assert living(mine)
+    for other in (f"{pid}:{int(start) + 1}:{boot}", f"{pid}:{start}:another-boot", "", "mock:ftjob-x:1"):
+        assert not living(other)
+
+
+async def test_devices_of_another_node_are_refused(executor, tmp_path):
+    order = attempt_order(tmp_path, "open('runs','a').write('x')")
+    with pytest.raises(ArborError, match="gpu-7 is on the node 'rack-3': choose an executor that reaches it"):
+        await executor.start(order, Placement((Device("gpu-7", node="rack-3"),), 1))
+    assert await executor.adopt(order.dir) is None
 
 
 def test_secrets_of_the_server_do_not_reach_a_worker(monkeypatch):
@@ -330,13 +335,14 @@ async def test_a_validator_ends_with_the_server(tmp_path):
         await until_async(lambda: not alive(pid))
 
 
-def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_killed(tmp_path: Path) -> None:
+async def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_killed(tmp_path: Path) -> None:
     executor = LocalExecutor(ExecutorSettings("cold", tmp_path))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"]) as foreign:
         pid, start, boot = process_ref(foreign.pid).split(":")
         for ref in (f"{pid}:{int(start) - 1}:{boot}", f"{pid}:{start}:{'0' * len(boot)}"):
-            assert not executor.adopt(ref)
-            executor.signal(ref, signal.SIGKILL)
-        assert executor.adopt(f"{pid}:{start}:{boot}")
+            assert not await executor.poll({ref: tmp_path})
+            await executor.signal(ref, signal.SIGKILL)
+            await executor.end(ref)
+        assert await executor.poll({f"{pid}:{start}:{boot}": tmp_path})
         assert foreign.poll() is None
         foreign.kill()

@@ -12,6 +12,8 @@ from arbor_core import AllocatorSettings, ArborError, Bundle, Claim, Device, Que
 from arbor_core.builtin.allocator import LocalAllocator, PoolAllocator
 from arbor_core.builtin.schedulers import FifoScheduler
 from arbor_core.dispatch.dispatcher import Dispatcher
+from arbor_core.testing import check_allocator
+from arbor_core.types import DevicesLostError
 
 SIZES = st.lists(st.integers(1, 4), max_size=12)
 
@@ -102,8 +104,43 @@ async def test_a_cancelled_claim_leaves_nothing_held():
 
 
 async def test_a_claim_that_can_never_fit_says_so():
-    with pytest.raises(ArborError, match=r"needs 3 device\(s\) to train, this machine offers 2"):
+    with pytest.raises(ArborError, match=r"needs 3 device\(s\) to train, this server has 2"):
         await pools(2).acquire(claim("a", 3))
+
+
+def nodes(**counts: int) -> PoolAllocator:
+    return PoolAllocator(
+        {"train": [Device(f"{node}/{i}", "mock", i, node=node) for node, n in counts.items() for i in range(n)]}
+    )
+
+
+async def test_the_devices_of_a_bundle_are_on_one_node():
+    allocator = nodes(a=2, b=3)
+    small = await allocator.acquire(claim("small", 1))
+    assert {device.node for device in small.of("train")} == {"a"}  # the large node is left for large claims
+    large = await allocator.acquire(claim("large", 3))
+    assert {device.node for device in large.of("train")} == {"b"}
+    waiting = asyncio.create_task(allocator.acquire(claim("waits", 2)))
+    await asyncio.sleep(0)
+    allocator.release(large)
+    assert {device.node for device in (await asyncio.wait_for(waiting, 5)).of("train")} == {"b"}
+
+
+async def test_bundles_are_spread_over_nodes_in_whatever_way_they_fit():
+    wanted = Claim("a", tuple(Bundle("train", count) for count in (4, 3, 3, 2)))
+    lease = await nodes(a=7, b=5).acquire(wanted)  # 4 and 3, 3 and 2
+    assert [len(devices) for devices in lease.devices] == [4, 3, 3, 2]
+    assert all(len({device.node for device in devices}) == 1 for devices in lease.devices)
+    assert len({device.id for devices in lease.devices for device in devices}) == 12
+
+
+async def test_a_bundle_that_no_node_can_hold_is_refused_with_what_the_nodes_have():
+    with pytest.raises(ArborError, match=r"needs 4 device\(s\) to train, this server has 2 on a and 3 on b"):
+        await nodes(a=2, b=3).acquire(claim("a", 4))
+    allocator = nodes(a=2, b=3)
+    allocator.set_aside(["b/0"])
+    with pytest.raises(DevicesLostError, match="b/0 is lost"):
+        await allocator.acquire(claim("a", 3))
 
 
 async def test_a_lease_from_before_a_restart_is_held_again():
@@ -111,6 +148,10 @@ async def test_a_lease_from_before_a_restart_is_held_again():
     lease = await before.acquire(claim("a", 1))
     after.restore(lease)
     assert after.free()["train"] == 1
+
+
+def test_devices_of_several_nodes_conform():
+    check_allocator(lambda: nodes(a=2, b=3))
 
 
 async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,8 +19,8 @@ from jobs import check_and_stop, events, step_events, train
 from live import LiveServer
 from waiting import until
 
-from arbor_core.dispatch.monitor import Monitor, MonitoredAttempt
-from arbor_core.jobdir.heartbeat import Heartbeat, HeartbeatMonitor
+from arbor_core.dispatch.monitor import Monitor, MonitoredAttempt, Progress
+from arbor_core.jobdir.heartbeat import Heartbeat, last_beat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
@@ -28,6 +28,7 @@ from arbor_core.types import Group, Rollout
 from arbor_core.worker.run import WorkerRun, open_run
 
 HEARTBEAT = AttemptDir(Path()).heartbeat.name
+LIMITS = SimpleNamespace(heartbeat_seconds=9.0, start_seconds=9.0)
 
 
 def test_row_90_a_trainer_that_hangs_before_its_first_step_is_ended_and_tried_again(
@@ -50,30 +51,70 @@ def test_row_90_who_waits_for_rollouts_has_begun(tmp_path: Path, chat_rows: list
     job = JobDirectory(tmp_path / "job", "mock_grpo", chat_rows, "mock/tiny")
     job.send(Group(id=1, rollouts=(Rollout(reward=1.0),), version=0))
     run = open_run(job.prepare(), WorkerRun)
-    monitor = HeartbeatMonitor(run.attempt_dir / HEARTBEAT)
+    heartbeat = run.attempt_dir / HEARTBEAT
     run.message("loading")
-    monitor.check()
-    assert not monitor.started
+    assert last_beat(heartbeat) is None
     assert len(run.groups(0, 0.0)) == 1
-    monitor.check()
-    assert monitor.started
+    assert last_beat(heartbeat) is not None
 
 
 def test_row_112_looks_without_a_beat_are_counted_and_no_clock_is_read(tmp_path: Path) -> None:
     path = tmp_path / HEARTBEAT
-    monitor, heartbeat = HeartbeatMonitor(path), Heartbeat(path)
+    progress, heartbeat = Progress(), Heartbeat(path)
     heartbeat.beat_if_started()
     assert not path.exists(), "before the first step it does not beat"
     heartbeat.beat()
     os.utime(path, (1, 1))  # a clock that was an age behind
-    monitor.check()
-    assert (monitor.started, monitor.missed) == (True, 0)
+    progress.note(last_beat(path))
+    assert (progress.beat is None, progress.missed) == (False, 0)
     for missed in (1, 2, 3):
-        monitor.check()
-        assert monitor.missed == missed
+        progress.note(last_beat(path))
+        assert progress.missed == missed
     os.utime(path, (1 << 33, 1 << 33))
-    monitor.check()
-    assert monitor.missed == 0
+    progress.note(last_beat(path))
+    assert progress.missed == 0
+
+
+class Told:
+    """An executor that says what it is told to say."""
+
+    def __init__(self, beats: dict[str, str | None]) -> None:
+        self.beats, self.asked = beats, list[Mapping[str, Path]]()
+
+    async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
+        self.asked.append(attempts)
+        return {ref: beat for ref, beat in self.beats.items() if ref in attempts}
+
+
+def monitor_of(executor: Any, limits: Any, *attempts: MonitoredAttempt) -> Monitor:
+    unused: Any = None
+    monitor = Monitor(unused, unused, unused, executor, limits)
+    monitor.monitored = {attempt.job.id: attempt for attempt in attempts}
+    return monitor
+
+
+async def test_all_attempts_are_looked_at_in_one_batch_and_those_that_do_not_live_are_woken(tmp_path: Path) -> None:
+    executor = Told({"1": "a beat", "2": None})
+    jobs: Any = [SimpleNamespace(id=f"ftjob-{n}", ref=str(n) if n else None, offset=0) for n in range(4)]
+    attempts = [MonitoredAttempt(job, AttemptDir(tmp_path / job.id)) for job in jobs]
+    await monitor_of(executor, LIMITS, *attempts).go_round()
+    assert executor.asked == [{str(n): tmp_path / f"ftjob-{n}" for n in (1, 2, 3)}]
+    assert [attempt.missing for attempt in attempts] == [True, False, False, True]
+    assert [attempt.wakeup.is_set() for attempt in attempts] == [True, False, False, True]
+
+
+async def test_an_executor_that_cannot_say_who_lives_ends_nobody_and_events_are_taken(tmp_path: Path) -> None:
+    async def poll(attempts: object) -> None:
+        raise ConnectionRefusedError("the cluster does not answer")
+
+    job: Any = SimpleNamespace(id="ftjob-x", ref="1", offset=0)
+    attempt = MonitoredAttempt(job, AttemptDir(tmp_path))
+    monitor = monitor_of(SimpleNamespace(poll=poll), LIMITS, attempt)
+    await monitor.go_round()
+    assert not attempt.wakeup.is_set()
+    attempt.files.events.write_text("news")
+    await monitor.go_round()
+    assert (attempt.missing, attempt.progress.missed, attempt.wakeup.is_set()) == (False, 0, True)
 
 
 @pytest.mark.parametrize(("allowed", "looks"), [(3.0, 4), (1.0, 2), (0.1, 2)])
@@ -82,22 +123,21 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
     tmp_path: Path, allowed: float, looks: int, begun: bool
 ) -> None:
     """However late each of them comes: the machine may have stood still before."""
-    ended: list[str] = []
     seconds = (allowed, 1e9) if begun else (1e9, allowed)
     limits: Any = SimpleNamespace(heartbeat_seconds=seconds[0], start_seconds=seconds[1])
-    attempts: Any = SimpleNamespace(end_hung=lambda job: ended.append(job.id))
-    executor: Any = SimpleNamespace(poll=lambda ref: True)
-    unused: Any = None
-    monitor = Monitor(attempts, unused, unused, executor, limits)
+    executor = Told({"1": "a beat" if begun else None})
     job = cast("Any", SimpleNamespace(id="ftjob-x", ref="1", offset=0))
-    monitor.monitored[job.id] = MonitoredAttempt(job, AttemptDir(tmp_path), HeartbeatMonitor(tmp_path / HEARTBEAT))
+    attempt = MonitoredAttempt(job, AttemptDir(tmp_path))
+    monitor = monitor_of(executor, limits, attempt)
+    (tmp_path / HEARTBEAT).touch()  # nobody but the executor looks at it
     if begun:
-        (tmp_path / HEARTBEAT).touch()
         await monitor.go_round()
     for _ in range(looks):
-        assert not ended
+        assert not attempt.hung
         await monitor.go_round()
-    assert ended == [job.id]
+    assert attempt.wakeup.is_set()
+    said = "made no progress for" if begun else "had not begun to train after"
+    assert attempt.hung == f"it {said} {allowed:g} seconds and was ended"
 
 
 def test_row_90_a_machine_that_stood_still_loses_no_trainer(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from arbor_core import ExecutorSettings
+from arbor_core.builtin.executor import LocalExecutor
 from arbor_core.dispatch.ingest import Ingest
 from arbor_core.dispatch.observers import Observers
 from arbor_core.dispatch.outcome import Outcomes
@@ -23,7 +25,9 @@ async def test_an_attempt_that_finds_no_room_to_start_is_paused(tmp_path: Path, 
     store = Store(tmp_path / "arbor.db")
     jobs = Jobs(store)
     unused: Any = None
-    outcomes = Outcomes(jobs, unused, Ingest(jobs, Observers(plugins), tmp_path, "arbor"), tmp_path, unused)
+    ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
+    executor = LocalExecutor(ExecutorSettings("cold", tmp_path / "run"))
+    outcomes = Outcomes(jobs, unused, ingest, executor, tmp_path, unused)
     spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
     job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
     await jobs.transition(job, "queued")

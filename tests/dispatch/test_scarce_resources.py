@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from arbor_core import AttemptOrder, ExecutorSettings, Lease, Placement, PoolAllocator
+from arbor_core.builtin import executor
 from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
-from arbor_core.dispatch import dispatcher, outcome
+from arbor_core.dispatch import dispatcher
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.dispatch.ingest import Ingest
@@ -71,7 +72,8 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     models: Any = SimpleNamespace(root=tmp_path)
     attempts = Attempts(jobs, nobody, models, nobody, nobody, "storage_x", nobody, 1)
     ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
-    outcomes = Outcomes(jobs, nobody, ingest, tmp_path, nobody)
+    local = LocalExecutor(ExecutorSettings("cold", tmp_path / "run"))
+    outcomes = Outcomes(jobs, nobody, ingest, local, tmp_path, nobody)
     monitor = Monitor(attempts, ingest, outcomes, nobody, nobody)
     made = Dispatcher(
         jobs, attempts, nobody, monitor, {}, nobody, PoolAllocator({}), tmp_path / "bell", room_seconds=60
@@ -145,9 +147,9 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
 ) -> None:
     (tmp_path / "light.py").write_text("import fractions")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    executor = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
+    local = LocalExecutor(ExecutorSettings("warm", tmp_path / "run"))
     key = ForkServerKey(sys.executable, ("light",), None)
-    template = await executor.fork_server(key)
+    template = await local.fork_server(key)
     order = AttemptOrder(tmp_path, (), {}, sys.executable, preload=("light",))
 
     async def refuse(*_: Any, **__: Any) -> Any:
@@ -156,11 +158,11 @@ async def test_row_115_a_template_is_kept_when_its_client_lacks_descriptors(
     monkeypatch.setattr(asyncio, "open_unix_connection", refuse)
     try:
         with pytest.raises(OSError, match="Too many"):
-            await executor.start(order, Placement((), 1))
-        assert (await executor.fork_server(key)).process.pid == template.process.pid
+            await local.start(order, Placement((), 1))
+        assert (await local.fork_server(key)).process.pid == template.process.pid
         assert template.process.returncode is None
     finally:
-        await executor.close()
+        await local.close()
 
 
 async def test_a_start_that_fails_in_an_unknown_way_is_not_tried_for_ever(desk: Desk) -> None:
@@ -182,7 +184,7 @@ async def test_the_devices_of_a_start_that_failed_stay_held_while_what_it_left_d
 
     released: list[str] = []
     monkeypatch.setattr(AttemptDir, "claim", lambda *_: "1:1:boot")
-    monkeypatch.setattr(outcome, "kill_session", stuck)
+    monkeypatch.setattr(executor, "kill_session", stuck)
     monkeypatch.setattr(desk.dispatcher, "release", released.append)
     desk.faults = repeat(RuntimeError("no"))
     with pytest.raises(TimeoutError):

@@ -225,7 +225,7 @@ async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monk
 
 
 async def test_without_a_device_to_serve_from_nothing_is_served(make):
-    with pytest.raises(ApiError, match="this machine offers 0") as caught:
+    with pytest.raises(ApiError, match="this server has 0") as caught:
         await used(make(devices=0), ONE)
     assert caught.value.code == "engine_unavailable"
 

@@ -16,6 +16,7 @@ from arbor_core.testing import (
     JobDirectory,
     check_allocator,
     check_backend,
+    check_executor,
     check_launcher,
     check_scheduler,
     check_trainer,
@@ -89,6 +90,14 @@ def test_allocator_conforms(name: str) -> None:
 )
 def test_launcher_conforms(name: str) -> None:
     check_launcher(name)
+
+
+TRAINS_ON = {"trainer": "mock", "model": "mock/tiny", "hyperparameters": {"steps": 9999, "step_seconds": 0.05}}
+
+
+@pytest.mark.parametrize("name", list(INSTALLED.all("executors")))
+def test_executor_conforms(name: str, chat_rows: list[dict[str, Any]]) -> None:
+    check_executor(INSTALLED.get("executors", name), rows=chat_rows, **TRAINS_ON, outlive=name != "mock")
 
 
 class Loose(msgspec.Struct):

@@ -7,10 +7,11 @@ disk, and attempts end with the server: the next one starts them again from thei
 """
 
 import asyncio
+import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from arbor_core import (
     WorkerRun,
     explain,
     fail,
+    last_beat,
     manifest,
     newest_first,
     open_run,
@@ -92,7 +94,7 @@ class SimulatedRun(WorkerRun[MockConfig]):
 
 
 class SimulatedExecutor:
-    """See `arbor_core.Executor`. A ref is `mock:<job>:<attempt>`."""
+    """See `arbor_core.Executor`. A ref is `mock:<job>:<attempt>:<random>`."""
 
     def __init__(self, settings: ExecutorSettings) -> None:
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -103,22 +105,30 @@ class SimulatedExecutor:
         """There is nothing to warm up."""
 
     async def start(self, order: AttemptOrder, placement: Placement) -> str:
-        ref = f"mock:{order.dir.parent.parent.name}:{order.dir.name}"
+        ref = f"mock:{order.dir.parent.parent.name}:{order.dir.name}:{secrets.token_hex(4)}"
         if await self.call(AttemptDir(order.dir).claim, ref) == ref:
             task = self.tasks[ref] = asyncio.create_task(self._keep(ref, order))
             task.add_done_callback(lambda _: self.tasks.pop(ref, None))
         return ref
 
-    def poll(self, ref: str) -> bool:
-        return ref in self.tasks
+    async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
+        living = {ref: AttemptDir(folder).heartbeat for ref, folder in attempts.items() if ref in self.tasks}
+        beats = await self.call(lambda: {ref: last_beat(path) for ref, path in living.items()})
+        return {ref: beat for ref, beat in beats.items() if ref in self.tasks}
 
-    def signal(self, ref: str, number: int) -> None:
+    async def signal(self, ref: str, number: int) -> None:
         if task := self.tasks.get(ref):
             self.signals[ref] = number
             task.cancel()
 
-    def adopt(self, ref: str) -> bool:
-        return self.poll(ref)
+    async def adopt(self, attempt_dir: Path) -> str | None:
+        return await self.call(AttemptDir(attempt_dir).revoke_claim) or None
+
+    async def end(self, ref: str) -> None:
+        """Cancel the attempt, which then ends without a word."""
+        if task := self.tasks.get(ref):
+            task.cancel()
+            await asyncio.wait([task])
 
     async def close(self) -> None:
         """Attempts end without a word, as with a machine that loses its power."""
