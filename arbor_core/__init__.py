@@ -5,9 +5,10 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 `arbor_core.testing`. See docs/plugins.md.
 
 For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
-their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the worker's side of a job
-directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`, `newest_first`, `replace`)
-and its server's bell (`wake`).
+their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the environments of their
+processes (`clean_env`, `worker_env`) and sockets (`short_address`); the worker's side of a job directory (`open_run`,
+`explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`, `newest_first`, `replace`) and its server's bell
+(`wake`); places where tests let a process die (`crash_point`).
 """
 
 from importlib import import_module
@@ -74,18 +75,21 @@ from .types import (
 
 if TYPE_CHECKING:
     from .builtin.allocator import PoolAllocator
+    from .crash_points import crash_point
     from .data.chat_format import Chats, ChatText, Conversation
     from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
     from .jobdir.heartbeat import last_beat
     from .jobdir.layout import AttemptDir
-    from .process.wakeup import wake
+    from .process.environment import clean_env, worker_env
+    from .process.wakeup import short_address, wake
     from .storage.atomic import replace
     from .worker.failures import explain, fail
     from .worker.run import WorkerRun, open_run
 
 LAZY = {
     "PoolAllocator": "builtin.allocator",
+    "crash_point": "crash_points",
     "ChatText": "data.chat_format",
     "Chats": "data.chat_format",
     "Conversation": "data.chat_format",
@@ -100,6 +104,9 @@ LAZY = {
     "newest_first": "jobdir.checkpoints",
     "last_beat": "jobdir.heartbeat",
     "AttemptDir": "jobdir.layout",
+    "clean_env": "process.environment",
+    "worker_env": "process.environment",
+    "short_address": "process.wakeup",
     "wake": "process.wakeup",
     "replace": "storage.atomic",
     "explain": "worker.failures",
@@ -183,6 +190,8 @@ __all__ = [
     "WorkerRun",
     "check_chat_row",
     "check_message",
+    "clean_env",
+    "crash_point",
     "excerpt",
     "explain",
     "fail",
@@ -193,5 +202,7 @@ __all__ = [
     "open_run",
     "read_rows",
     "replace",
+    "short_address",
     "wake",
+    "worker_env",
 ]

@@ -37,6 +37,12 @@ FAMILIES = {
 HERE = ["error.event", "withdrawn.event", "discarded.event", "skipped.event"]
 MATRICES = {
     "jobs": [*crash.SERVER_ALWAYS, *crash.SERVER, *crash.WORKERS_ALWAYS, *crash.WORKERS],
+    "remote": [
+        *crash.REMOTE_SERVER_ALWAYS,
+        *crash.REMOTE_SERVER,
+        *crash.REMOTE_MACHINE_ALWAYS,
+        *crash.REMOTE_MACHINE,
+    ],
     "rollouts": [
         *crash.SESSION_SERVER_ALWAYS,
         *crash.SESSION_SERVER,

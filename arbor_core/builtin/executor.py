@@ -18,7 +18,7 @@ from pathlib import Path
 
 from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.jobdir.layout import AttemptDir
-from arbor_core.process.environment import clean_env, threads_env
+from arbor_core.process.environment import clean_env, threads_env, worker_env
 from arbor_core.process.lifecycle import kill_session, lives, process_ref, send_signal, terminate
 from arbor_core.process.resources import resource_shortage
 from arbor_core.process.wakeup import short_address
@@ -74,7 +74,7 @@ class LocalExecutor:
                 f"executor=local starts attempts on the server's machine, and {names} is on the node "
                 f"'{placement.node}': choose an executor that reaches it, or an allocator of this machine's devices"
             )
-        env = {**clean_env(), **threads_env(placement.threads), **devices_env(placement), **order.env}
+        env = worker_env(order, placement)
         key = ForkServerKey(order.python, order.preload, order.prove)
         forkable = order.preload and not order.argv and not order.env  # libraries have read their variables already
         if self.warm and forkable and key not in self.faults:
@@ -218,9 +218,3 @@ def lost(task: asyncio.Task[ForkServer]) -> bool:
 
 class ForkServerError(Exception):
     """The libraries cannot be preloaded; the message says why."""
-
-
-def devices_env(placement: Placement) -> dict[str, str]:
-    """Which GPUs a process may see."""
-    gpus = [device.id for device in placement.devices if device.kind == "cuda"]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}

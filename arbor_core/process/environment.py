@@ -6,6 +6,7 @@ import os
 import re
 
 from arbor_core.crash_points import below
+from arbor_core.types import AttemptOrder, Placement
 
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|XDG_.*|SSL_.*|.*_PROXY|.*_proxy"
@@ -31,3 +32,11 @@ def threads_env(threads: int) -> dict[str, str]:
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def worker_env(order: AttemptOrder, placement: Placement) -> dict[str, str]:
+    """The environment of an attempt's processes: what they may see of the server's, on which devices they run, and what
+    their order adds."""
+    gpus = [device.id for device in placement.devices if device.kind == "cuda"]
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return {**clean_env(), **threads_env(placement.threads), **seen, **order.env}

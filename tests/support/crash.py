@@ -65,6 +65,34 @@ WORKERS = [
     "forkserver.forked",
 ]
 
+REMOTE = ("executor=mock_node", "allocator=mock_node")
+"""A server whose attempts run on another machine."""
+REMOTE_SERVER_ALWAYS = ["attempt.started"]
+REMOTE_SERVER = [
+    "lease.acquired",
+    "job.running",
+    "attempt.ordered",
+    "attempt.noted",
+    "attempt.told",
+    "attempt.signalled",
+    "attempt.ended",
+    "attempt.tidied",
+    "job.settled",
+]
+REMOTE_MACHINE_ALWAYS = ["node.started"]
+REMOTE_MACHINE = [
+    "node.claimed",
+    "node.started:2",
+    "node.ended",
+    "node.ended:2",
+    "checkpoint.renamed",
+    "checkpoint.event",
+    "metrics.event:3",
+    "paused.event",
+    "result.event",
+]
+"""The machine's process and its workers."""
+
 SESSION_SERVER_ALWAYS = ["inbox.written", "inbox.synced", "ledger.written:3"]
 SESSION_SERVER = [
     "inbox.written:3",

@@ -17,7 +17,19 @@ from typing import Any
 
 import openai
 import pytest
-from crash import SERVER, SERVER_ALWAYS, WORKERS, WORKERS_ALWAYS, check_the_rest, marked
+from crash import (
+    REMOTE,
+    REMOTE_MACHINE,
+    REMOTE_MACHINE_ALWAYS,
+    REMOTE_SERVER,
+    REMOTE_SERVER_ALWAYS,
+    SERVER,
+    SERVER_ALWAYS,
+    WORKERS,
+    WORKERS_ALWAYS,
+    check_the_rest,
+    marked,
+)
 from live import ENDED, LiveServer
 
 from arbor_core.testing.invariants import Seen
@@ -98,13 +110,27 @@ def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -
 def test_a_server_that_dies_at(
     point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
-    server = start_server("gpu.train=[0,1]", env={"ARBOR_CRASH_AT": point})
+    server_dies(point, start_server, chat_rows)
+
+
+@pytest.mark.parametrize("point", marked(REMOTE_SERVER_ALWAYS, REMOTE_SERVER))
+def test_a_server_of_another_machine_that_dies_at(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server_dies(point, start_server, chat_rows, *REMOTE)
+
+
+def server_dies(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], *options: str
+) -> None:
+    """A server that dies at a point, and the next one."""
+    server = start_server("gpu.train=[0,1]", *options, env={"ARBOR_CRASH_AT": point})
     client = Client(server)
     with suppress(openai.APIConnectionError):
         client.play(chat_rows)
     assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
     seen = Seen(server.storage)
-    again = start_server("gpu.train=[0,1]")
+    again = start_server("gpu.train=[0,1]", *options)
     bring_to_an_end(again, client.files, client.jobs)
     check_the_rest(again, seen)
 
@@ -113,9 +139,22 @@ def test_a_server_that_dies_at(
 def test_a_process_of_a_job_that_dies_at(
     point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    once = tmp_path / "died"
+    process_dies(point, start_server, chat_rows, tmp_path / "died")
+
+
+@pytest.mark.parametrize("point", marked(REMOTE_MACHINE_ALWAYS, REMOTE_MACHINE))
+def test_another_machine_that_dies_at(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    process_dies(point, start_server, chat_rows, tmp_path / "died", *REMOTE)
+
+
+def process_dies(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], once: Path, *options: str
+) -> None:
+    """The first process below the server that comes to a point dies there."""
     where = {"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)}
-    server = start_server("gpu.train=[0,1]", env=where)
+    server = start_server("gpu.train=[0,1]", *options, env=where)
     seen = Seen(server.storage)
     client = Client(server)
     client.play(chat_rows)

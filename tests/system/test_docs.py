@@ -143,12 +143,20 @@ def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
     assert {"Good", "morning!"} & set(ran.stdout.split())
 
 
-def test_a_launcher_is_shown_as_it_is_tested() -> None:
-    page, mock = (ROOT / "docs" / "plugins.md").read_text(), ROOT / "plugins" / "arbor_mock" / "arbor_mock"
-    (section,) = (part for part in page.split("\n## ") if part.startswith("A launcher\n"))
+SHOWN_PARTS = {
+    "An executor": ["arbor_mock/node_executor.py", "tests/test_node.py"],
+    "A launcher": ["arbor_mock/__init__.py", "arbor_mock/config.py", "arbor_mock/conf/launcher/mock.yaml"],
+}
+"""Sections of docs/plugins.md, and the files of the mock plugin that hold what they show."""
+
+
+@pytest.mark.parametrize("title", SHOWN_PARTS)
+def test_a_part_is_shown_as_it_is_tested(title: str) -> None:
+    page, mock = (ROOT / "docs" / "plugins.md").read_text(), ROOT / "plugins" / "arbor_mock"
+    (section,) = (part for part in page.split("\n## ") if part.startswith(f"{title}\n"))
     shown = re.findall(r"^```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert len(shown) == 3
-    sources = [mock / name for name in ("__init__.py", "config.py", "conf/launcher/mock.yaml")]
+    assert len(shown) >= 2
+    sources = [mock / name for name in SHOWN_PARTS[title]]
     for block in shown:
         assert any(block in path.read_text() for path in sources), block
 

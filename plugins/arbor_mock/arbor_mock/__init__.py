@@ -6,6 +6,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from arbor_core import (
     AllocatorSettings,
@@ -23,7 +24,7 @@ from arbor_core import (
 )
 from arbor_core.engine import EngineProcess
 
-from .config import EngineOptions, LauncherOptions, MockConfig, MockGrpoConfig
+from .config import NODE, EngineOptions, LauncherOptions, MockConfig, MockGrpoConfig
 
 GPUS, SERVING = 4, 1
 """Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
@@ -43,15 +44,19 @@ class MockBackend:
         return await EngineProcess.start([sys.executable, "-m", "arbor_mock.engine"], {}, spec)
 
 
-def simulated_devices(settings: AllocatorSettings) -> PoolAllocator:
-    """An allocator of devices that are not there."""
+def simulated_devices(settings: AllocatorSettings, node: str = "") -> PoolAllocator:
+    """An allocator of devices that are not there.
+
+    Args:
+        node: The machine that those to train on belong to.
+    """
     train = settings.train if settings.train is not None else range(GPUS)
     first = max(train, default=-1) + 1
     serve = settings.inference if settings.inference is not None else range(first, first + SERVING)
     return PoolAllocator(
         {
-            pool: [Device(f"mock:{index}", "mock", index, GPU_BYTES) for index in indices]
-            for pool, indices in {"train": train, "engine": serve}.items()
+            "train": [Device(f"mock:{index}", "mock", index, GPU_BYTES, node) for index in train],
+            "engine": [Device(f"mock:{index}", "mock", index, GPU_BYTES) for index in serve],
         }
     )
 
@@ -91,7 +96,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
 
 @hookimpl
 def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocator]]:
-    return {"mock": simulated_devices}
+    return {"mock": simulated_devices, "mock_node": partial(simulated_devices, node=NODE)}
 
 
 def simulated_executor(settings: ExecutorSettings) -> Executor:
@@ -101,9 +106,16 @@ def simulated_executor(settings: ExecutorSettings) -> Executor:
     return SimulatedExecutor(settings)
 
 
+def node_executor(settings: ExecutorSettings) -> Executor:
+    """An executor whose attempts run on another machine, which is simulated; imported only by servers that use it."""
+    from .node_executor import NodeExecutor
+
+    return NodeExecutor(settings)
+
+
 @hookimpl
 def arbor_executors() -> Mapping[str, Callable[[ExecutorSettings], Executor]]:
-    return {"mock": simulated_executor}
+    return {"mock": simulated_executor, "mock_node": node_executor}
 
 
 def ranks_without_torch(options: LauncherOptions, python: str, ranks: int) -> RanksCommand:

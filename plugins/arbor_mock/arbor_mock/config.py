@@ -6,6 +6,9 @@ from msgspec import Meta, Struct
 
 from arbor_core import RolloutConfig
 
+NODE = "mock-node"
+"""The machine of the allocator and the executor `mock_node`."""
+
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 

@@ -1,0 +1,106 @@
+"""The executor `mock_node` and the process that stands for its machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+from arbor_mock import arbor_allocators, node_executor
+from arbor_mock.config import NODE
+from arbor_mock.node_executor import NodeExecutor
+from attempts import attempt_order, ended, text_of
+from waiting import until_async
+
+from arbor_core import AllocatorSettings, ArborError, Device, ExecutorSettings, Placement
+from arbor_core.testing import check_executor
+from arbor_core.testing.invariants import processes
+
+PLACEMENT = Placement((Device("mock:0", "mock", node=NODE),), threads=1)
+ROWS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 10
+SLEEP = "import os,time; open('tmp','w').write(str(os.getpid())); os.rename('tmp','pid'); time.sleep(999)"
+
+
+def test_it_conforms():
+    check_executor(
+        node_executor,
+        trainer="mock",
+        rows=ROWS,
+        model="mock/tiny",
+        hyperparameters={"steps": 9999, "step_seconds": 0.05},
+        devices=(Device("mock:0", "mock", node=NODE),),
+    )
+
+
+@pytest.fixture
+async def executor(tmp_path):
+    made = NodeExecutor(ExecutorSettings("cold", tmp_path / "run"))
+    yield made
+    await until_async(lambda: not nodes(tmp_path))  # it ends by itself when nothing is left to do
+
+
+def nodes(folder):
+    return [pid for pid, words in processes(folder).items() if "arbor_mock.node" in words]
+
+
+async def test_devices_of_other_machines_are_refused(executor, tmp_path):
+    with pytest.raises(ArborError, match="starts attempts on 'mock-node', not on 'rack-3'"):
+        await executor.start(attempt_order(tmp_path, "pass"), Placement((Device("gpu", node="rack-3"),), 1))
+    assert not nodes(tmp_path)
+
+
+async def test_only_the_devices_to_train_on_are_there():
+    inventory = arbor_allocators()["mock_node"](AllocatorSettings(None, None)).inventory()
+    assert {pool: {device.node for device in devices} for pool, devices in inventory.items()} == {
+        "train": {NODE},
+        "engine": {""},
+    }
+
+
+async def test_servers_that_start_it_at_the_same_time_share_one(executor, tmp_path):
+    others = [NodeExecutor(ExecutorSettings("cold", tmp_path / "run")) for _ in range(3)]
+    orders = [attempt_order(tmp_path, SLEEP, name=str(number)) for number in range(1, 5)]
+    all_of_them = [executor, *others]
+    refs = await asyncio.gather(*(one.start(order, PLACEMENT) for one, order in zip(all_of_them, orders, strict=True)))
+    assert len(set(refs)) == 4
+    for one in all_of_them:
+        assert set(await one.poll({ref: order.dir for ref, order in zip(refs, orders, strict=True)})) == set(refs)
+    await until_async(lambda: len(nodes(tmp_path)) == 1)
+    await asyncio.gather(*(executor.end(ref) for ref in refs))
+    assert not await executor.poll({ref: order.dir for ref, order in zip(refs, orders, strict=True)})
+
+
+async def test_the_next_machine_begins_when_nothing_of_the_last_lives(executor, tmp_path):
+    order = attempt_order(tmp_path, SLEEP)
+    ref = await executor.start(order, PLACEMENT)
+    worker = int(await until_async(lambda: text_of(order.dir / "pid")))
+    [machine] = nodes(tmp_path)
+    os.kill(worker, signal.SIGSTOP)
+    os.kill(machine, signal.SIGKILL)
+    await until_async(lambda: not nodes(tmp_path))
+    assert await executor.poll({ref: order.dir}) == {}
+    assert await executor.adopt(order.dir) == ref  # asked of the next one
+    await executor.end(ref)
+    assert worker not in processes(tmp_path)
+    assert ended(order) is None
+    again = await executor.start(order, PLACEMENT)
+    assert await executor.poll({again: order.dir}) == {}
+
+
+async def test_what_was_given_up_is_remembered_by_the_next_machine(executor, tmp_path):
+    order = attempt_order(tmp_path, "open('runs','a').write('x')")
+    assert await executor.adopt(order.dir) is None
+    os.kill(nodes(tmp_path)[0], signal.SIGKILL)
+    ref = await executor.start(order, PLACEMENT)
+    assert await executor.poll({ref: order.dir}) == {}
+    assert not (order.dir / "runs").exists()
+
+
+async def test_a_call_that_cannot_be_answered_is_an_error_and_the_machine_goes_on(executor, tmp_path):
+    order = attempt_order(tmp_path, "pass")
+    with pytest.raises(OSError, match="cannot start: FileNotFoundError"):
+        await executor.call("start", attempt=str(order.dir), argv=["/no/such/python"], env={}, grace=1.0, bell=None)
+    with pytest.raises(OSError, match="cannot fly: KeyError"):
+        await executor.ask("fly")
+    assert await executor.ask("poll", refs=[]) == {}
