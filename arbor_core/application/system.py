@@ -36,7 +36,15 @@ from arbor_core.plugins import Plugins
 from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
-from arbor_core.types import PROTOCOL, Allocator, AllocatorSettings, Executor, ExecutorSettings, InferenceBackend
+from arbor_core.types import (
+    PROTOCOL,
+    Allocator,
+    AllocatorSettings,
+    ArborError,
+    Executor,
+    ExecutorSettings,
+    InferenceBackend,
+)
 from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
 
 from .job_service import JobService
@@ -141,6 +149,7 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
     identity = bring_up_to_date(store, models)
+    keep_executor(store, settings.executor)
     observers = Observers(plugins)
     engines = open_engines(settings, backend, options, allocator, root / "engines", models.jobs.last)
     weight_sync = WeightSync(models.jobs, engines, jobs)
@@ -237,6 +246,24 @@ def threads_per_device(settings: ServeConfig, allocator: Allocator) -> int:
     """CPU threads of a training process: those of the settings, or the cores, divided among the devices that train."""
     slots = max(1, len(allocator.inventory().get("train", ())))
     return settings.threads or max(1, (os.cpu_count() or 1) // slots)
+
+
+def keep_executor(store: Store, name: str) -> None:
+    """Note under which executor jobs run. Another one cannot find their attempts: it would take them for lost, and
+    start them a second time while they live.
+
+    Raises:
+        ArborError: jobs run under another executor.
+    """
+    noted = store.one("SELECT value FROM storage WHERE key='executor'")
+    if noted is None or noted["value"] != name:
+        running = [row["id"] for row in store.read("SELECT id FROM jobs WHERE status='running' ORDER BY seq")]
+        if noted and running:
+            raise ArborError(
+                f"{len(running)} job(s) run with executor={noted['value']}, which executor={name} cannot find "
+                f"({running[0]}, say): start the server with executor={noted['value']} and pause or cancel them first"
+            )
+        store.write_now("INSERT OR REPLACE INTO storage(key,value) VALUES('executor',?)", name)
 
 
 def bring_up_to_date(store: Store, models: Models) -> str:

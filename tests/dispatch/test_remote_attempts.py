@@ -1,4 +1,7 @@
-"""Attempts that run on another machine: the server knows of them what their executor says, and nothing else."""
+"""Attempts that run on another machine: the server knows of them what their executor says, and nothing else.
+
+`row_N` as in docs/faults.md.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def test_a_job_runs_on_another_machine(
     check_the_rest(server, seen)
 
 
-def test_it_outlives_the_server_and_is_found_again(
+def test_row_141_it_outlives_the_server_and_is_found_again_by_one_with_this_executor(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
@@ -51,6 +54,8 @@ def test_it_outlives_the_server_and_is_found_again(
     until(lambda: len(step_events(server, job.id)) > 3)
     machine = node(server)
     server.stop(signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"1 job\(s\) run with executor=mock_node, which executor=local cannot find"):
+        start_server()
     again = start_server(*REMOTE)
     assert node(again) == machine
     assert again.wait(job.id).status == "succeeded"
@@ -59,7 +64,7 @@ def test_it_outlives_the_server_and_is_found_again(
     check_the_rest(again, Seen(again.storage))
 
 
-def test_a_machine_that_dies_takes_its_attempts_along_and_they_are_tried_again(
+def test_row_139_a_machine_that_dies_takes_its_attempts_along_and_they_are_tried_again(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
@@ -75,7 +80,7 @@ def test_a_machine_that_dies_takes_its_attempts_along_and_they_are_tried_again(
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_while_no_server_runs_has_lost_its_attempts_too(
+def test_row_139_a_machine_that_dies_while_no_server_runs_has_lost_its_attempts_too(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
@@ -91,7 +96,7 @@ def test_a_machine_that_dies_while_no_server_runs_has_lost_its_attempts_too(
 
 
 @pytest.mark.slow
-def test_a_machine_that_does_not_answer_loses_nothing(
+def test_row_140_a_machine_that_does_not_answer_loses_nothing(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     """Its workers train on meanwhile, and their events are taken."""
