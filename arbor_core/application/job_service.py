@@ -7,16 +7,17 @@ does not exist for the caller: 404.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 
 from arbor_core import ids
 from arbor_core.dispatch.dispatcher import Dispatcher
+from arbor_core.jobs.feed import KEPT, Changes, GapError
 from arbor_core.jobs.records import Job
 from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
-from arbor_core.types import TERMINAL, ApiError, Desired, not_found
+from arbor_core.types import NO_RETRY, TERMINAL, ApiError, Desired, not_found
 
 from . import objects
 from .idempotency import Repeatable, RepeatedError
@@ -138,6 +139,29 @@ class JobService:
         rows = self.jobs.events(job.id, limit + 1, before)
         data = [objects.event_object(row) for row in rows[:limit]]
         return objects.FineTuningJobEventList(data, has_more=len(rows) > limit)
+
+    @property
+    def newest_change(self) -> int:
+        """Where to read the feed of changes from, for somebody who looks at the jobs afterwards."""
+        return self.jobs.feed.newest
+
+    async def changes(self, owner: str, after: int) -> AsyncIterator[Changes]:
+        """What changes of an owner's jobs after a number, page by page, as it comes; see `jobs/feed.py`. `position` of
+        the last page that was read is the number to go on from, after a restart too.
+
+        Raises:
+            ApiError: 410: what follows the number is not kept any more, or was never there. Take `newest_change`, then
+                look at the jobs.
+        """
+        try:
+            async for page in self.jobs.feed.follow(after, owner):
+                yield page
+        except GapError:
+            message = (
+                f"The changes after number {after} are gone: {KEPT} are kept. List the jobs, and read on from "
+                f"{self.newest_change}."
+            )
+            raise ApiError(410, message, "changes_gone", "after", NO_RETRY) from None
 
     def list_checkpoints(self, job: Job, limit: int, after: str | None = None) -> objects.FineTuningJobCheckpointList:
         """A page of a job's checkpoints, newest first.

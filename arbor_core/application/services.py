@@ -11,7 +11,7 @@ import msgspec
 
 from arbor_core.config.convert import typed
 from arbor_core.jobdir import checkpoint_requests
-from arbor_core.jobs.policies import name_checkpoint, named_checkpoint_sizes, named_checkpoints, newest_policy
+from arbor_core.jobs.policies import named_checkpoint_sizes, named_checkpoints, newest_policy
 from arbor_core.jobs.records import Job
 from arbor_core.models.catalog import strip_provider
 from arbor_core.process.wakeup import wake
@@ -31,6 +31,8 @@ from .requests import CreateFineTuningJobRequest
 from .system import Arbor
 
 POLL_SECONDS = 0.2
+EVENTS = 500
+"""Events of a job that are in memory at once for somebody who follows it."""
 MAX_NAMED, MAX_METADATA_BYTES = 256, 1 << 20
 """Named checkpoints of a job, and bytes of JSON that are kept with all of them: each status shows them all."""
 
@@ -67,19 +69,21 @@ class ServerServices:
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
     async def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
-        job, seen = self.jobs.find(job_id, owner), 0
+        seen, number = 0, self.arbor.jobs.feed.newest
         while True:
-            ended = job.status in TERMINAL  # before the events: after a job's end there are no more
-            for row in self.arbor.jobs.events_after(job.id, seen):
-                yield plain(objects.event_object(row))
-                seen = row.seq
+            ended = self.jobs.find(job_id, owner).status in TERMINAL  # before the events: after its end come no more
+            while rows := self.arbor.jobs.events_after(job_id, seen, EVENTS):
+                for row in rows:
+                    yield plain(objects.event_object(row))
+                    seen = row.seq
             if ended:
                 return
-            await self.changed(job_id, owner, POLL_SECONDS)
-            job = self.jobs.find(job_id, owner)
+            number = await self.changed(job_id, owner, POLL_SECONDS, number)
 
-    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
-        await self.arbor.jobs.subscriptions.wait(self.jobs.find(job_id, owner).id, seconds)
+    async def changed(self, job_id: str, owner: str, seconds: float, after: int | None = None) -> int:
+        feed, job = self.arbor.jobs.feed, self.jobs.find(job_id, owner)
+        await feed.wait(feed.newest if after is None else after, seconds, job.id)
+        return feed.newest
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
         job = self._learner(job_id, owner) if desired == "finish" else self.jobs.find(job_id, owner)
@@ -105,6 +109,7 @@ class ServerServices:
         checkpoint_requests.check(request)
         self._check_room(job, request)
         until = time.monotonic() + seconds
+        number = self.arbor.jobs.feed.newest
         pending = None if job.status == "succeeded" else self._ask_for(job, request)
         while pending and job.status != "succeeded":
             job = self.jobs.find(job_id, owner)  # before its checkpoints: after its end there are no more
@@ -117,16 +122,14 @@ class ServerServices:
             if time.monotonic() > until:
                 message = f"The checkpoint '{name}' was not written within {seconds:g} s; it comes when the job runs."
                 raise ApiError(504, message, "checkpoint_pending", headers=NO_RETRY)
-            await self.changed(job_id, owner, POLL_SECONDS)
+            number = await self.changed(job_id, owner, POLL_SECONDS, number)
         await self._name_last(job, request)
         return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
 
     async def _name_last(self, job: Job, request: CheckpointRequest) -> None:
         """Give a name to the last checkpoint of a job that has succeeded."""
         last = self.arbor.jobs.checkpoints(job.id, 1)[0]
-        await self.arbor.store.write(
-            lambda db: name_checkpoint(db, job.id, request.name, last.step, last.dir, request.metadata)
-        )
+        await self.arbor.jobs.name_checkpoint(job.id, request, last)
 
     def _check_room(self, job: Job, request: CheckpointRequest) -> None:
         """Whether a job's status can go on to show all of its named checkpoints.

@@ -8,7 +8,7 @@ import io
 import logging
 import signal
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from arbor_core.types import (
 from .ingest import Ingest, view
 
 log = logging.getLogger(__name__)
+PIECE = 1 << 16
+"""Characters of a result file that are written at once."""
 
 
 class Outcomes:
@@ -144,8 +146,8 @@ class Outcomes:
 
     async def _succeed(self, job: Job, result: ResultEvent) -> None:
         name = self.ingest.model_name(job)
-        metrics = await asyncio.to_thread(self.metrics_csv, job)
-        file_id, insert = await self.files.add_bytes(job.owner, f"{job.id}-metrics.csv", metrics, "fine-tune-results")
+        name_of_file, metrics = f"{job.id}-metrics.csv", self.metrics_csv(job)
+        file_id, insert = await self.files.add_pieces(job.owner, name_of_file, metrics, "fine-tune-results")
         crash_point("result.stored")
 
         def register(db: sqlite3.Connection) -> None:
@@ -251,16 +253,19 @@ class Outcomes:
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
         await self._end(job, "failed", MessageEvent(failed.message, "error"), error=failed)
 
-    def metrics_csv(self, job: Job) -> bytes:
-        """OpenAI's result file: one row a step, of the newest attempt that trained it."""
-        rows = metrics_by_step(self.jobs.store, job.id)
+    def metrics_csv(self, job: Job) -> Iterator[bytes]:
+        """OpenAI's result file: one row a step, of the newest attempt that trained it. In pieces, as it is read."""
         text = io.StringIO()
         writer = csv.writer(text)
         columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
         writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
-        for step in sorted(rows):
-            writer.writerow([step, *(rows[step].get(column, "") for column in columns)])
-        return text.getvalue().encode()
+        for step, metrics in metrics_by_step(self.jobs.store, job.id):
+            writer.writerow([step, *(metrics.get(column, "") for column in columns)])
+            if text.tell() > PIECE:
+                yield text.getvalue().encode()
+                text.seek(0)
+                text.truncate()
+        yield text.getvalue().encode()
 
 
 def last_word(attempt: AttemptDir) -> ResultEvent | ErrorEvent | PausedEvent | None:

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -98,31 +98,36 @@ class Files:
         sha256 = await part.settle(self.path(file_id))
         return file_id, inserting(file_id, owner, purpose, filename, part.bytes, sha256, lifetime)
 
-    async def add_bytes(
-        self, owner: str, filename: str, content: bytes, purpose: str
+    async def add_pieces(
+        self, owner: str, filename: str, pieces: Iterable[bytes], purpose: str
     ) -> tuple[str, Callable[[sqlite3.Connection], FileRow]]:
-        """Store a file that the server made, for which the reserve is there; see `named` for what is returned.
+        """Store a file that the server makes, for which the reserve is there; see `named` for what is returned. Its
+        pieces are made one by one, on the thread that writes them.
 
         Raises:
             OSError: there is no room at all.
         """
         file_id = ids.new("file-")
-        sha256 = await asyncio.to_thread(self._write, file_id, content)
-        return file_id, inserting(file_id, owner, purpose, filename, len(content), sha256)
+        size, sha256 = await asyncio.to_thread(self._write, file_id, pieces)
+        return file_id, inserting(file_id, owner, purpose, filename, size, sha256)
 
-    def _write(self, file_id: str, content: bytes) -> str:
-        """Make a file of ours durable, whole or not at all; returns its SHA-256."""
+    def _write(self, file_id: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+        """Make a file of ours durable, whole or not at all; returns its size in bytes and its SHA-256."""
+        size, sha256 = 0, hashlib.sha256()
         part = self.incoming_dir / f"{file_id}.part"
         try:
             with part.open("xb") as file:
-                file.write(content)
+                for piece in pieces:
+                    file.write(piece)
+                    sha256.update(piece)
+                    size += len(piece)
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(self.path(file_id))
         finally:
             part.unlink(missing_ok=True)
         sync_folder(self.root)
-        return hashlib.sha256(content).hexdigest()
+        return size, sha256.hexdigest()
 
     def get(self, id: str, owner: str) -> FileRow | None:
         """A file of this owner that is neither deleted nor expired."""

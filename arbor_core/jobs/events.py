@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -26,6 +28,7 @@ from arbor_core.types import (
     PolicyPublished,
 )
 
+from .feed import note_change
 from .policies import name_checkpoint, record_policy
 from .records import Job, to_json
 
@@ -44,6 +47,7 @@ def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], mode
         if isinstance(event, HyperparametersResolved):
             hyperparameters = {**job.hyperparameters, **event.hyperparameters}
             db.execute("UPDATE jobs SET hyperparameters=? WHERE id=?", (to_json(hyperparameters), job.id))
+            note_change(db, job.id, "job")
         elif isinstance(event, CheckpointEvent):
             add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
         elif isinstance(event, PolicyPublished | GroupsSkipped):
@@ -64,15 +68,22 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> 
             "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
             (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, to_json(event.data or None)),
         )
+    if events:
+        note_change(db, job_id, "events")
 
 
-def metrics_by_step(store: Store, job_id: str) -> dict[int, dict[str, Any]]:
-    """The metrics of each step; where several events have the same metric of a step, the last value."""
-    steps: dict[int, dict[str, Any]] = {}
-    for (data,) in store.read("SELECT data FROM events WHERE job_id=? AND type='metrics' ORDER BY seq", job_id):
-        metrics = msgspec.json.decode(data)
-        steps.setdefault(metrics["step"], {}).update(metrics)
-    return steps
+def metrics_by_step(store: Store, job_id: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The metrics of each step, by step; where several events have the same metric of one, the last value. There may be
+    millions: they are sorted by SQLite, and read as they are wanted."""
+    sql = (
+        "SELECT json_extract(data,'$.step') AS step, data FROM events WHERE job_id=? AND type='metrics'"
+        " ORDER BY step, seq"
+    )
+    for step, rows in groupby(store.each(sql, job_id), key=itemgetter("step")):
+        metrics: dict[str, Any] = {}
+        for row in rows:
+            metrics.update(msgspec.json.decode(row["data"]))
+        yield step, metrics
 
 
 def add_checkpoint(db: sqlite3.Connection, job_id: str, event: CheckpointEvent, model: str) -> None:
@@ -97,13 +108,16 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: CheckpointEvent, 
         " progress=max(progress,:step) WHERE id=:id",
         {"step": event.step, "id": job_id},
     )
+    note_change(db, job_id, "checkpoints")
 
 
 def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:
     """Remove a checkpoint from the job's list; `folder` is the name of its directory."""
-    db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder))
+    if not db.execute("DELETE FROM checkpoints WHERE job_id=? AND dir=?", (job_id, folder)).rowcount:
+        return
     highest = "SELECT ifnull(max(step), 0) FROM checkpoints WHERE job_id=?"
     db.execute(f"UPDATE jobs SET progress=min(progress, ({highest})) WHERE id=?", (job_id, job_id))  # noqa: S608
+    note_change(db, job_id, "checkpoints")
 
 
 def has_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> bool:

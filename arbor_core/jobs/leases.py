@@ -9,6 +9,7 @@ import msgspec
 from arbor_core.storage.database import Store
 from arbor_core.types import Lease
 
+from .feed import note_change
 from .records import to_json
 
 
@@ -17,11 +18,13 @@ def write_lease(db: sqlite3.Connection, lease: Lease) -> None:
     db.execute(
         "INSERT OR REPLACE INTO leases(id,owner,lease) VALUES(?,?,?)", (lease.id, lease.claim.owner, to_json(lease))
     )
+    note_change(db, lease.claim.owner, "lease")
 
 
 def delete_leases(db: sqlite3.Connection, job_id: str) -> None:
     """Delete the leases of a job; part of the caller's transaction."""
-    db.execute("DELETE FROM leases WHERE owner=?", (job_id,))
+    if db.execute("DELETE FROM leases WHERE owner=?", (job_id,)).rowcount:
+        note_change(db, job_id, "lease")
 
 
 def read_leases(store: Store) -> list[Lease]:

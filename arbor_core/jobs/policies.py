@@ -13,6 +13,8 @@ from arbor_core.storage.codec import shallow
 from arbor_core.storage.database import Store
 from arbor_core.types import GroupsSkipped, NamedCheckpoint, Policy, PolicyPublished
 
+from .feed import note_change
+
 
 def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | GroupsSkipped) -> None:
     """Store what a trainer has published and handled; part of the caller's transaction.
@@ -32,6 +34,7 @@ def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | 
         " version=max(version,excluded.version)",
         (job_id, version, event.handled, folder),
     )
+    note_change(db, job_id, "policy")
 
 
 def newest_policy(store: Store, job_id: str) -> tuple[Policy, str]:
@@ -48,6 +51,7 @@ def name_checkpoint(
         "INSERT OR REPLACE INTO named_checkpoints(job_id,name,step,dir,metadata,created_at) VALUES(?,?,?,?,?,?)",
         (job_id, name, step, folder, msgspec.json.encode(metadata).decode(), int(time.time())),
     )
+    note_change(db, job_id, "checkpoints")
 
 
 def named_checkpoint_sizes(store: Store, job_id: str) -> dict[str, int]:

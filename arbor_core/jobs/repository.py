@@ -14,9 +14,20 @@ from typing import Any, TypeVar
 from arbor_core import ids
 from arbor_core.crash_points import crash_point
 from arbor_core.storage.database import Store
-from arbor_core.types import TERMINAL, CheckpointEvent, CheckpointWithdrawn, Desired, Event, MessageEvent, Status
+from arbor_core.types import (
+    TERMINAL,
+    CheckpointEvent,
+    CheckpointRequest,
+    CheckpointWithdrawn,
+    Desired,
+    Event,
+    MessageEvent,
+    Status,
+)
 
 from .events import add_events, apply_events, has_checkpoint
+from .feed import Feed, note_change
+from .policies import name_checkpoint
 from .records import (
     JSON_COLUMNS,
     CheckpointRow,
@@ -30,7 +41,6 @@ from .records import (
     to_json,
 )
 from .states import ENDED, NOT_ENDED, WAITING
-from .subscriptions import Subscriptions
 
 T = TypeVar("T")
 LAST_TURN = "SELECT max(turn) FROM jobs"
@@ -42,14 +52,11 @@ class Jobs:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.subscriptions = Subscriptions()
+        self.feed = Feed(store)
 
     async def _write(self, change: Callable[[sqlite3.Connection], T], *job_ids: str) -> T:
         """Change these jobs, then wake those who wait for them."""
-        result = await self.store.write(change)
-        for job_id in job_ids:
-            self.subscriptions.notify(job_id)
-        return result
+        return await self.store.write(change, lambda: self.feed.notify(*job_ids))
 
     async def create(
         self,
@@ -70,12 +77,13 @@ class Jobs:
 
         def insert(db: sqlite3.Connection) -> Job:
             job = insert_job(db, job_id, new)
+            note_change(db, job_id, "job")
             add_events(db, job_id, events)
             if also:
                 also(db, job)
             return job
 
-        job = await self.store.write(insert)
+        job = await self._write(insert, job_id)
         crash_point("job.created")
         return job
 
@@ -184,6 +192,7 @@ class Jobs:
             )
             if swapped.rowcount == 0:
                 return None
+            note_change(db, job.id, "job")
             add_events(db, job.id, events)
             if also:
                 also(db)
@@ -202,13 +211,13 @@ class Jobs:
 
     async def preempt(self, job_id: str) -> None:
         """Let a running job write a checkpoint, give its devices back and queue again."""
-        sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run'"
-        await self.store.write(lambda db: db.execute(sql, (job_id,)))
+        sql = "UPDATE jobs SET preempted=1 WHERE id=? AND status='running' AND desired='run' AND NOT preempted"
+        await self._update(sql, (job_id,), job_id)
 
     async def set_desired(self, job_id: str, desired: Desired) -> Job | None:
         """Set what is desired of a job, unless it has ended or is to be cancelled; returns the job after that."""
         sql = f"UPDATE jobs SET desired=? WHERE id=? AND {NOT_ENDED} AND desired<>'cancel'"  # noqa: S608
-        await self._write(lambda db: db.execute(sql, (desired, job_id)), job_id)
+        await self._update(sql, (desired, job_id), job_id)
         crash_point(f"job.{desired}")
         return self.get(job_id)
 
@@ -216,10 +225,21 @@ class Jobs:
         """Remember where an attempt runs, if the job is still at it; returns the job as it is then."""
 
         def change(db: sqlite3.Connection) -> Job | None:
-            db.execute("UPDATE jobs SET ref=? WHERE id=? AND attempt=?", (ref, job.id, job.attempt))
+            sql = "UPDATE jobs SET ref=? WHERE id=? AND attempt=?"
+            if db.execute(sql, (ref, job.id, job.attempt)).rowcount:
+                note_change(db, job.id, "job")
             return read_job(db, job.id)
 
-        return await self.store.write(change)
+        return await self._write(change, job.id)
+
+    async def _update(self, sql: str, values: Sequence[object], job_id: str) -> None:
+        """Set columns of a job, if its row is as the statement wants it."""
+
+        def change(db: sqlite3.Connection) -> None:
+            if db.execute(sql, values).rowcount:
+                note_change(db, job_id, "job")
+
+        await self._write(change, job_id)
 
     async def ingest(self, job: Job, events: Sequence[Event], offset: int, model: str) -> Job | None:
         """Store events of an attempt's log together with the offset that follows them: none twice, none lost.
@@ -258,15 +278,20 @@ class Jobs:
 
         await self._write(change, job.id)
 
+    async def name_checkpoint(self, job_id: str, request: CheckpointRequest, last: CheckpointRow) -> None:
+        """Give a checkpoint a name."""
+        name, metadata = request.name, request.metadata
+        await self._write(lambda db: name_checkpoint(db, job_id, name, last.step, last.dir, metadata), job_id)
+
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
         """Events newest first, older than `before` (a `seq`)."""
         sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
         return [event_from_row(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
 
-    def events_after(self, job_id: str, seq: int) -> list[EventRow]:
+    def events_after(self, job_id: str, seq: int, limit: int) -> list[EventRow]:
         """Events oldest first, newer than `seq`."""
-        sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq"
-        return [event_from_row(row) for row in self.store.read(sql, job_id, seq)]
+        sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq LIMIT ?"
+        return [event_from_row(row) for row in self.store.read(sql, job_id, seq, limit)]
 
     def event_seq(self, job_id: str, event_id: str) -> int | None:
         """The `seq` of an event of the job."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -95,6 +95,10 @@ class Store:
         has changed so far."""
         return self._connection().execute(sql, values).fetchall()
 
+    def each(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
+        """Rows of a query, read as they are wanted: for queries with many. All of them on one thread."""
+        yield from self._connection().execute(sql, values)
+
     def one(self, sql: str, *values: object) -> sqlite3.Row | None:
         """The first row of a query, if there is one."""
         row: sqlite3.Row | None = self._connection().execute(sql, values).fetchone()
@@ -104,15 +108,21 @@ class Store:
         """Make one change and wait for it: for what is done before anything else runs."""
         self._writer.submit(lambda: self._connection().execute(sql, values)).result()
 
-    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(
+        self, change: Callable[[sqlite3.Connection], T], committed: Callable[[], object] | None = None
+    ) -> T:
         """Run `change` on the writer's thread; an exception in it undoes all that it did.
 
-        It goes on even when the caller is cancelled: committed whole or not at all.
+        It goes on even when the caller is cancelled: committed whole or not at all. Then `committed` is called, in the
+        event loop.
         """
         outcome: Future[T] = Future()
         self._asked.put((change, outcome))
         self._writer.submit(self._commit)
-        return await asyncio.shield(asyncio.wrap_future(outcome))
+        done = asyncio.wrap_future(outcome)
+        if committed:
+            done.add_done_callback(lambda done: None if done.cancelled() or done.exception() else committed())
+        return await asyncio.shield(done)
 
     def _commit(self) -> None:
         """Make the changes that wait in one transaction, then tell each caller what became of it."""

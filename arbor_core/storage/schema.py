@@ -92,6 +92,13 @@ UPDATE jobs SET furthest=progress;
 """
 
 
+CHANGES = """
+CREATE TABLE changes(
+  seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, owner TEXT NOT NULL, what TEXT NOT NULL) STRICT;
+"""
+"""Its newest row is never deleted, so that numbers follow one another without a gap."""
+
+
 def relative_paths(db: sqlite3.Connection) -> None:
     """Give the storage directory an identity, and make every path relative to it. The base model of a job, which lies
     outside, is known by its name alone from now on: its path is empty."""
@@ -122,6 +129,7 @@ SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     PARTS,
     FURTHEST,
     relative_paths,
+    CHANGES,
 )
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 

@@ -140,8 +140,16 @@ class Services(Protocol):
         """The job's event objects, oldest first, as they come; ends when the job has ended."""
         ...
 
-    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
-        """Return when the job has another status, or its trainer has reported something; or after so many seconds."""
+    async def changed(self, job_id: str, owner: str, seconds: float, after: int | None = None) -> int:
+        """Return when the job has changed: its status, what is desired of it, its events, checkpoints or policy; or
+        after so many seconds.
+
+        Args:
+            after: What the call before returned: nothing that changed since then is missed. None: from now on.
+
+        Returns:
+            The number to pass as `after` the next time, of a moment before whatever the caller looks at now.
+        """
         ...
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:

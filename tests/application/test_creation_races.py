@@ -46,7 +46,7 @@ async def at_once(arbor: Arbor, *requests: Coroutine[Any, Any, Any]) -> list[str
 
 
 async def add_file(arbor: Arbor) -> str:
-    file_id, insert = await arbor.files.add_bytes("me", "rows.jsonl", b"{}\n", "fine-tune")
+    file_id, insert = await arbor.files.add_pieces("me", "rows.jsonl", [b"{}\n"], "fine-tune")
     await arbor.store.write(insert)
     return file_id
 

@@ -32,7 +32,7 @@ async def arbor(tmp_path: Path) -> AsyncIterator[Arbor]:
 async def request(arbor: Arbor, **fields: object) -> CreateFineTuningJobRequest:
     """A request with a training file of its owner, `me`."""
     rows = "".join(json.dumps(ROW) + "\n" for _ in range(10))
-    file_id, insert = await arbor.files.add_bytes("me", "rows.jsonl", rows.encode(), "fine-tune")
+    file_id, insert = await arbor.files.add_pieces("me", "rows.jsonl", [rows.encode()], "fine-tune")
     await arbor.store.write(insert)
     return CreateFineTuningJobRequest(BASE, file_id, **fields)  # type: ignore[arg-type]
 
@@ -41,7 +41,7 @@ async def ended(arbor: Arbor, job_id: str) -> str:
     """The status that a job has in the end."""
     async with asyncio.timeout(60):
         while (job := arbor.job_service.find(job_id, "me")).status not in TERMINAL:
-            await arbor.jobs.subscriptions.wait(job_id, 1.0)
+            await arbor.jobs.feed.wait(arbor.jobs.feed.newest, 1.0, job_id)
     return job.status
 
 
@@ -73,7 +73,7 @@ async def test_a_job_is_paused_resumed_and_cancelled(arbor: Arbor) -> None:
     assert (await jobs.ask(job, "pause")).desired == "pause"
     async with asyncio.timeout(60):
         while (job := jobs.find(job.id, "me")).status != "paused":
-            await arbor.jobs.subscriptions.wait(job.id, 1.0)
+            await arbor.jobs.feed.wait(arbor.jobs.feed.newest, 1.0, job.id)
     assert (await jobs.ask(job, "run")).status == "queued"
     await jobs.ask(jobs.find(job.id, "me"), "cancel")
     assert await ended(arbor, job.id) == "cancelled"

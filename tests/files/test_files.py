@@ -142,7 +142,7 @@ def files(tmp_path: Path) -> Iterator[Files]:
 
 
 async def test_row_23_bytes_without_a_row_are_swept_later(files: Files) -> None:
-    kept, insert = await files.add_bytes("me", "kept", b"1", "fine-tune")
+    kept, insert = await files.add_pieces("me", "kept", [b"1"], "fine-tune")
     await files.store.write(insert)
     young, old = files.path("file-young"), files.path("file-old")
     for path in (young, old):
@@ -171,7 +171,7 @@ async def test_row_29_a_file_expires_only_when_no_job_needs_it(files: Files) -> 
 
 
 async def add_expired(files: Files, owner: str) -> str:
-    file_id, insert = await files.add_bytes(owner, "old", b"1", "fine-tune")
+    file_id, insert = await files.add_pieces(owner, "old", [b"1"], "fine-tune")
     await files.store.write(insert)
     await files.store.write(lambda db: db.execute("UPDATE files SET expires_at=1 WHERE id=?", (file_id,)))
     return file_id

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
-from arbor_core import MessageEvent
+from arbor_core import MessageEvent, MetricsEvent
+from arbor_core.jobs.events import metrics_by_step
 from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
@@ -21,4 +23,32 @@ async def test_row_112_a_clock_that_jumps_back_reorders_nothing(tmp_path: Path) 
     times = [event.created_at for event in jobs.events(job.id, 100)][::-1]
     assert times[-3:] == [2_000_000_000, 2_000_000_000, 3_000_000_000]
     assert times == sorted(times)
+    store.close()
+
+
+async def test_metrics_of_a_long_job_are_not_in_memory_at_once(tmp_path: Path) -> None:
+    """Steps that a later attempt makes again come once, with what it says of them."""
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    job = await jobs.create(
+        NewJob("me", "file-x", None, None, {}, JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1))
+    )
+    steps, again = 20_000, 500
+    for number, made in enumerate((range(1, steps + 1), range(steps - again, steps + again))):
+        events = [MetricsEvent(step=step, total_steps=99, values={"train_loss": step + number}) for step in made]
+        await jobs.ingest(job, [*events, MetricsEvent(step=7, total_steps=99, values={"valid_loss": 3})], 0, "m")
+    tracemalloc.start()
+    for count, (step, metrics) in enumerate(metrics_by_step(store, job.id), 1):
+        assert step == count
+        assert metrics["train_loss"] == step + (step >= steps - again)
+        assert metrics.get("valid_loss") == (3 if step == 7 else None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == steps + again - 1
+    assert peak < 1 << 20, "bytes in memory"
+    seen, pages = 0, 0
+    while rows := jobs.events_after(job.id, seen, 5_000):
+        assert [row.seq for row in rows] == list(range(seen + 1, seen + len(rows) + 1))
+        seen, pages = rows[-1].seq, pages + 1
+    assert pages == 5
     store.close()
