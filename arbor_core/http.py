@@ -1,7 +1,8 @@
 """The second door: what plugins import that add routes to the API (`arbor_routes`).
 
 Routes are Litestar handlers. They reach jobs through the `Services` that the hook is given, read what clients send with
-`typed`, and answer mistakes with `ApiError`, which leaves the server in OpenAI's envelope.
+`typed`, and answer mistakes with `ApiError`, which leaves the server in OpenAI's envelope. One that waits for news of a
+job does so with a `LongPoll`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arbor_core.config.convert import explained, typed
 from arbor_core.models.catalog import strip_provider
 from arbor_core.rollouts.completion_ledger import key_of, key_of_tools
+from arbor_core.server.http.long_poll import LongPoll
 from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import (
     CLOSE,
@@ -44,6 +46,7 @@ __all__ = [
     "UNNUMBERED",
     "ApiError",
     "ConfigError",
+    "LongPoll",
     "NamedCheckpoint",
     "RolloutSession",
     "Services",

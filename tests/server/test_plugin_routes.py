@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,10 +61,16 @@ def arbor_routes(services):
 def acme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("acme")
     (folder / "acme.py").write_text(textwrap.dedent(MODULE))
-    metadata = folder / "arbor_acme-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: arbor-acme\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[arbor]\nacme = acme\n")
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    (shown,) = [
+        block for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "LongPoll(" in block
+    ]
+    (folder / "shown.py").write_text(shown)
+    for name in ("acme", "shown"):
+        metadata = folder / f"arbor_{name}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: arbor-{name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[arbor]\n{name} = {name}\n")
     live = launch(folder / "server", env={"PYTHONPATH": str(folder)})
     yield live
     live.stop()
@@ -81,6 +89,18 @@ def test_hook_arbor_routes_lets_a_plugin_create_and_follow_jobs(
     followed = [json.loads(line)["id"] for line in lines]
     listed = [event.id for event in acme.client.fine_tuning.jobs.list_events(job["id"], limit=1000)]
     assert followed == listed[::-1], "all of them, oldest first"
+
+
+def test_the_route_of_the_documentation_waits_for_news(acme: LiveServer, chat_rows: list[dict[str, Any]]) -> None:
+    job = call(acme.url, "POST", "/v1/acme/train", {"training_file": acme.upload(chat_rows)}).json
+    known = [job["status"]]
+    while known[-1] != "succeeded":
+        answer = call(acme.url, "GET", f"/v1/acme/status/{job['id']}?known={known[-1]}")
+        assert answer.status == 200, answer.body
+        known.append(answer.json["status"])
+        assert len(known) < 20, known
+    assert len(set(known)) == len(known), "each answer was news"
+    call(acme.url, "GET", "/v1/acme/status/ftjob-nope?known=running").error(404, "fine_tune_not_found", "fine_tune_id")
 
 
 def test_services_answer_as_the_api_does(acme: LiveServer) -> None:

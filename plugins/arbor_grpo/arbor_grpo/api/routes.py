@@ -13,21 +13,23 @@ from typing import Any
 from litestar import post
 
 from arbor_core import Accepted, ConfigError, Group, Services
-from arbor_core.http import UNNUMBERED, ApiError, RolloutSession, raw_body
+from arbor_core.http import UNNUMBERED, ApiError, LongPoll, RolloutSession, raw_body
 
 from . import requests
 from .groups import digest_of, group_of
 from .initialize import METHOD, translate, with_clients_path
-from .long_poll import StatusPolls
 from .requests import AnyRequest, JobRequest, read
 from .rewards import group_by_ids
-from .status import ENDED, GRPOStatus, StepAnswer, Style, check_takes_groups, status_of, step_answer
+from .status import ENDED, GRPOStatus, StepAnswer, Style, check_takes_groups, is_news, status_of, step_answer
 
 GRPO = "/v1/fine_tuning/grpo"
 CHECKPOINT_SECONDS = 300.0
 END_SECONDS = 60.0
 """How long `terminate` and `cancel` wait for the job to end before they answer all the same."""
 LOOK_SECONDS = 0.1
+LATEST_SECONDS = 0.25
+"""Between two looks for clients that wait, if nothing of the job changes: a group that another client sends changes
+nothing of it."""
 TRAIN, INFER = ("train",), ("infer",)
 
 
@@ -47,7 +49,7 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.polls = StatusPolls(self.look, services.changed)
+        self.polls = LongPoll(self.look, is_news, services.changed, LATEST_SECONDS)
 
     def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
         return status_of(self.services, job, owner, style)
@@ -62,7 +64,7 @@ class Calls:
         while before.status in ("created", "running", "paused") and known.issuperset(before.pending_batch_ids):
             if (left := until - time.monotonic()) <= 0:
                 break
-            now = await self.polls.next((job_id, owner, style), before, left)
+            now = await self.polls.next(job_id, owner, style, before, left)
             if now is None or (now.status, now.policy_version) != (before.status, before.policy_version):
                 return now or await self.look(job_id, owner, style)
             before = now
@@ -156,12 +158,12 @@ class Calls:
 
     async def wait_until_ended(self, job_id: str, owner: str) -> dict[str, Any]:
         """The job, when it has ended or a minute has passed."""
-        until = time.monotonic() + END_SECONDS
+        until, number = time.monotonic() + END_SECONDS, None
         while True:
             job = await self.services.job(job_id, owner)
             if job["status"] in ENDED or time.monotonic() > until:
                 return job
-            await self.services.changed(job_id, owner, LOOK_SECONDS)
+            number = await self.services.changed(job_id, owner, LOOK_SECONDS, number)
 
     def job_of(self, body: JobRequest, owner: str) -> tuple[str, Style]:
         """The job that a body names, or the newest, and how its client wants to see checkpoints."""

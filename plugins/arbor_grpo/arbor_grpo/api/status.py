@@ -98,6 +98,12 @@ def status_of(services: Services, job: dict[str, Any], owner: str, style: Style 
     )
 
 
+def is_news(before: GRPOStatus, now: GRPOStatus) -> bool:
+    """Whether a client that waits, and knows how the job was, is answered."""
+    names = ("status", "policy_version", "pending_batch_ids")
+    return any(getattr(now, name) != getattr(before, name) for name in names)
+
+
 def fresh_id() -> int:
     """A batch id that a job which has ended never offered: a client that waits for one comes, and hears of the end.
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 import pytest
-from arbor_grpo.api.long_poll import StatusPolls
-from arbor_grpo.api.status import Groups, GRPOStatus, Style
 
-from arbor_core.types import ApiError
+from arbor_core.http import ApiError, LongPoll
 
 pytestmark = pytest.mark.asyncio
 KEY = ("job", "owner", "records")
+
+
+class State(NamedTuple):
+    """How a job stands."""
+
+    version: int
+    pending: list[int]
+    looks: int = 0
 
 
 class World:
@@ -21,34 +28,28 @@ class World:
         self.looks = 0
         self.version, self.pending = 0, [0]
         self.gone = False
-        self.news = StatusPolls(self.look, self.changed)
+        self.numbers: list[int | None] = []
+        self.news = LongPoll(self.look, lambda before, now: before[:2] != now[:2], self.changed, 0.25)
 
-    def now(self) -> GRPOStatus:
-        return GRPOStatus(
-            job_id="job",
-            status="running",
-            current_model="job",
-            checkpoints={},
-            last_checkpoint=None,
-            pending_batch_ids=self.pending,
-            policy_version=self.version,
-            groups=Groups(0, 0, 0),
-        )
+    def now(self) -> State:
+        return State(self.version, self.pending, self.looks)
 
-    async def changed(self, job_id: str, owner: str, seconds: float) -> None:
+    async def changed(self, job_id: str, owner: str, seconds: float, after: int | None = None) -> int:
         assert (job_id, owner) == KEY[:2]
+        self.numbers.append(after)
         await asyncio.sleep(min(seconds, 0.01))
+        return len(self.numbers)
 
-    async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
+    async def look(self, job_id: str, owner: str, style: str) -> State:
         assert (job_id, owner, style) == KEY
         if self.gone:
             raise ApiError(404, "Could not find it", "fine_tune_not_found")
         self.looks += 1
         return self.now()
 
-    async def waiters(self, count: int, seconds: float = 30) -> list[asyncio.Task[GRPOStatus | None]]:
+    async def waiters(self, count: int, seconds: float = 30) -> list[asyncio.Task[State | None]]:
         before = self.now()
-        found = [asyncio.create_task(self.news.next(KEY, before, seconds)) for _ in range(count)]
+        found = [asyncio.create_task(self.news.next(*KEY, before, seconds)) for _ in range(count)]
         await asyncio.sleep(0)
         return found
 
@@ -60,25 +61,26 @@ async def test_one_look_for_all_and_all_hear() -> None:
         await asyncio.sleep(0)
     world.version, looks = 1, world.looks
     heard = await asyncio.gather(*waiting)
-    assert {status.policy_version for status in heard if status} == {1}
+    assert {status.version for status in heard if status} == {1}
     assert None not in heard
     assert world.looks == looks + 1
     assert not world.news.watches
+    assert world.numbers == [None, *range(1, len(world.numbers))], "it waits on from the number that it was given"
 
 
 async def test_a_batch_id_is_news_and_so_is_what_came_before_the_first_look() -> None:
     world = World()
     before = world.now()
     world.pending = [1]
-    found = await world.news.next(KEY, before, 30)
+    found = await world.news.next(*KEY, before, 30)
     assert found
-    assert found.pending_batch_ids == [1]
+    assert found.pending == [1]
 
 
 async def test_each_waits_as_long_as_it_wants() -> None:
     world = World()
     (long,) = await world.waiters(1)
-    assert await world.news.next(KEY, world.now(), 0.02) is None
+    assert await world.news.next(*KEY, world.now(), 0.02) is None
     assert not long.done()
     long.cancel()  # a client that leaves
     (other,) = await world.waiters(1)
@@ -88,7 +90,7 @@ async def test_each_waits_as_long_as_it_wants() -> None:
 
 async def test_nobody_looks_when_nobody_waits() -> None:
     world = World()
-    await world.news.next(KEY, world.now(), 0.05)
+    await world.news.next(*KEY, world.now(), 0.05)
     assert world.looks
     while world.news.watches:
         await asyncio.sleep(0)
