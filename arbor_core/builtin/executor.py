@@ -125,9 +125,11 @@ class LocalExecutor:
 
     async def _start_fork_server(self, key: ForkServerKey) -> ForkServer:
         self.runtime.mkdir(parents=True, exist_ok=True)
-        self.started += 1  # a number of its own: the socket of one that lives must stay
-        socket = self.runtime / f"fork-server-{self.started}.sock"
-        report = self.runtime / f"fork-server-{self.started}.log"
+        if not self.started:
+            remove_files(self.runtime, "fork-server-*")  # of earlier servers
+        self.started += 1
+        name = f"fork-server-{os.getpid()}-{self.started}"  # nobody else's: one that ends late removes its own socket
+        socket, report = self.runtime / f"{name}.sock", self.runtime / f"{name}.log"
         extra = {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with report.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -196,6 +198,7 @@ class LocalExecutor:
         await asyncio.gather(*self.fork_servers.values(), return_exceptions=True)
         living = [process for process in self.processes if process.returncode is None]
         await asyncio.gather(*(terminate(process, CLOSE_SECONDS) for process in living))
+        remove_files(self.runtime, "fork-server-*.sock")  # of those that were killed
         for waiter in list(self.children):
             waiter.cancel()
 
@@ -207,6 +210,11 @@ def heartbeats(attempts: Mapping[str, Path]) -> dict[str, str | None]:
         OSError: it could not be looked up (no descriptors are left, for example).
     """
     return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if lives(ref)}
+
+
+def remove_files(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)
 
 
 def lost(task: asyncio.Task[ForkServer]) -> bool:

@@ -10,10 +10,12 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
+from arbor_core.jobdir.cleanup import sweep
 from arbor_core.jobdir.documents import JobDocument, object_path, read_document, write_order
 from arbor_core.jobdir.layout import AttemptDir, JobDir
 from arbor_core.jobs.policies import newest_policy
@@ -24,7 +26,7 @@ from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import encode
-from arbor_core.types import AttemptOrder, Executor, Lease, Placement, Trainer
+from arbor_core.types import AttemptOrder, Executor, Lease, MessageEvent, Placement, Status, Trainer
 from arbor_core.worker.launchers import ConfiguredLauncher
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class Attempts:
         self.jobs, self.files, self.models, self.executor = jobs, files, models, executor
         self.launcher = launcher
         self.root, self.storage, self.settings, self.threads = models.root, storage, settings, threads
+        self.writing: dict[str, asyncio.Future[None]] = {}
+        """By job id: documents that are being written."""
 
     def dir(self, job: Job) -> JobDir:
         return JobDir.of(self.root, job.id)
@@ -67,8 +71,22 @@ class Attempts:
         """The interpreter that has a trainer's libraries."""
         return trainer.python or sys.executable
 
-    def write_document(self, job: Job) -> None:
+    async def write_document(self, job: Job) -> None:
         """Write `job.json`, once."""
+        writing = self.writing[job.id] = asyncio.ensure_future(asyncio.to_thread(self._write_document, job))
+        try:
+            await asyncio.shield(writing)
+        finally:
+            del self.writing[job.id]
+
+    async def end_idle(self, job: Job, to: Status, *events: MessageEvent, **changes: Any) -> Job | None:
+        """End a job that no attempt works on, with nothing half-written in its directory; see `Jobs.transition`."""
+        if writing := self.writing.get(job.id):
+            await asyncio.wait({writing})
+        await asyncio.to_thread(sweep, self.dir(job))
+        return await self.jobs.transition(job, to, *events, **changes)
+
+    def _write_document(self, job: Job) -> None:
         path = self.dir(job).document
         if path.exists():
             return

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir.cleanup import sweep
 from arbor_core.jobs.leases import read_leases, write_lease
 from arbor_core.jobs.queue import JobQueue, training_claim
 from arbor_core.jobs.records import Job, JobError
@@ -25,6 +24,7 @@ from arbor_core.jobs.states import idle_target
 from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.process.wakeup import WakeupSocket
 from arbor_core.types import (
+    TERMINAL,
     Allocator,
     ArborError,
     DevicesLostError,
@@ -118,17 +118,12 @@ class Dispatcher:
             await asyncio.gather(*ending, return_exceptions=True)
 
     async def _restore(self) -> None:
-        """Take up the leases of jobs that were running when an earlier server ended; tidy up after others."""
-        await asyncio.to_thread(self._sweep)
+        """Take up the leases of jobs that were running when an earlier server ended."""
         self.running = {job.id: job for job in self.queue.running()}
         for lease in read_leases(self.jobs.store):
             if lease.claim.owner in self.running:
                 self.leases[lease.claim.owner] = lease
                 self.allocator.restore(lease)
-
-    def _sweep(self) -> None:
-        for job in self.jobs.with_status("validating_files"):
-            sweep(self.attempts.dir(job))
 
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
@@ -162,7 +157,8 @@ class Dispatcher:
         found: Job | None = job
         while found is not None and (to := idle_target(found)):
             event = MessageEvent(f"Fine-tuning job {found.id} {'resumed' if to == 'queued' else to}")
-            if await self.jobs.transition(found, to, event):
+            move = self.attempts.end_idle if to in TERMINAL else self.jobs.transition
+            if await move(found, to, event):
                 self.told_to_wait.discard(found.id)
                 break
             found = self.jobs.get(found.id)
@@ -209,7 +205,7 @@ class Dispatcher:
     async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""
         job = self.jobs.get(job_id)
-        if job is None or job.status != "queued" or job.desired not in ("run", "finish"):
+        if job is None or job.status != "queued" or idle_target(job):
             return
         trainer = self.trainers[job.spec.trainer]
         try:
@@ -219,7 +215,7 @@ class Dispatcher:
             return
         except ArborError as error:
             failed = JobError("insufficient_devices", str(error))
-            await self.jobs.transition(job, "failed", MessageEvent(failed.message, "error"), error=failed)
+            await self.attempts.end_idle(job, "failed", MessageEvent(failed.message, "error"), error=failed)
             return
         self.leases[job.id] = lease
         crash_point("lease.acquired")

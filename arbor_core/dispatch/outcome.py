@@ -235,6 +235,7 @@ class Outcomes:
         Any other fault of it will not mend itself."""
         try:
             await self._end_attempt(job)  # its start may have failed when it had a process already
+            await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
         except TimeoutError:
             raise
         except OSError as failure:  # for want of a descriptor, say

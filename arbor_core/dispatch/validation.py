@@ -47,7 +47,10 @@ class Validation:
             )
             return
         self.executor.prepare(trainer.python, trainer.preload, trainer.prove)
-        await asyncio.to_thread(self.attempts.write_document, job)
+        fresh = self.jobs.get(job.id)
+        if fresh is None or fresh.status != job.status or fresh.desired == "cancel":
+            return  # it may end at any moment, and nobody may be writing into its directory then
+        await self.attempts.write_document(job)
         crash_point("job.document")
         if job.spec.rollouts:
             await self.jobs.transition(job, "queued", MessageEvent("Moving job to queued state"))
@@ -75,7 +78,7 @@ class Validation:
         crash_point("job.queued")
 
     async def _fail(self, job: Job, error: JobError, *before: MessageEvent) -> None:
-        await self.jobs.transition(job, "failed", *before, MessageEvent(error.message, "error"), error=error)
+        await self.attempts.end_idle(job, "failed", *before, MessageEvent(error.message, "error"), error=error)
 
     async def _unless_cancelled(self, job: Job, work: asyncio.Future[Report]) -> Report | None:
         """The result of `work`, or None: the job was cancelled meanwhile, and whoever sees it next settles it."""

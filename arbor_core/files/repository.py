@@ -23,7 +23,7 @@ from arbor_core import ids
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.jobs.states import NOT_ENDED
-from arbor_core.storage.atomic import sync_folder
+from arbor_core.storage.atomic import TEMPORARY, sync_folder
 from arbor_core.storage.database import Store
 from arbor_core.types import NO_RETRY, ApiError, not_found
 
@@ -114,7 +114,7 @@ class Files:
     def _write(self, file_id: str, pieces: Iterable[bytes]) -> tuple[int, str]:
         """Make a file of ours durable, whole or not at all; returns its size in bytes and its SHA-256."""
         size, sha256 = 0, hashlib.sha256()
-        part = self.incoming_dir / f"{file_id}.part"
+        part = self.incoming_dir / f"{file_id}{TEMPORARY}"
         try:
             with part.open("xb") as file:
                 for piece in pieces:

@@ -18,7 +18,7 @@ import msgspec
 from arbor_core import ids
 from arbor_core.crash_points import crash_point
 from arbor_core.process.resources import DISK_FULL_ERRNOS
-from arbor_core.storage.atomic import sync_folder
+from arbor_core.storage.atomic import TEMPORARY, sync_folder
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, not_found
 
 from .concat import Joined, join
@@ -198,7 +198,7 @@ class Uploads:
     async def _joined(self, upload: UploadRow, file_id: str, part_ids: Sequence[str], md5: str | None) -> str:
         """Make the file durable under its id; returns its SHA-256."""
         require_room(self.parts_dir, upload.bytes, self.limits.free_bytes)
-        temporary, target = self.files.incoming_dir / f"{file_id}.part", self.files.path(file_id)
+        temporary, target = self.files.incoming_dir / f"{file_id}{TEMPORARY}", self.files.path(file_id)
         parts = [self.parts_dir / part_id for part_id in part_ids]
         try:
             made = await asyncio.to_thread(join, parts, temporary, md5=md5 is not None)

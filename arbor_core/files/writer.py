@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from arbor_core.crash_points import crash_point
-from arbor_core.storage.atomic import sync_folder
+from arbor_core.storage.atomic import TEMPORARY, sync_folder
 from arbor_core.types import CLOSE, NO_RETRY, ApiError
 
 BATCH_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class Incoming:
     def __init__(self, folder: Path, most: int, reserve: int, param: str = "file") -> None:
         """`most`: bytes that it may have. `reserve`: bytes that must stay free. `param`: what a client calls it."""
         self.folder, self.most, self.reserve, self.param = folder, most, reserve, param
-        self.path = folder / f"{uuid.uuid4().hex}.part"
+        self.path = folder / f"{uuid.uuid4().hex}{TEMPORARY}"
         self.bytes = 0
         self._hash = hashlib.sha256()
         self._batch: list[bytes] = []

@@ -19,7 +19,7 @@ import msgspec
 
 from arbor_core.crash_points import crash_point
 from arbor_core.process.resources import DiskFullError, is_disk_full
-from arbor_core.storage.atomic import replace, sync_folder
+from arbor_core.storage.atomic import TEMPORARY, replace, replace_link, sync_folder
 from arbor_core.types import Checkpoint, CheckpointWithdrawn
 
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def writing(folder: Path, step: int, attempt: int, metrics: dict[str, float]) ->
     Raises:
         DiskFullError: there was no room for all of it. Nothing of it is left.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -160,7 +160,7 @@ def newest_bytes(folder: Path) -> int:
 
 def newest_first(folder: Path) -> list[Path]:
     """The committed checkpoints under `folder`, whole or not, by step and attempt."""
-    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix not in (".tmp", DAMAGED)]
+    found = [path for path in folder.glob("*-*") if path.is_dir() and path.suffix not in (TEMPORARY, DAMAGED)]
     return sorted(found, key=_order, reverse=True)
 
 
@@ -169,10 +169,7 @@ def give_name(folder: Path, name: str, step: int) -> Path:
     path = next(path for path in newest_first(folder) if _order(path)[0] == step)
     link = folder / NAMED / name
     link.parent.mkdir(exist_ok=True)
-    temporary = link.with_name(f".{name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(Path("..") / path.name)
-    temporary.replace(link)
+    replace_link(link, Path("..") / path.name)
     return path
 
 

@@ -8,25 +8,31 @@ import shutil
 from pathlib import Path
 
 from arbor_core.crash_points import crash_point
+from arbor_core.storage.atomic import remove_temporary
 from arbor_core.storage.event_log import tail
 from arbor_core.types import CheckpointDiscarded, CheckpointEvent, CheckpointWithdrawn
 
 from . import checkpoints
-from .layout import CHECKPOINT_REQUESTS, LEDGER, WEIGHTS, AttemptDir, JobDir
+from .layout import CHECKPOINT_REQUESTS, CHECKPOINTS, LEDGER, WEIGHTS, AttemptDir, JobDir
 
 log = logging.getLogger(__name__)
 LIVE = (WEIGHTS, LEDGER, CHECKPOINT_REQUESTS)
 """Folders of a job's directory that nobody needs after its end."""
+ROOMS = (".", CHECKPOINTS, f"{CHECKPOINTS}/{checkpoints.NAMED}", WEIGHTS, CHECKPOINT_REQUESTS)
+"""Folders of a job's directory, beside those of its attempts, in which files and directories are replaced."""
 
 
 def sweep(job: JobDir) -> None:
-    """Remove what was not finished: no process of the job may live."""
-    for pattern in ("checkpoints/*.tmp", "weights/*.tmp", "attempts/*/work"):
-        for folder in job.path.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
-    for pattern in (".*.tmp", "attempts/*/.*.tmp", "attempts/*/.keeper.*", f"checkpoints/{checkpoints.NAMED}/.*.tmp"):
-        for path in job.path.glob(pattern):
-            path.unlink(missing_ok=True)
+    """Remove what was not finished (`storage/atomic.py` has the rule). To be called when an attempt has ended, and
+    before the job ends in whatever way: no process of it may live, and nobody else may be writing there."""
+    attempts = job.attempts()
+    for folder in (*(job.path / name for name in ROOMS), *(attempt.path for attempt in attempts)):
+        remove_temporary(folder)
+    job.inbox_bell.unlink(missing_ok=True)
+    for attempt in attempts:
+        shutil.rmtree(attempt.work, ignore_errors=True)
+        for draft in attempt.path.glob(".keeper.*"):  # of a version that gave it another name
+            draft.unlink(missing_ok=True)
 
 
 def forget_rollouts(job: JobDir) -> None:

@@ -6,10 +6,10 @@ to the storage directory, so that it can be moved.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from arbor_core.storage.atomic import create
 
 CHECKPOINTS, WEIGHTS, INBOX, LEDGER, CHECKPOINT_REQUESTS = "checkpoints", "weights", "inbox", "ledger", "asked"
 RESULTS = "results"
@@ -157,12 +157,7 @@ class AttemptDir:
         """Claim the attempt for a supervisor; the ref of the one that has it: `ref`, or another that came first. Empty:
         the claim was revoked, and nobody may begin."""
         self.path.mkdir(parents=True, exist_ok=True)
-        draft = self.path / f".keeper.{os.getpid()}"
-        if not self.supervisor.exists():
-            draft.write_text(ref)
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, self.supervisor)  # with its content, or not at all
-            draft.unlink()
+        create(self.supervisor, ref.encode())
         return self.supervisor.read_text()
 
     def revoke_claim(self) -> str:

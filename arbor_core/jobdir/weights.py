@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from arbor_core.crash_points import crash_point
+from arbor_core.storage.atomic import TEMPORARY
 
 KEPT = 4
 """Published versions that stay on the disk, beside those that somebody reads."""
@@ -21,7 +22,7 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
 
     Not synced: after a power failure the trainer publishes again from its checkpoint.
     """
-    temporary = folder / f"{name}.tmp"
+    temporary = folder / f"{name}{TEMPORARY}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -38,7 +39,7 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
 
 def _newness(path: Path) -> tuple[int, int]:
     """Version and attempt. The newest version is served, though an attempt that began before it publishes again."""
-    version, _, attempt = path.name.removesuffix(".tmp").partition("-")
+    version, _, attempt = path.name.removesuffix(TEMPORARY).partition("-")
     return int(version), int(attempt)
 
 

@@ -21,6 +21,7 @@ import msgspec
 
 from arbor_core.jobdir import checkpoints, groups
 from arbor_core.jobdir.layout import JobDir
+from arbor_core.storage.atomic import TEMPORARY
 from arbor_core.storage.event_log import tail
 from arbor_core.types import TERMINAL, Event, Lease, MetricsEvent, rollouts
 from arbor_core.worker.replay import reported
@@ -231,12 +232,22 @@ def check_processes(storage: Path) -> None:
 
 
 def check_nothing_left(storage: Path) -> None:
-    """No process, no lease, no half-written file."""
+    """No process, no lease, no half-written file, no socket."""
     left = processes(storage)
     assert not left, f"processes are left: {left}"
     with closing(database(storage)) as db:
         leases = db.execute("SELECT count(*) FROM leases").fetchone()[0]
         assert leases == 0, f"{leases} leases are left"
-    partial = [str(path) for path in storage.rglob("*") if path.suffix in (".part", ".tmp") or path.name == "work"]
-    partial += [str(path) for path in storage.glob("jobs/*/attempts/*/.keeper.*")]
-    assert not partial, f"half-written files are left: {partial}"
+        known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
+    strange = {path.name for path in storage.glob("jobs/*")} - known
+    assert not strange, f"directories of jobs that there are not: {strange}"
+    partial = list(map(str, leftovers(storage)))
+    assert not partial, f"half-written files or sockets are left: {partial}"
+
+
+def leftovers(storage: Path) -> list[Path]:
+    """What only a process that works has use for: unfinished files, scratch directories, sockets."""
+    found = [path for path in storage.rglob("*") if path.suffix == TEMPORARY or path.is_socket()]
+    for job in (JobDir(path) for path in storage.glob("jobs/*")):
+        found += [attempt.work for attempt in job.attempts() if attempt.work.exists()]
+    return found + list((storage / "files" / ".incoming").glob("*"))

@@ -95,7 +95,7 @@ def test_row_22_a_server_that_is_killed_while_it_takes_an_upload(start_server: C
         )
         until(lambda: any(part.stat().st_size for part in incoming.iterdir()))
         server.stop(signal.SIGKILL)
-    assert [part.suffix for part in incoming.iterdir()] == [".part"]
+    assert [part.suffix for part in incoming.iterdir()] == [".tmp"]
     again = start_server()
     assert list(incoming.iterdir()) == []
     assert [file.id for file in again.client.files.list()] == [kept]

@@ -35,6 +35,7 @@ def test_row_93_checkpoints_without_an_event_are_found(tmp_path: Path) -> None:
 def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
     kept = [tmp_path / "job.json", tmp_path / "attempts/1/events.jsonl", tmp_path / "checkpoints/2-1/weights"]
     left = ["checkpoints/4-1.tmp/weights", "attempts/1/work/x", ".desired.7.tmp", "attempts/1/.keeper.9"]
+    left += ["asked/.best.json.7.tmp", "attempts/1/.exit.json.7.tmp", "inbox/bell"]
     for path in (*kept, *(tmp_path / name for name in left)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")

@@ -110,7 +110,7 @@ def test_row_35_the_answer_does_not_wait_for_the_body(locked: LiveServer) -> Non
     with raw_socket(locked.url) as connection:
         connection.sendall(b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000000\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 401")
-    assert list((locked.storage / "files").rglob("*.part")) == []
+    assert list((locked.storage / "files").rglob("*.tmp")) == []
 
 
 def test_row_35_the_client_hears_it(locked: LiveServer) -> None:

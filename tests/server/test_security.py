@@ -88,7 +88,7 @@ def test_row_36_the_answer_does_not_wait_for_the_body(guarded: LiveServer) -> No
     with raw_socket(guarded.url) as connection:
         connection.sendall(f"{head}content-length: 1000000000\r\n\r\n".encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 403")
-    assert list((guarded.storage / "files").rglob("*.part")) == []
+    assert list((guarded.storage / "files").rglob("*.tmp")) == []
 
 
 def test_row_36_the_client_hears_it(guarded: LiveServer) -> None:

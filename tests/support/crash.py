@@ -61,6 +61,9 @@ WORKERS = [
     "supervisor.claimed",
     "supervisor.forked",
     "supervisor.told",
+    "file.written",
+    "file.renamed",
+    "file.written:3",
     "forkserver.requested",
     "forkserver.forked",
 ]

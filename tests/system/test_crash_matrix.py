@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,21 @@ def process_dies(
     assert once.exists(), f"no process came to {point}"
     bring_to_an_end(server, client.files, client.jobs)
     check_the_rest(server, seen)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("point", ["file.written", "file.renamed", "job.created", "job.document"])
+def test_a_job_that_is_cancelled_although_its_server_died_at(
+    point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    """It ends without an attempt, and what the writer of its document left goes with that."""
+    server = start_server("gpu.train=[0,1]", env={"ARBOR_CRASH_AT": point})
+    with suppress(openai.APIConnectionError):
+        Client(server).create(chat_rows)
+    assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
+    with closing(sqlite3.connect(server.storage / "arbor.db")) as db, db:
+        [(job,)] = db.execute("UPDATE jobs SET desired='cancel' RETURNING id").fetchall()
+    seen = Seen(server.storage)
+    again = start_server("gpu.train=[0,1]")
+    assert again.wait(job).status == "cancelled"
+    check_the_rest(again, seen)
