@@ -29,6 +29,10 @@ class DiskFullError(OSError):
     """There is not enough disk space."""
 
 
+class StorageLostError(OSError):
+    """The storage directory has been out of reach for too long: it is gone, or cannot be written."""
+
+
 def wait_for_disk_space(folder: Path, needed: int, seconds: float, before_wait: Callable[[], None]) -> None:
     """Wait until `needed` bytes are free on the disk of `folder`; `before_wait` is called before each wait.
 

@@ -30,6 +30,8 @@ class EventLog:
         self.end = path.stat().st_size
         """Offset that follows the last whole record, in bytes."""
         self.unwritten = b""
+        self.error: OSError | None = None
+        """Why records wait that could not be written; None where the disk took a part of them: it is full."""
 
     def append(self, record: Event, *, durable: bool = False) -> bool:
         """Write one record, after those that wait.
@@ -45,6 +47,7 @@ class EventLog:
 
     def flush(self, *, durable: bool = False) -> bool:
         """Write the records that wait; see `append`."""
+        self.error = None
         try:
             written = self.file.write(self.unwritten) if self.unwritten else 0
             if written == len(self.unwritten):
@@ -52,9 +55,11 @@ class EventLog:
                     os.fsync(self.file.fileno())
                 self.end, self.unwritten = self.end + written, b""
                 return True
-        except OSError:
+        except OSError as error:
+            self.error = error
             traceback.print_exc()
-        os.ftruncate(self.file.fileno(), self.end)
+        if os.fstat(self.file.fileno()).st_size > self.end:
+            os.ftruncate(self.file.fileno(), self.end)
         return False
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, FailureNote, write_note
-from arbor_core.process.resources import is_disk_full
+from arbor_core.process.resources import StorageLostError, is_disk_full
 from arbor_core.types import ErrorEvent, PausedEvent
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memor
 def explain(run: WorkerRun[Any], error: Exception) -> int:
     """Say what an exception means: a full disk pauses the job, anything else ends the attempt. Returns the exit
     status."""
+    if isinstance(error, StorageLostError):  # nothing can be said any more; the server finds the attempt ended
+        return 1
     if run.rank == 0 and is_disk_full(error, run.dir):
         shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
         text = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"

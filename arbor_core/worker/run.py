@@ -28,7 +28,14 @@ from arbor_core.jobdir.documents import (
 from arbor_core.jobdir.heartbeat import Heartbeat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobdir.weights import publishing
-from arbor_core.process.resources import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, is_disk_full, wait_for_disk_space
+from arbor_core.process.resources import (
+    DISK_FULL_ERRNOS,
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    StorageLostError,
+    is_disk_full,
+    wait_for_disk_space,
+)
 from arbor_core.process.wakeup import URGENT, wake
 from arbor_core.storage.event_log import EventLog
 from arbor_core.types import (
@@ -104,13 +111,20 @@ class WorkerRun(Generic[ConfigT]):
         return self.placement.devices
 
     def emit(self, event: Event) -> None:
-        """Write an event. What must not be lost reaches the disk before this returns."""
+        """Write an event. What must not be lost reaches the disk before this returns.
+
+        Raises:
+            StorageLostError: it could not be written for `limits.room_seconds`, and not for want of room.
+        """
         if self.log is None:
             return
         event.at = time.time()
         durable = not isinstance(event, PASSING)
         written = self.log.append(event, durable=durable)
+        until = time.monotonic() + self.room_seconds
         while durable and not written:  # nobody else can say it: wait for room on the disk
+            if (error := self.log.error) and error.errno not in DISK_FULL_ERRNOS and time.monotonic() > until:
+                raise StorageLostError(error.errno, f"no storage for {self.room_seconds:g} s ({error.strerror})")
             self.heartbeat.beat_if_started()
             time.sleep(RETRY_SECONDS)
             written = self.log.flush(durable=True)

@@ -4,6 +4,9 @@
 adopts whatever its worker leaves behind, ends all of it, and only then writes `exit.json`: who reads that file knows
 that no process of the attempt lives.
 
+Nothing lives on without its storage: an attempt whose directory has been gone, or could not be written, for
+`limits.room_seconds` is ended, and its supervisor with it; the server finds out by itself. A full disk is no such case.
+
 An attempt has one supervisor. It says who it is in a file that can be made only once; a server that has lost sight of
 an attempt makes that file itself, so that no supervisor that is late can begin it any more.
 """
@@ -11,11 +14,11 @@ an attempt makes that file itself, so that no supervisor that is late can begin 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.exit import ignore_output_errors, run_and_exit
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.process.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+from arbor_core.process.resources import DISK_FULL_ERRNOS
 from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.types import AttemptOrder, Exit
@@ -54,19 +58,12 @@ def keep(attempt_dir: Path) -> int:
     crash_point("supervisor.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
-    code = _wait(worker, order.grace)
+    storage = StorageWatch(attempt, order.room_seconds)
+    code = _wait(worker, order.grace, storage)
     _end_all(worker)
     ended = Exit(code, time.time())
     crash_point("supervisor.ended")
-    while True:
-        try:
-            replace(attempt.exit, msgspec.json.encode(ended))
-            break
-        except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
-            break
-        except OSError:  # a full disk: nobody but us knows how the attempt ended, so wait for room
-            traceback.print_exc()
-            time.sleep(WAKE_SECONDS)
+    storage.write(attempt.exit, msgspec.json.encode(ended))
     crash_point("supervisor.told")
     wake(order.bell, attempt.job.path.name)
     return code
@@ -86,12 +83,54 @@ def _work(order: AttemptOrder, supervisor: int) -> int:
     return main(order.dir)
 
 
-def _wait(worker: int, grace: float) -> int:
+class StorageWatch:
+    """How long an attempt has been without its storage. What lasts less than `seconds` may pass."""
+
+    def __init__(self, attempt: AttemptDir, seconds: float) -> None:
+        self.attempt, self.seconds = attempt, seconds
+        self.since: float | None = None
+        """When it was found out of reach (`time.monotonic`); None: it is there."""
+        self.told = False
+
+    def lost(self) -> bool:
+        """Whether the attempt must end, because its directory is not there, or cannot be written."""
+        try:
+            self.attempt.supervisor.stat()
+            fault = None if os.access(self.attempt.path, os.W_OK) else OSError(errno.EROFS, os.strerror(errno.EROFS))
+        except OSError as error:
+            fault = error
+        return self._lasts(fault)
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that nobody else can write, as soon as there is room; give up where there is no storage."""
+        while True:
+            try:
+                return replace(path, content)
+            except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
+                return None
+            except OSError as error:
+                if self._lasts(None if error.errno in DISK_FULL_ERRNOS else error):
+                    return None
+            time.sleep(WAKE_SECONDS)
+
+    def _lasts(self, fault: OSError | None) -> bool:
+        """Note whether there is a fault now; True: there has been for too long."""
+        now = time.monotonic()
+        self.since = None if fault is None else self.since or now
+        if fault is None or self.since is None or now - self.since <= self.seconds:
+            return False
+        if not self.told:
+            print(f"supervisor: no storage for {self.seconds:g} s ({fault}): the attempt ends", file=sys.stderr)
+        self.told = True
+        return True
+
+
+def _wait(worker: int, grace: float, storage: StorageWatch) -> int:
     """Wait for the worker; SIGTERM is passed on, SIGKILL follows after `grace` seconds."""
     deadline: float | None = None
     while True:
         got = signal.sigtimedwait(WAITED_FOR, WAKE_SECONDS)
-        if got and got.si_signo == signal.SIGTERM:
+        if (got and got.si_signo == signal.SIGTERM) or (deadline is None and storage.lost()):
             _kill(worker, signal.SIGTERM)
             _kill(worker, signal.SIGCONT)  # one that was stopped can hear it
             deadline = deadline or time.monotonic() + grace
