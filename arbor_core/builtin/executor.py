@@ -22,6 +22,7 @@ from arbor_core.process.environment import clean_env, threads_env, worker_env
 from arbor_core.process.lifecycle import kill_session, lives, process_ref, send_signal, terminate
 from arbor_core.process.resources import resource_shortage
 from arbor_core.process.wakeup import short_address
+from arbor_core.storage.background import in_thread
 from arbor_core.types import ArborError, AttemptOrder, ExecutorSettings, Placement
 
 log = logging.getLogger(__name__)
@@ -178,18 +179,18 @@ class LocalExecutor:
 
     async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
         """The heartbeats of those whose supervisors live, by ref."""
-        return await asyncio.to_thread(heartbeats, attempts)
+        return await in_thread(heartbeats, attempts)
 
     async def signal(self, ref: str, number: int) -> None:
-        await asyncio.to_thread(send_signal, ref, number)
+        await in_thread(send_signal, ref, number)
 
     async def adopt(self, attempt_dir: Path) -> str | None:
         """Who has claimed the attempt; if nobody has, the claim is revoked."""
-        return await asyncio.to_thread(AttemptDir(attempt_dir).revoke_claim) or None
+        return await in_thread(AttemptDir(attempt_dir).revoke_claim) or None
 
     async def end(self, ref: str) -> None:
         """Kill the supervisor's session; the supervisor has killed what left it, unless it was killed itself."""
-        await asyncio.to_thread(kill_session, ref)
+        await in_thread(kill_session, ref)
 
     async def close(self) -> None:
         """End the fork servers, also those that still import; attempts go on under their supervisors."""

@@ -25,6 +25,7 @@ from arbor_core.models.catalog import Models
 from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
+from arbor_core.storage.background import in_thread
 from arbor_core.storage.codec import encode
 from arbor_core.types import AttemptOrder, Executor, Lease, MessageEvent, Placement, Status, Trainer
 from arbor_core.worker.launchers import ConfiguredLauncher
@@ -73,7 +74,7 @@ class Attempts:
 
     async def write_document(self, job: Job) -> None:
         """Write `job.json`, once."""
-        writing = self.writing[job.id] = asyncio.ensure_future(asyncio.to_thread(self._write_document, job))
+        writing = self.writing[job.id] = asyncio.ensure_future(in_thread(self._write_document, job))
         try:
             await asyncio.shield(writing)
         finally:
@@ -83,7 +84,7 @@ class Attempts:
         """End a job that no attempt works on, with nothing half-written in its directory; see `Jobs.transition`."""
         if writing := self.writing.get(job.id):
             await asyncio.wait({writing})
-        await asyncio.to_thread(sweep, self.dir(job))
+        await in_thread(sweep, self.dir(job))
         return await self.jobs.transition(job, to, *events, **changes)
 
     def _write_document(self, job: Job) -> None:
@@ -111,7 +112,7 @@ class Attempts:
 
     async def start(self, job: Job, trainer: Trainer, lease: Lease, bell: Path) -> str:
         """Start the attempt that `job` is at; returns its ref."""
-        order, placement = await asyncio.to_thread(self.write_order, job, trainer, lease, bell)
+        order, placement = await in_thread(self.write_order, job, trainer, lease, bell)
         ref = await self.executor.start(order, placement)
         crash_point("attempt.started")
         return ref
@@ -152,7 +153,7 @@ class Attempts:
 
     async def instruct(self, job: Job) -> None:
         """Make the worker do what is wanted: it pauses by itself between steps, cancelling ends it at once."""
-        await asyncio.to_thread(self.write_desired, job)
+        await in_thread(self.write_desired, job)
         wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
@@ -163,7 +164,7 @@ class Attempts:
         """End an attempt that makes no progress any more; a note says how it hung, to whichever server settles it."""
         log.warning("job %s: attempt %d makes no progress: %s", job.id, job.attempt, how)
         with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
-            await asyncio.to_thread(self.attempt_dir(job).hung.write_text, how)
+            await in_thread(self.attempt_dir(job).hung.write_text, how)
         if job.ref:
             await self.executor.signal(job.ref, signal.SIGTERM)
 

@@ -23,6 +23,7 @@ from arbor_core.jobs.repository import Jobs
 from arbor_core.jobs.states import idle_target
 from arbor_core.process.resources import is_disk_full, resource_shortage
 from arbor_core.process.wakeup import WakeupSocket
+from arbor_core.storage.background import in_background, in_thread
 from arbor_core.types import (
     TERMINAL,
     Allocator,
@@ -92,7 +93,11 @@ class Dispatcher:
             self.awake.set()
 
     async def run(self) -> None:
-        """Work until cancelled. Attempts go on without us."""
+        """Work until cancelled, behind what clients wait for. Attempts go on without us."""
+        async with in_background():
+            await self._run()
+
+    async def _run(self) -> None:
         bell = WakeupSocket(self.bell, self.monitor.wake)
         patrol = asyncio.create_task(self.monitor.patrol())
         try:
@@ -167,7 +172,7 @@ class Dispatcher:
     async def _plan(self) -> None:
         """Ask the scheduler, and start what it says."""
         await self._set_aside()
-        first = await asyncio.to_thread(self.queue.next_jobs, LINE, self.pool, list(self.trainers))
+        first = await in_thread(self.queue.next_jobs, LINE, self.pool, list(self.trainers))
         line = [job for job in first if job.id not in self.tasks]
         if not line:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from arbor_core.jobdir.layout import AttemptDir, JobDir
 from arbor_core.jobs.records import Job
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import ft_name
+from arbor_core.storage.background import in_thread
 from arbor_core.storage.event_log import tail
 from arbor_core.types import Event, Exit, JobView, PolicyPublished
 
@@ -81,12 +81,12 @@ class Ingest:
             if len(unread.events) < BATCH:
                 return taken
             job = taken
-            unread = await asyncio.to_thread(self.read, job)
+            unread = await in_thread(self.read, job)
         return self.jobs.get(job.id) or job
 
     async def collect(self, job: Job) -> Job:
         """Take what the attempt has written since the last time; returns the job as it is then."""
-        return await self.take(job, await asyncio.to_thread(self.read, job))
+        return await self.take(job, await in_thread(self.read, job))
 
     def model_name(self, job: Job) -> str:
         """The public name of a job's result."""

@@ -21,6 +21,7 @@ from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.records import Job
 from arbor_core.process.wakeup import URGENT
+from arbor_core.storage.background import in_thread
 from arbor_core.types import Desired, Executor
 
 from .attempts import Attempts
@@ -122,10 +123,10 @@ class Monitor:
         """Look at an attempt, and tell it what is wanted; False: it has ended, and its job is settled."""
         attempt.wakeup.clear()  # before anything is read: what changes from now on wakes again
         attempt.urgent = False
-        unread = await asyncio.to_thread(self.ingest.read, attempt.job)
+        unread = await in_thread(self.ingest.read, attempt.job)
         alive = unread.exit is None and await self._lives(attempt)
         if unread.exit is None and not alive:
-            unread = await asyncio.to_thread(self.ingest.read, attempt.job)  # its last words, now that all are there
+            unread = await in_thread(self.ingest.read, attempt.job)  # its last words, now that all are there
         job = attempt.job = await self.ingest.take(attempt.job, unread)
         if not alive:
             crash_point("attempt.ended")
@@ -161,7 +162,7 @@ class Monitor:
         """Look at every attempt once."""
         refs = [(attempt, attempt.job.ref) for attempt in self.monitored.values()]
         running = {ref: attempt.files.path for attempt, ref in refs if ref}
-        beats, news = await asyncio.gather(self._poll(running), asyncio.to_thread(look_for_news, refs))
+        beats, news = await asyncio.gather(self._poll(running), in_thread(look_for_news, refs))
         for (attempt, ref), has_news in zip(refs, news, strict=True):
             if has_news:
                 attempt.wakeup.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 import logging
@@ -26,6 +25,7 @@ from arbor_core.jobs.repository import Jobs, keep_paused
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
 from arbor_core.process.resources import is_disk_full, resource_shortage
+from arbor_core.storage.background import in_thread
 from arbor_core.storage.event_log import tail
 from arbor_core.types import (
     CheckpointWithdrawn,
@@ -72,7 +72,7 @@ class Outcomes:
             begun = await self._end_attempt(job) or job.ref is not None
             job = await self.ingest.collect(job)  # its worker may have written until now
         job = await self._tidy(job)
-        last = await asyncio.to_thread(last_word, self.ingest.attempt_dir(job))
+        last = await in_thread(last_word, self.ingest.attempt_dir(job))
         if isinstance(last, ResultEvent):
             await self._succeed(job, last)
         elif isinstance(last, ErrorEvent):
@@ -94,7 +94,7 @@ class Outcomes:
     async def unreadable(self, job: Job, error: Exception) -> None:
         """End a job whose attempt has ended and whose events cannot be taken."""
         await self._end_attempt(job)
-        await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
+        await in_thread(sweep, JobDir.of(self.root, job.id))
         if job.desired == "cancel":
             await self._end(job, "cancelled", MessageEvent(f"Fine-tuning job {job.id} cancelled"))
             return
@@ -118,13 +118,13 @@ class Outcomes:
 
     async def _tidy(self, job: Job) -> Job:
         """Remove what the attempt left, and tell of checkpoints what it could not tell any more."""
-        await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
-        if missed := await asyncio.to_thread(reconciled, self.ingest.attempt_dir(job)):
+        await in_thread(sweep, JobDir.of(self.root, job.id))
+        if missed := await in_thread(reconciled, self.ingest.attempt_dir(job)):
             await self.jobs.reconcile(job, missed, self.ingest.model_name(job))
             for event in missed:
                 if isinstance(event, CheckpointWithdrawn):  # after that was written down: what is offered is there
                     damaged = JobDir.of(self.root, job.id).checkpoints / event.dir
-                    await asyncio.to_thread(checkpoints.set_aside, damaged)
+                    await in_thread(checkpoints.set_aside, damaged)
             job = self.jobs.get(job.id) or job
         crash_point("attempt.tidied")
         return job
@@ -235,7 +235,7 @@ class Outcomes:
         Any other fault of it will not mend itself."""
         try:
             await self._end_attempt(job)  # its start may have failed when it had a process already
-            await asyncio.to_thread(sweep, JobDir.of(self.root, job.id))
+            await in_thread(sweep, JobDir.of(self.root, job.id))
         except TimeoutError:
             raise
         except OSError as failure:  # for want of a descriptor, say

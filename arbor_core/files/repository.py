@@ -24,6 +24,7 @@ from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.atomic import TEMPORARY, sync_folder
+from arbor_core.storage.background import in_thread
 from arbor_core.storage.database import Store
 from arbor_core.types import NO_RETRY, ApiError, not_found
 
@@ -108,7 +109,7 @@ class Files:
             OSError: there is no room at all.
         """
         file_id = ids.new("file-")
-        size, sha256 = await asyncio.to_thread(self._write, file_id, pieces)
+        size, sha256 = await in_thread(self._write, file_id, pieces)
         return file_id, inserting(file_id, owner, purpose, filename, size, sha256)
 
     def _write(self, file_id: str, pieces: Iterable[bytes]) -> tuple[int, str]:

@@ -1,8 +1,9 @@
 """The database: one SQLite file, one writer.
 
 Every change is made on the writer's thread, whole or not at all, and is on the disk when its caller hears of it;
-changes that wait at the same time share one commit. Reads go through a connection per thread and never wait for the
-writer (WAL). What a table means is known by the rooms that use it: `jobs`, `files`, `uploads`, `models`.
+changes that wait at the same time share one commit. Those of requests go first, and wait for no more of the others
+than about two commits take. Reads go through a connection per thread and never wait for the writer (WAL). What a table
+means is known by the rooms that use it: `jobs`, `files`, `uploads`, `models`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +21,21 @@ from typing import Any, TypeVar
 from arbor_core.crash_points import crash_point
 from arbor_core.types import ArborError
 
+from .background import is_background
 from .schema import SCHEMA, VERSION
 
 T = TypeVar("T")
 Change = Callable[[sqlite3.Connection], Any]
+Waiting = tuple[Change, "Future[Any]"]
 REPAIR = (
     " It is damaged: put a backup in its place, or save what can be read with"
     " `sqlite3 {path} .recover | sqlite3 {path}.new` and put that in its place"
 )
 BATCH = 100
 """Changes that share a commit, at most, so that none waits long for the others."""
+HURRY_SECONDS = 0.01
+"""How long others may put off a commit that a request waits for, or as long as the last commit took: half of the time
+is theirs."""
 
 
 class Store:
@@ -42,7 +49,9 @@ class Store:
         self.path = path
         self._local = threading.local()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._asked: SimpleQueue[tuple[Change, Future[Any]]] = SimpleQueue()
+        self._requests: SimpleQueue[Waiting] = SimpleQueue()
+        self._others: SimpleQueue[Waiting] = SimpleQueue()
+        self._commit_seconds = 0.0
         self._open: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
@@ -117,7 +126,7 @@ class Store:
         event loop.
         """
         outcome: Future[T] = Future()
-        self._asked.put((change, outcome))
+        (self._others if is_background() else self._requests).put((change, outcome))
         self._writer.submit(self._commit)
         done = asyncio.wrap_future(outcome)
         if committed:
@@ -126,36 +135,44 @@ class Store:
 
     def _commit(self) -> None:
         """Make the changes that wait in one transaction, then tell each caller what became of it."""
-        asked = self._waiting()
-        if not asked:  # an earlier call took them along
+        batch = self._batch()
+        first = next(batch, None)
+        if first is None:  # an earlier call took it along
             return
-        db = self._connection()
+        db, taken = self._connection(), [first]
         try:
             db.execute("BEGIN IMMEDIATE")
-            outcomes = [_outcome(db, change) for change, _ in asked]
+            outcomes = [_outcome(db, first[0])]
+            for one in batch:
+                taken.append(one)
+                outcomes.append(_outcome(db, one[0]))
             crash_point("store.changed")
+            began = time.monotonic()
             db.execute("COMMIT")
+            self._commit_seconds = time.monotonic() - began
             crash_point("store.committed")
         except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            outcomes = [(None, error)] * len(asked)
-        for (_, future), (value, error_in_it) in zip(asked, outcomes, strict=True):
+            outcomes = [(None, error)] * len(taken)
+        for (_, future), (value, error_in_it) in zip(taken, outcomes, strict=True):
             if error_in_it is None:
                 future.set_result(value)
             else:
                 future.set_exception(error_in_it)
 
-    def _waiting(self) -> list[tuple[Change, Future[Any]]]:
-        found: list[tuple[Change, Future[Any]]] = []
-        while len(found) < BATCH:
-            try:
-                change, future = self._asked.get_nowait()
-            except Empty:
-                break
-            if future.set_running_or_notify_cancel():
-                found.append((change, future))
-        return found
+    def _batch(self) -> Iterator[Waiting]:
+        """The changes of one transaction, as they are to be made: requests' first, also those that come meanwhile."""
+        commit_at = float("inf")
+        for _ in range(BATCH):
+            found = _next(self._requests)
+            if found:
+                commit_at = min(commit_at, time.monotonic() + max(HURRY_SECONDS, self._commit_seconds))
+            elif time.monotonic() < commit_at:
+                found = _next(self._others)
+            if found is None:
+                return
+            yield found
 
     def close(self) -> None:
         """Finish what is being written and close."""
@@ -163,6 +180,17 @@ class Store:
         with self._lock:
             for connection in self._open:
                 connection.close()
+
+
+def _next(queue: SimpleQueue[Waiting]) -> Waiting | None:
+    """The oldest change in a queue whose caller still waits for it."""
+    while True:
+        try:
+            change, outcome = queue.get_nowait()
+        except Empty:
+            return None
+        if outcome.set_running_or_notify_cancel():
+            return change, outcome
 
 
 def _outcome(db: sqlite3.Connection, change: Change) -> tuple[Any, BaseException | None]:
