@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -82,7 +82,8 @@ def boot_id() -> str:
 
 
 def kill_session(leader: str) -> None:
-    """Kill the processes left in a session whose leader was killed, and wait until they are gone.
+    """Kill the processes of a session and all that descend from them, and wait until they are gone. Of one whose leader
+    was killed before those are left that did not leave it.
 
     Args:
         leader: The leader's ref. Its pid is not given to another process while one of its session lives: if it was, or
@@ -95,21 +96,38 @@ def kill_session(leader: str) -> None:
     if not rest.endswith(f":{boot_id()}") or process_ref(int(pid)) not in ("", leader):
         return
     deadline = time.monotonic() + KILL_SECONDS
-    while left := list(session_pids(pid)):
+    left: set[tuple[int, str]] = set()
+    while left := family(pid, left):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the processes {left} were killed and do not end")
-        for member in left:
+            raise TimeoutError(f"the processes {sorted(member for member, _ in left)} were killed and do not end")
+        for member, _ in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(member, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def session_pids(leader_pid: str) -> Iterator[int]:
-    """The live processes of a session; none where there is no /proc."""
+def family(session: str, known: Collection[tuple[int, str]] = ()) -> set[tuple[int, str]]:
+    """The live processes of a session, those of `known`, and all that descend from them; none where there is no /proc.
+
+    Args:
+        known: Processes that were found before, and whose parents may have ended since.
+
+    Returns:
+        Pids with start times: a pid may be given to another process.
+    """
+    parents: dict[int, tuple[int, str]] = {}
+    found: set[int] = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, session, *_ = stat_fields(stat)
+            fields = stat_fields(stat)
         except OSError:  # it has ended
             continue
-        if session == leader_pid and state not in DEAD:
-            yield int(stat.parent.name)
+        pid, state, parent, of, start = int(stat.parent.name), fields[0], int(fields[1]), fields[3], fields[19]
+        if state in DEAD:
+            continue
+        parents[pid] = (parent, start)
+        if of == session or (pid, start) in known:
+            found.add(pid)
+    while more := {pid for pid, (parent, _) in parents.items() if parent in found} - found:
+        found |= more
+    return {(pid, parents[pid][1]) for pid in found}

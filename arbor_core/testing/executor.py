@@ -130,18 +130,18 @@ async def _check(site: Site, outlive: bool) -> None:
         first, second = site.prepared("first"), site.prepared("second")
         ref, other = await site.start(first), await site.start(second)
         assert len({ref, other, ""}) == 3, f"two attempts have the refs {ref!r} and {other!r}"
-        await _check_living(site, ref, other)
-        await _check_started_twice(site, ref, first)
-        await _check_signalled(site, other, second)
+        await check_living(site, ref, other)
+        await check_started_twice(site, ref, first)
+        await check_signalled(site, other, second)
         assert ref in await site.poll(), "a signal to another attempt ended this one"
-        ref = await _check_restarted(site, ref, first, outlive)
-        await _check_never_begun(site)
-        await _check_ended(site, ref)
+        ref = await check_restarted(site, ref, first, outlive)
+        await check_never_begun(site)
+        await check_ended(site, ref)
     finally:
         await site.close()
 
 
-async def _check_living(site: Site, *refs: str) -> None:
+async def check_living(site: Site, *refs: str) -> None:
     """All that live are told at once, and no others."""
     asked = {**{ref: site.started[ref].path for ref in refs}, FOREIGN: site.started[refs[0]].path}
     living = await _soon(site.executor.poll(asked), "poll")
@@ -151,7 +151,7 @@ async def _check_living(site: Site, *refs: str) -> None:
     await asyncio.gather(*(site.advance(ref) for ref in refs))
 
 
-async def _check_started_twice(site: Site, ref: str, attempt: AttemptDir) -> None:
+async def check_started_twice(site: Site, ref: str, attempt: AttemptDir) -> None:
     """The server may not know that a start has succeeded, and do it again."""
     again = await site.start(attempt)
     if again != ref:
@@ -162,7 +162,7 @@ async def _check_started_twice(site: Site, ref: str, attempt: AttemptDir) -> Non
     assert steps == list(range(1, len(steps) + 1)), f"an attempt that was started twice reported the steps {steps}"
 
 
-async def _check_signalled(site: Site, ref: str, attempt: AttemptDir) -> None:
+async def check_signalled(site: Site, ref: str, attempt: AttemptDir) -> None:
     """SIGTERM ends an attempt, whose supervisor writes how it ended before it is gone."""
     await _soon(site.executor.signal(ref, signal.SIGTERM), "signal")
     await site.gone(ref, "was sent SIGTERM")
@@ -171,7 +171,7 @@ async def _check_signalled(site: Site, ref: str, attempt: AttemptDir) -> None:
     await _soon(site.executor.signal(ref, signal.SIGTERM), "signal")  # nobody is there: nothing happens
 
 
-async def _check_restarted(site: Site, ref: str, attempt: AttemptDir, outlive: bool) -> str:
+async def check_restarted(site: Site, ref: str, attempt: AttemptDir, outlive: bool) -> str:
     """The next server knows refs and directories only; returns the ref of an attempt that lives."""
     await _soon(site.executor.close(), "close")
     site.executor = site.factory(site.settings)
@@ -184,7 +184,7 @@ async def _check_restarted(site: Site, ref: str, attempt: AttemptDir, outlive: b
     return ref
 
 
-async def _check_never_begun(site: Site) -> None:
+async def check_never_begun(site: Site) -> None:
     """An attempt that nobody has begun never begins once the server has looked for it."""
     attempt = site.prepared("given-up")
     assert await site.adopt(attempt) is None, "nobody has begun this attempt, and somebody is said to run it"
@@ -193,7 +193,7 @@ async def _check_never_begun(site: Site) -> None:
     assert await site.adopt(attempt) is None, "somebody is said to have run an attempt that never began"
 
 
-async def _check_ended(site: Site, ref: str) -> None:
+async def check_ended(site: Site, ref: str) -> None:
     """When an attempt was ended, nothing of it lives."""
     await site.progress(ref)
     await _soon(site.executor.end(ref), "end")

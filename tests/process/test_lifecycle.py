@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from arbor_core.process import lifecycle
-from arbor_core.process.lifecycle import kill_session, process_ref
+from arbor_core.process.lifecycle import kill_session, lives, process_ref
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(999)"]
 
@@ -31,6 +31,25 @@ def test_what_outlives_its_supervisor_is_ended(tmp_path: Path) -> None:
         assert not process_ref(stray)
         assert other.poll() is None
         other.kill()
+
+
+def test_what_left_the_session_of_one_that_lives_is_ended_with_it() -> None:
+    """The ranks of a launcher, say: each has a session of its own, and outlives the launcher for a moment."""
+    start = (
+        "import subprocess, sys; sleep = lambda: subprocess.Popen(sys.argv[1:], start_new_session=True, stdout=2)\n"
+        "print(sleep().pid, sleep().pid, flush=True); input()"
+    )
+    command = [sys.executable, "-c", start, *SLEEP]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as leader:
+        assert leader.stdout is not None
+        ranks = [process_ref(int(pid)) for pid in leader.stdout.readline().split()]
+        assert len(ranks) == 2
+        assert all(map(lives, ranks))
+        kill_session(process_ref(leader.pid))
+        assert not any(map(lives, ranks))
+        assert leader.wait(10) == -signal.SIGKILL
 
 
 def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:

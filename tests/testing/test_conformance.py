@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from arbor_core import AllocatorSettings, MetricsEvent, Plan, Snapshot, Trainer
+from arbor_core import (
+    AllocatorSettings,
+    AttemptDir,
+    AttemptOrder,
+    ExecutorSettings,
+    MetricsEvent,
+    Placement,
+    Plan,
+    Snapshot,
+    Trainer,
+)
 from arbor_core.config import convert
 from arbor_core.plugins import load
 from arbor_core.testing import (
@@ -21,6 +31,7 @@ from arbor_core.testing import (
     check_scheduler,
     check_trainer,
 )
+from arbor_core.testing import executor as executor_checks
 from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
@@ -98,6 +109,86 @@ TRAINS_ON = {"trainer": "mock", "model": "mock/tiny", "hyperparameters": {"steps
 @pytest.mark.parametrize("name", INSTALLED.all("executors").keys() - {"mock_node"})  # it has a test of its own
 def test_executor_conforms(name: str, chat_rows: list[dict[str, Any]]) -> None:
     check_executor(INSTALLED.get("executors", name), rows=chat_rows, **TRAINS_ON, outlive=name != "mock")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit waits no longer than this for what a bad executor never does."""
+    monkeypatch.setattr(executor_checks, "PATIENCE_SECONDS", 1.5)
+
+
+@pytest.fixture
+def site(chat_rows: list[dict[str, Any]], tmp_path: Path) -> executor_checks.Site:
+    """Attempts without processes, under an executor that a test may spoil."""
+
+    def job(name: str) -> JobDirectory:
+        config = {"steps": 9999, "step_seconds": 0.05}
+        return JobDirectory(tmp_path / name, "mock", chat_rows, "mock/tiny", config)
+
+    return executor_checks.Site(INSTALLED.get("executors", "mock"), ExecutorSettings("cold", tmp_path / "run"), job)
+
+
+async def test_the_kit_finds_an_executor_that_forgets_who_lives(site: executor_checks.Site) -> None:
+    refs = [await site.start(site.prepared(name)) for name in ("a", "b")]
+    poll = site.executor.poll
+    site.executor.poll = lambda attempts: poll(dict(list(attempts.items())[:1]))  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="which live, and of 'a ref of another executor' it says"):
+        await executor_checks.check_living(site, *refs)
+    site.executor.poll = poll  # type: ignore[method-assign]
+    await site.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_the_kit_finds_an_executor_that_sees_no_progress(site: executor_checks.Site) -> None:
+    ref = await site.start(site.prepared("a"))
+    poll = site.executor.poll
+
+    async def frozen(attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
+        return dict.fromkeys(await poll(attempts), "lives")
+
+    site.executor.poll = frozen  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="says something else of an attempt that has made progress"):
+        await executor_checks.check_living(site, ref)
+    await site.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_the_kit_finds_an_executor_that_lets_a_late_start_begin(site: executor_checks.Site) -> None:
+    async def look(attempt_dir: Path) -> str | None:
+        claim = AttemptDir(attempt_dir).supervisor
+        return claim.read_text() if claim.exists() else None
+
+    site.executor.adopt = look  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="an attempt that was given up before it was started does not live"):
+        await executor_checks.check_never_begun(site)
+    await site.close()
+
+
+async def test_the_kit_finds_an_executor_that_ends_nothing(site: executor_checks.Site) -> None:
+    async def end(ref: str) -> None:
+        pass
+
+    ref, real = await site.start(site.prepared("a")), site.executor.end
+    site.executor.end = end  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="an attempt lives that was ended"):
+        await executor_checks.check_ended(site, ref)
+    site.executor.end = real  # type: ignore[method-assign]
+    await site.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_the_kit_finds_an_executor_that_runs_an_attempt_twice(site: executor_checks.Site) -> None:
+    attempt = site.prepared("a")
+    ref, start = await site.start(attempt), site.executor.start
+
+    async def again(order: AttemptOrder, placement: Placement) -> str:
+        AttemptDir(order.dir).supervisor.unlink()
+        return await start(order, placement)
+
+    site.executor.start = again  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="an attempt that is run by somebody else does not live any more"):
+        await executor_checks.check_started_twice(site, ref, attempt)
+    await site.close()
 
 
 class Loose(msgspec.Struct):
