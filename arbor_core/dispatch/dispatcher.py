@@ -272,7 +272,7 @@ class Dispatcher:
         until = time.monotonic() + self.room_seconds
         while True:
             try:
-                return await self.attempts.start(job, trainer, lease, self.bell)
+                return await self._unless_cancelled(job, self.attempts.start(job, trainer, lease, self.bell))
             except OSError as error:
                 may_pass = is_disk_full(error, self.attempts.root) or resource_shortage(error)
                 if not may_pass or time.monotonic() > until:
@@ -282,6 +282,22 @@ class Dispatcher:
             fresh = self.jobs.get(job.id)
             if fresh is None or fresh.instruction != "run":
                 return None
+
+    async def _unless_cancelled(self, job: Job, start: Coroutine[Any, Any, str]) -> str | None:
+        """The ref of an attempt that an executor starts, which may take long (a cluster has a queue of its own); None:
+        the job was cancelled meanwhile. Whether the attempt has begun nobody knows then: who monitors it asks."""
+        starting = asyncio.create_task(start)
+        try:
+            while True:
+                await asyncio.wait([starting], timeout=POLL_SECONDS)
+                if starting.done():
+                    return starting.result()
+                fresh = self.jobs.get(job.id)
+                if fresh is None or fresh.desired == "cancel":
+                    return None
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def _monitor(self, job: Job) -> None:
         await self.monitor.monitor(job)

@@ -78,7 +78,8 @@ class Executor(Protocol):
         ...
 
     async def start(self, order: AttemptOrder, placement: Placement) -> str:
-        """Start an attempt whose directory holds its documents; returns its ref. Started twice, it runs once.
+        """Start an attempt whose directory holds its documents; returns its ref. Started twice, it runs once. May take
+        long: the call is cancelled with the job, and `adopt` is asked whether the attempt has begun.
 
         Raises:
             ArborError: this executor does not reach the node of the devices.

@@ -51,6 +51,8 @@ class Desk:
     faults: Iterator[Exception] = field(default_factory=lambda: iter(()))
     starts: int = 0
     monitored: list[str] = field(default_factory=list)
+    monitor: Any = None
+    """What monitors an attempt where a test does not only note it."""
 
     async def start(self, *_: Any) -> str:
         self.starts += 1
@@ -70,11 +72,11 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     jobs = Jobs(store)
     nobody: Any = None
     models: Any = SimpleNamespace(root=tmp_path)
-    attempts = Attempts(jobs, nobody, models, nobody, nobody, "storage_x", nobody, 1)
-    ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     local = LocalExecutor(ExecutorSettings("cold", tmp_path / "run"))
+    attempts = Attempts(jobs, nobody, models, local, nobody, "storage_x", nobody, 1)
+    ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     outcomes = Outcomes(jobs, nobody, ingest, local, tmp_path, nobody)
-    monitor = Monitor(attempts, ingest, outcomes, nobody, nobody)
+    monitor = Monitor(attempts, ingest, outcomes, local, nobody)
     made = Dispatcher(
         jobs, attempts, nobody, monitor, {}, nobody, PoolAllocator({}), tmp_path / "bell", room_seconds=60
     )
@@ -84,7 +86,7 @@ async def desk(tmp_path: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
     await jobs.transition(job, "queued")
     running = await jobs.transition(jobs.get(job.id) or job, "running", attempt=1)
     assert running is not None
-    found = Desk(made, running, Lease("lease-1", training_claim(job.id, 1), ((),)))
+    found = Desk(made, running, Lease("lease-1", training_claim(job.id, 1), ((),)), monitor=monitor.monitor)
 
     async def watch(job: Job) -> None:
         found.monitored.append(job.ref or "")
@@ -129,6 +131,29 @@ async def test_a_start_that_cannot_succeed_fails_at_once(desk: Desk) -> None:
     assert job.status == "failed"
     assert job.error is not None
     assert job.error.code == "worker_not_started"
+
+
+async def test_a_job_is_cancelled_while_an_executor_takes_its_time_to_start_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it has begun, and nothing will: a start that was on its way finds the claim taken."""
+    given_up: list[bool] = []
+
+    async def slow(*_: Any) -> str:
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            given_up.append(True)
+
+    monkeypatch.setattr(desk.dispatcher.attempts, "start", slow)
+    monkeypatch.setattr(desk.dispatcher.monitor, "monitor", desk.monitor)
+    launched = asyncio.create_task(desk.launch())
+    await asyncio.sleep(0)
+    await desk.dispatcher.jobs.set_desired(desk.job.id, "cancel")
+    job = await asyncio.wait_for(launched, 10)
+    assert job.status == "cancelled"
+    assert given_up == [True]
+    assert desk.dispatcher.attempts.attempt_dir(desk.job).claim("late") == ""
 
 
 async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk) -> None:
