@@ -1,4 +1,5 @@
-"""Arbor's face, the first of the four doors: what trainers, schedulers, allocators and executors import.
+"""Arbor's face, the first of the four doors: what trainers, schedulers, allocators and executors import. A program of
+one's own, a notebook say, has a server in itself with `open_system(serve_settings(...))`: see docs/python.md.
 
 A plugin is a module named under the entry-point group `arbor` with functions marked `@hookimpl`; the hooks are in
 `arbor_core.hookspecs`. The other doors are `arbor_core.http` (routes), `arbor_core.engine` (engine processes) and
@@ -74,7 +75,9 @@ from .types import (
 )
 
 if TYPE_CHECKING:
+    from .application.system import Arbor, open_system
     from .builtin.allocator import PoolAllocator
+    from .config.compose import serve_settings
     from .crash_points import crash_point
     from .data.chat_format import Chats, ChatText, Conversation
     from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
@@ -88,6 +91,9 @@ if TYPE_CHECKING:
     from .worker.run import WorkerRun, open_run
 
 LAZY = {
+    "Arbor": "application.system",
+    "open_system": "application.system",
+    "serve_settings": "config.compose",
     "PoolAllocator": "builtin.allocator",
     "crash_point": "crash_points",
     "ChatText": "data.chat_format",
@@ -128,6 +134,7 @@ __all__ = [
     "Accepted",
     "Allocator",
     "AllocatorSettings",
+    "Arbor",
     "ArborError",
     "AttemptDir",
     "AttemptOrder",
@@ -200,8 +207,10 @@ __all__ = [
     "manifest",
     "newest_first",
     "open_run",
+    "open_system",
     "read_rows",
     "replace",
+    "serve_settings",
     "short_address",
     "wake",
     "worker_env",

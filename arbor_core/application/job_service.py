@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from arbor_core import ids
+from arbor_core.config.api_keys import DEFAULT_OWNER
+from arbor_core.config.convert import typed
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.jobs.feed import KEPT, Changes, GapError
 from arbor_core.jobs.records import Job
@@ -26,6 +29,8 @@ from .submission import Submission
 
 NOT_FOUND = ("fine_tune_not_found", "fine_tune_id")
 """OpenAI's code and parameter."""
+LOOK_SECONDS = 1.0
+"""How often a wait for a job looks by itself."""
 PARTICIPLES = {"cancel": "cancelled", "pause": "paused", "run": "resumed"}
 
 
@@ -44,20 +49,28 @@ class JobService:
 
     async def create(
         self,
-        request: CreateFineTuningJobRequest,
-        owner: str,
+        request: CreateFineTuningJobRequest | Mapping[str, Any],
+        owner: str = DEFAULT_OWNER,
         repeatable: Repeatable | None = None,
         warnings: Sequence[str] = (),
     ) -> objects.FineTuningJob:
         """Create a job; it is in the database when this returns.
 
         Args:
+            request: The body of `POST /v1/fine_tuning/jobs`.
             repeatable: How the request was sent: one that came before gets the response that it got then.
             warnings: More events to begin the job with.
 
         Raises:
             ApiError, ConfigError: saying which field is wrong, and how.
         """
+        if isinstance(request, Mapping):
+            request = typed(dict(request), CreateFineTuningJobRequest, "")
+        return await self._create(request, owner, repeatable, warnings)
+
+    async def _create(
+        self, request: CreateFineTuningJobRequest, owner: str, repeatable: Repeatable | None, warnings: Sequence[str]
+    ) -> objects.FineTuningJob:
         if repeatable and (response := repeatable.earlier_response(self.store.one)):
             return decoded(response)
         new, found = self.submission.prepare(request, owner)
@@ -74,7 +87,7 @@ class JobService:
         self.dispatcher.wake()
         return self.show(job)
 
-    def find(self, job_id: str, owner: str) -> Job:
+    def find(self, job_id: str, owner: str = DEFAULT_OWNER) -> Job:
         """A job of an owner's.
 
         Raises:
@@ -88,6 +101,18 @@ class JobService:
     def show(self, job: Job) -> objects.FineTuningJob:
         """The job as OpenAI's object."""
         return objects.job_object(job, self.organization)
+
+    async def wait(self, job_id: str, owner: str = DEFAULT_OWNER) -> objects.FineTuningJob:
+        """The job when it has ended.
+
+        Raises:
+            ApiError: 404.
+        """
+        number = self.jobs.feed.newest  # before the first look: nothing is missed
+        while (job := self.find(job_id, owner)).status not in TERMINAL:
+            await self.jobs.feed.wait(number, LOOK_SECONDS, job.id)
+            number = self.jobs.feed.newest
+        return self.show(job)
 
     async def ask(self, job: Job, desired: Desired) -> Job:
         """Ask a job to run, pause, finish or cancel; one that no process works on does so at once.

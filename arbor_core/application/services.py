@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.config.convert import typed
 from arbor_core.jobdir import checkpoint_requests
 from arbor_core.jobs.policies import named_checkpoint_sizes, named_checkpoints, newest_policy
 from arbor_core.jobs.records import Job
@@ -27,7 +26,6 @@ from arbor_core.types import (
 )
 
 from . import objects
-from .requests import CreateFineTuningJobRequest
 from .system import Arbor
 
 POLL_SECONDS = 0.2
@@ -44,8 +42,7 @@ class ServerServices:
         self.arbor, self.jobs = arbor, arbor.job_service
 
     async def create_job(self, request: Mapping[str, Any], owner: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
-        body = typed(dict(request), CreateFineTuningJobRequest, "")
-        return plain(await self.jobs.create(body, owner, warnings=warnings))
+        return plain(await self.jobs.create(request, owner, warnings=warnings))
 
     def defaults(self, method: str) -> Mapping[str, Any]:
         return self.arbor.trainers[self.arbor.plugins.trainer_for(method, self.arbor.default_trainer)].values

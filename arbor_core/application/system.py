@@ -1,13 +1,12 @@
-"""The composition root: all parts of a server, wired once, from its settings. Works without HTTP."""
+"""The composition root: all parts of a server, wired once, from its settings. Works without HTTP, in any thread."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import signal
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +31,7 @@ from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
 from arbor_core.models.fine_tuned import Resolved
-from arbor_core.plugins import Plugins
+from arbor_core.plugins import Plugins, load
 from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
@@ -44,11 +43,17 @@ from arbor_core.types import (
     Executor,
     ExecutorSettings,
     InferenceBackend,
+    Scheduler,
 )
 from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
 
+from .completions import CompletionService
+from .file_service import FileService
 from .job_service import JobService
+from .model_service import ModelService
+from .status import ServerStatus
 from .submission import Submission, TrainerDefaults
+from .upload_service import UploadService
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 5.0
@@ -56,7 +61,7 @@ TICK_SECONDS = 5.0
 
 @dataclass
 class Arbor:
-    """A server's parts."""
+    """A server's parts, as `open_system` puts them together."""
 
     settings: ServeConfig
     plugins: Plugins
@@ -66,8 +71,13 @@ class Arbor:
     jobs: Jobs
     job_service: JobService
     files: Files
+    file_service: FileService
     uploads: Uploads
+    upload_service: UploadService
     models: Models
+    model_service: ModelService
+    completion_service: CompletionService
+    status: ServerStatus
     sessions: OpenSessions
     allocator: Allocator
     executor: Executor
@@ -77,38 +87,72 @@ class Arbor:
     dispatcher: Dispatcher
     lock: IO[str]
     """Held while this server works on the storage directory."""
-    failed: bool = False
-    """It had to end by itself."""
+    failure: BaseException | None = None
+    """Why it cannot go on."""
+    begun: bool = False
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Dispatch jobs and look after engines; on the way out engines end and trainers go on."""
+    async def running(self, on_failure: Callable[[BaseException], object] | None = None) -> AsyncIterator[Arbor]:
+        """Dispatch jobs and look after engines; on the way out engines end, trainers go on, and all that this server
+        holds is given back. Once for each server.
+
+        Args:
+            on_failure: Called with the reason when the server cannot go on. It would look alive and do nothing, so
+                leave the block soon. None: what runs inside the block is cancelled.
+
+        Raises:
+            ArborError: it could not go on, and nobody was called.
+        """
+        if self.begun:
+            raise ArborError("this server has run already: open another one with open_system(settings)")
+        self.begun, tasks = True, list[asyncio.Task[None]]()
+        owner = asyncio.current_task()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and self.failure is None and (error := task.exception()):
+                log.critical("the server cannot go on; running jobs go on without it", exc_info=error)
+                self.failure = error
+                if on_failure:
+                    on_failure(error)
+                elif owner:
+                    owner.cancel()
+
+        try:
+            try:
+                await self._begin()
+                tasks += [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
+                for task in tasks:
+                    task.add_done_callback(ended)
+                yield self
+            finally:
+                await to_its_end(self._end(tasks))
+        except asyncio.CancelledError:
+            if self.failure is None or on_failure or (owner and owner.uncancel()):  # somebody else wants it to end
+                raise
+        if self.failure and not on_failure:
+            raise ArborError(f"the server could not go on: {self.failure}") from self.failure
+
+    async def _begin(self) -> None:
         if self.default_trainer:
             chosen = self.trainers[self.default_trainer].trainer
             self.executor.prepare(chosen.python, chosen.preload, chosen.prove)
         await asyncio.to_thread(self.sessions.recover)
-        tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._tick())]
-        for task in tasks:
-            task.add_done_callback(self._ended)
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.engines.close()
-            await self.executor.close()
-            self.observers.close()
-            self.sessions.close()
-            self.store.close()
-            self.lock.close()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """End the server when one of its tasks has ended: it would look alive and do nothing."""
-        if not task.cancelled() and (error := task.exception()):
-            log.critical("the server cannot go on and ends; running jobs go on without it", exc_info=error)
-            self.failed = True
-            os.kill(os.getpid(), signal.SIGTERM)
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.engines.close()
+        await self.executor.close()
+        self.close()
+
+    def close(self) -> None:
+        """Give back what this server holds. `running()` does it; to be called for one that never runs."""
+        self.begun = True
+        self.observers.close()
+        self.sessions.close()
+        self.store.close()
+        self.lock.close()
 
     async def _tick(self) -> None:
         works = (self.engines.tick, self._close_ended_sessions, self.weight_sync.tick, self.uploads.expire)
@@ -127,34 +171,113 @@ class Arbor:
                 self.sessions.of(job)
 
 
-def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Arbor:
-    """Wire a server together.
+@dataclass(frozen=True)
+class Chosen:
+    """What the names in the settings stand for."""
+
+    trainers: Mapping[str, TrainerDefaults]
+    default_trainer: str | None
+    scheduler: Scheduler
+    allocator: Allocator
+    executor: Executor
+    launcher: ConfiguredLauncher
+    backend: InferenceBackend
+    options: Mapping[str, Any]
+
+
+def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Chosen:
+    """Look up what the settings name.
 
     Raises:
-        ArborError: a name that no plugin brings, a device that is not there, a storage directory that cannot be used.
+        ArborError: a name that no plugin brings, or a device that is not there.
     """
-    root = settings.storage.absolute()
+    if default_trainer:
+        plugins.get("trainers", default_trainer)  # says which name is near
     trainers = trainer_defaults(settings, plugins, default_trainer)
     scheduler = plugins.get("schedulers", settings.scheduler)()
     allocator = plugins.get("allocators", settings.allocator)(
         AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
-    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, root / "run"))
+    runtime = settings.storage.absolute() / "run"
+    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, runtime))
     launcher = launcher_of(settings, plugins)
     backend = plugins.get("inference_backends", settings.inference)()
-    options = engine_options(settings, backend)  # before anything is touched
-    lock = locked(root)
-    make_private(root)
-    store = Store(root / "arbor.db")
+    options = engine_options(settings, backend)
+    return Chosen(trainers, default_trainer, scheduler, allocator, executor, launcher, backend, options)
+
+
+def check_paths(settings: ServeConfig) -> None:
+    """Refuse paths that do not exist: later they would look like an unknown model, or fail every job.
+
+    Raises:
+        ArborError: with the path.
+    """
+    for folder in settings.models.dirs:
+        if not folder.is_dir():
+            raise ArborError(f"models.dirs: there is no folder {folder}")
+    if settings.accelerate_config and not settings.accelerate_config.is_file():
+        raise ArborError(f"accelerate_config: there is no file {settings.accelerate_config}")
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do something whole, even where the caller is cancelled meanwhile, which then takes effect afterwards."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled:
+        raise cancelled
+
+
+def open_system(settings: ServeConfig, plugins: Plugins | None = None, default_trainer: str | None = None) -> Arbor:
+    """Put a server together, without HTTP:
+
+        async with open_system(serve_settings("storage=DIR")).running() as arbor:
+            ...
+
+    It holds the storage directory until that block ends, and leaves nothing behind in this process. It may be opened in
+    any thread, with or without a running event loop, whatever else the process does.
+
+    Args:
+        plugins: Default: all that are installed, without those that the settings disable.
+        default_trainer: Name of the trainer that jobs get whose request names no method; default: that of the settings.
+
+    Raises:
+        ArborError: a name that no plugin brings, a device that is not there, a storage directory that cannot be used or
+            that another server has. Nothing is held then.
+    """
+    check_paths(settings)
+    plugins = plugins or load(settings.plugins.disabled)
+    chosen = choose(settings, plugins, default_trainer or settings.default_trainer)  # before anything is touched
+    root = settings.storage.absolute()
+    with ExitStack() as undo:  # what is taken here, unless all goes well
+        lock = undo.enter_context(locked(root))
+        make_private(root)
+        store = Store(root / "arbor.db")
+        undo.callback(store.close)
+        observers = Observers(plugins)
+        undo.callback(observers.close)
+        made = wired(settings, plugins, store, observers, chosen, lock)
+        undo.pop_all()
+    return made
+
+
+def wired(
+    settings: ServeConfig, plugins: Plugins, store: Store, observers: Observers, chosen: Chosen, lock: IO[str]
+) -> Arbor:
+    """The parts of a server that holds its storage directory and has opened its database."""
+    root, allocator, executor, trainers = store.path.parent, chosen.allocator, chosen.executor, chosen.trainers
     jobs, files = Jobs(store), Files(store, root / "files", settings.limits)
     models = Models(store, settings.models, root)
     identity = bring_up_to_date(store, models)
     keep_executor(store, settings.executor)
-    observers = Observers(plugins)
-    engines = open_engines(settings, backend, options, allocator, root / "engines", models.jobs.last)
+    engines = open_engines(settings, chosen.backend, chosen.options, allocator, root / "engines", models.jobs.last)
     weight_sync = WeightSync(models.jobs, engines, jobs)
     threads = threads_per_device(settings, allocator)
-    attempts = Attempts(jobs, files, models, executor, launcher, identity, settings, threads)
+    attempts = Attempts(jobs, files, models, executor, chosen.launcher, identity, settings, threads)
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, executor, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
@@ -164,24 +287,30 @@ def open_system(settings: ServeConfig, plugins: Plugins, default_trainer: str | 
         Validation(jobs, files, attempts, executor, by_name),
         Monitor(attempts, ingest, outcomes, executor, settings.limits),
         by_name,
-        scheduler,
+        chosen.scheduler,
         allocator,
         root / "run" / "bell",
         settings.limits.room_seconds,
     )
-    submission = Submission(plugins, trainers, default_trainer, jobs, files, models, allocator, settings.limits)
+    submission = Submission(plugins, trainers, chosen.default_trainer, jobs, files, models, allocator, settings.limits)
+    uploads, sessions = Uploads(files), OpenSessions(store, root)
     return Arbor(
         settings=settings,
         plugins=plugins,
         trainers=trainers,
-        default_trainer=default_trainer,
+        default_trainer=chosen.default_trainer,
         store=store,
         jobs=jobs,
         job_service=JobService(store, jobs, submission, dispatcher, settings.organization),
         files=files,
-        uploads=Uploads(files),
+        file_service=FileService(files),
+        uploads=uploads,
+        upload_service=UploadService(uploads),
         models=models,
-        sessions=OpenSessions(store, root),
+        model_service=ModelService(models, engines, settings.organization),
+        completion_service=CompletionService(models, jobs, sessions, engines),
+        status=ServerStatus(plugins, trainers, allocator),
+        sessions=sessions,
         allocator=allocator,
         executor=executor,
         engines=engines,

@@ -26,13 +26,14 @@ def serve() -> None:
     from hydra.errors import CompactHydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from arbor_core.config.compose import core_config_dir
+    from arbor_core.config.compose import core_config_dir, take_over_hydra
     from arbor_core.config.user_file import overrides, with_new_key
 
     try:
         sys.argv[1:] = [open_ended(with_new_key(word)) for word in sys.argv[1:]]
         ours = first_override(sys.argv[1:]) + 1
         sys.argv[ours:ours] = overrides(os.environ)
+        take_over_hydra()
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
     except OverrideParseException as error:
         if "auth." in error.override:  # no key on a terminal or in a log
@@ -104,6 +105,7 @@ def start(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from arbor_core import plugins
+    from arbor_core.application.system import check_paths
     from arbor_core.config.compose import settings_of
 
     settings = settings_of(cfg)
@@ -130,11 +132,11 @@ def run(settings: ServeConfig, loaded: Any, chosen: str | None, listener: socket
     from arbor_core.server.app import create_app
     from arbor_core.server.http.serving import Server
 
-    server = Server(create_app(system), listener, settings.limits)
+    server = Server(create_app(system, lambda _: server.give_up()), listener, settings.limits)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has shut down: that is success
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
-    if not server.started or system.failed:
+    if not server.started or system.failure:
         sys.exit(1)
 
 
@@ -169,16 +171,3 @@ def check_exposure(settings: ServeConfig) -> None:
             f"host={settings.host} lets other machines in, but auth.keys is empty: set auth.keys=[SECRET], "
             "or auth.insecure=true if you mean it"
         )
-
-
-def check_paths(settings: ServeConfig) -> None:
-    """Refuse paths that do not exist: later they would look like an unknown model, or fail every job.
-
-    Raises:
-        ArborError: with the path.
-    """
-    for folder in settings.models.dirs:
-        if not folder.is_dir():
-            raise ArborError(f"models.dirs: there is no folder {folder}")
-    if settings.accelerate_config and not settings.accelerate_config.is_file():
-        raise ArborError(f"accelerate_config: there is no file {settings.accelerate_config}")

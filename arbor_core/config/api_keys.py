@@ -17,6 +17,10 @@ Key = Annotated[str, Meta(pattern=r"^[!-~]+$")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
+DEFAULT_OWNER = "default"
+"""Owns everything on a server without keys."""
+
+
 class ApiKey(msgspec.Struct, forbid_unknown_fields=True):
     """An entry of `auth.keys`: `{name, key or sha256, scopes, tenant}`."""
 

@@ -1,22 +1,26 @@
 """Configuration composed from YAML: all that Arbor uses of Hydra, and the only module that knows its classes.
 
 Hydra composes the command line, once, at start. What a client sends never reaches it: JSON is laid over the composed
-defaults as plain data, so `${...}` in a request stays a string. Nothing here needs an initialised Hydra: it is
-initialised where it is needed, and left as it was.
+defaults as plain data, so `${...}` in a request stays a string. Hydra's globals belong to the program that this is a
+part of, a notebook say: whatever it has initialised Hydra with, or whether at all, does not matter here and stays so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
+import msgspec
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins as HydraPlugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from arbor_core.plugins import installed
@@ -30,6 +34,8 @@ HYDRA_VERSION = "1.3"
 """Whose defaults Hydra keeps to."""
 LAUNCHER = "torchrun"
 """The default in conf/serve.yaml."""
+COMPOSING = threading.Lock()
+"""Hydra has one version that it is compatible with, for all threads."""
 
 
 def core_config_dir() -> Path:
@@ -38,26 +44,37 @@ def core_config_dir() -> Path:
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
+def add_plugins(search_path: ConfigSearchPath) -> None:
+    """Put every installed plugin's `conf/` on a search path.
+
+    Raises:
+        ArborError: two bring one file.
+    """
+    owner: dict[Path, str] = {}
+    core = core_config_dir()
+    for label, folder in [("arbor-core", core), *((p.label, p.config_dir) for p in installed())]:
+        if folder is None or (label != "arbor-core" and folder == core):
+            continue
+        for yaml in folder.rglob("*.yaml"):
+            name = yaml.relative_to(folder)
+            if name in owner:  # Hydra would take the first, silently
+                raise ArborError(f"conf/{name} is brought by {owner[name]} and by {label}: uninstall one")
+            owner[name] = label
+        if folder != core:
+            search_path.append(provider=label, path=f"file://{folder}")
+
+
 class PluginConfigs(SearchPathPlugin):
-    """Puts every installed plugin's `conf/` on Hydra's search path."""
+    """The same, on the search path of whatever Hydra composes in this program."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        owner: dict[Path, str] = {}
-        core = core_config_dir()
-        for label, folder in [("arbor-core", core), *((p.label, p.config_dir) for p in installed())]:
-            if folder is None or (label != "arbor-core" and folder == core):
-                continue
-            for yaml in folder.rglob("*.yaml"):
-                name = yaml.relative_to(folder)
-                if name in owner:  # Hydra would take the first, silently
-                    raise ArborError(f"conf/{name} is brought by {owner[name]} and by {label}: uninstall one")
-                owner[name] = label
-            if folder != core:
-                search_path.append(provider=label, path=f"file://{folder}")
+        add_plugins(search_path)
 
 
-# By code and for this program only: the `hydra_plugins` namespace would reach every Hydra program in the environment.
-HydraPlugins.instance().register(PluginConfigs)
+def take_over_hydra() -> None:
+    """Have this program's command line find what plugins bring: for `arbor-serve`, whose process is its own. The
+    `hydra_plugins` namespace would reach every Hydra program in the environment."""
+    HydraPlugins.instance().register(PluginConfigs)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -77,13 +94,15 @@ def settings_of(cfg: DictConfig) -> ServeConfig:
 
 
 def serve_settings(*overrides: str) -> ServeConfig:
-    """The settings of `arbor-serve OVERRIDES`, without the command line. `~/.arbor/config.yaml` is not read.
+    """The settings of `arbor-serve OVERRIDES`, without the command line. Neither `~/.arbor/config.yaml` nor
+    ARBOR_MOCK_GPU is read; `+trainer=NAME` chooses the default method, as it does there.
 
     Raises:
         ConfigError: a value that the settings do not take.
         hydra.errors.HydraException: a key that they do not have, or an override that cannot be read.
     """
-    return settings_of(_composed("serve", overrides))
+    cfg, choices = _composed("serve", overrides)
+    return msgspec.structs.replace(settings_of(cfg), default_trainer=choices.get("trainer"))
 
 
 def defaults(group: str, name: str) -> dict[str, Any]:
@@ -102,15 +121,35 @@ def defaults(group: str, name: str) -> dict[str, Any]:
         return {}
     if "defaults" not in load_yaml(path, resolve=False):
         return load_yaml(path)
-    return cast("dict[str, Any]", plain(_composed(None, [f"+{group}@_arbor={name}"]))["_arbor"])
+    cfg, _ = _composed(None, [f"+{group}@_arbor={name}"])
+    return cast("dict[str, Any]", plain(cfg)["_arbor"])
 
 
-def _composed(config_name: str | None, overrides: Sequence[str]) -> DictConfig:
-    """Have Hydra compose, within the program's own initialisation if it has one."""
-    initialised = (
-        nullcontext()
-        if GlobalHydra.instance().is_initialized()
-        else hydra.initialize_config_dir(str(core_config_dir()), version_base=HYDRA_VERSION)
-    )
-    with initialised:
-        return hydra.compose(config_name, overrides=list(overrides))
+def _composed(config_name: str | None, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str | None]]:
+    """Have Hydra compose, apart from its globals; returns the configuration, and which file each group's is."""
+    HydraPlugins.instance()  # knows the kinds of places that a search path may name
+    search_path = ConfigSearchPathImpl()
+    search_path.append("hydra", "pkg://hydra.conf")
+    search_path.append("main", f"file://{core_config_dir()}")
+    add_plugins(search_path)
+    search_path.append("schema", "structured://")
+    with _version_base():
+        cfg = ConfigLoaderImpl(search_path).load_configuration(
+            config_name, list(overrides), RunMode.RUN, from_shell=False
+        )
+    OmegaConf.set_struct(cfg, False)
+    hydra = cfg.pop("hydra")
+    return cfg, dict(hydra.runtime.choices)
+
+
+@contextmanager
+def _version_base() -> Iterator[None]:
+    """Hydra's defaults are those of HYDRA_VERSION inside the block; the program around may want others."""
+    with COMPOSING:
+        base = version.VersionBase.instance()
+        before = base.version_base
+        version.setbase(HYDRA_VERSION)
+        try:
+            yield
+        finally:
+            base.version_base = before

@@ -116,3 +116,5 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     trainer: dict[str, Any] | None = None
     trainers: dict[str, dict[str, Any]] = {}
     engine: dict[str, Any] = {}
+    default_trainer: str | None = None
+    """Whose configuration `trainer` is: `+trainer=NAME`, which is no key."""

@@ -15,6 +15,8 @@ from arbor_core.types import Event, JobView
 
 log = logging.getLogger(__name__)
 CAPACITY = 10_000
+CLOSE_SECONDS = 5.0
+"""How long the end of a server waits for plugins to hear of the last events."""
 
 
 class Observers:
@@ -25,8 +27,9 @@ class Observers:
         self.queue: queue.Queue[tuple[JobView, Event] | None] = queue.Queue(CAPACITY)
         self.dropped = 0
         self.wanted = bool(self.hook.get_hookimpls())
+        self.thread = threading.Thread(target=self._run, name="observers", daemon=True)
         if self.wanted:
-            threading.Thread(target=self._run, name="observers", daemon=True).start()
+            self.thread.start()
 
     def notify(self, job: JobView, event: Event) -> None:
         """Pass an event on; never waits."""
@@ -40,12 +43,17 @@ class Observers:
                 log.warning("arbor_job_event: a plugin is too slow, %d event(s) dropped", self.dropped)
 
     def close(self) -> None:
-        """Let the thread end once it has worked off its queue."""
-        if self.wanted:
-            try:
-                self.queue.put_nowait(None)
-            except queue.Full:
-                log.warning("arbor_job_event: a plugin hangs; its events are lost")
+        """End the thread, once it has worked off its queue; a plugin that hangs is left behind."""
+        if not self.wanted:
+            return
+        try:
+            self.queue.put_nowait(None)
+        except queue.Full:
+            log.warning("arbor_job_event: a plugin hangs; its events are lost")
+            return
+        self.thread.join(CLOSE_SECONDS)
+        if self.thread.is_alive():
+            log.warning("arbor_job_event: a plugin has not ended after %g s; its events are lost", CLOSE_SECONDS)
 
     def _run(self) -> None:
         while entry := self.queue.get():

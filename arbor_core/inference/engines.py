@@ -104,7 +104,8 @@ class Engines:
                 auto_decompress=False,
                 read_bufsize=1 << 18,
             )
-            gc.freeze()  # what was imported stays: looking through it again would hold up every request
+            if gc.get_freeze_count():  # as the server did when it started, whose process is its own
+                gc.freeze()  # what was imported stays: looking through it again would hold up every request
         return self._session
 
     @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,8 +22,12 @@ from .routes import chat, completions, files, fine_tuning, models, status, uploa
 ROUTE_MODULES = (status, chat, completions, files, uploads, fine_tuning, models, openapi)
 
 
-def create_app(arbor: Arbor) -> Litestar:
-    """The ASGI application that serves one Arbor."""
+def create_app(arbor: Arbor, on_failure: Callable[[BaseException], object] | None = None) -> Litestar:
+    """The ASGI application that serves one Arbor.
+
+    Args:
+        on_failure: As for `Arbor.running`.
+    """
     auth = arbor.settings.auth
 
     def provide_arbor() -> Arbor:
@@ -31,7 +35,7 @@ def create_app(arbor: Arbor) -> Litestar:
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        async with arbor.running():
+        async with arbor.running(on_failure):
             yield
 
     return Litestar(

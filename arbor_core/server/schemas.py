@@ -31,17 +31,3 @@ class FilePage(Struct):
 
 class Health(Struct):
     status: str
-
-
-class PluginInfo(Struct):
-    """An installed plugin: what it brings by kind, or why it brings nothing."""
-
-    name: str
-    brings: dict[str, list[str]]
-    broken: str | None = None
-    disabled: bool = False
-
-
-class PluginList(Struct):
-    data: list[PluginInfo]
-    object: Literal["list"] = "list"

@@ -52,6 +52,7 @@ def make_private(root: Path) -> None:
         for name in ("files", "jobs", "engines", "run"):
             (root / name).mkdir(exist_ok=True)
             (root / name).chmod(0o700)
+        (root / "arbor.db").touch(0o600)
         for path in (root / "lock", *root.glob("arbor.db*")):
             path.chmod(0o600)
     except OSError as error:

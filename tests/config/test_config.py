@@ -71,7 +71,7 @@ def test_merging_is_by_key_and_changes_nothing():
 
 def test_serve_yaml_and_its_struct_have_the_same_keys():
     said = yaml.safe_load((compose.core_config_dir() / "serve.yaml").read_text())
-    of_commands = {"trainer", "trainers"}  # only there when somebody asks for them
+    of_commands = {"trainer", "trainers", "default_trainer"}  # only there when somebody asks for them
     of_groups = {"launcher"}
     hydra_own = {"defaults", "hydra"}
     keys = {field.name for field in msgspec.structs.fields(settings.ServeConfig)}

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from arbor_core.application.engine_call import EngineCall, failure
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.server.http import sse
 from arbor_core.server.http.sse import Events
-from arbor_core.server.relay.relay import Relay, failure
+from arbor_core.server.relay.relay import Relay
 from arbor_core.types import ApiError
 
 
@@ -76,7 +77,7 @@ class SlowEngines:
 
 
 def relay(engines: Any, stream: bool = True) -> Relay:
-    return Relay(engines, Resolved("m", "m", "m"), "/v1/completions", b"{}", stream)
+    return Relay(EngineCall(engines, Resolved("m", "m", "m"), "/v1/completions", b"{}", stream))
 
 
 def scope() -> Any:
@@ -112,10 +113,10 @@ class BrokenEngines:
 
 async def test_whatever_breaks_an_open_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     @asynccontextmanager
-    async def response(self: Relay, engine: Any, id: str) -> AsyncIterator[Any]:
+    async def response(self: EngineCall, engine: Any, id: str) -> AsyncIterator[Any]:
         yield self.engines
 
-    monkeypatch.setattr(Relay, "_response", response)
+    monkeypatch.setattr(EngineCall, "_response", response)
     client = Client()
     await relay(BrokenEngines())(scope(), client.receive, client.send)
     whole, error, done, end = client.body.split(b"\n\n")

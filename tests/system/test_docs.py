@@ -143,6 +143,27 @@ def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
     assert {"Good", "morning!"} & set(ran.stdout.split())
 
 
+def test_a_server_in_a_program_of_ones_own(tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "docs" / "python.md", "python")
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    status, answer = ran.stdout.splitlines()
+    assert status == "succeeded" and answer and set(answer.split()) <= {"hi", "Good", "morning!"}
+    assert (tmp_path / "arbor" / "arbor.db").exists()
+
+
+def test_what_is_said_of_services_is_there() -> None:
+    from arbor_core.application import system
+
+    types = {name: value for name, value in vars(system).items() if isinstance(value, type)}
+    table = re.findall(r"^\| `arbor\.(\w+)` \| (.*) \|$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    assert len(table) == 6
+    for name, methods in table:
+        service = types[system.Arbor.__annotations__[name]]
+        for method in re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", methods)):
+            assert callable(getattr(service, method)), f"{name}.{method}"
+
+
 SHOWN_PARTS = {
     "An executor": ["arbor_mock/node_executor.py", "tests/test_node.py"],
     "A launcher": ["arbor_mock/__init__.py", "arbor_mock/config.py", "arbor_mock/conf/launcher/mock.yaml"],

@@ -18,12 +18,10 @@ from urllib.parse import urlsplit
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
-from arbor_core.config.api_keys import ApiKey, Scope, digest
+from arbor_core.config.api_keys import DEFAULT_OWNER, ApiKey, Scope, digest
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.types import CLOSE, ApiError
 
-DEFAULT_OWNER = "default"
-"""Owns everything on a server without keys."""
 ADMIN: tuple[Scope, ...] = ("admin",)
 TRAIN: tuple[Scope, ...] = ("train",)
 INFER: tuple[Scope, ...] = ("infer",)

@@ -10,9 +10,12 @@ from typing import Any
 
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
+from arbor_core.application.file_service import LIFETIME, FileService
+from arbor_core.application.objects import FileObject, UploadPart
+from arbor_core.application.upload_service import UploadService
 from arbor_core.config.settings import LimitsConfig
-from arbor_core.files.repository import PURPOSES, FileRow, Files
-from arbor_core.files.uploads import PartRow, UploadRow, Uploads
+from arbor_core.files.repository import PURPOSES
+from arbor_core.files.uploads import UploadRow
 from arbor_core.files.writer import Incoming, too_large
 from arbor_core.types import CLOSE, NO_RETRY, ApiError
 
@@ -24,8 +27,6 @@ HEADER_BYTES = 8192
 PARTS = 16
 OVERHEAD_BYTES = 1 << 20
 """What a form may have beside its file: more than its parts' headers and texts can come to."""
-LIFETIME = (3600, 2_592_000)
-"""Seconds between which `expires_after[seconds]` must be."""
 NAMES = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 FORM: dict[str, Any] = {
     "type": "object",
@@ -45,12 +46,13 @@ PART_FORM: dict[str, Any] = {
 }
 
 
-async def receive(request: AnyRequest, files: Files, owner: str) -> FileRow:
+async def receive(request: AnyRequest, files: FileService, owner: str) -> FileObject:
     """Store the file of `POST /v1/files`; whatever is wrong with the form, nothing of it stays on the disk.
 
     Raises:
         ApiError: saying what is wrong with the form.
     """
+    await files.expire()
     async with files.incoming() as part:
         form = FileForm(part)
         await read(request, form, files.limits)
@@ -58,7 +60,7 @@ async def receive(request: AnyRequest, files: Files, owner: str) -> FileRow:
         return await files.commit(part, owner, form.filename, purpose, lifetime)
 
 
-async def receive_part(request: AnyRequest, uploads: Uploads, upload: UploadRow) -> PartRow:
+async def receive_part(request: AnyRequest, uploads: UploadService, upload: UploadRow) -> UploadPart:
     """Store a part of an upload; whatever is wrong with the form, nothing of it stays on the disk.
 
     Raises:

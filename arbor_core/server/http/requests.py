@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request
 
+from arbor_core.application.json_body import decoded
 from arbor_core.config.convert import typed
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, ConfigError
 
@@ -41,27 +42,6 @@ async def body(request: AnyRequest, type_: type[T], seconds: float) -> T:
         ConfigError: a field is unknown, missing or of the wrong type; becomes a 400 with the field's path.
     """
     return typed(decoded(await raw_body(request, seconds)), type_, "")
-
-
-def decoded(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`.
-
-    Raises:
-        ApiError: there is none.
-    """
-    try:
-        value = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error) if raw else "it is empty"
-        raise _not_json(reason) from None
-    if not isinstance(value, dict):
-        raise _not_json(f"expected an object, got {'null' if value is None else type(value).__name__}")
-    return value
-
-
-def _not_json(reason: str) -> ApiError:
-    message = f"We could not parse the JSON body of your request: {reason}. The body must be one JSON object."
-    return ApiError(400, message, "invalid_json")
 
 
 def query(request: AnyRequest, type_: type[T]) -> T:

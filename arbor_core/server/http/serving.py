@@ -54,6 +54,10 @@ class Server(uvicorn.Server):
             shown = f"[{host}]" if ":" in host else host
             print(f"arbor: listening on http://{shown}:{port}", flush=True)
 
+    def give_up(self) -> None:
+        """Shut down soon, as after SIGTERM."""
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         over = asyncio.get_running_loop().call_later(self.grace, self.ending.end)
         try:

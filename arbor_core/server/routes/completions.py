@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-import msgspec
 from litestar import post
 from litestar.types import ASGIApp
-from msgspec import Meta, Struct
+from msgspec import Struct
 
+from arbor_core.application.completion_request import CompletionRequest, read_completion
+from arbor_core.application.completions import COMPLETIONS
 from arbor_core.application.system import Arbor
 from arbor_core.server.http.auth import INFER
 from arbor_core.server.http.openapi import described
 from arbor_core.server.http.requests import AnyRequest, raw_body
-from arbor_core.server.relay.completion_request import relay_for
-from arbor_core.server.relay.parameters import Generation, check_generation, read, refused
-from arbor_core.types import ConfigError
-
-MAX_PROMPTS = 2048
-MAX_TOKEN_ID = (1 << 31) - 1
-
-
-class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
-    """Body of a completion. A prompt is text or token ids; several make several choices."""
-
-    prompt: str | list[str | int | list[int]]
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Meta(ge=0, le=20)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-
-    REFUSED: ClassVar[Mapping[str, str]] = {}
+from arbor_core.server.relay.relay import answer
 
 
 class Completion(Struct):
@@ -45,50 +28,8 @@ class Completion(Struct):
     object: Literal["text_completion"] = "text_completion"
 
 
-DECODER = msgspec.json.Decoder(CompletionRequest)
-
-
-def check(request: CompletionRequest) -> None:
-    """Check what types cannot express.
-
-    Raises:
-        ConfigError: with the parameter's name.
-    """
-    check_generation(request)
-    if request.echo:
-        raise refused("echo", "Engines on this server do not repeat the prompt.")
-    if request.suffix:
-        raise refused("suffix", "Models on this server do not fill in the middle.")
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise refused("best_of", "Ask for that many choices with 'n' and take the best.")
-    if isinstance(request.prompt, list):
-        check_prompts(request.prompt)
-
-
-def check_prompts(prompt: list[str | int | list[int]]) -> None:
-    """A list of texts, of token ids, or of lists of token ids. Whether an id is in the vocabulary the engine knows."""
-    if not 1 <= len(prompt) <= MAX_PROMPTS and not (prompt and isinstance(prompt[0], int)):
-        message = f"Invalid 'prompt': expected 1 to {MAX_PROMPTS} prompts, but got {len(prompt)}."
-        raise ConfigError(message, path="prompt")
-    if len({type(item) for item in prompt}) > 1:
-        message = "Invalid 'prompt': expected a text, token ids, a list of texts, or a list of lists of token ids."
-        raise ConfigError(message, path="prompt", code="invalid_type")
-    for tokens in prompt if isinstance(prompt[0], list) else [prompt]:
-        if tokens and isinstance(tokens, list) and isinstance(tokens[0], int):
-            check_tokens(tokens)  # type: ignore[arg-type]
-        elif not tokens:
-            raise ConfigError("Invalid 'prompt': a list of token ids is empty.", path="prompt")
-
-
-def check_tokens(tokens: list[int]) -> None:
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high > MAX_TOKEN_ID:
-        message = f"Invalid 'prompt': {low if low < 0 else high} is not the id of a token."
-        raise ConfigError(message, path="prompt")
-
-
 @post(
-    "/v1/completions",
+    COMPLETIONS,
     operation_id="createCompletion",
     status_code=200,
     opt=described(
@@ -101,9 +42,7 @@ def check_tokens(tokens: list[int]) -> None:
 )
 async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
-    generation = read(raw, DECODER)
-    check(generation)
-    return relay_for(request, arbor, owner, generation, raw)
+    return answer(request, arbor.completion_service.call(COMPLETIONS, read_completion(raw), raw, owner))
 
 
 ROUTES = [create_completion]

@@ -7,16 +7,14 @@ from typing import Annotated, Literal
 from litestar import post
 from msgspec import Meta, Struct
 
-from arbor_core import ids
 from arbor_core.application import objects
+from arbor_core.application.file_service import LIFETIME
 from arbor_core.application.system import Arbor
 from arbor_core.files.repository import PURPOSES
-from arbor_core.files.uploads import UploadRow, require_pending
 from arbor_core.server.http.auth import TRAIN
-from arbor_core.server.http.multipart import LIFETIME, PART_FORM, receive_part
+from arbor_core.server.http.multipart import PART_FORM, receive_part
 from arbor_core.server.http.openapi import described
 from arbor_core.server.http.requests import AnyRequest, body
-from arbor_core.types import not_found
 
 UPLOADS = "/v1/uploads"
 UPLOAD = UPLOADS + "/{upload_id:str}"
@@ -55,7 +53,7 @@ class CompleteUploadRequest(Struct, forbid_unknown_fields=True):
 async def create_upload(request: AnyRequest, arbor: Arbor, owner: str) -> objects.Upload:
     new = await body(request, CreateUploadRequest, arbor.settings.limits.upload_idle_seconds)
     lifetime = new.expires_after.seconds if new.expires_after else None
-    return show(arbor, await arbor.uploads.create(owner, new.filename, new.bytes, new.purpose, lifetime))
+    return await arbor.upload_service.create(new.filename, new.bytes, new.purpose, owner, lifetime)
 
 
 @post(
@@ -66,10 +64,8 @@ async def create_upload(request: AnyRequest, arbor: Arbor, owner: str) -> object
     opt=described("Send a part, of up to 64 MB.", form=PART_FORM, scopes=TRAIN),
 )
 async def add_part(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.UploadPart:
-    await arbor.uploads.expire()
-    upload = find(arbor, upload_id, owner)
-    require_pending(upload)
-    return objects.part_object(await receive_part(request, arbor.uploads, upload))
+    upload = await arbor.upload_service.pending(upload_id, owner)
+    return await receive_part(request, arbor.upload_service, upload)
 
 
 @post(
@@ -79,9 +75,9 @@ async def add_part(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str
     opt=described("Join the parts, in the order given, into a file.", body=CompleteUploadRequest, scopes=TRAIN),
 )
 async def complete_upload(request: AnyRequest, upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
-    upload = find(arbor, upload_id, owner)
+    arbor.upload_service.find(upload_id, owner)  # before the body is read
     complete = await body(request, CompleteUploadRequest, arbor.settings.limits.upload_idle_seconds)
-    return show(arbor, await arbor.uploads.complete(upload, complete.part_ids, complete.md5))
+    return await arbor.upload_service.complete(upload_id, complete.part_ids, complete.md5, owner)
 
 
 @post(
@@ -91,24 +87,7 @@ async def complete_upload(request: AnyRequest, upload_id: str, arbor: Arbor, own
     opt=described("Give an upload up; its parts are removed.", scopes=TRAIN),
 )
 async def cancel_upload(upload_id: str, arbor: Arbor, owner: str) -> objects.Upload:
-    return show(arbor, await arbor.uploads.cancel(find(arbor, upload_id, owner)))
-
-
-def show(arbor: Arbor, upload: UploadRow) -> objects.Upload:
-    file = arbor.files.get(upload.file_id, upload.owner) if upload.file_id else None
-    return objects.upload_object(upload, file)
-
-
-def find(arbor: Arbor, upload_id: str, owner: str) -> UploadRow:
-    """An upload of the caller's.
-
-    Raises:
-        ApiError: 404.
-    """
-    upload = arbor.uploads.get(ids.require(upload_id, "upload", "upload_not_found", "upload_id"), owner)
-    if upload is None:
-        raise not_found("upload", upload_id, "upload_not_found", "upload_id")
-    return upload
+    return await arbor.upload_service.cancel(upload_id, owner)
 
 
 ROUTES = [create_upload, add_part, complete_upload, cancel_upload]

@@ -10,8 +10,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from arbor_core.config.convert import explained
-from arbor_core.server.http.requests import decoded
 from arbor_core.types import ConfigError
+
+from .json_body import decoded
 
 MAX_TOKENS = (1 << 31) - 1
 MAX_STOPS = 4

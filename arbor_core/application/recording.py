@@ -16,10 +16,9 @@ import msgspec
 from arbor_core.inference.engines import Engines
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.rollouts.completion_ledger import Ledger, key_of, key_of_tools, packed_floats, packed_ids
-from arbor_core.server.http.sse import Header
 from arbor_core.types import Completion
 
-from .relay import Relay
+from .engine_call import EngineCall, Header
 
 log = logging.getLogger(__name__)
 VERSION = "policy_version"
@@ -140,8 +139,8 @@ class Recording:
         return [{"content": prompt[at] if several else prompt}]
 
 
-class RecordingRelay(Relay):
-    """A relay to the model of a live reinforcement job."""
+class RecordedCall(EngineCall):
+    """A completion of a live reinforcement job's model."""
 
     def __init__(self, engines: Engines, resolved: Resolved, path: str, body: Json, ledger: Ledger) -> None:
         self.recording = Recording(ledger, body, resolved.version)
