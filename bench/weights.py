@@ -116,7 +116,7 @@ async def measure(model: Path, storage: Path, full: bool, versions: int) -> dict
     system.dispatcher.trainers = system.dispatcher.checking.trainers = known
     values = {**system.trainers["mock_grpo"].values, "lora": None if full else 16}
     values = {name: values[name] for name in Settings.__struct_fields__}
-    spec = JobSpec("mock_grpo", "grpo", values, "base", str(model), 0, rollouts=True, trains_adapter=not full)
+    spec = JobSpec("mock_grpo", "grpo", values, "base", str(model), 0, input="rollouts", trains_adapter=not full)
     async with system.running():
         job = await system.jobs.create(NewJob("me", "", None, None, {}, spec))
         system.dispatcher.wake()

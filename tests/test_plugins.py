@@ -187,3 +187,11 @@ def test_loading_every_plugin_imports_no_deep_learning_library():
     code = "import sys; from arbor_core import plugins; plugins.load().all('trainers'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not set(heavy) & set(loaded)
+
+
+def test_a_trainer_that_says_rollouts_is_understood_for_one_more_release():
+    with pytest.warns(DeprecationWarning, match="input='rollouts'"):
+        trainer = Trainer(config=msgspec.Struct, entry="acme:train", rollouts=True)
+    assert trainer.input == "rollouts"
+    with pytest.warns(DeprecationWarning, match="False is the default"):
+        assert Trainer(config=msgspec.Struct, entry="acme:train", rollouts=False).input == "file"

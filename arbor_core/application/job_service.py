@@ -78,7 +78,7 @@ class JobService:
         def in_transaction(db: sqlite3.Connection, job: Job) -> None:
             if repeatable:
                 repeatable.remember(db, msgspec.json.encode(self.show(job)))
-            self.submission.check_again(request, owner, rollouts=job.spec.rollouts)
+            self.submission.check_again(request, owner, job.spec.input)
 
         try:
             job = await self.jobs.create(new, [*found, *warnings], in_transaction)

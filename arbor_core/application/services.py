@@ -19,7 +19,9 @@ from arbor_core.types import (
     TERMINAL,
     ApiError,
     CheckpointRequest,
+    CommandSession,
     Desired,
+    InputKind,
     NamedCheckpoint,
     Policy,
     RolloutSession,
@@ -31,6 +33,8 @@ from .system import Arbor
 POLL_SECONDS = 0.2
 EVENTS = 500
 """Events of a job that are in memory at once for somebody who follows it."""
+INPUTS: dict[InputKind, str] = {"file": "a file", "rollouts": "rollouts", "commands": "commands"}
+"""What a job learns from, in words."""
 MAX_NAMED, MAX_METADATA_BYTES = 256, 1 << 20
 """Named checkpoints of a job, and bytes of JSON that are kept with all of them: each status shows them all."""
 
@@ -58,12 +62,26 @@ class ServerServices:
     async def learner(self, job_id: str, owner: str) -> dict[str, Any]:
         return plain(self.jobs.show(self._learner(job_id, owner)))
 
-    def _learner(self, job_id: str, owner: str) -> Job:
+    def _learner(self, job_id: str, owner: str, *inputs: InputKind) -> Job:
+        """A job that learns from what clients send, of these kinds (default: rollouts).
+
+        Raises:
+            ApiError: 404: there is none; 400: it learns from something else.
+        """
         job = self.jobs.find(job_id, owner)
-        if job.spec.rollouts:
+        if job.spec.input in (inputs or ("rollouts",)):
             return job
-        message = f"Job {job_id} is not a job that learns from rollouts: it learns from a file."
+        wanted, found = " or ".join(inputs or ("rollouts",)), INPUTS[job.spec.input]
+        message = f"Job {job_id} is not a job that learns from {wanted}: it learns from {found}."
         raise ApiError(400, message, "invalid_job_state", "job_id")
+
+    def _live(self, job_id: str, owner: str) -> Job:
+        """A job that learns from what clients send.
+
+        Raises:
+            ApiError: 404: there is none; 400: it learns from a file.
+        """
+        return self._learner(job_id, owner, "rollouts", "commands")
 
     async def events(self, job_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
         seen, number = 0, self.arbor.jobs.feed.newest
@@ -83,7 +101,8 @@ class ServerServices:
         return feed.newest
 
     async def ask(self, job_id: str, owner: str, desired: Desired) -> dict[str, Any]:
-        job = self._learner(job_id, owner) if desired == "finish" else self.jobs.find(job_id, owner)
+        find = self._live if desired == "finish" else self.jobs.find
+        job = find(job_id, owner)
         return plain(self.jobs.show(await self.jobs.ask(job, desired)))
 
     def desired(self, job_id: str, owner: str) -> Desired:
@@ -96,13 +115,16 @@ class ServerServices:
         message = f"Job {job_id} takes no rollouts: it has ended ({job.status})."
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
+    async def commands(self, job_id: str, owner: str) -> CommandSession:
+        return await self.arbor.command_sessions.of(self._learner(job_id, owner, "commands"))
+
     def policy(self, job_id: str, owner: str) -> Policy:
         return newest_policy(self.arbor.store, self.jobs.find(job_id, owner).id)[0]
 
     async def checkpoint(
         self, job_id: str, owner: str, name: str, metadata: Mapping[str, Any], seconds: float
     ) -> NamedCheckpoint:
-        job, request = self._learner(job_id, owner), CheckpointRequest(name, dict(metadata))
+        job, request = self._live(job_id, owner), CheckpointRequest(name, dict(metadata))
         checkpoint_requests.check(request)
         self._check_room(job, request)
         until = time.monotonic() + seconds

@@ -20,7 +20,7 @@ from arbor_core.jobs.repository import Jobs
 from arbor_core.models import memory
 from arbor_core.models.catalog import Models, Start
 from arbor_core.plugins import Plugins
-from arbor_core.types import Allocator, ApiError, ArborError, ConfigError, Trainer, most_on_one_node
+from arbor_core.types import Allocator, ApiError, ArborError, ConfigError, InputKind, Trainer, most_on_one_node
 
 from .requests import MAX_SEED, METHODS, CreateFineTuningJobRequest, check_suffix, hyperparameters_of, warnings
 
@@ -61,11 +61,11 @@ class Submission:
         given, renamings = renamed(given, trainer.config, where)
         config = self.config_of(name, given, where)
         check_suffix(body.suffix)
-        if body.training_file is None and not trainer.rollouts:
+        if body.training_file is None and trainer.input == "file":
             message = "Missing required parameter: 'training_file'."
             raise ApiError(400, message, "missing_required_parameter", "training_file")
         start = self.models.trainable(body.model, owner, adapters=trainer.adapters)
-        self.check_files(body, owner, rollouts=trainer.rollouts)
+        self.check_files(body, owner, trainer.input)
         self.check_devices(body.num_gpus)
         self.check_queue(self.jobs.count_waiting() + 1)
         self.hold_start(start)
@@ -79,7 +79,7 @@ class Submission:
             suffix=body.suffix,
             integrations=None if body.integrations is None else msgspec.to_builtins(body.integrations),
             devices=body.num_gpus,
-            rollouts=trainer.rollouts,
+            input=trainer.input,
             adapter_path=start.adapter,
             trains_adapter=None if trainer.adapter is None else trainer.adapter(config),
         )
@@ -87,7 +87,7 @@ class Submission:
         job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
         return job, [*renamings, *warnings(body), *self.device_warnings(spec)]
 
-    def check_again(self, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
+    def check_again(self, body: CreateFineTuningJobRequest, owner: str, input: InputKind) -> None:
         """Check what may have changed since `prepare`. Called in the transaction that creates the job, after its row is
         in, so that of a job and the deletion of what it needs only one succeeds.
 
@@ -96,7 +96,7 @@ class Submission:
         """
         if body.model.startswith("ft:"):  # a base model is the operator's, and a job's checkpoints stay
             self.models.trainable(body.model, owner, adapters=True)
-        self.check_files(body, owner, rollouts=rollouts)
+        self.check_files(body, owner, input)
         self.check_queue(self.jobs.count_waiting())
 
     def choose_trainer(self, body: CreateFineTuningJobRequest) -> tuple[str, str]:
@@ -138,13 +138,12 @@ class Submission:
             raise ConfigError(str(error), path=error.path, code=code) from None
         return dict(msgspec.to_builtins(config, enc_hook=str))
 
-    def check_files(self, body: CreateFineTuningJobRequest, owner: str, *, rollouts: bool) -> None:
-        """Refuse files that the job cannot learn from: it learns from a file, or from rollouts."""
+    def check_files(self, body: CreateFineTuningJobRequest, owner: str, input: InputKind) -> None:
+        """Refuse files that the job cannot learn from."""
         for param, id in (("training_file", body.training_file), ("validation_file", body.validation_file)):  # noqa: A001
-            if id is not None and rollouts:
-                message = (
-                    f"'{param}' is not used by this method: it learns from the groups that are sent while it runs."
-                )
+            if id is not None and input != "file":
+                what = {"rollouts": "the groups", "commands": "the commands"}[input]
+                message = f"'{param}' is not used by this method: it learns from {what} that are sent while it runs."
                 raise ApiError(400, message, "invalid_value", param)
             if id is not None:
                 self.check_file(id, owner, param)

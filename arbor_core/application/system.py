@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from arbor_core.commands.session import OpenSessions as CommandSessions
 from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
@@ -79,6 +80,7 @@ class Arbor:
     completion_service: CompletionService
     status: ServerStatus
     sessions: OpenSessions
+    command_sessions: CommandSessions
     allocator: Allocator
     executor: Executor
     engines: Engines
@@ -151,6 +153,7 @@ class Arbor:
         self.begun = True
         self.observers.close()
         self.sessions.close()
+        self.command_sessions.close()
         self.store.close()
         self.lock.close()
 
@@ -169,6 +172,7 @@ class Arbor:
         for job_id in list(self.sessions.by_job):
             if job := self.jobs.get(job_id):
                 self.sessions.of(job)
+        self.command_sessions.close_ended()
 
 
 @dataclass(frozen=True)
@@ -311,6 +315,7 @@ def wired(
         completion_service=CompletionService(models, jobs, sessions, engines),
         status=ServerStatus(plugins, trainers, allocator),
         sessions=sessions,
+        command_sessions=CommandSessions(root, jobs.get),
         allocator=allocator,
         executor=executor,
         engines=engines,

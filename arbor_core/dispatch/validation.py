@@ -52,7 +52,7 @@ class Validation:
             return  # it may end at any moment, and nobody may be writing into its directory then
         await self.attempts.write_document(job)
         crash_point("job.document")
-        if job.spec.rollouts:
+        if job.spec.input != "file":
             await self.jobs.transition(job, "queued", MessageEvent("Moving job to queued state"))
             return
         files = FileCheck(

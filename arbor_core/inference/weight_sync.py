@@ -84,7 +84,7 @@ class WeightSync:
 
     def _look(self) -> None:
         """Find the jobs that have ended since the last time; by their numbers, because clocks can be set back."""
-        for seq, job_id in self.jobs.rollout_jobs_after(self.newest):
+        for seq, job_id in self.jobs.live_jobs_after(self.newest):
             self.newest = seq
             self.learning.add(job_id)
         ended = self.jobs.ended(self.learning)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.types import Desired, Level, Status
+from arbor_core.types import Desired, InputKind, Level, Status
 
 
 class JobError(msgspec.Struct, frozen=True):
@@ -37,8 +37,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     integrations: list[dict[str, Any]] | None = None
     devices: int = 1
     rows: dict[str, int] = {}
-    rollouts: bool = False
-    """It learns from groups of rollouts that clients send, and has no training file."""
+    input: InputKind = "file"
+    """What it learns from; only `file` has a training file."""
     adapter_path: str | None = None
     """The adapter that it starts from: its path in the storage directory."""
     trains_adapter: bool | None = None
@@ -70,7 +70,7 @@ class Job(msgspec.Struct):
     created_at: int
     finished_at: int | None
     training_file: str
-    """Empty: it has none; it learns from rollouts."""
+    """Empty: it has none; it learns from what clients send."""
     validation_file: str | None
     fine_tuned_model: str | None
     metadata: dict[str, str] | None

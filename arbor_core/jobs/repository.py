@@ -40,7 +40,7 @@ from .records import (
     job_from_row,
     to_json,
 )
-from .states import ENDED, NOT_ENDED, WAITING
+from .states import ENDED, LIVE, NOT_ENDED, WAITING
 
 T = TypeVar("T")
 LAST_TURN = "SELECT max(turn) FROM jobs"
@@ -126,15 +126,15 @@ class Jobs:
 
     def newest_rollout_job(self, owner: str) -> str | None:
         """The newest job that learns from rollouts, of those that have not ended if there are any."""
-        sql = (
-            f"SELECT id FROM jobs WHERE owner=? AND json_extract(spec,'$.rollouts') ORDER BY {ENDED}, seq DESC LIMIT 1"  # noqa: S608
-        )
+        rollouts = "json_extract(spec,'$.input')='rollouts'"
+        sql = f"SELECT id FROM jobs WHERE owner=? AND {rollouts} ORDER BY {ENDED}, seq DESC LIMIT 1"  # noqa: S608
         row = self.store.one(sql, owner)
         return str(row[0]) if row else None
 
-    def rollout_jobs_after(self, seq: int) -> list[tuple[int, str]]:
-        """`seq` and id of the jobs that learn from rollouts and were created after the job `seq`, oldest first."""
-        sql = "SELECT seq, id FROM jobs WHERE seq>? AND json_extract(spec,'$.rollouts') ORDER BY seq"
+    def live_jobs_after(self, seq: int) -> list[tuple[int, str]]:
+        """`seq` and id of the jobs that learn from what clients send and were created after the job `seq`, oldest
+        first."""
+        sql = f"SELECT seq, id FROM jobs WHERE seq>? AND {LIVE} ORDER BY seq"  # noqa: S608
         return [(row["seq"], row["id"]) for row in self.store.read(sql, seq)]
 
     def ended(self, job_ids: Collection[str]) -> set[str]:

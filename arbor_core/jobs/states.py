@@ -23,6 +23,8 @@ WAITING = _status_in(("validating_files", "queued"))
 """It waits for its first attempt, or for another one."""
 VALIDATED = _status_in(("queued", "running", "paused"))
 """Its files are valid, and it has not ended."""
+LIVE = "json_extract(spec,'$.input')<>'file'"
+"""It learns from what clients send while it runs."""
 STARTABLE = "status='queued' AND desired IN('run','finish')"
 """An attempt of it may begin."""
 OUT_OF_PLACE = (

@@ -16,9 +16,9 @@ import msgspec
 from arbor_core.jobdir.layout import JobDir, checkpoint_path
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import trains_all_weights
-from arbor_core.jobs.states import NOT_ENDED
+from arbor_core.jobs.states import LIVE, NOT_ENDED
 from arbor_core.storage.database import Store
-from arbor_core.types import TERMINAL, ApiError, Status, Weights
+from arbor_core.types import TERMINAL, ApiError, InputKind, Status, Weights
 
 JOB = "ftjob-"
 """What the ids of jobs begin with; no base model is called so."""
@@ -71,7 +71,7 @@ class _Spec(msgspec.Struct):
     model: str
     model_path: str | None
     config: dict[str, Any]
-    rollouts: bool = False
+    input: InputKind = "file"
     adapter_path: str | None = None
     trains_adapter: bool | None = None
 
@@ -87,8 +87,8 @@ class _Maker(msgspec.Struct):
 
     @property
     def live(self) -> bool:
-        """Whether it learns from rollouts and has not ended."""
-        return self.spec.rollouts and self.status not in TERMINAL
+        """Whether it learns from what clients send and has not ended."""
+        return self.spec.input != "file" and self.status not in TERMINAL
 
     @property
     def trains_all(self) -> bool:
@@ -146,13 +146,12 @@ class FineTunedModels:
     def last(self, job_id: str) -> Resolved | None:
         """The newest policy of a job, also after its end, whoever it belongs to."""
         job = self._maker(job_id)
-        return self._policy(job) if job and job.spec.rollouts else None
+        return self._policy(job) if job and job.spec.input != "file" else None
 
     def policies(self, owner: str) -> list[tuple[str, int]]:
         """Ids of the jobs that learn from rollouts now, and when they were created; newest first."""
         rows = self.store.read(
-            f"SELECT id, created_at FROM jobs WHERE owner=? AND {NOT_ENDED}"  # noqa: S608
-            " AND json_extract(spec,'$.rollouts') ORDER BY seq DESC",
+            f"SELECT id, created_at FROM jobs WHERE owner=? AND {NOT_ENDED} AND {LIVE} ORDER BY seq DESC",  # noqa: S608
             owner,
         )
         return [(row["id"], row["created_at"]) for row in rows]
@@ -199,7 +198,7 @@ class FineTunedModels:
         newest = "c.job_id=? AND c.step=(SELECT max(step) FROM checkpoints n WHERE n.job_id=c.job_id)"
         if row := self._checkpoint(owner, newest, job_id):
             return row
-        if job.spec.rollouts:  # nothing was trained: it is what it started from
+        if job.spec.input != "file":  # nothing was trained: it is what it started from
             kind: Kind = "adapter" if job.spec.adapter_path else "full"
             path = job.spec.adapter_path or job.spec.model_path or ""
             started_from = job.spec.model if kind == "full" else f"{job_id}-a0-s0"

@@ -19,7 +19,7 @@ from arbor_core.jobdir.inbox_writer import InboxWriter, Sending
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.policies import newest_policy
 from arbor_core.jobs.records import Job
-from arbor_core.jobs.states import VALIDATED
+from arbor_core.jobs.states import LIVE, VALIDATED
 from arbor_core.storage.database import Store
 from arbor_core.types import (
     TERMINAL,
@@ -175,7 +175,7 @@ class OpenSessions:
     def recover(self) -> None:
         """Let trainers read all that is on the disk: after a power failure that may be more than they were told.
         To be called before any session is open."""
-        sql = f"SELECT id FROM jobs WHERE {VALIDATED} AND json_extract(spec,'$.rollouts')"  # noqa: S608
+        sql = f"SELECT id FROM jobs WHERE {VALIDATED} AND {LIVE}"  # noqa: S608
         for row in self.store.read(sql):
             try:
                 inbox.Inbox(JobDir.of(self.root, row["id"]).inbox).close()
@@ -184,7 +184,7 @@ class OpenSessions:
 
     def of(self, job: Job) -> Session | None:
         """A job's session; None where there are no rollouts to come: it learns from a file, or has ended."""
-        if job.status in TERMINAL or not job.spec.rollouts:
+        if job.status in TERMINAL or job.spec.input != "rollouts":
             if ended := self.by_job.pop(job.id, None):
                 ended.close()
             return None

@@ -121,6 +121,12 @@ def relative_paths(db: sqlite3.Connection) -> None:
         db.execute("UPDATE models SET base_path=?, path=? WHERE seq=?", values)
 
 
+INPUT = """
+UPDATE jobs SET spec=json_set(json_remove(spec,'$.rollouts'),'$.input',
+  iif(json_extract(spec,'$.rollouts'),'rollouts','file')) WHERE json_extract(spec,'$.input') IS NULL;
+"""
+
+
 SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     FIRST,
     REPEATS,
@@ -130,6 +136,7 @@ SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     FURTHEST,
     relative_paths,
     CHANGES,
+    INPUT,
 )
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 

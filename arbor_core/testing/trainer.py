@@ -64,23 +64,24 @@ def check_trainer(
     check_config(name, trainer)
     check_functions(trainer)
     check_light()
-    assert rows is None or not trainer.rollouts, f"{name} learns from rollouts: give check_trainer a model, and no rows"
-    if trainer.rollouts:
+    live = trainer.input != "file"
+    assert rows is None or not live, f"{name} learns from {trainer.input}: give check_trainer a model, and no rows"
+    if trainer.input == "rollouts":
         assert issubclass(trainer.config, RolloutConfig), f"{trainer.config.__name__} is no RolloutConfig"
-    if model is None or (rows is None and not trainer.rollouts):
+    if model is None or (rows is None and not live):
         assert rows is None, "check_trainer: rows were given without a model"
         return
-    if not trainer.rollouts:
+    if not live:
         check_rows(trainer, rows or ())
     with tempfile.TemporaryDirectory() as folder:
         root, values = Path(folder), dict(hyperparameters or {})
-        if trainer.rollouts:
+        if trainer.input == "rollouts":
             values |= rollouts.SIZE
 
         def job(kind: str) -> JobDirectory:
             return JobDirectory(root / kind, name, rows or (), str(model), values)
 
-        (rollouts.check_learning if trainer.rollouts else check_training)(job)
+        (rollouts.check_learning if trainer.input == "rollouts" else check_training)(job)
 
 
 def check_training(make: Callable[[str], JobDirectory]) -> None:

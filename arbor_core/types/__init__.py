@@ -36,7 +36,7 @@ from .events import (
     ResultEvent,
     decode_event,
 )
-from .jobs import PROTOCOL, TERMINAL, Desired, JobView, Status
+from .jobs import PROTOCOL, TERMINAL, Desired, InputKind, JobView, Status
 from .launchers import Launcher, RanksCommand
 from .plugins import (
     AllocatorFactory,
@@ -109,6 +109,7 @@ __all__ = [
     "GroupsSkipped",
     "HyperparametersResolved",
     "InferenceBackend",
+    "InputKind",
     "JobFailed",
     "JobStopped",
     "JobView",

@@ -26,6 +26,12 @@ Desired = Literal[
     "finish",  # End with what was trained so far as the result; a job that has trained nothing is cancelled.
 ]
 """What the client wants of a job that has not ended; the dispatcher moves its status there."""
+InputKind = Literal[
+    "file",  # A training file, which is there when the job is created.
+    "rollouts",  # Groups of rollouts that clients send while it runs.
+    "commands",  # Commands that clients send while it runs, and get results of.
+]
+"""What a job learns from, as its trainer says."""
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 """Statuses that never change."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from msgspec import Struct
 from .attempts import Executor
 from .devices import Allocator
 from .engines import InferenceBackend
+from .jobs import InputKind
 from .scheduling import Scheduler
 
 
@@ -31,8 +33,10 @@ class Trainer:
         python: Interpreter of another virtual environment; None: the server's.
         ranks: A job with several devices is as many processes, started by the launcher that the operator chose. False:
             one process that uses all of them.
-        rollouts: It learns from groups that clients send while it runs: `config` is a `RolloutConfig`, and there is no
-            training file.
+        input: What it learns from: `file`, a training file (its function is called with a `FileRun`); `rollouts`,
+            groups that clients send while it runs, with a `RolloutConfig` as `config` (a `RolloutRun`); `commands`,
+            which clients send while it runs, and which it answers (a `CommandRun`).
+        rollouts: The former name of `input="rollouts"`; goes with the next release.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).
         simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
         adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights.
@@ -48,10 +52,17 @@ class Trainer:
     min_rows: int = 10
     python: str | None = None
     ranks: bool = True
-    rollouts: bool = False
+    rollouts: bool | None = None
     adapters: bool = False
     simulated: bool = False
     adapter: Callable[[Mapping[str, Any]], bool] | None = None
+    input: InputKind = "file"
+
+    def __post_init__(self) -> None:
+        if self.rollouts is not None:
+            text = "Trainer(rollouts=True) is called Trainer(input='rollouts') now, and False is the default"
+            warnings.warn(text, DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "input", "rollouts" if self.rollouts else self.input)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from msgspec import Struct
 from .jobs import Desired
 
 if TYPE_CHECKING:
+    from .commands import CommandSession
     from .rollouts import Accepted, Completion, Group, Policy, RolloutConfig
 
 
@@ -169,6 +170,14 @@ class Services(Protocol):
 
         Raises:
             ArborError: 400: it learns from a file, or has ended.
+        """
+        ...
+
+    async def commands(self, job_id: str, owner: str) -> CommandSession:
+        """Where to send commands of a job that executes them, and to get their results; also after its end.
+
+        Raises:
+            ArborError: 400: it learns from something else.
         """
         ...
 

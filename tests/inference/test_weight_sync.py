@@ -30,7 +30,7 @@ from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models, add_model
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
 from arbor_core.storage.database import Store
-from arbor_core.types import ApiError, ArborError, EngineSpec
+from arbor_core.types import ApiError, ArborError, EngineSpec, InputKind
 
 TENSORS = (2).to_bytes(8, "little") + b"{}"
 
@@ -49,10 +49,15 @@ class World:
         self.jobs = Jobs(self.store)
 
     async def job(
-        self, *, rollouts: bool = True, adapter: str | None = None, trains_adapter: bool | None = None, **config: Any
+        self,
+        *,
+        input: InputKind = "rollouts",
+        adapter: str | None = None,
+        trains_adapter: bool | None = None,
+        **config: Any,
     ) -> Job:
         values: dict[str, Any] = {"trainer": "t", "method": "grpo", "model": "base", "model_path": "/base", "seed": 1}
-        spec = JobSpec(**values, config=config, rollouts=rollouts, adapter_path=adapter, trains_adapter=trains_adapter)
+        spec = JobSpec(**values, config=config, input=input, adapter_path=adapter, trains_adapter=trains_adapter)
         return await self.jobs.create(NewJob("me", "", None, None, {}, spec))
 
     async def publish(
@@ -163,7 +168,7 @@ async def test_an_ended_job_is_its_result_or_its_newest_checkpoint(world: World)
 
 
 async def test_other_jobs_have_no_model_before_their_first_checkpoint(world: World) -> None:
-    job = await world.job(rollouts=False)
+    job = await world.job(input="file")
     with pytest.raises(ApiError, match="does not exist"):
         world.models.resolve(job.id, "me")
     await world.checkpoint(job, 4)

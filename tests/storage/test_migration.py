@@ -113,3 +113,19 @@ def test_row_110_a_newer_database_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ArborError, match=f"newer Arbor.*schema {VERSION + 1}, this one knows {VERSION}"):
         Store(path)
     assert version(path) == VERSION + 1
+
+
+def test_what_jobs_learn_from_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "arbor.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{FIRST} PRAGMA user_version=1;")
+        for name, spec in (("file", '{"seed":1}'), ("rollouts", '{"rollouts":true}'), ("none", '{"rollouts":false}')):
+            values = (name, "me", "queued", 0, "", spec, "{}")
+            columns = "id,owner,status,created_at,training_file,spec,hyperparameters"
+            db.execute(f"INSERT INTO jobs({columns}) VALUES(?,?,?,?,?,?,?)", values)
+        db.commit()
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        found = dict(db.execute("SELECT id, json_extract(spec,'$.input') FROM jobs").fetchall())
+        assert found == {"file": "file", "rollouts": "rollouts", "none": "file"}
+        assert not db.execute("SELECT 1 FROM jobs WHERE json_extract(spec,'$.rollouts') IS NOT NULL").fetchall()

@@ -63,7 +63,7 @@ def base_model(name: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", names("trainers"))
 def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
-    if INSTALLED.get("trainers", name).rollouts:
+    if INSTALLED.get("trainers", name).input == "rollouts":
         check_trainer(name, model=base_model(name, request))
     else:
         check_trainer(name, rows=chat_rows, model=base_model(name, request), hyperparameters=SHORT)

@@ -21,5 +21,5 @@ class BigramConfig(Struct, forbid_unknown_fields=True):
 def arbor_trainers():
     return {
         "bigram": Trainer(config=BigramConfig, entry="arbor_bigram.train:train"),
-        "reinforce": Trainer(config=ReinforceConfig, entry="arbor_bigram.reinforce:train", rollouts=True),
+        "reinforce": Trainer(config=ReinforceConfig, entry="arbor_bigram.reinforce:train", input="rollouts"),
     }

@@ -110,7 +110,7 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
 def arbor_trainers() -> Mapping[str, Trainer]:
     """`grpo`, by that name."""
     grpo = trl_trainer(
-        GrpoConfig, "arbor_grpo.train:train", methods=("grpo",), min_rows=0, rollouts=True, adapters=True
+        GrpoConfig, "arbor_grpo.train:train", methods=("grpo",), min_rows=0, input="rollouts", adapters=True
     )
     return {"grpo": grpo}
 

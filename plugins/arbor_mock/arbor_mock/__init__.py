@@ -87,7 +87,7 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             preload=("arbor_mock.grpo",),
             min_rows=0,
             ranks=False,
-            rollouts=True,
+            input="rollouts",
             adapters=True,
             simulated=True,
         ),
