@@ -5,11 +5,11 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 `arbor_core.hookspecs`. The other doors are `arbor_core.http` (routes), `arbor_core.engine` (engine processes) and
 `arbor_core.testing`. See docs/plugins.md.
 
-For trainers: `Run` and the nouns of `arbor_core.types`, training rows (`read_rows`, `check_chat_row`), conversations on
-their way to tokens (`Chats`). For executors, which run attempts elsewhere or otherwise: the environments of their
-processes (`clean_env`, `worker_env`) and sockets (`short_address`); the worker's side of a job directory (`open_run`,
-`explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`, `newest_first`, `replace`) and its server's bell
-(`wake`); places where tests let a process die (`crash_point`).
+For trainers: `FileRun`, `RolloutRun`, `CommandRun` and the nouns of `arbor_core.types`, training rows (`read_rows`,
+`check_chat_row`), conversations on their way to tokens (`Chats`). For executors, which run attempts elsewhere or
+otherwise: the environments of their processes (`clean_env`, `worker_env`) and sockets (`short_address`); the worker's
+side of a job directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`,
+`newest_first`, `replace`) and its server's bell (`wake`); places where tests let a process die (`crash_point`).
 """
 
 from importlib import import_module
@@ -29,6 +29,8 @@ from .types import (
     CheckpointRequest,
     CheckpointWithdrawn,
     Claim,
+    Command,
+    CommandRun,
     Completion,
     ConfigError,
     Desired,
@@ -40,6 +42,7 @@ from .types import (
     Executor,
     ExecutorSettings,
     Exit,
+    FileRun,
     Group,
     GroupsSkipped,
     HyperparametersResolved,
@@ -49,6 +52,7 @@ from .types import (
     JobView,
     Launcher,
     Lease,
+    LiveRun,
     MessageEvent,
     MetricsEvent,
     NamedCheckpoint,
@@ -63,6 +67,7 @@ from .types import (
     ResultEvent,
     Rollout,
     RolloutConfig,
+    RolloutRun,
     Run,
     RunningJob,
     Scheduler,
@@ -88,6 +93,7 @@ if TYPE_CHECKING:
     from .process.wakeup import short_address, wake
     from .storage.atomic import replace
     from .worker.failures import explain, fail
+    from .worker.file_run import FileWorkerRun
     from .worker.run import WorkerRun, open_run
 
 LAZY = {
@@ -117,6 +123,7 @@ LAZY = {
     "replace": "storage.atomic",
     "explain": "worker.failures",
     "fail": "worker.failures",
+    "FileWorkerRun": "worker.file_run",
     "WorkerRun": "worker.run",
     "open_run": "worker.run",
 }
@@ -147,6 +154,8 @@ __all__ = [
     "CheckpointRequest",
     "CheckpointWithdrawn",
     "Claim",
+    "Command",
+    "CommandRun",
     "Completion",
     "ConfigError",
     "Conversation",
@@ -159,6 +168,8 @@ __all__ = [
     "Executor",
     "ExecutorSettings",
     "Exit",
+    "FileRun",
+    "FileWorkerRun",
     "Group",
     "GroupsSkipped",
     "HyperparametersResolved",
@@ -168,6 +179,7 @@ __all__ = [
     "JobView",
     "Launcher",
     "Lease",
+    "LiveRun",
     "Manifest",
     "MessageEvent",
     "MetricsEvent",
@@ -184,6 +196,7 @@ __all__ = [
     "ResultEvent",
     "Rollout",
     "RolloutConfig",
+    "RolloutRun",
     "RowError",
     "Run",
     "RunningJob",

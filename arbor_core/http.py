@@ -18,6 +18,7 @@ from arbor_core.types import (
     RETRY_SOON,
     UNNUMBERED,
     ApiError,
+    CommandSession,
     ConfigError,
     NamedCheckpoint,
     RolloutSession,
@@ -27,15 +28,15 @@ from arbor_core.types import (
 )
 
 if TYPE_CHECKING:
-    from arbor_core.server.http.requests import raw_body
+    from arbor_core.server.http.requests import query, raw_body
 
 
 def __getattr__(name: str) -> Any:
-    if name != "raw_body":
+    if name not in ("query", "raw_body"):
         raise AttributeError(f"module 'arbor_core.http' has no attribute '{name}'")
-    from arbor_core.server.http.requests import raw_body  # only now Litestar: structs of requests do without it
+    from arbor_core.server.http import requests  # only now Litestar: structs of requests do without it
 
-    return raw_body
+    return getattr(requests, name)
 
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "RETRY_SOON",
     "UNNUMBERED",
     "ApiError",
+    "CommandSession",
     "ConfigError",
     "LongPoll",
     "NamedCheckpoint",
@@ -55,6 +57,7 @@ __all__ = [
     "key_of_tools",
     "name_of",
     "not_found",
+    "query",
     "raw_body",
     "strip_provider",
     "too_deep",

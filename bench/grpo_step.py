@@ -42,7 +42,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from arbor_core.testing import JobDirectory
 from arbor_core.types import Group, Rollout
-from arbor_core.worker.run import WorkerRun, open_run
+from arbor_core.worker.rollout_run import RolloutWorkerRun
+from arbor_core.worker.run import open_run
 
 PROMPTS, SIZE = 16, 8
 RATE = 1e-4
@@ -101,7 +102,7 @@ class Ready(GRPOTrainer):
         return self.batches.pop(0)
 
 
-def open_job(folder: Path, model: Path, groups: list[Group], options: argparse.Namespace) -> WorkerRun[Any]:
+def open_job(folder: Path, model: Path, groups: list[Group], options: argparse.Namespace) -> RolloutWorkerRun[Any]:
     keys: dict[str, Any] = {
         "groups_per_step": PROMPTS,
         "num_generations": SIZE,
@@ -112,10 +113,10 @@ def open_job(folder: Path, model: Path, groups: list[Group], options: argparse.N
     }
     job = JobDirectory(folder, "grpo", [], str(model), keys)
     job.send(*groups)
-    return open_run(job.prepare(), WorkerRun)
+    return open_run(job.prepare(), RolloutWorkerRun)
 
 
-def ours(run: WorkerRun[Any]) -> tuple[Clock, GroupTrainer, float]:
+def ours(run: RolloutWorkerRun[Any]) -> tuple[Clock, GroupTrainer, float]:
     set_seed(run.seed)
     session = compose(run)
     trainer = session.trainer
@@ -134,7 +135,7 @@ def ours(run: WorkerRun[Any]) -> tuple[Clock, GroupTrainer, float]:
     return clock, trainer, statistics.median(published)
 
 
-def theirs(run: WorkerRun[Any], groups: list[Group], steps: int) -> tuple[Clock, GRPOTrainer]:
+def theirs(run: RolloutWorkerRun[Any], groups: list[Group], steps: int) -> tuple[Clock, GRPOTrainer]:
     set_seed(run.seed)
     reader = compose(run).reader  # not trained: it reads the groups
     set_seed(run.seed)

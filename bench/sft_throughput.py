@@ -46,7 +46,8 @@ from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.testing import device
 from arbor_core.types import AttemptOrder, Placement
-from arbor_core.worker.run import WorkerRun, open_run
+from arbor_core.worker.file_run import FileWorkerRun
+from arbor_core.worker.run import open_run
 
 BATCH = 16
 RATE = 1e-3
@@ -165,7 +166,7 @@ def ours(model: Path, rows: Path, folder: Path, steps: int, threads: int) -> Run
     names = {"entry": "arbor_sft.train:train", "config_type": "arbor_sft:SftConfig"}
     order = AttemptOrder(attempt, (), {}, sys.executable, base=str(model), **names)
     write_order(order, Placement((device(),), threads))
-    job, run = open_run(attempt, WorkerRun), Run()
+    job, run = open_run(attempt, FileWorkerRun), Run()
     report = job.metrics
 
     def metrics(step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:

@@ -50,6 +50,12 @@ MATRICES = {
         *crash.SESSION_WORKERS,
         *crash.SEGMENTS,
     ],
+    "commands": [
+        *crash.COMMAND_SERVER_ALWAYS,
+        *crash.COMMAND_SERVER,
+        *crash.COMMAND_WORKERS_ALWAYS,
+        *crash.COMMAND_WORKERS,
+    ],
     "results": [*crash.RESULTS_ALWAYS, *crash.RESULTS],
     "uploads": [*crash.UPLOAD_POINTS_ALWAYS, *crash.UPLOAD_POINTS],
     "upgrades": crash.UPGRADES,

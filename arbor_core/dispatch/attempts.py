@@ -100,6 +100,7 @@ class Attempts:
             model=job.spec.model_path,
             model_name=job.spec.model,
             adapter=job.spec.adapter_path,
+            input=job.spec.input,
             training_file=self.files.stored_path(job.training_file) if job.training_file else None,
             validation_file=self.files.stored_path(job.validation_file) if job.validation_file else None,
             seed=job.spec.seed,

@@ -16,7 +16,7 @@ import msgspec
 
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.codec import decode, encode
-from arbor_core.types import PROTOCOL, ArborError, AttemptOrder, Desired, Exit, Placement
+from arbor_core.types import PROTOCOL, ArborError, AttemptOrder, Desired, Exit, InputKind, Placement
 
 from .layout import AttemptDir, JobDir
 
@@ -37,8 +37,10 @@ class JobDocument(msgspec.Struct, frozen=True, kw_only=True):
     """The public name of these weights."""
     adapter: str | None = None
     """Adapter to start from: its path in the storage directory."""
+    input: InputKind | None = None
+    """What the job learns from; None: see `learns_from`."""
     training_file: str | None
-    """Its path in the storage directory; None: the job learns from rollouts."""
+    """Its path in the storage directory; None: the job learns from what clients send."""
     validation_file: str | None = None
     seed: int
     created_at: float
@@ -47,6 +49,11 @@ class JobDocument(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     cpu: str = ""
     """Instruction set: AVX2 and AVX-512 give different last bits. Empty: not known."""
+
+    @property
+    def learns_from(self) -> InputKind:
+        """What the job learns from. Documents of a version before there were commands do not say."""
+        return self.input or ("file" if self.training_file else "rollouts")
 
 
 def import_object(path: str) -> Any:

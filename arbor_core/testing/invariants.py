@@ -13,13 +13,14 @@ import hashlib
 import os
 import sqlite3
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from arbor_core.jobdir import checkpoints, groups
+from arbor_core.jobdir import checkpoints, groups, inbox, results
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.storage.atomic import TEMPORARY
 from arbor_core.storage.event_log import tail
@@ -38,6 +39,8 @@ class Seen:
         self.ended: dict[str, str] = {}
         self.events: dict[str, list[str]] = {}
         self.files: set[str] = set()
+        self.results: dict[str, dict[int, int]] = {}
+        """CRC-32 of the results of each job, by the number of the command."""
         self.look()
 
     def look(self) -> None:
@@ -59,9 +62,20 @@ class Seen:
             assert jobs.get(job_id) == status, f"job {job_id} had {status}, and is now {jobs.get(job_id)}"
         for job_id, before in self.events.items():
             assert events.get(job_id, [])[: len(before)] == before, f"events of job {job_id} are lost or changed"
+        self._look_at_results(jobs)
         assert self.files <= files, f"files that were acknowledged are gone: {self.files - files}"
         self.files, self.events = files, events
         self.ended = {job_id: status for job_id, status in jobs.items() if status in TERMINAL}
+
+    def _look_at_results(self, jobs: Iterable[str]) -> None:
+        """Results that clients may have been told are there, unchanged, until they are acknowledged."""
+        for job_id in jobs:
+            folder, before = JobDir.of(self.storage, job_id).results, self.results.get(job_id, {})
+            now = {place.number: place.crc for place in results.readable(folder, 0)}
+            known = results.acknowledged(folder)  # after the log: what is dropped meanwhile was acknowledged
+            lost = [number for number, crc in before.items() if number > known and now.get(number) != crc]
+            assert not lost, f"results of job {job_id} are lost or changed: those of the commands {lost}"
+            self.results[job_id] = now
 
 
 def check_invariants(storage: Path, *, ended: bool = True, every_step: bool = True) -> None:
@@ -123,7 +137,33 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
         assert reason is None, f"{name}: checkpoint {folder} is offered, but: {reason}"
     if whole:
         check_told_checkpoints(files, dirs)
-    check_rollouts(files)
+    kind = msgspec.json.decode(job["spec"]).get("input", "file")
+    if kind == "rollouts":
+        check_rollouts(files)
+    elif kind == "commands":
+        check_commands(files, succeeded=job["status"] == "succeeded")
+
+
+def check_commands(job: JobDir, *, succeeded: bool) -> None:
+    """Each command stands in the inbox once, and has one result at most, which answers that command. What was
+    acknowledged had one; what stands in the last checkpoint of a job that has succeeded has one."""
+    name = job.path.name
+    commands = {place.number: place.digest for place in inbox.places(job.inbox)}
+    assert len(commands) == sum(1 for _ in inbox.places(job.inbox)), f"{name}: a command's number is there twice"
+    answered = [(place.number, place.digest) for place, _ in inbox.read(job.results, 0)]
+    twice = [number for number, count in Counter(number for number, _ in answered).items() if count > 1]
+    assert not twice, f"{name}: these commands have two results: {twice}"
+    stray = [number for number, digest in answered if commands.get(number) != digest]
+    assert not stray, f"{name}: these results answer no command that came: {stray}"
+    there = results.Numbers(results.acknowledged(job.results))
+    there.add(*(number for number, _ in answered))
+    lost = [number for number in range(1, there.until + 1) if number not in commands]
+    assert not lost, f"{name}: these commands were answered, and are not in the inbox: {lost}"
+    came = results.Numbers()
+    came.add(*commands)
+    assert not succeeded or there.until >= came.until, (
+        f"{name} has succeeded, commands came up to {came.until}, and results up to {there.until}"
+    )
 
 
 def check_rollouts(job: JobDir) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from arbor_core import plugins
 from arbor_core.config import convert
-from arbor_core.jobdir import groups
+from arbor_core.jobdir import commands, groups, results
 from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.documents import JobDocument, object_path, write_order
 from arbor_core.jobdir.inbox import Inbox
@@ -86,6 +86,7 @@ class JobDirectory:
             config=msgspec.to_builtins(typed, enc_hook=str),
             model=None,
             model_name=self.model,
+            input=found.input,
             training_file=str(self._write("train.jsonl", self.rows)),
             validation_file=None
             if self.validation_rows is None
@@ -120,6 +121,20 @@ class JobDirectory:
             box.close()
         wake(str(self.files.inbox_bell), "inbox")
         return ends
+
+    def command(self, number: int, payload: bytes) -> None:
+        """Put a command into the inbox, as the server does for a trainer of commands."""
+        box = Inbox(self.files.inbox)
+        try:
+            box.append([commands.entry(payload, number)])
+        finally:
+            box.close()
+        wake(str(self.files.inbox_bell), "inbox")
+
+    def results(self) -> dict[int, bytes]:
+        """The results of commands, by number, as far as they are on the disk."""
+        folder = self.files.results
+        return {place.number: results.payload(folder, place) for place in results.readable(folder, 0)}
 
     def request_checkpoint(self, name: str, **metadata: Any) -> None:
         """Ask for a checkpoint by name."""

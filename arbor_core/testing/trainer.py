@@ -30,6 +30,7 @@ from arbor_core.types import (
 )
 
 from . import rollouts
+from .commands import check_executing
 from .job_directory import JobDirectory, yaml_of
 from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoints, check_numbers, check_result
 
@@ -42,6 +43,7 @@ def check_trainer(
     *,
     rows: Sequence[Mapping[str, Any]] | None = None,
     model: str | Path | None = None,
+    commands: Sequence[bytes] | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
 ) -> None:
     """Check an installed trainer.
@@ -50,10 +52,13 @@ def check_trainer(
     exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
     in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled. For a trainer that
     learns from rollouts `model` is enough: groups are made up, and jobs are killed and finished too (see `rollouts`).
+    For one that executes commands give `model` and `commands` (see `arbor_core.testing.commands`).
 
     Args:
         rows: Rows that it can be trained on, enough for two steps and few enough for seconds.
         model: A base model for them.
+        commands: For a trainer that executes commands: three or more of them, as their payloads stand in the inbox. The
+            answers may depend on nothing but the commands and the job.
         hyperparameters: Laid over its YAML, to make the run short.
 
     Raises:
@@ -68,8 +73,11 @@ def check_trainer(
     assert rows is None or not live, f"{name} learns from {trainer.input}: give check_trainer a model, and no rows"
     if trainer.input == "rollouts":
         assert issubclass(trainer.config, RolloutConfig), f"{trainer.config.__name__} is no RolloutConfig"
-    if model is None or (rows is None and not live):
+    executes = trainer.input == "commands"
+    assert commands is None or executes, f"{name} learns from {trainer.input}: give check_trainer no commands"
+    if model is None or (rows is None and not live) or (commands is None and executes):
         assert rows is None, "check_trainer: rows were given without a model"
+        assert commands is None, "check_trainer: commands were given without a model"
         return
     if not live:
         check_rows(trainer, rows or ())
@@ -81,7 +89,10 @@ def check_trainer(
         def job(kind: str) -> JobDirectory:
             return JobDirectory(root / kind, name, rows or (), str(model), values)
 
-        (rollouts.check_learning if trainer.input == "rollouts" else check_training)(job)
+        if commands:
+            check_executing(job, commands)
+        else:
+            (rollouts.check_learning if live else check_training)(job)
 
 
 def check_training(make: Callable[[str], JobDirectory]) -> None:

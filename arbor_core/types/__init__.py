@@ -60,7 +60,7 @@ from .rollouts import (
     name_of,
     reference,
 )
-from .runs import Checkpoint, CheckpointRequest, ConfigT, ConfigT_co, Run
+from .runs import Checkpoint, CheckpointRequest, CommandRun, ConfigT, ConfigT_co, FileRun, LiveRun, RolloutRun, Run
 from .scheduling import Plan, QueuedJob, RunningJob, Scheduler, Snapshot
 from .services import NamedCheckpoint, RolloutSession, Services
 
@@ -87,6 +87,7 @@ __all__ = [
     "CheckpointWithdrawn",
     "Claim",
     "Command",
+    "CommandRun",
     "CommandSession",
     "Completion",
     "ConfigError",
@@ -105,6 +106,7 @@ __all__ = [
     "ExecutorFactory",
     "ExecutorSettings",
     "Exit",
+    "FileRun",
     "Group",
     "GroupsSkipped",
     "HyperparametersResolved",
@@ -116,6 +118,7 @@ __all__ = [
     "Launcher",
     "Lease",
     "Level",
+    "LiveRun",
     "MessageEvent",
     "MetricsEvent",
     "NamedCheckpoint",
@@ -131,6 +134,7 @@ __all__ = [
     "ResultEvent",
     "Rollout",
     "RolloutConfig",
+    "RolloutRun",
     "RolloutSession",
     "Run",
     "RunningJob",

@@ -15,6 +15,7 @@ from .jobs import Desired
 from .rollouts import StepInputs
 
 if TYPE_CHECKING:
+    from .commands import Command
     from .rollouts import Record
 
 ConfigT = TypeVar("ConfigT", bound=Struct)
@@ -37,7 +38,8 @@ class CheckpointRequest(Struct, frozen=True):
 
 
 class Run(Protocol[ConfigT_co]):
-    """What a trainer's function is handed inside its own process."""
+    """What a trainer's function is handed inside its own process, whatever it learns from. What more it is handed
+    follows from `Trainer.input`: a `FileRun`, a `RolloutRun` or a `CommandRun`."""
 
     @property
     def config(self) -> ConfigT_co: ...
@@ -58,10 +60,6 @@ class Run(Protocol[ConfigT_co]):
         """Directory (or hub id) of the base model."""
         ...
 
-    @property
-    def training_file(self) -> Path: ...
-    @property
-    def validation_file(self) -> Path | None: ...
     @property
     def seed(self) -> int: ...
     @property
@@ -86,13 +84,11 @@ class Run(Protocol[ConfigT_co]):
         """A line for whoever follows the job."""
         ...
 
-    def metrics(
-        self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
-    ) -> None:
+    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
         """Numbers of one step (`train_loss`, `train_mean_token_accuracy`, `valid_loss`, ...). Steps count from 1.
 
         `digest` stands for the trained parameters after the step, where it is cheap to tell: a run that was interrupted
-        can be compared with one that was not. `fed` says which groups of the inbox formed the step.
+        can be compared with one that was not.
         """
         ...
 
@@ -130,6 +126,63 @@ class Run(Protocol[ConfigT_co]):
         `adapters`."""
         ...
 
+    def stop_if_asked(self) -> None:
+        """Call between steps, at a place where training could be taken up again.
+
+        Raises:
+            JobStopped: the job is to pause or was cancelled. Write a checkpoint if it is to pause, then let it pass.
+        """
+        ...
+
+    def desired(self) -> Desired:
+        """What the job is asked to do now. `finish`, for trainers that learn from what clients send: make no more
+        steps, write a checkpoint if the last step has none, and call `Run.finish`."""
+        ...
+
+    def finish(self, checkpoint: Checkpoint, trained_tokens: int, *, adapter: bool = False, **more: Any) -> None:
+        """Name the checkpoint that is the job's model: a PEFT adapter, else full weights. `more` goes to those who
+        observe the job."""
+        ...
+
+
+class FileRun(Run[ConfigT_co], Protocol[ConfigT_co]):
+    """What a trainer is handed that learns from a file (`input="file"`)."""
+
+    @property
+    def training_file(self) -> Path: ...
+    @property
+    def validation_file(self) -> Path | None: ...
+
+
+class LiveRun(Run[ConfigT_co], Protocol[ConfigT_co]):
+    """What a trainer is handed that learns from what clients send while it runs, be it rollouts or commands."""
+
+    def asked_checkpoints(self) -> list[CheckpointRequest]:
+        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`.
+
+        An attempt that follows others is asked for none before it has done again what they had done: clients know of a
+        newer policy than the one that it begins with.
+        """
+        ...
+
+    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
+        """Give the checkpoint of this step, which was written just now, a name."""
+        ...
+
+
+class RolloutRun(LiveRun[ConfigT_co], Protocol[ConfigT_co]):
+    """What a trainer is handed that learns from rollouts (`input="rollouts"`).
+
+    An attempt that follows others is asked to `finish` only when it has handled what they had handled, and is given no
+    more groups than those.
+    """
+
+    def metrics(
+        self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
+    ) -> None:
+        """As `Run.metrics`. `fed` says which groups of the inbox formed the step."""
+        ...
+
     def groups(self, position: int, wait: float) -> list[Record]:
         """The groups in the inbox from `position` on, in order of arrival; waits up to `wait` seconds for the first.
         Only rank 0 may call it.
@@ -153,33 +206,44 @@ class Run(Protocol[ConfigT_co]):
         """Say that groups were skipped and no step follows yet: so many were handled in all, and more may be sent."""
         ...
 
-    def asked_checkpoints(self) -> list[CheckpointRequest]:
-        """Checkpoints that clients asked for by name and that are not there yet. See `name_checkpoint`.
 
-        An attempt that follows others is asked for none before it has handled what they had handled: clients know of a
-        newer policy than the one that it begins with.
-        """
-        ...
+class CommandRun(LiveRun[ConfigT_co], Protocol[ConfigT_co]):
+    """What a trainer is handed that executes commands (`input="commands"`).
 
-    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
-        """Give the checkpoint of this step, which was written just now, a name."""
-        ...
+    Clients number their commands, and the trainer gets them in the order of the numbers, whatever order they came in.
+    It answers each one, before it writes a checkpoint that includes it: after a crash the commands behind the last
+    checkpoint are executed again, and what was answered stands. It is asked to `finish` when it has taken all commands
+    that have come.
+    """
 
-    def stop_if_asked(self) -> None:
-        """Call between steps, at a place where training could be taken up again.
+    def commands(self, after: int, wait: float) -> list[Command]:
+        """The commands `after` + 1, `after` + 2, ... as far as all before them have come, some megabytes at a time;
+        waits up to `wait` seconds for the first. Only rank 0 may call it.
+
+        Args:
+            after: The number of the last command that was executed; in the checkpoint it says where to go on.
 
         Raises:
-            JobStopped: the job is to pause or was cancelled. Write a checkpoint if it is to pause, then let it pass.
+            LogDamagedError: a record is not what was written.
+            RuntimeError: the last checkpoint includes a command that was not answered, and whose client would wait for
+                ever.
         """
         ...
 
-    def desired(self) -> Desired:
-        """What the job is asked to do now. `finish`, for trainers that learn from rollouts: make no more steps, write a
-        checkpoint if the last step has none, and call `Run.finish`. An attempt that follows others is asked so only
-        when it has handled what they had handled, and is given no more groups than those."""
+    def result(self, command: Command, payload: bytes) -> bool:
+        """Answer a command; it is on the disk when this returns, and its client hears of it. False: it was answered
+        before, and that stands; another answer than that is reported as a warning.
+
+        Raises:
+            OSError: there was still no room after `limits.room_seconds`; the job will be paused.
+        """
         ...
 
-    def finish(self, checkpoint: Checkpoint, trained_tokens: int, *, adapter: bool = False, **more: Any) -> None:
-        """Name the checkpoint that is the job's model: a PEFT adapter, else full weights. `more` goes to those who
-        observe the job."""
+    def is_answered(self, number: int) -> bool:
+        """Whether a command was answered, perhaps by an earlier attempt. Only for rank 0."""
+        ...
+
+    def publish(self, version: int) -> AbstractContextManager[Path]:
+        """`with run.publish(version) as folder:` write the policy into `folder`, as a PEFT adapter or as a model; from
+        then on new completions are sampled from it. Versions only grow."""
         ...

@@ -62,7 +62,7 @@ class CommandFeed(Listener):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.after = self.seen = 0
+        self.after = self.seen = self.taken = 0
         self.places: dict[int, inbox.Place] = {}
         """Of the commands that are not taken yet, by number, as far as the inbox was seen."""
 
@@ -81,6 +81,7 @@ class CommandFeed(Listener):
             command = commands.read(self.folder, self.places[after + 1 + len(found)].start)
             found.append(command)
             size += len(command.payload)
+        self.taken = after + len(found)
         self._forget(after)
         return found
 

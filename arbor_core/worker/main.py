@@ -12,19 +12,30 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from arbor_core.jobdir.documents import import_object
+from arbor_core.jobdir.documents import import_object, read_document
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.cpu import instruction_set
 from arbor_core.process.exit import ignore_output_errors, run_and_exit
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
-from arbor_core.types import JobFailed, JobStopped, PausedEvent
+from arbor_core.types import InputKind, JobFailed, JobStopped, PausedEvent
 
+from .command_run import CommandWorkerRun
 from .failures import explain, fail
+from .file_run import FileWorkerRun
+from .rollout_run import RolloutWorkerRun
 from .run import WorkerRun, open_run
+
+KINDS: dict[InputKind, type[WorkerRun[Any]]] = {
+    "file": FileWorkerRun,
+    "rollouts": RolloutWorkerRun,
+    "commands": CommandWorkerRun,
+}
 
 
 def main(attempt_dir: Path) -> int:
     """Run the trainer; returns the exit status. How the job ended is in its events."""
-    run: WorkerRun[Any] = open_run(attempt_dir, WorkerRun)
+    kind = KINDS[read_document(AttemptDir(attempt_dir).job).learns_from]
+    run = open_run(attempt_dir, kind)
     if run.world_size > 1:  # a child of torchrun: a supervisor that is killed takes only torchrun along
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     warn_of_another_machine(run)

@@ -16,7 +16,6 @@ import msgspec
 from arbor_core.config.convert import renamed
 from arbor_core.crash_points import crash_point
 from arbor_core.jobdir import checkpoints
-from arbor_core.jobdir.checkpoint_requests import answered, asked
 from arbor_core.jobdir.documents import (
     JobDocument,
     import_object,
@@ -27,7 +26,6 @@ from arbor_core.jobdir.documents import (
 )
 from arbor_core.jobdir.heartbeat import Heartbeat
 from arbor_core.jobdir.layout import AttemptDir
-from arbor_core.jobdir.weights import publishing
 from arbor_core.process.resources import (
     DISK_FULL_ERRNOS,
     FIRST_WAIT_SECONDS,
@@ -43,7 +41,6 @@ from arbor_core.types import (
     Checkpoint,
     CheckpointDiscarded,
     CheckpointEvent,
-    CheckpointRequest,
     ConfigT,
     Desired,
     Device,
@@ -57,12 +54,9 @@ from arbor_core.types import (
     MetricsEvent,
     Placement,
     PolicyPublished,
-    Record,
     ResultEvent,
     StepInputs,
 )
-
-from .inbox_reader import CatchingUp, Feed
 
 PASSING = (MetricsEvent, MessageEvent, PolicyPublished, GroupsSkipped)
 """Events that a machine which loses its power may lose: what they tell is told again, or older than the rest."""
@@ -72,7 +66,8 @@ RETRY_SECONDS = 1.0
 
 @dataclass
 class WorkerRun(Generic[ConfigT]):
-    """What a trainer's function is handed. See `arbor_core.types.Run`."""
+    """What every trainer's function is handed (`arbor_core.types.Run`). What more depends on what it learns from, and
+    is in `file_run`, `rollout_run` and `command_run`."""
 
     config: ConfigT
     document: JobDocument
@@ -81,7 +76,6 @@ class WorkerRun(Generic[ConfigT]):
     rank: int = 0
     world_size: int = 1
     log: EventLog | None = field(init=False, default=None)
-    feed: Feed | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.files = AttemptDir(self.order.dir)
@@ -90,19 +84,16 @@ class WorkerRun(Generic[ConfigT]):
         self.work.mkdir(exist_ok=True)
         document = self.document
         self.job_id, self.seed = document.job_id, document.seed
-        self.model = str(self._stored(document.model) or self.order.base)
-        self.training_file = self._stored(document.training_file) or Path(os.devnull)
-        self.validation_file = self._stored(document.validation_file)
-        self.adapter = self._stored(document.adapter)
+        self.model = str(self.stored(document.model) or self.order.base)
+        self.adapter = self.stored(document.adapter)
         self.bell, self.room_seconds = self.order.bell, self.order.room_seconds
-        self.catching_up = CatchingUp(self.job_files.inbox, self.order.handled)
         self.heartbeat = Heartbeat(self.files.heartbeat)
         self.micro_batch_share = self.placement.micro_batch_share
         self.threads = self.placement.threads  # as many as the job was made with: see Attempts.start
         if self.rank == 0:  # the other ranks report nothing
             self.log = EventLog(self.files.events)
 
-    def _stored(self, path: str | None) -> Path | None:
+    def stored(self, path: str | None) -> Path | None:
         """A path of the job's document: it is relative to the storage directory."""
         return self.job_files.storage / path if path else None
 
@@ -138,9 +129,13 @@ class WorkerRun(Generic[ConfigT]):
     def message(self, text: str, level: Level = "info", **data: Any) -> None:
         self.emit(MessageEvent(text, level, data=data))
 
-    def metrics(
-        self, step: int, total_steps: int, digest: str | None = None, fed: StepInputs | None = None, /, **values: float
+    def metrics(self, step: int, total_steps: int, digest: str | None = None, /, **values: float) -> None:
+        self.report_step(step, total_steps, digest, None, values)
+
+    def report_step(
+        self, step: int, total_steps: int, digest: str | None, fed: StepInputs | None, values: dict[str, float]
     ) -> None:
+        """Write the numbers of a step."""
         shown = ", ".join(
             f"{name.replace('_', ' ').replace('train ', 'training ')}={value:.4g}"
             for name, value in values.items()
@@ -204,49 +199,6 @@ class WorkerRun(Generic[ConfigT]):
             self.emit(CheckpointDiscarded(f"Checkpoint {folder.name} removed", dir=folder.name))
             shutil.rmtree(folder)  # after the event: what is offered is there
 
-    def groups(self, position: int, wait: float) -> list[Record]:
-        self.feed = self.feed or Feed(self.job_files.inbox)
-        self.heartbeat.beat()  # ready, though nobody may send anything for days
-        until = None
-        if not self.catching_up.done and read_desired(self.job_files) == "finish":
-            until = self.catching_up.end
-            wait = wait if position < until else 0
-        found = self.feed.take(position, wait, until)
-        self.catching_up.done |= not found
-        return found
-
-    @contextmanager
-    def publish(self, version: int, handled: int) -> Iterator[Path]:
-        name = f"{version}-{self.attempt}"
-        with publishing(self.job_files.weights, name) as folder:
-            yield folder
-        self.emit(PolicyPublished(f"Policy version {version} published", version=version, handled=handled, dir=name))
-        self.catching_up.handled(handled)
-
-    def report_skipped(self, handled: int) -> None:
-        self.emit(GroupsSkipped(f"{handled} groups handled", handled=handled))
-        self.catching_up.handled(handled)
-
-    def asked_checkpoints(self) -> list[CheckpointRequest]:
-        return asked(self.job_files) if self.catching_up.done else []  # clients have been answered a newer policy
-
-    def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
-        folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
-        crash_point("name_checkpoint.linked")
-        said = checkpoints.manifest(folder)
-        named = CheckpointEvent(
-            f"Checkpoint '{request.name}' is that of step {step}",
-            step=step,
-            dir=folder.name,
-            metrics=said.metrics if said else {},
-            name=request.name,
-            metadata=request.metadata,
-        )
-        self.emit(named)
-        crash_point("name_checkpoint.told")
-        answered(self.job_files, request.name)
-        crash_point("name_checkpoint.answered")
-
     def stop_if_asked(self) -> None:
         if self.rank == 0:
             self.heartbeat.beat()
@@ -255,8 +207,7 @@ class WorkerRun(Generic[ConfigT]):
             raise JobStopped(wanted)
 
     def desired(self) -> Desired:
-        wanted = read_desired(self.job_files)
-        return "run" if wanted == "finish" and not self.catching_up.done else wanted
+        return read_desired(self.job_files)
 
     def finish(self, checkpoint: Checkpoint, trained_tokens: int, *, adapter: bool = False, **more: Any) -> None:
         result = ResultEvent(

@@ -25,7 +25,8 @@ from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
 from arbor_core.types import Group, Rollout
-from arbor_core.worker.run import WorkerRun, open_run
+from arbor_core.worker.rollout_run import RolloutWorkerRun
+from arbor_core.worker.run import open_run
 
 HEARTBEAT = AttemptDir(Path()).heartbeat.name
 LIMITS = SimpleNamespace(heartbeat_seconds=9.0, start_seconds=9.0)
@@ -50,7 +51,7 @@ def test_row_90_a_trainer_that_hangs_before_its_first_step_is_ended_and_tried_ag
 def test_row_90_who_waits_for_rollouts_has_begun(tmp_path: Path, chat_rows: list[dict[str, Any]]) -> None:
     job = JobDirectory(tmp_path / "job", "mock_grpo", chat_rows, "mock/tiny")
     job.send(Group(id=1, rollouts=(Rollout(reward=1.0),), version=0))
-    run = open_run(job.prepare(), WorkerRun)
+    run = open_run(job.prepare(), RolloutWorkerRun)
     heartbeat = run.attempt_dir / HEARTBEAT
     run.message("loading")
     assert last_beat(heartbeat) is None

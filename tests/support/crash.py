@@ -123,6 +123,22 @@ SESSION_WORKERS = [
     "name_checkpoint.answered",
     "result.event",
 ]
+COMMAND_SERVER_ALWAYS = ["results.acknowledged"]
+COMMAND_SERVER = ["inbox.written:2", "inbox.synced:3", "inbox.marked:4", "results.acknowledged:3", "job.finish"]
+COMMAND_WORKERS_ALWAYS = ["results.synced:3"]
+COMMAND_WORKERS = [
+    "results.written",
+    "results.written:5",
+    "results.synced",
+    "results.marked",
+    "results.marked:4",
+    "checkpoint.renamed",
+    "checkpoint.event",
+    "weights.renamed",
+    "published.event",
+    "metrics.event:3",
+    "result.event",
+]
 RESULTS_ALWAYS = ["results.synced", "results.dropped"]
 RESULTS = [
     "results.written",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from arbor_core import (
     AllocatorSettings,
     AttemptDir,
     AttemptOrder,
+    ErrorEvent,
     ExecutorSettings,
     MetricsEvent,
     Placement,
@@ -31,14 +33,25 @@ from arbor_core.testing import (
     check_scheduler,
     check_trainer,
 )
+from arbor_core.testing import commands as command_checks
 from arbor_core.testing import executor as executor_checks
 from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
 INSTALLED = load()
-LIGHT = {"mock", "mock_grpo"}
+LIGHT = {"mock", "mock_commands", "mock_grpo"}
 """What needs no torch."""
 LAUNCHERS = list(INSTALLED.all("launchers"))
+COMMANDS = {
+    "mock_commands": [
+        b'{"do": "add", "n": 5}',
+        b'{"do": "checkpoint"}',
+        b'{"do": "subtract"}',
+        b'{"do": "publish"}',
+        b'{"do": "sum"}',
+    ]
+}
+"""Of each trainer that executes commands."""
 SHORT = {"n_epochs": 1, "batch_size": 4}
 
 
@@ -63,8 +76,8 @@ def base_model(name: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", names("trainers"))
 def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
-    if INSTALLED.get("trainers", name).input == "rollouts":
-        check_trainer(name, model=base_model(name, request))
+    if INSTALLED.get("trainers", name).input != "file":
+        check_trainer(name, model=base_model(name, request), commands=COMMANDS.get(name))
     else:
         check_trainer(name, rows=chat_rows, model=base_model(name, request), hyperparameters=SHORT)
 
@@ -263,6 +276,79 @@ def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[.
         rollout_checks.check_same(mine, honest)
     with pytest.raises(AssertionError, match="the steps are"):
         rollout_checks.check_same(mine[1:], honest)
+
+
+HASTY = """
+import json
+from arbor_core import JobStopped
+
+def train(run):
+    last = run.last_checkpoint()
+    done = last.step if last else 0
+    while run.desired() != "finish":
+        for command in run.commands(done, 1.0):
+            done = command.number
+            {first}
+            {second}
+        for request in run.asked_checkpoints():
+            save(run, done)
+            run.name_checkpoint(request, done)
+        try:
+            run.stop_if_asked()
+        except JobStopped:
+            save(run, done)
+            raise
+    save(run, done)
+    run.finish(run.last_checkpoint(), 1)
+
+def save(run, done):
+    last = run.last_checkpoint()
+    if last is None or last.step < done:
+        with run.checkpoint(done) as folder:
+            (folder / "done").write_text(str(done))
+"""
+SAVE, ANSWER = "save(run, done)", "run.result(command, b'done')"
+
+
+@pytest.fixture
+def executing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], JobDirectory]:
+    """Makes a job whose trainer does two things with each command."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    def make(first: str, second: str) -> JobDirectory:
+        (tmp_path / "hasty.py").write_text(HASTY.format(first=first, second=second))
+        job = JobDirectory(tmp_path / "job", "mock_commands", (), "mock/tiny")
+        job.entry = "hasty:train"
+        return job
+
+    return make
+
+
+def test_a_checkpoint_that_includes_a_command_without_a_result_is_an_error(
+    executing: Callable[[str, str], JobDirectory],
+) -> None:
+    """Its client would wait for ever: the job says so instead."""
+    job = executing(SAVE, "import os; os._exit(1)")
+    job.command(1, b"")
+    assert job.attempt() == 1
+    job.ask("run")
+    assert job.attempt() == 1
+    (error,) = job.events(ErrorEvent)
+    assert "goes on after command 1, and command 1 has no result" in error.message
+
+
+def test_the_kit_finds_a_trainer_that_answers_too_little(executing: Callable[[str, str], JobDirectory]) -> None:
+    job = executing(SAVE, f"{ANSWER} if done != 3 else None")
+    with pytest.raises(AssertionError, match=r"results of \[1, 2\]"):
+        command_checks.check_to_the_end(job, [b"1", b"2", b"3"])
+
+
+def test_the_kit_finds_a_trainer_that_answers_otherwise_when_it_was_killed(
+    executing: Callable[[str, str], JobDirectory],
+) -> None:
+    job = executing("import os", "run.result(command, str(os.getpid()).encode())")
+    with pytest.raises(AssertionError, match="after it was killed command 1 is answered"):
+        command_checks.check_killed(job, [b"1", b"2", b"3"], {1: b"1", 2: b"2", 3: b"3"})
 
 
 def test_the_kit_finds_a_greedy_scheduler() -> None:

@@ -5,12 +5,12 @@ import math
 from collections import Counter
 from itertools import pairwise
 
-from arbor_core import JobStopped, Run, read_rows
+from arbor_core import FileRun, JobStopped, read_rows
 
 from . import BigramConfig
 
 
-def train(run: Run[BigramConfig]) -> None:
+def train(run: FileRun[BigramConfig]) -> None:
     rows = [row["messages"][-1]["content"] for _, row in read_rows(run.training_file)]
     size = run.config.batch_size
     batches = [rows[at : at + size] for at in range(0, len(rows), size)]
@@ -38,6 +38,6 @@ def loss(pairs: list[str], counts: Counter[str], smoothing: float) -> float:
     return -sum(map(math.log, probabilities)) / len(probabilities)
 
 
-def save(run: Run[BigramConfig], step: int, counts: Counter[str]) -> None:
+def save(run: FileRun[BigramConfig], step: int, counts: Counter[str]) -> None:
     with run.checkpoint(step) as folder:
         (folder / "counts.json").write_text(json.dumps(counts))

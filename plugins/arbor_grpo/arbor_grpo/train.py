@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig as TrlConfig
 
-from arbor_core import JobFailed, Run
+from arbor_core import JobFailed, RolloutRun
 
 from . import GrpoConfig
 from .training.publishing import Publisher
@@ -37,7 +37,7 @@ CISPO_EPSILON_HIGH = 5.0
 
 
 @process_group()
-def train(run: Run[GrpoConfig]) -> None:
+def train(run: RolloutRun[GrpoConfig]) -> None:
     """Train `run.model` on the groups of the inbox until `max_steps`, or until the job is to finish.
 
     Raises:
@@ -62,7 +62,7 @@ def train(run: Run[GrpoConfig]) -> None:
         finish(run, session.step, session.progress.tokens)
 
 
-def compose(run: Run[GrpoConfig]) -> Session:
+def compose(run: RolloutRun[GrpoConfig]) -> Session:
     """TRL's trainer, and what gives it batches."""
     if run.adapter and run.config.lora is None:
         raise JobFailed(
@@ -109,7 +109,7 @@ def no_reward(**_: Any) -> list[float]:
     raise RuntimeError("TRL wants to compute rewards itself: arbor-grpo was not written for this version of it")
 
 
-def chat_format(run: Run[GrpoConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+def chat_format(run: RolloutRun[GrpoConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
     """None: rollouts must come as tokens."""
     try:
         return ChatFormat(tokenizer)
@@ -118,7 +118,7 @@ def chat_format(run: Run[GrpoConfig], tokenizer: PreTrainedTokenizerBase) -> Cha
         return None
 
 
-def arguments(run: Run[GrpoConfig], longest: int) -> TrlConfig:
+def arguments(run: RolloutRun[GrpoConfig], longest: int) -> TrlConfig:
     """What the config means in TRL's words. A step is one batch to TRL."""
     config = run.config
     return TrlConfig(
@@ -175,6 +175,6 @@ def learning_rate(config: GrpoConfig) -> float:
     return ADAPTER_RATE if config.lora else FULL_RATE
 
 
-def finish(run: Run[GrpoConfig], step: int, tokens: int) -> None:
+def finish(run: RolloutRun[GrpoConfig], step: int, tokens: int) -> None:
     """Name the last step's checkpoint as the job's model."""
     run.finish(last_step(run, step), tokens, adapter=run.config.lora is not None)

@@ -23,7 +23,8 @@ from arbor_core.testing import JobDirectory
 from arbor_core.testing.job_directory import ENV
 from arbor_core.types import ErrorEvent, Event, Group, MetricsEvent, Rollout
 from arbor_core.worker.main import main
-from arbor_core.worker.run import WorkerRun, open_run
+from arbor_core.worker.rollout_run import RolloutWorkerRun
+from arbor_core.worker.run import open_run
 
 LETTERS = range(97, 123)
 FULL: dict[str, Any] = {"lora": None}
@@ -89,8 +90,8 @@ TWO_LAYERS: dict[str, Any] = {
 class Job(JobDirectory):
     """A job whose attempts run in this process: importing the libraries takes longer than training."""
 
-    def open(self) -> WorkerRun[Any]:
-        return open_run(self.prepare(), WorkerRun)
+    def open(self) -> RolloutWorkerRun[Any]:
+        return open_run(self.prepare(), RolloutWorkerRun)
 
     def session(self) -> Session:
         """A new attempt, before its first step."""

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from arbor_core import (
     AllocatorSettings,
@@ -19,12 +20,13 @@ from arbor_core import (
     Launcher,
     PoolAllocator,
     RanksCommand,
+    Services,
     Trainer,
     hookimpl,
 )
 from arbor_core.engine import EngineProcess
 
-from .config import NODE, EngineOptions, LauncherOptions, MockConfig, MockGrpoConfig
+from .config import NODE, EngineOptions, LauncherOptions, MockCommandsConfig, MockConfig, MockGrpoConfig
 
 GPUS, SERVING = 4, 1
 """Simulated devices to train on and to serve from, where `gpu.train` and `gpu.inference` do not say."""
@@ -91,7 +93,22 @@ def arbor_trainers() -> Mapping[str, Trainer]:
             adapters=True,
             simulated=True,
         ),
+        "mock_commands": Trainer(
+            config=MockCommandsConfig,
+            entry="arbor_mock.commands:train",
+            preload=("arbor_mock.commands",),
+            ranks=False,
+            input="commands",
+            simulated=True,
+        ),
     }
+
+
+@hookimpl
+def arbor_routes(services: Services) -> list[Any]:
+    from .routes import routes  # only now Litestar
+
+    return routes(services)
 
 
 @hookimpl

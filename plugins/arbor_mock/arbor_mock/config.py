@@ -1,4 +1,4 @@
-"""What YAML and requests configure: two trainers, the engine and the launcher."""
+"""What YAML and requests configure: three trainers, the engine and the launcher."""
 
 from typing import Annotated, Literal
 
@@ -61,3 +61,21 @@ class LauncherOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """`conf/launcher/mock.yaml`, typed; each key is explained there."""
 
     nice: Annotated[int, Meta(ge=0, le=19)]
+
+
+class MockCommand(Struct, frozen=True, forbid_unknown_fields=True):
+    """A command of the trainer `mock_commands`, as it stands in the inbox."""
+
+    do: Literal["add", "sum", "checkpoint", "publish"]
+    n: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] = 0
+    """What to add."""
+
+
+class MockCommandsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`conf/trainer/mock_commands.yaml`, typed; each key is explained there."""
+
+    step_seconds: Seconds
+    checkpoint_commands: Count | None
+    fault: Fault
+    fault_step: Annotated[int, Meta(ge=0)]
+    fault_times: Count

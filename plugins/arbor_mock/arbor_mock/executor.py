@@ -28,12 +28,12 @@ from arbor_core import (
     Event,
     ExecutorSettings,
     Exit,
+    FileWorkerRun,
     JobFailed,
     JobStopped,
     Manifest,
     PausedEvent,
     Placement,
-    WorkerRun,
     explain,
     fail,
     last_beat,
@@ -60,7 +60,7 @@ class Killed(BaseException):
         self.number = number
 
 
-class SimulatedRun(WorkerRun[MockConfig]):
+class SimulatedRun(FileWorkerRun[MockConfig]):
     """A run whose files are written and never forced to the disk, and held open by nobody."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, Record, Run, StepInputs
+from arbor_core import Checkpoint, JobFailed, JobStopped, Record, RolloutRun, StepInputs
 
 from .config import MockGrpoConfig
 from .train import ADAPTER, STATE, strike, tensor_file
@@ -41,7 +41,7 @@ class Batch(msgspec.Struct):
     skipped: list[int] = []
 
 
-def train(run: Run[MockGrpoConfig]) -> None:
+def train(run: RolloutRun[MockGrpoConfig]) -> None:
     """Make steps of the groups that clients send, in a process of its own.
 
     Raises:
@@ -62,7 +62,7 @@ def kill(number: int) -> None:
 class Learner:
     """The state of one attempt."""
 
-    def __init__(self, run: Run[MockGrpoConfig]) -> None:
+    def __init__(self, run: RolloutRun[MockGrpoConfig]) -> None:
         self.run, self.config = run, run.config
         self.last = run.last_checkpoint()
         self.learned = Learned()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, RowError, Run, read_rows
+from arbor_core import Checkpoint, FileRun, JobFailed, JobStopped, RowError, Run, read_rows
 
-from .config import MockConfig, MockGrpoConfig
+from .config import MockCommandsConfig, MockConfig, MockGrpoConfig
 from .rows import words
 
 ADAPTER = "adapter_model.safetensors"
@@ -39,7 +39,7 @@ class Schedule(Struct, frozen=True):
         return round(self.words * self.epochs * step / self.steps)
 
 
-def train(run: Run[MockConfig]) -> None:
+def train(run: FileRun[MockConfig]) -> None:
     """Simulate a training job in a process of its own.
 
     Raises:
@@ -50,7 +50,7 @@ def train(run: Run[MockConfig]) -> None:
         time.sleep(seconds)
 
 
-def steps(run: Run[MockConfig], die: Callable[[int], None]) -> Iterator[float]:
+def steps(run: FileRun[MockConfig], die: Callable[[int], None]) -> Iterator[float]:
     """The job step by step. Yields how many seconds to let pass before the next one.
 
     Args:
@@ -84,7 +84,7 @@ def steps(run: Run[MockConfig], die: Callable[[int], None]) -> Iterator[float]:
     run.finish(last, plan.words_until(plan.steps), adapter=True)
 
 
-def schedule(run: Run[MockConfig]) -> Schedule:
+def schedule(run: FileRun[MockConfig]) -> Schedule:
     """Read the training file and count; `auto` grows with the number of rows like OpenAI's does."""
     rows, total = count(run.training_file)
     config = run.config
@@ -110,7 +110,7 @@ def count(path: Path) -> tuple[int, int]:
     return rows, total
 
 
-def measures(run: Run[MockConfig], plan: Schedule, step: int) -> dict[str, float]:
+def measures(run: FileRun[MockConfig], plan: Schedule, step: int) -> dict[str, float]:
     """The numbers of a step: a function of (seed, step) and of nothing else."""
     noise = random.Random(f"{run.seed}/{step}").gauss(0.0, 0.02)
     loss = 0.2 + 2.3 / (1 + step / 8) + noise
@@ -126,7 +126,7 @@ def measures(run: Run[MockConfig], plan: Schedule, step: int) -> dict[str, float
     return values
 
 
-def save(run: Run[MockConfig], step: int, values: dict[str, float]) -> Checkpoint:
+def save(run: FileRun[MockConfig], step: int, values: dict[str, float]) -> Checkpoint:
     """Write a checkpoint with a small adapter in it that any reader of safetensors can open."""
     metrics = {name: value for name, value in values.items() if name != "learning_rate"}
     with run.checkpoint(step, **metrics) as folder:
@@ -152,7 +152,7 @@ class DeviceLostError(RuntimeError):
     """What CUDA's runtime says when a GPU has fallen off the bus."""
 
 
-def strike(run: Run[MockConfig] | Run[MockGrpoConfig], step: int, die: Callable[[int], None]) -> None:
+def strike(run: Run[MockConfig | MockGrpoConfig | MockCommandsConfig], step: int, die: Callable[[int], None]) -> None:
     """Let go wrong what the configuration asks for, as often as it asks."""
     config = run.config
     struck = run.dir / "mock_faults"

@@ -84,6 +84,7 @@ def job(tmp_path: Path) -> Callable[..., JobFolder]:
             config={**load_yaml(CONF / "trainer" / f"{trainer}.yaml"), **values},
             model=None,
             model_name=MODEL,
+            input=arbor_trainers()[trainer].input,
             training_file=str(data),
             validation_file=str(data) if validation else None,
             seed=seed,

@@ -13,7 +13,7 @@ from arbor_trl.saving import CheckpointMixin
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
-from arbor_core import JobStopped, Run
+from arbor_core import FileRun, JobStopped
 
 from . import SftConfig
 from .plan import Plan, Rows
@@ -29,7 +29,7 @@ class RunTrainer(CheckpointMixin, SFTTrainer):
         options: `SFTTrainer`'s.
     """
 
-    def __init__(self, run: Run[SftConfig], metrics: Callable[[], Mapping[str, float]], **options: Any) -> None:
+    def __init__(self, run: FileRun[SftConfig], metrics: Callable[[], Mapping[str, float]], **options: Any) -> None:
         super().__init__(**options)
         self.run, self._checkpoint_metrics = run, metrics
 
@@ -70,7 +70,7 @@ class Reporting(StepReporter):
     """
 
     def __init__(
-        self, run: Run[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None
+        self, run: FileRun[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None
     ) -> None:
         self.run, self.plan, self.samples, self.evaluation = run, plan, samples, evaluation
         self.total = len(plan.steps)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from arbor_core import JobFailed, Run
+from arbor_core import FileRun, JobFailed
 
 from . import SftConfig, plan, rows
 from .batches import Collate, tells_rows_apart
@@ -28,7 +28,7 @@ EVALUATION_ROWS = 32
 
 
 @process_group()
-def train(run: Run[SftConfig]) -> None:
+def train(run: FileRun[SftConfig]) -> None:
     """Train `run.model` on `run.training_file`; the last checkpoint is the result.
 
     Raises:
@@ -55,14 +55,14 @@ def train(run: Run[SftConfig]) -> None:
         run.finish(last_step(run, len(schedule.steps)), schedule.tokens, adapter=run.config.lora is not None)
 
 
-def chat_format(run: Run[SftConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+def chat_format(run: FileRun[SftConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     try:
         return ChatFormat(tokenizer)
     except ValueError as error:
         raise unavailable(run, "chat template", error) from None
 
 
-def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Samples, Samples | None]:
+def load_files(run: FileRun[SftConfig], chat: ChatFormat, longest: int) -> tuple[Samples, Samples | None]:
     """Both files as tokens; rows that are too long are counted in one warning for each file."""
     length = min(run.config.max_length or longest, longest)
 
@@ -82,7 +82,7 @@ def load_files(run: Run[SftConfig], chat: ChatFormat, longest: int) -> tuple[Sam
     return load(run.training_file, "training_file"), validation
 
 
-def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples) -> Layout:
+def choose_layout(run: FileRun[SftConfig], model: PreTrainedModel, training: Samples) -> Layout:
     """`auto` as a layout.
 
     Raises:
@@ -104,7 +104,7 @@ def choose_layout(run: Run[SftConfig], model: PreTrainedModel, training: Samples
     return layout
 
 
-def make_plan(run: Run[SftConfig], training: Samples, layout: Layout, limits: Budget) -> Plan:
+def make_plan(run: FileRun[SftConfig], training: Samples, layout: Layout, limits: Budget) -> Plan:
     """Resolve "auto", report it, and lay out all steps."""
     config, count = run.config, len(training.kept)
     epochs, batch_size = plan.n_epochs(config, training.rows), plan.batch_size(config, training.rows)
@@ -124,7 +124,7 @@ def make_plan(run: Run[SftConfig], training: Samples, layout: Layout, limits: Bu
 
 
 def compose(
-    run: Run[SftConfig],
+    run: FileRun[SftConfig],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     training: Samples,
@@ -161,7 +161,7 @@ def compose(
     return trainer
 
 
-def arguments(run: Run[SftConfig], schedule: Plan) -> TrlConfig:
+def arguments(run: FileRun[SftConfig], schedule: Plan) -> TrlConfig:
     """What the plan and the config mean in TRL's words."""
     config, steps = run.config, len(schedule.steps)
     return TrlConfig(
@@ -192,7 +192,7 @@ def learning_rate(config: SftConfig) -> float:
     return base * rate_multiplier(config)
 
 
-def resume(run: Run[SftConfig], trainer: SFTTrainer, total: int) -> None:
+def resume(run: FileRun[SftConfig], trainer: SFTTrainer, total: int) -> None:
     """Train from the newest checkpoint to the end; nothing is left to do if that is the last step's."""
     last = run.last_checkpoint()
     if last and last.step >= total:

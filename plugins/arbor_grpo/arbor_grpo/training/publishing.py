@@ -9,7 +9,7 @@ from arbor_trl.model import write_end_tokens
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from arbor_core import Run
+from arbor_core import RolloutRun
 from arbor_grpo import GrpoConfig
 
 from .trainer import GroupTrainer
@@ -18,7 +18,7 @@ from .trainer import GroupTrainer
 class Publisher:
     """Writes versions of the policy. What is the same in all of them, configuration and tokenizer, is written once."""
 
-    def __init__(self, run: Run[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
+    def __init__(self, run: RolloutRun[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
         self.run, self.trainer = run, trainer
         self.same = run.work / "published"
         if run.rank:

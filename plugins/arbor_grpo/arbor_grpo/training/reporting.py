@@ -10,7 +10,7 @@ from typing import Any
 from arbor_trl.reporting import StepReporter, digest_of
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from arbor_core import Run
+from arbor_core import RolloutRun
 from arbor_grpo import GrpoConfig
 
 from .session import Session
@@ -22,7 +22,7 @@ LEFT_OUT = ("loss", "epoch", "num_tokens", "step_time")
 class Reporting(StepReporter):
     """Order within a step is transformers': on_optimizer_step, on_step_end (publish), on_log (report)."""
 
-    def __init__(self, run: Run[GrpoConfig], session: Session) -> None:
+    def __init__(self, run: RolloutRun[GrpoConfig], session: Session) -> None:
         self.run, self.session = run, session
         self.began = time.perf_counter()
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from accelerate.utils import broadcast_object_list
 
-from arbor_core import Checkpoint, CheckpointRequest, JobStopped, Run, StepInputs
+from arbor_core import Checkpoint, CheckpointRequest, JobStopped, RolloutRun, StepInputs
 from arbor_grpo import GrpoConfig
 
 from . import metrics
@@ -63,7 +63,9 @@ class FinishRequested(Exception):
 class Session:
     """What happens between the batches of one attempt; the trainer's source of batches."""
 
-    def __init__(self, run: Run[GrpoConfig], reader: Reader, trainer: GroupTrainer, publisher: Publisher) -> None:
+    def __init__(
+        self, run: RolloutRun[GrpoConfig], reader: Reader, trainer: GroupTrainer, publisher: Publisher
+    ) -> None:
         self.run, self.reader, self.trainer, self.publisher = run, reader, trainer, publisher
         self.progress = Progress()
         self.saved = self.published = -1

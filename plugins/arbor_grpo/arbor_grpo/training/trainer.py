@@ -57,7 +57,7 @@ from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from arbor_core import Run
+from arbor_core import RolloutRun
 from arbor_grpo import GrpoConfig
 
 from . import metrics
@@ -102,7 +102,7 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
 
     source: BatchSource
 
-    def __init__(self, run: Run[GrpoConfig], limits: Budget, **options: Any) -> None:
+    def __init__(self, run: RolloutRun[GrpoConfig], limits: Budget, **options: Any) -> None:
         super().__init__(lambda text: run.message(text, "warn"), **options)
         self.run, self.limits = run, limits
         if run.config.importance_sampling_mode:
