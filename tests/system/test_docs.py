@@ -189,8 +189,12 @@ def test_tutorial_shows_the_example_plugin() -> None:
     )
     sources = "\n".join(path.read_text() for path in plugin.rglob("*.*") if path.suffix in (".py", ".yaml", ".toml"))
     shown = [block for language in ("toml", "yaml") for block in blocks_of(tutorial, language)]
-    shown += [block for block in blocks_of(tutorial, "python") if "Config" in block and "..." not in block]
-    assert len(shown) == 5
+    shown += [
+        block
+        for block in blocks_of(tutorial, "python")
+        if ("Config" in block or "services" in block) and "..." not in block
+    ]
+    assert len(shown) == 7
     for block in shown:
         assert block in sources
 

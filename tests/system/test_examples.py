@@ -104,6 +104,30 @@ def test_plugin_that_learns_from_rollouts_conforms(site: str) -> None:
     assert run([sys.executable, "-c", check], PYTHONPATH=site) == "conforms\n"
 
 
+def test_plugin_that_executes_commands_conforms(site: str) -> None:
+    check = (
+        "from arbor_core.testing import check_trainer; "
+        "check_trainer('interactive', model='none', commands=[b'tea', b'mud', b'tea']); print('conforms')"
+    )
+    assert run([sys.executable, "-c", check], PYTHONPATH=site) == "conforms\n"
+
+
+def test_plugin_executes_commands_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:
+    server = start_server("start=cold", env={"PYTHONPATH": site})
+    client = server.new_client(_strict_response_validation=False)
+    body = {"model": "mock/tiny", "method": {"type": "interactive"}}
+    job = client.post("/fine_tuning/jobs", body=body, cast_to=dict[str, Any])["id"]
+
+    def loss(number: int) -> float:
+        answer = client.post(f"/bigram/{job}/texts", body={"number": number, "text": "tea"}, cast_to=dict[str, float])
+        return answer["loss"]
+
+    losses = [loss(number) for number in (1, 2, 3, 3)]
+    assert losses[0] > losses[1] > losses[2] == losses[3]
+    client.fine_tuning.jobs.cancel(job)
+    server.wait(job, "cancelled")
+
+
 def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:
     pytest.importorskip("arbor_grpo")  # its routes send the groups
     server = start_server("start=cold", env={"PYTHONPATH": site})

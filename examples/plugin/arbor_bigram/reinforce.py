@@ -7,7 +7,7 @@ from statistics import fmean
 
 import msgspec
 
-from arbor_core import Checkpoint, JobStopped, Record, RolloutRun, StepInputs
+from arbor_core import Checkpoint, JobStopped, LiveRun, Record, RolloutRun, StepInputs
 
 from . import ReinforceConfig
 
@@ -79,7 +79,7 @@ def fits(record: Record, step: int, config: ReinforceConfig) -> bool:
     return whole and step - record.group.version <= limit
 
 
-def serve_requests(run: RolloutRun[ReinforceConfig], learner: Learner) -> None:
+def serve_requests(run: LiveRun, learner: msgspec.Struct) -> None:
     """Name the checkpoints that clients want; pause or stop where that is wanted."""
     for request in run.asked_checkpoints():
         save(run, learner)
@@ -92,7 +92,7 @@ def serve_requests(run: RolloutRun[ReinforceConfig], learner: Learner) -> None:
         raise
 
 
-def save(run: RolloutRun[ReinforceConfig], learner: Learner) -> Checkpoint:
+def save(run: LiveRun, learner: msgspec.Struct) -> Checkpoint:
     """The checkpoint of this step, written if there is none."""
     last = run.last_checkpoint()
     if last is None or last.step != learner.step:
