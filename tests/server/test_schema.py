@@ -229,7 +229,7 @@ def plugins(url: str) -> dict[str, Any]:
 def test_plugins_and_what_they_bring(server: LiveServer) -> None:
     found = plugins(server.url)
     assert "fifo" in found["arbor-core"]["brings"]["schedulers"]
-    assert found["arbor-mock"]["brings"]["trainers"] == ["mock", "mock_commands", "mock_grpo"]
+    assert found["arbor-mock"]["brings"]["trainers"] == ["mock", "mock_grpo", "mock_commands"]
     assert found["arbor-mock"]["broken"] is None
 
 

@@ -173,6 +173,30 @@ def test_row_37_tenants_share_what_is_theirs_and_see_nothing_else(
     stranger.close()
 
 
+def test_nobody_sends_commands_to_another_tenants_job(guarded: LiveServer) -> None:
+    body = {"model": BASE, "method": {"type": "mock_commands"}}
+    job = call(guarded.url, "POST", JOBS, body, key("trainer")).json["id"]
+    ours: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
+        ("POST", "commands", {"number": 1, "do": "sum"}),
+        ("GET", "results?after=0&seconds=20", None),
+        ("POST", "acknowledge", {"up_to": 0}),
+        ("POST", "finish", None),
+    )
+    for method, path, content in ours:
+        for name in ("stranger", "boss"):
+            refused = call(guarded.url, method, f"/v1/mock/jobs/{job}/{path}", content, key(name))
+            refused.error(404, "fine_tune_not_found", "fine_tune_id")
+        call(guarded.url, method, f"/v1/mock/jobs/{job}/{path}", content, key("talker")).error(
+            403, "insufficient_permissions"
+        )
+    for method, path, content in ours:
+        assert call(guarded.url, method, f"/v1/mock/jobs/{job}/{path}", content, key("both")).status == 200
+    client = guarded.new_client(SECRETS["trainer"], _strict_response_validation=False)  # OpenAI knows no such method
+    guarded.clients[:] = [client]
+    guarded.wait(job, "succeeded")
+    client.close()
+
+
 # --- keys in the configuration ----------------------------------------------------------------------------------------
 
 
