@@ -119,7 +119,7 @@ def test_launcher_conforms(name: str) -> None:
 TRAINS_ON = {"trainer": "mock", "model": "mock/tiny", "hyperparameters": {"steps": 9999, "step_seconds": 0.05}}
 
 
-@pytest.mark.parametrize("name", INSTALLED.all("executors").keys() - {"mock_node"})  # it has a test of its own
+@pytest.mark.parametrize("name", sorted(INSTALLED.all("executors").keys() - {"mock_node"}))  # it has a test of its own
 def test_executor_conforms(name: str, chat_rows: list[dict[str, Any]]) -> None:
     check_executor(INSTALLED.get("executors", name), rows=chat_rows, **TRAINS_ON, outlive=name != "mock")
 
