@@ -285,6 +285,7 @@ def wired(
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, executor, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}
+    command_sessions = CommandSessions(root, jobs.get)
     dispatcher = Dispatcher(
         jobs,
         attempts,
@@ -295,6 +296,7 @@ def wired(
         allocator,
         root / "run" / "bell",
         settings.limits.room_seconds,
+        command_sessions.wake,
     )
     submission = Submission(plugins, trainers, chosen.default_trainer, jobs, files, models, allocator, settings.limits)
     uploads, sessions = Uploads(files), OpenSessions(store, root)
@@ -315,7 +317,7 @@ def wired(
         completion_service=CompletionService(models, jobs, sessions, engines),
         status=ServerStatus(plugins, trainers, allocator),
         sessions=sessions,
-        command_sessions=CommandSessions(root, jobs.get),
+        command_sessions=command_sessions,
         allocator=allocator,
         executor=executor,
         engines=engines,

@@ -16,7 +16,6 @@ from arbor_core.jobdir import commands, inbox, results
 from arbor_core.jobdir.inbox_writer import InboxWriter, Sending
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.records import Job
-from arbor_core.process.wakeup import WakeupSocket
 from arbor_core.storage.synced_log import LogDamagedError, Place
 from arbor_core.types import RETRY_SOON, TERMINAL, ApiError, Result, Sent
 
@@ -47,7 +46,6 @@ class Session:
             OSError, LogDamagedError: the inbox cannot be written, or read.
         """
         self.job, self.inbox, self.results = job, folder.inbox, folder.results
-        self.results.mkdir(parents=True, exist_ok=True)
         self._acknowledged = results.acknowledged(self.results)
         self._answered = results.Numbers(self._acknowledged)
         self.places: dict[int, Place] = {}
@@ -66,6 +64,7 @@ class Session:
         """Who waits for results, by number."""
         self.looking, self.acknowledging = asyncio.Lock(), asyncio.Lock()
         self.woken = asyncio.Event()
+        """Set when there may be a result."""
         if self.writer:
             for place in inbox.places(self.inbox, 0, self.writer.inbox.end):
                 if place.number > self._acknowledged:
@@ -73,19 +72,17 @@ class Session:
 
     @classmethod
     async def opened(cls, folder: JobDir, job: Callable[[], Job]) -> Session:
-        """A session that knows what is on the disk and listens for more.
+        """A session that knows what is on the disk, and learns of more.
 
         Raises:
             OSError, LogDamagedError: the inbox cannot be written, or read; nor the results.
         """
         session = await asyncio.to_thread(cls, folder, job)
-        session.bell = WakeupSocket(folder.results_bell, lambda _: session.woken.set())
         session.watching = asyncio.create_task(session._watch())
         await session._look()
         await asyncio.to_thread(results.drop, session.results, session._needed())  # an earlier server died before
         return session
 
-    bell: WakeupSocket
     watching: asyncio.Task[None]
 
     @property
@@ -268,9 +265,8 @@ class Session:
                 future.set_result(None)
 
     def close(self) -> None:
-        """Stop listening, and close the inbox; what is being written is written first."""
+        """Look no more, and close the inbox; what is being written is written first."""
         self.watching.cancel()
-        self.bell.close()
         if self.writer:
             self.writer.close()
             self.writer = None
@@ -295,6 +291,11 @@ class OpenSessions:
             if self.by_job.get(job.id) is task and task.done():
                 del self.by_job[job.id]  # the next one tries again
             raise
+
+    def wake(self, job_id: str) -> None:
+        """A job's trainer has written a result."""
+        if (task := self.by_job.get(job_id)) and task.done() and not task.cancelled() and not task.exception():
+            task.result().woken.set()
 
     def close_ended(self) -> None:
         """Close the sessions of jobs that have ended and nobody waits for."""

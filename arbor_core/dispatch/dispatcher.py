@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
 from arbor_core.jobs.states import idle_target
 from arbor_core.process.resources import is_disk_full, resource_shortage
-from arbor_core.process.wakeup import WakeupSocket
+from arbor_core.process.wakeup import ANSWERED, WakeupSocket
 from arbor_core.storage.background import in_background, in_thread
 from arbor_core.types import (
     TERMINAL,
@@ -52,7 +52,11 @@ LINE = 250
 
 
 class Dispatcher:
-    """Runs the jobs of one storage directory."""
+    """Runs the jobs of one storage directory.
+
+    Args:
+        answered: Called with a job's id when its trainer has written a result of a command.
+    """
 
     def __init__(
         self,
@@ -65,10 +69,11 @@ class Dispatcher:
         allocator: Allocator,
         bell: Path,
         room_seconds: float,
+        answered: Callable[[str], object] = lambda job_id: None,
     ) -> None:
         self.jobs, self.attempts, self.validation, self.monitor = jobs, attempts, validation, monitor
         self.trainers, self.scheduler, self.allocator = trainers, scheduler, allocator
-        self.bell, self.room_seconds = bell, room_seconds
+        self.bell, self.room_seconds, self.answered = bell, room_seconds, answered
         self.queue = JobQueue(jobs.store)
         self.leases: dict[str, Lease] = {}
         self.running: dict[str, RunningJob] = {}
@@ -85,6 +90,13 @@ class Dispatcher:
             self.monitor.wake(job_id)
         self.awake.set()
 
+    def _woken(self, message: str) -> None:
+        """A process of an attempt has written something: an event, or a result of a command."""
+        if message.endswith(ANSWERED):
+            self.answered(message.removesuffix(ANSWERED))
+        else:
+            self.monitor.wake(message)
+
     def release(self, job_id: str) -> None:
         """Give a job's devices back: it does not run any more."""
         self.running.pop(job_id, None)
@@ -98,7 +110,7 @@ class Dispatcher:
             await self._run()
 
     async def _run(self) -> None:
-        bell = WakeupSocket(self.bell, self.monitor.wake)
+        bell = WakeupSocket(self.bell, self._woken)
         patrol = asyncio.create_task(self.monitor.patrol())
         try:
             await self._restore()

@@ -71,11 +71,6 @@ class JobDir:
         return self.path / RESULTS
 
     @property
-    def results_bell(self) -> Path:
-        """Socket on which the server hears that there is a result."""
-        return self.results / "bell"
-
-    @property
     def ledger(self) -> Path:
         """What the job's policies have sampled, by completion id."""
         return self.path / LEDGER

@@ -15,6 +15,8 @@ from pathlib import Path
 
 URGENT = "!"
 """After a job's id: clients wait for what was written."""
+ANSWERED = "?"
+"""After a job's id: its trainer has written a result of a command."""
 MAX_ADDRESS_BYTES = 100
 """A socket address holds a path of 108 bytes."""
 

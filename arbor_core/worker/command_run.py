@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arbor_core.jobdir.results import Results
 from arbor_core.process.resources import is_disk_full
-from arbor_core.process.wakeup import wake
+from arbor_core.process.wakeup import ANSWERED, wake
 from arbor_core.types import CheckpointRequest, Command, ConfigT, Desired
 
 from .inbox_reader import CommandFeed
@@ -50,7 +50,7 @@ class CommandWorkerRun(LiveWorkerRun[ConfigT]):
             return False
         written = self._write(command, payload)
         if written:
-            wake(self.job_files.results_bell, "")
+            wake(self.bell, self.job_id + ANSWERED)
         elif self.results.differs(command.number, payload):
             text = f"Command {command.number} was executed again with another result than before: the first one stands"
             self.message(text, "warn")
