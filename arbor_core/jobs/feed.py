@@ -125,6 +125,11 @@ class Feed:
                 del self.waiting[job_id or ""]
 
     def _has_changed(self, after: int, job_id: str | None) -> bool:
+        """Whether it has, or may have: a number whose next change is gone, or that was never given, is no place to wait
+        at."""
+        first = self.store.read("SELECT seq FROM changes WHERE seq>? ORDER BY seq LIMIT 1", after)
+        if first[0]["seq"] != after + 1 if first else after > self.newest:
+            return True
         sql = "SELECT 1 FROM changes WHERE seq>? AND ? IN ('', job_id) LIMIT 1"
         return self.store.one(sql, after, job_id or "") is not None
 

@@ -84,6 +84,29 @@ async def test_a_job_is_paused_resumed_and_cancelled(arbor: Arbor) -> None:
     assert caught.value.code == "invalid_job_state"
 
 
+async def test_the_changes_of_a_job_are_read_to_its_end_and_by_its_owner_alone(arbor: Arbor) -> None:
+    jobs, number = arbor.job_service, arbor.job_service.newest_change
+    mine, others = jobs.changes("me", number), jobs.changes("you", number)
+    hearing = asyncio.ensure_future(anext(others))
+    job = await jobs.create(await request(arbor), "me")
+    seen = []
+    async with asyncio.timeout(60):
+        while jobs.find(job.id, "me").status not in TERMINAL or number < jobs.newest_change:
+            page = await anext(mine)
+            seen += page.changes
+            number = page.position
+    assert {change.job_id for change in seen} == {job.id}
+    assert {change.what for change in seen} == {"job", "events", "checkpoints", "lease"}
+    assert [change.seq for change in seen] == list(range(seen[0].seq, seen[-1].seq + 1))
+    assert not hearing.done()
+    hearing.cancel()
+    again = anext(jobs.changes("me", seen[2].seq))  # another reader takes up where this one had been
+    assert (await again).changes[0] == seen[3]
+    with pytest.raises(ApiError, match=f"read on from {number}") as caught:
+        await anext(jobs.changes("me", number + 1))
+    assert (caught.value.status, caught.value.code, caught.value.param) == (410, "changes_gone", "after")
+
+
 async def test_jobs_of_others_and_cursors_from_elsewhere(arbor: Arbor) -> None:
     jobs = arbor.job_service
     job = await jobs.create(await request(arbor), "me")
