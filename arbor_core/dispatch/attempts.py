@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -158,7 +159,7 @@ class Attempts:
         wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
         if job.desired == "cancel" and job.ref:
-            await self.executor.signal(job.ref, signal.SIGTERM)
+            await self.end_softly(job.ref)
             crash_point("attempt.signalled")
 
     async def end_hung(self, job: Job, how: str) -> None:
@@ -167,16 +168,39 @@ class Attempts:
         with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
             await in_thread(self.attempt_dir(job).hung.write_text, how)
         if job.ref:
-            await self.executor.signal(job.ref, signal.SIGTERM)
+            await self.end_softly(job.ref)
+
+    async def end_softly(self, ref: str) -> None:
+        """Have an attempt end by itself, or be killed after its grace."""
+        with asking_executor():
+            await self.executor.signal(ref, signal.SIGTERM)
 
     async def find(self, job: Job) -> Job | None:
-        """Look for an attempt whose ref is not the right one: the server ended while it was started, or it was started
-        a second time because the first start took too long. One that has not begun yet never will."""
+        """Look for an attempt that seems not to live. Its ref may not be the right one: the server ended while it was
+        started, or it was started a second time because the first start took too long. One that has not begun yet
+        never will. None: nobody runs it."""
         folder = self.attempt_dir(job).path
-        ref = await self.executor.adopt(folder)
-        if not ref or ref == job.ref or ref not in await self.executor.poll({ref: folder}):
-            return None
-        return await self.jobs.note_ref(job, ref)
+        with asking_executor():
+            ref = await self.executor.adopt(folder)
+            if not ref or ref not in await self.executor.poll({ref: folder}):
+                return None
+        return job if ref == job.ref else await self.jobs.note_ref(job, ref)
+
+
+@contextlib.contextmanager
+def asking_executor() -> Iterator[None]:
+    """A block that asks an executor. Whatever it raises, a mistake of its author's included, says nothing of the job:
+    the server asks again.
+
+    Raises:
+        OSError: in place of any other exception.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"the executor failed: {type(error).__name__}: {error}") from error
 
 
 @cache

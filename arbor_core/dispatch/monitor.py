@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from arbor_core.process.wakeup import URGENT
 from arbor_core.storage.background import in_thread
 from arbor_core.types import Desired, Executor
 
-from .attempts import Attempts
+from .attempts import Attempts, asking_executor
 from .ingest import Ingest
 from .outcome import Outcomes
 
@@ -114,9 +113,10 @@ class Monitor:
     async def _give_up(self, job: Job, error: Exception) -> None:
         """End an attempt whose events cannot be taken, and its job."""
         folder = self.ingest.attempt_dir(job).path
-        while job.ref and job.ref in await self.executor.poll({job.ref: folder}):
-            await self.executor.signal(job.ref, signal.SIGTERM)
-            await asyncio.sleep(PATROL_SECONDS)
+        with asking_executor():
+            while job.ref and job.ref in await self.executor.poll({job.ref: folder}):
+                await self.attempts.end_softly(job.ref)
+                await asyncio.sleep(PATROL_SECONDS)
         await self.outcomes.unreadable(self.ingest.jobs.get(job.id) or job, error)
 
     async def _goes_on(self, attempt: MonitoredAttempt) -> bool:

@@ -37,6 +37,7 @@ from arbor_core.types import (
     ResultEvent,
 )
 
+from .attempts import asking_executor
 from .ingest import Ingest, view
 
 log = logging.getLogger(__name__)
@@ -111,9 +112,10 @@ class Outcomes:
         Raises:
             TimeoutError: something does not end. It may hold a device, so nobody else may have that yet.
         """
-        ref = await self.executor.adopt(self.ingest.attempt_dir(job).path)
-        if ref is not None:
-            await self.executor.end(ref)
+        with asking_executor():
+            ref = await self.executor.adopt(self.ingest.attempt_dir(job).path)
+            if ref is not None:
+                await self.executor.end(ref)
         return ref is not None
 
     async def _tidy(self, job: Job) -> Job:
@@ -236,9 +238,9 @@ class Outcomes:
         try:
             await self._end_attempt(job)  # its start may have failed when it had a process already
             await in_thread(sweep, JobDir.of(self.root, job.id))
-        except TimeoutError:
-            raise
-        except OSError as failure:  # for want of a descriptor, say
+        except OSError as failure:
+            if not (is_disk_full(failure, self.root) or resource_shortage(failure)):
+                raise  # something may live, and hold a device: nobody else may have that yet
             log.warning("job %s: it cannot be seen what lives of attempt %d: %s", job.id, job.attempt, failure)
         code = None
         if isinstance(error, OSError) and is_disk_full(error, self.root):

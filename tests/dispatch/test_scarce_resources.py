@@ -156,6 +156,36 @@ async def test_a_job_is_cancelled_while_an_executor_takes_its_time_to_start_it(
     assert desk.dispatcher.attempts.attempt_dir(desk.job).claim("late") == ""
 
 
+@pytest.mark.parametrize("call", ["adopt", "end"])
+async def test_an_executor_that_fails_says_nothing_of_its_jobs(
+    desk: Desk, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mistake is no damage to what the attempt has written, and no reason to give its devices to others."""
+
+    async def mistaken(*_: Any) -> None:
+        raise KeyError("a plugin's mistake")
+
+    executor = desk.dispatcher.attempts.executor
+    desk.dispatcher.attempts.attempt_dir(desk.job).claim("1:1:another-boot")
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, call, mistaken)
+        patch.setattr(desk.dispatcher.monitor, "monitor", desk.monitor)
+        with pytest.raises(OSError, match='the executor failed: KeyError: "a plugin\'s mistake"'):
+            await desk.monitor(desk.job)
+        found = desk.dispatcher.jobs.get(desk.job.id)
+        assert found is not None
+        assert found.status == "running"
+        desk.faults = repeat(RuntimeError("no"))
+        with pytest.raises(OSError, match="the executor failed"):
+            await desk.launch()
+    limits = SimpleNamespace(attempts=3)
+    monkeypatch.setattr(desk.dispatcher.monitor.outcomes, "limits", limits)
+    await desk.monitor(desk.job)
+    found = desk.dispatcher.jobs.get(desk.job.id)
+    assert found is not None
+    assert (found.status, found.crashes) == ("queued", 1)
+
+
 async def test_a_start_that_failed_when_its_process_lived_leaves_none(desk: Desk) -> None:
     """Its supervisor has claimed the attempt; the watch on it could not be set up, say."""
     sleep = [sys.executable, "-c", "import time; time.sleep(999)"]

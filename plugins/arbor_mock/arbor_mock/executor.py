@@ -112,8 +112,8 @@ class SimulatedExecutor:
         return ref
 
     async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
-        living = {ref: AttemptDir(folder).heartbeat for ref, folder in attempts.items() if ref in self.tasks}
-        beats = await self.call(lambda: {ref: last_beat(path) for ref, path in living.items()})
+        living = {ref: folder for ref, folder in attempts.items() if ref in self.tasks}
+        beats = await self.call(lambda: {ref: last_beat(AttemptDir(living[ref]).heartbeat) for ref in living})
         return {ref: beat for ref, beat in beats.items() if ref in self.tasks}
 
     async def signal(self, ref: str, number: int) -> None:
