@@ -38,7 +38,7 @@ class CompletionService:
     def __init__(self, models: Models, jobs: Jobs, sessions: OpenSessions, engines: Engines) -> None:
         self.models, self.jobs, self.sessions, self.engines = models, jobs, sessions, engines
 
-    def call(self, path: str, request: Generation, raw: bytes, owner: str) -> EngineCall:
+    async def call(self, path: str, request: Generation, raw: bytes, owner: str) -> EngineCall:
         """A completion, ready to be asked for.
 
         Args:
@@ -50,16 +50,16 @@ class CompletionService:
             ApiError: there is no such model.
         """
         resolved = self.models.resolve(strip_provider(request.model), owner)
-        if session := self._session(resolved):
+        if session := await self._session(resolved):
             return RecordedCall(self.engines, resolved, path, without_nulls(decoded(raw)), session.ledger)
         if resolved.name != request.model or b"null" in raw:
             raw = msgspec.json.encode(without_nulls(decoded(raw)) | {"model": resolved.name})
         return EngineCall(self.engines, resolved, path, raw, bool(request.stream))
 
-    def _session(self, resolved: Resolved) -> Session | None:
+    async def _session(self, resolved: Resolved) -> Session | None:
         """The rollouts of the job whose policy a model is; None: it is not one."""
         job = self.jobs.get(resolved.live) if resolved.live else None
-        return self.sessions.of(job) if job else None
+        return await self.sessions.of(job) if job else None
 
     async def chat(self, request: Mapping[str, Any], owner: str = DEFAULT_OWNER) -> dict[str, Any]:
         """Answer a conversation: the body of `POST /v1/chat/completions`, and its response.
@@ -68,7 +68,7 @@ class CompletionService:
             ApiError, ConfigError: as over HTTP.
         """
         raw = unstreamed(request)
-        return await whole(self.call(CHAT, read_chat(raw), raw, owner))
+        return await whole(await self.call(CHAT, read_chat(raw), raw, owner))
 
     async def complete(self, request: Mapping[str, Any], owner: str = DEFAULT_OWNER) -> dict[str, Any]:
         """Continue a prompt: the body of `POST /v1/completions`, and its response.
@@ -77,7 +77,7 @@ class CompletionService:
             ApiError, ConfigError: as over HTTP.
         """
         raw = unstreamed(request)
-        return await whole(self.call(COMPLETIONS, read_completion(raw), raw, owner))
+        return await whole(await self.call(COMPLETIONS, read_completion(raw), raw, owner))
 
     async def stream_chat(
         self, request: Mapping[str, Any], owner: str = DEFAULT_OWNER
@@ -88,7 +88,8 @@ class CompletionService:
             ApiError, ConfigError: as over HTTP, also in the middle.
         """
         raw = msgspec.json.encode({**request, "stream": True})
-        async with aclosing(self.call(CHAT, read_chat(raw), raw, owner).events(ids.new("req_"))) as chunks:
+        call = await self.call(CHAT, read_chat(raw), raw, owner)
+        async with aclosing(call.events(ids.new("req_"))) as chunks:
             held = b""
             async for chunk in chunks:
                 *events, held = (held + chunk).split(b"\n\n")

@@ -108,11 +108,10 @@ class ServerServices:
     def desired(self, job_id: str, owner: str) -> Desired:
         return self.jobs.find(job_id, owner).desired
 
-    def rollouts(self, job_id: str, owner: str) -> RolloutSession:
-        job = self._learner(job_id, owner)
-        if session := self.arbor.sessions.of(job):
+    async def rollouts(self, job_id: str, owner: str) -> RolloutSession:
+        if session := await self.arbor.sessions.of(self._learner(job_id, owner)):
             return session
-        message = f"Job {job_id} takes no rollouts: it has ended ({job.status})."
+        message = f"Job {job_id} takes no rollouts: it has ended ({self.jobs.find(job_id, owner).status})."
         raise ApiError(400, message, "invalid_job_state", "job_id")
 
     async def commands(self, job_id: str, owner: str) -> CommandSession:

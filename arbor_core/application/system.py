@@ -38,6 +38,7 @@ from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
 from arbor_core.types import (
     PROTOCOL,
+    TERMINAL,
     Allocator,
     AllocatorSettings,
     ArborError,
@@ -170,8 +171,8 @@ class Arbor:
     async def _close_ended_sessions(self) -> None:
         """Close the sessions of jobs that have ended, which no request may name again."""
         for job_id in list(self.sessions.by_job):
-            if job := self.jobs.get(job_id):
-                self.sessions.of(job)
+            if (job := self.jobs.get(job_id)) and job.status in TERMINAL:
+                self.sessions.end(job_id)
         self.command_sessions.close_ended()
 
 

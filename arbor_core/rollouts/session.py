@@ -49,8 +49,14 @@ class Session:
     """
 
     def __init__(self, folder: JobDir, config: RolloutConfig, policy: Callable[[], Policy]) -> None:
+        """Read the inbox and the ledger: a long one takes seconds, and may be opened in any thread.
+
+        Raises:
+            OSError: the job's directory cannot be written.
+            InboxDamagedError: a record is not what was written.
+        """
         self.folder, self.config, self._policy = folder.inbox, config, policy
-        self.credits = Credits(config)
+        self.credits, self.closed = Credits(config), False
         self.writer = InboxWriter(folder, self._settle)
         self.sending: dict[int, Sending] = {}
         """Groups that are being written, by batch id."""
@@ -103,6 +109,8 @@ class Session:
         return msgspec.structs.replace(accepted, repeated=True)
 
     async def send(self, group: Group, digest: int) -> Accepted:
+        if self.closed:
+            raise ApiError(400, "The job takes no rollouts: it has ended.", "invalid_job_state", "job_id")
         names = [reference(name) for rollout in group.rollouts for name in rollout.completions]
         self.ledger.spend(*names)  # before the first wait: a second group with one of them is refused meanwhile
         coming: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
@@ -160,17 +168,18 @@ class Session:
         return self.ledger.match(key, without, tools)
 
     def close(self) -> None:
-        """Close the files; what is being written is written first."""
+        """Close the files; what is being written is written first, and nothing else is taken."""
+        self.closed = True
         self.writer.close()
         self.ledger.close()
 
 
 class OpenSessions:
-    """The sessions of a server. `root`: its storage directory."""
+    """The sessions of a server, each opened in a thread when it is first needed. `root`: the storage directory."""
 
     def __init__(self, store: Store, root: Path) -> None:
         self.store, self.root = store, root
-        self.by_job: dict[str, Session] = {}
+        self.by_job: dict[str, asyncio.Task[Session]] = {}
 
     def recover(self) -> None:
         """Let trainers read all that is on the disk: after a power failure that may be more than they were told.
@@ -182,22 +191,57 @@ class OpenSessions:
             except (OSError, inbox.InboxDamagedError) as error:  # its trainer and its clients will hear of it
                 log.warning("the inbox of job %s: %s", row["id"], error)
 
-    def of(self, job: Job) -> Session | None:
-        """A job's session; None where there are no rollouts to come: it learns from a file, or has ended."""
+    async def of(self, job: Job) -> Session | None:
+        """A job's session; None where there are no rollouts to come: it learns from a file, or has ended.
+
+        Raises:
+            OSError: the job's directory cannot be written.
+            InboxDamagedError: a record in the inbox is not what was written.
+        """
         if job.status in TERMINAL or job.spec.input != "rollouts":
-            if ended := self.by_job.pop(job.id, None):
-                ended.close()
+            self.end(job.id)
             return None
         if job.id not in self.by_job:
-            config = msgspec.convert(renamed(job.spec.config, RolloutConfig)[0], RolloutConfig)
-            self.by_job[job.id] = Session(
-                JobDir.of(self.root, job.id), config, lambda: newest_policy(self.store, job.id)[0]
-            )
-        return self.by_job[job.id]
+            self.by_job[job.id] = asyncio.create_task(self._opened(job))
+        opening = self.by_job[job.id]
+        waits = not opening.done()
+        try:
+            session = await asyncio.shield(opening)
+        except Exception:
+            if self.by_job.get(job.id) is opening:
+                del self.by_job[job.id]  # the next one tries again
+            raise
+        if waits and self._has_ended(job.id):
+            self.end(job.id)
+            return None
+        return session
+
+    async def _opened(self, job: Job) -> Session:
+        config = msgspec.convert(renamed(job.spec.config, RolloutConfig)[0], RolloutConfig)
+        folder = JobDir.of(self.root, job.id)
+        return await asyncio.to_thread(Session, folder, config, lambda: newest_policy(self.store, job.id)[0])
+
+    def _has_ended(self, job_id: str) -> bool:
+        row = self.store.one("SELECT status FROM jobs WHERE id=?", job_id)
+        return row is None or row["status"] in TERMINAL
+
+    def end(self, job_id: str) -> None:
+        """Close the session of a job that has ended; one that is still being opened is closed after that."""
+        if opening := self.by_job.pop(job_id, None):
+            if opening.done():
+                close(opening)
+            else:
+                opening.add_done_callback(close)
 
     def close(self) -> None:
-        for session in self.by_job.values():
-            session.close()
+        for job_id in list(self.by_job):
+            self.end(job_id)
+
+
+def close(opening: asyncio.Task[Session]) -> None:
+    """Close a session, if it could be opened."""
+    if not opening.cancelled() and not opening.exception():
+        opening.result().close()
 
 
 class RolloutSummary(msgspec.Struct):

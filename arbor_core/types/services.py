@@ -165,7 +165,7 @@ class Services(Protocol):
         """What a job was asked to do last."""
         ...
 
-    def rollouts(self, job_id: str, owner: str) -> RolloutSession:
+    async def rollouts(self, job_id: str, owner: str) -> RolloutSession:
         """Where to send groups of a job that learns from rollouts, and what its model has sampled.
 
         Raises:

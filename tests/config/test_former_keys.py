@@ -88,7 +88,7 @@ async def test_the_rollouts_of_a_job_that_was_stored_with_the_former_name(tmp_pa
     spec = JobSpec("mock_grpo", "grpo", config, model="m", model_path="m", seed=1, input="rollouts")
     job = await Jobs(store).create(NewJob("me", "", None, None, {}, spec))
     sessions = OpenSessions(store, tmp_path)
-    session = sessions.of(job)
+    session = await sessions.of(job)
     assert session is not None
     assert session.config.max_group_age == 7
     sessions.close()

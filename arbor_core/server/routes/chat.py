@@ -42,7 +42,7 @@ class ChatCompletion(Struct):
 )
 async def create_chat_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
-    return answer(request, arbor.completion_service.call(CHAT, read_chat(raw), raw, owner))
+    return answer(request, await arbor.completion_service.call(CHAT, read_chat(raw), raw, owner))
 
 
 ROUTES = [create_chat_completion]

@@ -42,7 +42,7 @@ class Completion(Struct):
 )
 async def create_completion(request: AnyRequest, arbor: Arbor, owner: str) -> ASGIApp:
     raw = await raw_body(request, arbor.settings.limits.upload_idle_seconds)
-    return answer(request, arbor.completion_service.call(COMPLETIONS, read_completion(raw), raw, owner))
+    return answer(request, await arbor.completion_service.call(COMPLETIONS, read_completion(raw), raw, owner))
 
 
 ROUTES = [create_completion]

@@ -51,11 +51,11 @@ class Calls:
         self.services = services
         self.polls = LongPoll(self.look, is_news, services.changed, LATEST_SECONDS)
 
-    def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
-        return status_of(self.services, job, owner, style)
+    async def status(self, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
+        return await status_of(self.services, job, owner, style)
 
     async def look(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
-        return self.status(await self.services.learner(job_id, owner), owner, style)
+        return await self.status(await self.services.learner(job_id, owner), owner, style)
 
     async def wait_for_change(self, body: requests.StatusRequest, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """The state, once there is something that the caller does not know, or `wait` seconds have passed."""
@@ -77,7 +77,7 @@ class Calls:
             job = await self.services.create_job(translated.request, owner, translated.warnings)
         except (ConfigError, ApiError) as error:
             raise with_clients_path(error, translated.paths) from None
-        return self.status(job, owner)
+        return await self.status(job, owner)
 
     async def step(self, body: requests.StepRequest, job_id: str, owner: str, style: Style) -> StepAnswer:
         """Take a group of `num_generations`."""
@@ -117,8 +117,8 @@ class Calls:
         """Send a group to a job that takes one, and say what became of it."""
         job = await self.services.learner(job_id, owner)
         if text := check_takes_groups(self.services, job, owner):
-            return step_answer(self.status(job, owner, style), accepted=False, batch_id=batch_id, message=text)
-        live = self.services.rollouts(job_id, owner)
+            return step_answer(await self.status(job, owner, style), accepted=False, batch_id=batch_id, message=text)
+        live = await self.services.rollouts(job_id, owner)
         if batch_id is None:
             batch_id = next(iter(live.pending()), UNNUMBERED)
         accepted, group = await send(live, batch_id)
@@ -141,7 +141,7 @@ class Calls:
         """End a job at once; a second time changes nothing."""
         await self.services.learner(job_id, owner)
         await self.services.ask(job_id, owner, "cancel")
-        return self.status(await self.wait_until_ended(job_id, owner), owner, style)
+        return await self.status(await self.wait_until_ended(job_id, owner), owner, style)
 
     async def terminate(self, job_id: str, owner: str, style: Style) -> GRPOStatus:
         """End a job with what it has learned. One that has ended well, or was cancelled, is left as it is.
@@ -154,7 +154,7 @@ class Calls:
             check_takes_groups(self.services, job, owner)
         if job["status"] not in ENDED:
             await self.services.ask(job_id, owner, "finish")
-        return self.status(await self.wait_until_ended(job_id, owner), owner, style)
+        return await self.status(await self.wait_until_ended(job_id, owner), owner, style)
 
     async def wait_until_ended(self, job_id: str, owner: str) -> dict[str, Any]:
         """The job, when it has ended or a minute has passed."""

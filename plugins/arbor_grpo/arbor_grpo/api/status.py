@@ -71,19 +71,24 @@ class StepAnswer(GRPOStatus, kw_only=True):
 Style = Literal["records", "names"]
 
 
-def status_of(services: Services, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
+async def status_of(services: Services, job: dict[str, Any], owner: str, style: Style = "records") -> GRPOStatus:
     """The state of a job of the owner's.
 
     Args:
         job: The job object.
         style: What clients of this route expect for each checkpoint.
     """
+    live = None
+    if job["status"] not in ENDED:
+        try:
+            live = await services.rollouts(job["id"], owner)
+        except ApiError:
+            job = await services.job(job["id"], owner)
+            if job["status"] not in ENDED:  # it did not end meanwhile
+                raise
     named = services.checkpoints(job["id"], owner)
     policy = services.policy(job["id"], owner)
-    received, pending = None, [fresh_id()]
-    if job["status"] not in ENDED:
-        live = services.rollouts(job["id"], owner)
-        received, pending = live.received, live.pending()
+    received, pending = (live.received, live.pending()) if live else (None, [fresh_id()])
     error = job["error"]
     return GRPOStatus(
         job_id=job["id"],
