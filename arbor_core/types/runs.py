@@ -97,7 +97,8 @@ class Run(Protocol[ConfigT_co]):
         ...
 
     def checkpoint(self, step: int, /, **metrics: float) -> AbstractContextManager[Path]:
-        """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all."""
+        """`with run.checkpoint(step) as folder:` write into `folder`; it is committed as a whole or not at all.
+        Metrics that are no finite numbers are left out."""
         ...
 
     def write_checkpoint(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> None:

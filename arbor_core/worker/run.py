@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -177,6 +178,7 @@ class WorkerRun(Generic[ConfigT]):
     @contextmanager
     def _committing(self, step: int, metrics: dict[str, float], room_seconds: float) -> Iterator[Path]:
         name = f"{step}-{self.attempt}"
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}  # JSON has no others
         needed = checkpoints.newest_bytes(self.checkpoints_dir)
         wait_for_disk_space(self.dir, needed, room_seconds, self.heartbeat.beat_if_started)
         with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from jobs import create, events, pause
 from waiting import until
 
 from arbor_core.dispatch import dispatcher
+from arbor_core.testing import JobDirectory
+from arbor_core.types import CheckpointEvent, CheckpointWithdrawn, ResultEvent
 
 SLOW = {"steps": 400, "step_seconds": 0.05, "checkpoint_steps": 2}
 
@@ -80,3 +83,27 @@ async def test_row_95_an_attempt_waits_for_room_to_start_for_some_time(monkeypat
     else:
         assert await made._started(job, None, None) == found
     assert len(tries) == (3 if found == "ref" else 1)
+
+
+DIVERGES = """
+def train(run):
+    last = run.last_checkpoint()
+    metrics = {"train_loss": 1.5, "valid_loss": float("nan"), "ratio": float("inf")}
+    with run.checkpoint(last.step + 1 if last else 1, **metrics) as folder:
+        (folder / "weights").write_bytes(b"1234")
+    run.finish(run.last_checkpoint(), 1)
+"""
+
+
+def test_a_checkpoint_whose_metrics_are_not_finite_is_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "diverges.py").write_text(DIVERGES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    job = JobDirectory(tmp_path / "job", "mock", [], "mock/tiny")
+    job.entry = "diverges:train"
+    for step in (1, 2):
+        assert job.attempt() == 0, job.log
+        assert [event.metrics for event in job.events(CheckpointEvent)] == [{"train_loss": 1.5}]
+        assert [event.step for event in job.events(ResultEvent)] == [step]
+        assert not job.events(CheckpointWithdrawn)
