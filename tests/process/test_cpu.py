@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from attempts import attempt_order, ended, text_of, write_job_document
-from jobs import events, pause
+from jobs import events
 from live import LiveServer
 from waiting import until, until_async
 
@@ -23,8 +23,7 @@ from arbor_core.types import Device
 
 HERE = instruction_set({})
 needs_avx512 = pytest.mark.skipif(HERE != "avx512f", reason="this processor has no AVX-512")
-SETTINGS = {"n_epochs": 50, "batch_size": 1, "learning_rate": 1e-3, "lora": None, "checkpoint_steps": 25}
-"""Enough steps to be paused among them on a machine that is busy."""
+SETTINGS = {"n_epochs": 5, "batch_size": 1, "learning_rate": 1e-3, "lora": None}
 
 
 @pytest.mark.parametrize(
@@ -87,11 +86,11 @@ def test_row_102_a_job_made_with_narrower_instructions_goes_on_with_them(
     subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
     options = ("+trainer=sft", "inference=mock", "threads=1", f"models.dirs=[{tmp_path / 'models'}]")
     server = start_server(*options, env={"ATEN_CPU_CAPABILITY": "avx2"}, mock=False)
+    client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
     twin, job = create(server, chat_rows), create(server, chat_rows)
+    client.fine_tuning.jobs.pause(job)  # while its twin has the device
     assert server.wait(twin).status == "succeeded"
-    told = server.storage / "jobs" / job / "attempts" / "1" / "events.jsonl"  # it would end while pages are asked for
-    until(lambda: told.exists() and '"metrics"' in told.read_text(), 120)
-    pause(server, job)
+    until(lambda: client.fine_tuning.jobs.retrieve(job).status == "paused")
     server.stop()
 
     server = start_server(*options, mock=False)
