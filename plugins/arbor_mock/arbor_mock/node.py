@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,10 @@ class Worker:
     attempt: AttemptDir
     grace: float
     """Seconds between SIGTERM and SIGKILL."""
+    room: float
+    """For how many seconds to try to write how it ended."""
     bell: str | None
-    ended: asyncio.Event
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when nothing of it lives and that is written down."""
 
     def signal(self, number: int) -> None:
@@ -68,6 +70,8 @@ class Node:
         self.workers: dict[str, Worker] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.called = time.monotonic()
+        self.claiming = asyncio.Lock()
+        """Held from the claim until the worker can be seen."""
 
     def claims(self, attempt: str) -> AttemptDir:
         """Where the node keeps who has begun an attempt."""
@@ -75,15 +79,24 @@ class Node:
         return AttemptDir(self.folder / "claims" / path.parent.parent.name / path.name)
 
     async def start(
-        self, attempt: str, argv: Sequence[str], env: Mapping[str, str], grace: float, bell: str | None
+        self, attempt: str, argv: Sequence[str], env: Mapping[str, str], grace: float, room: float, bell: str | None
     ) -> str:
         """Start an attempt, unless somebody has begun it or it was given up."""
         ref = f"node:{self.name}:{next(self.numbers)}"
-        if self.claims(attempt).claim(ref) != ref:
-            return ref
-        crash_point("node.claimed")
+        async with self.claiming:
+            if self.claims(attempt).claim(ref) == ref:
+                crash_point("node.claimed")
+                process = await self._worker(attempt, argv, env)
+                worker = self.workers[ref] = Worker(process, AttemptDir(Path(attempt)), grace, room, bell)
+                task = asyncio.create_task(self._supervise(ref, worker))
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+                crash_point("node.started")
+        return ref
+
+    async def _worker(self, attempt: str, argv: Sequence[str], env: Mapping[str, str]) -> asyncio.subprocess.Process:
         with AttemptDir(Path(attempt)).log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -94,26 +107,20 @@ class Node:
                 pass_fds=(self.lock,),  # held until the last worker has ended: see `boot`
                 preexec_fn=die_with(os.getpid()),
             )
-        worker = self.workers[ref] = Worker(process, AttemptDir(Path(attempt)), grace, bell, asyncio.Event())
-        task = asyncio.create_task(self._supervise(ref, worker))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        crash_point("node.started")
-        return ref
 
     async def _supervise(self, ref: str, worker: Worker) -> None:
         """Wait for the end of a worker, end what it left, and write how it ended: then it does not live any more."""
         code = await worker.process.wait()
         worker.signal(signal.SIGKILL)
         crash_point("node.ended")
-        content = msgspec.json.encode(Exit(code, time.time()))
-        while True:
+        content, until = msgspec.json.encode(Exit(code, time.time())), time.monotonic() + worker.room
+        while time.monotonic() < until:
             try:
                 replace(worker.attempt.exit, content)
                 break
             except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
                 break
-            except OSError:  # a full disk: nobody but us knows how the attempt ended
+            except OSError:  # a full disk, say: nobody but us knows how the attempt ended
                 traceback.print_exc()
                 await asyncio.sleep(RETRY_SECONDS)
         del self.workers[ref]
@@ -126,7 +133,8 @@ class Node:
 
     async def adopt(self, attempt: str) -> str:
         """Who has begun an attempt; empty: nobody, and nobody will."""
-        return self.claims(attempt).revoke_claim()
+        async with self.claiming:  # who has claimed it lives, or has ended
+            return self.claims(attempt).revoke_claim()
 
     async def signal(self, ref: str, number: int) -> None:
         """Signal a worker. SIGTERM ends it, at once or after its grace."""

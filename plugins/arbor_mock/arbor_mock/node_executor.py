@@ -36,9 +36,9 @@ class NodeExecutor:
         if placement.node != NODE:
             raise ArborError(f"executor=mock_node starts attempts on '{NODE}', not on '{placement.node}'")
         worker = (order.python, "-m", "arbor_core.worker.main", str(order.dir))
+        limits = {"grace": order.grace, "room": order.room_seconds}
         env, argv = worker_env(order, placement), order.argv or worker
-        found = await self.call("start", attempt=str(order.dir), argv=argv, env=env, grace=order.grace, bell=order.bell)
-        return str(found)
+        return str(await self.call("start", attempt=str(order.dir), argv=argv, env=env, bell=order.bell, **limits))
 
     async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
         try:

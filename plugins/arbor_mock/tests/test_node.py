@@ -9,6 +9,7 @@ import signal
 import pytest
 from arbor_mock import arbor_allocators, node_executor
 from arbor_mock.config import NODE
+from arbor_mock.node import Node
 from arbor_mock.node_executor import NodeExecutor
 from attempts import attempt_order, ended, text_of
 from waiting import until_async
@@ -97,10 +98,34 @@ async def test_what_was_given_up_is_remembered_by_the_next_machine(executor, tmp
     assert not (order.dir / "runs").exists()
 
 
+async def test_an_attempt_that_is_just_begun_is_not_taken_for_one_that_has_ended(tmp_path, monkeypatch):
+    """A server asks for it, and whether it lives, while another one's start is still on its way."""
+    really, order = asyncio.create_subprocess_exec, attempt_order(tmp_path, SLEEP)
+    slow = asyncio.Event()
+
+    async def create(*argv, **options):
+        await slow.wait()
+        return await really(*argv, **{**options, "pass_fds": ()})
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    node = Node(tmp_path / "node", lock=-1)
+    argv = [*order.argv]
+    starting = asyncio.create_task(node.start(str(order.dir), argv, {}, grace=1.0, room=1.0, bell=None))
+    adopting = asyncio.create_task(node.adopt(str(order.dir)))
+    await asyncio.sleep(0)
+    slow.set()
+    ref = await adopting
+    assert ref in await node.poll([ref])
+    assert await starting == ref
+    await node.end(ref)
+    assert not await node.poll([ref])
+
+
 async def test_a_call_that_cannot_be_answered_is_an_error_and_the_machine_goes_on(executor, tmp_path):
     order = attempt_order(tmp_path, "pass")
+    call = {"argv": ["/no/such/python"], "env": {}, "grace": 1.0, "room": 1.0, "bell": None}
     with pytest.raises(OSError, match="cannot start: FileNotFoundError"):
-        await executor.call("start", attempt=str(order.dir), argv=["/no/such/python"], env={}, grace=1.0, bell=None)
+        await executor.call("start", attempt=str(order.dir), **call)
     with pytest.raises(OSError, match="cannot fly: KeyError"):
         await executor.ask("fly")
     assert await executor.ask("poll", refs=[]) == {}
