@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {
     "{event.type}.event": [f"{kind}.event" for kind in get_args(EventType)],
     "job.{desired}": [f"job.{wanted}" for wanted in get_args(Desired)],
-    "{self.name}.written": ["inbox.written", "ledger.written", "results.written"],
-    "{self.name}.rotated": ["inbox.rotated", "ledger.rotated", "results.rotated"],
+    "{self.name}.written": ["inbox.written", "ledger.written", "results.written", "samples.written"],
+    "{self.name}.rotated": ["inbox.rotated", "ledger.rotated", "results.rotated", "samples.rotated"],
     "{self.log.name}.synced": ["inbox.synced", "results.synced"],
     "{self.log.name}.marked": ["inbox.marked", "results.marked"],
     "forgotten.{name}": [f"forgotten.{name}" for name in LIVE],

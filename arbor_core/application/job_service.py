@@ -22,7 +22,7 @@ from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
 from arbor_core.types import NO_RETRY, TERMINAL, ApiError, Desired, not_found
 
-from . import objects
+from . import objects, samples
 from .idempotency import Repeatable, RepeatedError
 from .requests import CreateFineTuningJobRequest
 from .submission import Submission
@@ -203,6 +203,16 @@ class JobService:
         data = [objects.checkpoint_object(row) for row in rows[:limit]]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return objects.FineTuningJobCheckpointList(data, first, last, has_more=len(rows) > limit)
+
+    async def list_samples(
+        self, job: Job, limit: int, after: str | None = None, wanted: samples.SampleFilter = samples.ALL
+    ) -> samples.SampleList:
+        """A page of a job's sampled rollouts, newest first.
+
+        Raises:
+            ApiError: `after` is none of the job's.
+        """
+        return await samples.list_samples(self.dispatcher.attempts.dir(job), limit, after, wanted)
 
 
 def decoded(response: bytes) -> objects.FineTuningJob:

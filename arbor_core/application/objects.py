@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -13,6 +13,8 @@ from arbor_core.files.uploads import PartRow, UploadRow
 from arbor_core.jobs.records import CheckpointRow, EventRow, Job
 from arbor_core.models.catalog import Listed
 from arbor_core.types import ApiError
+
+PlaceT = TypeVar("PlaceT")
 
 
 class FileObject(Struct):
@@ -225,7 +227,7 @@ def model_object(model: Listed, organization: str) -> Model:
     return Model(model.name, model.created_at, organization if model.fine_tuned else "base")
 
 
-def position(after: str | None, find: Callable[[str], int | None]) -> int | None:
+def position(after: str | None, find: Callable[[str], PlaceT | None]) -> PlaceT | None:
     """Where in a list a page begins; None for the list's start.
 
     Args:

@@ -76,6 +76,11 @@ class JobDir:
         return self.path / LEDGER
 
     @property
+    def samples(self) -> Path:
+        """Sampled rollouts for people to read."""
+        return self.path / "samples"
+
+    @property
     def checkpoint_requests(self) -> Path:
         """`<name>.json` for each checkpoint that a client waits for."""
         return self.path / CHECKPOINT_REQUESTS

@@ -22,6 +22,16 @@ class CheckpointPage(Struct):
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 10
 
 
+class SamplePage(Struct):
+    """Query of a job's samples, each of which may be 16,000 characters long."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    step: Annotated[int, Meta(ge=1)] | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+
+
 class FilePage(Struct):
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000

@@ -1,5 +1,5 @@
 """Append-only logs in numbered segments, with a checksum for each record: the inbox and the results of a job (through
-`synced_log`) and the completion ledger.
+`synced_log`), the completion ledger, and the samples.
 
 A segment is a file `<number>.log`. A record is a header and its payload; the header holds the payload's length and
 CRC-32, further integers of the log's own, and with `RecordFormat.checked` the CRC-32 of all these, little-endian. What
@@ -187,3 +187,20 @@ def records(path: Path, record_format: RecordFormat, start: int = 0) -> Iterator
                 raise DamagedRecordError(start, "its checksum does not match")
             yield header, payload
             start = header.end
+
+
+def backwards(path: Path, record_format: RecordFormat, last: int | None = None) -> Iterator[tuple[Header, bytes]]:
+    """A segment's whole records, the newest first, without those that are damaged. Only their headers are read before
+    the first; each payload is read when its turn comes.
+
+    Args:
+        last: Offset of the record to begin with, or of any place in it; None: the newest.
+    """
+    with path.open("rb") as file:
+        for header in reversed(list(headers(path, record_format))):
+            if last is not None and header.start > last:
+                continue
+            file.seek(header.payload_start)
+            payload = file.read(header.end - header.payload_start)
+            if zlib.crc32(payload) == header.crc:
+                yield header, payload

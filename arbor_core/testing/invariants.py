@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core.jobdir import checkpoints, groups, inbox, results
+from arbor_core.jobdir import checkpoints, groups, inbox, results, samples
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.storage.atomic import TEMPORARY
 from arbor_core.storage.event_log import tail
@@ -140,6 +140,7 @@ def check_job(db: sqlite3.Connection, storage: Path, job: sqlite3.Row, every_ste
     kind = msgspec.json.decode(job["spec"]).get("input", "file")
     if kind == "rollouts":
         check_rollouts(files)
+        check_samples(files)
     elif kind == "commands":
         check_commands(files, succeeded=job["status"] == "succeeded")
 
@@ -182,6 +183,19 @@ def check_rollouts(job: JobDir) -> None:
         taken = sorted([start for start, _ in step.fed.groups] + list(step.fed.skipped))
         assert taken == given, f"{job.path.name}, step {number} took the groups at {taken}; next were {given}"
         position = step.fed.end
+
+
+def check_samples(job: JobDir) -> None:
+    """Every group is among the samples once at most, and those of a step are groups that it was trained on."""
+    found = [group for place, group in samples.newest_first(job.samples) if place.rollout == 0]
+    twice = [position for position, count in Counter(group.position for group in found).items() if count > 1]
+    assert not twice, f"{job.path.name}: the groups at {twice} are among the samples twice"
+    steps = reported(job.path) if found else {}
+    for group in found:
+        fed = steps[group.step].fed if group.step in steps else None
+        trained = fed is None or group.position in {start for start, _ in fed.groups}
+        assert trained, f"{job.path.name}: the group at {group.position} is no part of step {group.step}"
+        assert (group.error is None) == (group.step > 0), f"{job.path.name}: what became of {group.position}?"
 
 
 def attempt_log(storage: Path, job_id: str, attempt: int) -> list[Event]:

@@ -105,6 +105,16 @@ class Record(msgspec.Struct, frozen=True):
     group: Group
 
 
+class Scored(msgspec.Struct, frozen=True):
+    """What a trainer made of one rollout."""
+
+    advantage: float | None = None
+    """None: it computed none, and the client's counts if there is one."""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    """Of rollouts that came as text; those of others are known."""
+
+
 class Completion(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One choice of a chat completion. Tokens are little-endian int32, log-probabilities little-endian float32."""
 

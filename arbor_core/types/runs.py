@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -16,7 +16,7 @@ from .rollouts import StepInputs
 
 if TYPE_CHECKING:
     from .commands import Command
-    from .rollouts import Record
+    from .rollouts import Record, Scored
 
 ConfigT = TypeVar("ConfigT", bound=Struct)
 ConfigT_co = TypeVar("ConfigT_co", bound=Struct, covariant=True)
@@ -205,6 +205,26 @@ class RolloutRun(LiveRun[ConfigT_co], Protocol[ConfigT_co]):
 
     def report_skipped(self, handled: int) -> None:
         """Say that groups were skipped and no step follows yet: so many were handled in all, and more may be sent."""
+        ...
+
+    def report_samples(
+        self,
+        record: Record,
+        step: int | None = None,
+        scored: Sequence[Scored] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Keep what was sampled and how it was scored, for people to read. Once for each group: when the step that it
+        was trained in is done, before `metrics`, or when it is skipped. A group that an earlier attempt has reported
+        is passed over. It never stops a job: where there is no room on the disk, samples are left out.
+
+        Args:
+            step: The step it was trained in, the first of several; None: it was skipped.
+            scored: What was made of each of the group's rollouts, in their order.
+            decode: Makes text of token ids; None: they are shown as numbers.
+            error: Why the group was skipped.
+        """
         ...
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from arbor_core.jobdir.documents import read_desired
-from arbor_core.types import CheckpointRequest, ConfigT, Desired, GroupsSkipped, Record, StepInputs
+from arbor_core.jobdir.samples import SampleLog, sampled
+from arbor_core.types import CheckpointRequest, ConfigT, Desired, GroupsSkipped, Record, Scored, StepInputs
 
 from .inbox_reader import CatchingUp, Feed
 from .live_run import LiveWorkerRun
@@ -19,6 +20,8 @@ class RolloutWorkerRun(LiveWorkerRun[ConfigT]):
     """A run with an inbox of groups."""
 
     feed: Feed | None = field(init=False, default=None)
+    samples: SampleLog | None = field(init=False, default=None)
+    samples_missed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +52,24 @@ class RolloutWorkerRun(LiveWorkerRun[ConfigT]):
     def report_skipped(self, handled: int) -> None:
         self.emit(GroupsSkipped(f"{handled} groups handled", handled=handled))
         self.catching_up.handled(handled)
+
+    def report_samples(
+        self,
+        record: Record,
+        step: int | None = None,
+        scored: Sequence[Scored] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        error: str | None = None,
+    ) -> None:
+        if self.rank:
+            return
+        try:
+            self.samples = self.samples or SampleLog(self.job_files.samples)
+            self.samples.add(sampled(record, step, scored, decode, error))
+        except OSError as failure:
+            if not self.samples_missed:
+                self.message(f"Sampled rollouts are left out while they cannot be written: {failure.strerror}", "warn")
+            self.samples_missed = True
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         return super().asked_checkpoints() if self.catching_up.done else []  # clients have been answered a newer policy

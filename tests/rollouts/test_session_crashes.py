@@ -35,7 +35,7 @@ from crash import (
 from http_calls import Answer, call
 from live import LiveServer
 
-from arbor_core.jobdir import checkpoints, groups
+from arbor_core.jobdir import checkpoints, groups, samples
 from arbor_core.rollouts.completion_ledger import Ledger
 from arbor_core.testing.invariants import Seen
 
@@ -125,6 +125,9 @@ class Pupil:
         named = storage / "jobs" / self.job_id / "checkpoints" / checkpoints.NAMED / "half-way"
         assert checkpoints.fault(named.resolve()) is None
         assert len(list(groups.read(storage / "jobs" / self.job_id / "inbox", 0))) == STEPS
+        page = call(self.server.url, "GET", f"/v1/arbor/jobs/{self.job_id}/samples?limit=100").json["data"]
+        assert Counter(sample["batch_id"] for sample in page) == dict.fromkeys(self.told.groups, SIZE)
+        assert sorted(sample["step"] for sample in page) == sorted([*range(1, STEPS + 1)] * SIZE)
 
 
 def finished(pupil: Pupil, seen: Seen) -> None:
@@ -159,8 +162,9 @@ def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServ
 WRITING = """
 import sys
 from pathlib import Path
-from arbor_core.jobdir.groups import entry
+from arbor_core.jobdir.groups import entry, read
 from arbor_core.jobdir.inbox import Inbox
+from arbor_core.jobdir.samples import SampleLog, sampled
 from arbor_core.types import Completion, Group, Rollout
 from arbor_core.rollouts.completion_ledger import Ledger
 
@@ -169,6 +173,9 @@ ledger = Ledger(Path(sys.argv[1]) / "ledger", segment_bytes=1, max_segments=9)
 for n in range(int(sys.argv[2]), 4):
     box.append([entry(Group(id=n, rollouts=(Rollout(reward=1.0),), version=0), n)])
     ledger.add(Completion(id=f"c{n}", version=0, prompt=b"", tokens=b"", logprobs=b"", temperature=1.0, key=b"k"))
+samples = SampleLog(Path(sys.argv[1]) / "samples", segment_bytes=1, max_segments=2)
+for number, record in enumerate(read(Path(sys.argv[1]) / "inbox", 0), 1):
+    samples.add(sampled(record, step=number))
 """
 
 
@@ -184,3 +191,4 @@ def test_a_server_that_dies_between_two_segments(point: str, tmp_path: Path) -> 
     ledger.close()
     subprocess.run([*command, str(len(there))], check=True)
     assert [record.group.id for record in groups.read(tmp_path / "inbox", 0)] == [0, 1, 2, 3]
+    assert [group.id for _, group in samples.newest_first(tmp_path / "samples")] == [3, 2]

@@ -68,6 +68,8 @@ def test_a_job_from_upload_to_result(server: LiveServer, file: str) -> None:
     assert [c.step_number for c in checkpoints] == sorted((c.step_number for c in checkpoints), reverse=True)
     assert checkpoints[0].fine_tuned_model_checkpoint.startswith(f"{done.fine_tuned_model}:ckpt-step-")
     assert checkpoints[0].metrics.step == checkpoints[0].step_number
+    samples = call(server.url, "GET", f"/v1/arbor/jobs/{job.id}/samples").json
+    assert (samples["data"], samples["has_more"]) == ([], False), "it learns from a file"
 
 
 def test_the_old_style_of_hyperparameters(server: LiveServer, file: str) -> None:

@@ -144,6 +144,7 @@ def test_row_37_tenants_share_what_is_theirs_and_see_nothing_else(
         ("GET", f"{JOBS}/{job.id}"),
         ("GET", f"{JOBS}/{job.id}/events"),
         ("GET", f"{JOBS}/{job.id}/checkpoints"),
+        ("GET", f"/v1/arbor/jobs/{job.id}/samples"),
         *(("POST", f"{JOBS}/{job.id}/{verb}") for verb in ("cancel", "pause", "resume")),
         ("GET", f"/v1/models/{job.fine_tuned_model}"),
         ("DELETE", f"/v1/models/{job.fine_tuned_model}"),

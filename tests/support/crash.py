@@ -108,7 +108,7 @@ SESSION_SERVER = [
     "forgotten.ledger",
     "forgotten.asked",
 ]
-SESSION_WORKERS_ALWAYS = ["weights.renamed", "name_checkpoint.told"]
+SESSION_WORKERS_ALWAYS = ["weights.renamed", "name_checkpoint.told", "samples.written:2"]
 SESSION_WORKERS = [
     "weights.written",
     "weights.written:3",
@@ -117,6 +117,7 @@ SESSION_WORKERS = [
     "published.event:3",
     "metrics.event",
     "metrics.event:3",
+    "samples.written",
     "checkpoint.renamed",
     "checkpoint.event",
     "name_checkpoint.linked",
@@ -148,7 +149,7 @@ RESULTS = [
     "results.acknowledged",
     "results.dropped:2",
 ]
-SEGMENTS = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
+SEGMENTS = [f"{log}.rotated{count}" for count in ("", ":2") for log in ("inbox", "ledger", "samples")]
 
 UPLOAD_POINTS_ALWAYS = [
     "upload.written",

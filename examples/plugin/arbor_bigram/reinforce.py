@@ -63,6 +63,8 @@ def train(run: RolloutRun[ReinforceConfig]) -> None:
             learner.handled += len(used) + len(skipped)
             loss = learner.learn(used, run.config.learning_rate)
             inputs = StepInputs(position, tuple((r.start, r.crc) for r in used), tuple(r.start for r in skipped))
+            for record in used:
+                run.report_samples(record, learner.step)
             run.metrics(learner.step, learner.step, None, inputs, train_loss=loss)
             with run.publish(learner.step, learner.handled) as folder:
                 (folder / "learner.json").write_bytes(msgspec.json.encode(learner))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, Record, RolloutRun, StepInputs
+from arbor_core import Checkpoint, JobFailed, JobStopped, Record, RolloutRun, Scored, StepInputs
 
 from .config import MockGrpoConfig
 from .train import ADAPTER, STATE, strike, tensor_file
@@ -96,8 +96,9 @@ class Learner:
         for record in self.run.groups(self.batch.end, WAIT_SECONDS):
             self.batch.end = record.end
             limit = self.config.max_staleness if self.config.max_group_age is None else self.config.max_group_age
-            if self.learned.step - record.group.version > limit:
+            if (age := self.learned.step - record.group.version) > limit:
                 self.batch.skipped.append(record.start)
+                self.run.report_samples(record, decode=text, error=f"it is {age} batches old (max_group_age: {limit})")
             else:
                 self.batch.groups.append(record)
             if len(self.batch.groups) == self.config.groups_per_step:
@@ -122,6 +123,8 @@ class Learner:
         fed = StepInputs(batch.end, tuple((record.start, record.crc) for record in batch.groups), tuple(batch.skipped))
         values = measures(self.learned, batch, before.step)
         rate = {"learning_rate": self.config.learning_rate}
+        for record in batch.groups:
+            self.run.report_samples(record, self.learned.step, scores(record), text)
         self.run.metrics(
             self.learned.step, self.config.max_steps or self.learned.step, self.learned.digest, fed, **values, **rate
         )
@@ -168,6 +171,17 @@ def tokens(record: Record) -> int:
         len(rollout.completion) // 4 or len(str((rollout.answer or {}).get("content", "")).split())
         for rollout in record.group.rollouts
     )
+
+
+def text(ids: list[int]) -> str:
+    """Tokens of the simulated engine are bytes."""
+    return bytes(ids).decode(errors="replace")
+
+
+def scores(record: Record) -> list[Scored]:
+    """The advantage of each rollout: its reward less the mean of its group's."""
+    mean = statistics.fmean([reward for group in rewards([record]) for reward in group] or [0.0])
+    return [Scored(None if one.reward is None else one.reward - mean) for one in record.group.rollouts]
 
 
 def rewards(groups: Sequence[Record]) -> Iterator[list[float]]:

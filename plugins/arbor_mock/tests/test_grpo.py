@@ -14,6 +14,7 @@ from arbor_core.jobdir.checkpoint_requests import ask
 from arbor_core.jobdir.groups import entry
 from arbor_core.jobdir.inbox import Inbox
 from arbor_core.jobdir.layout import JobDir
+from arbor_core.jobdir.samples import newest_first
 from arbor_core.types import (
     CheckpointEvent,
     CheckpointRequest,
@@ -120,6 +121,28 @@ def test_a_killed_job_learns_the_same_as_one_that_was_not(grpo):
     ]
     assert states[0] == states[1]
     assert Learned().digest not in digests.values()
+
+
+@pytest.mark.parametrize("point", ["samples.written", "samples.written:3", "samples.written:5", "metrics.event:2"])
+def test_a_killed_job_shows_the_same_samples_as_one_that_was_not(grpo, monkeypatch, point):
+    """Each group once, also those that it was trained on twice, and those that were skipped."""
+    versions = (0, 0, 0, 0, 1, 1, 2, 2, 3)
+    killed, whole = (grpo(max_steps=4, checkpoint_steps=2, max_group_age=0, groups_per_step=1) for _ in range(2))
+    for folder in (killed, whole):
+        send(folder, *versions)
+    with monkeypatch.context() as dying:
+        dying.setenv("ARBOR_CRASH_AT", point)
+        assert killed.run() == -signal.SIGKILL
+    assert killed.run() == 0
+    assert whole.run() == 0
+    found, expected = ([(one.id, one.step, one.error) for one in shown(folder)] for folder in (killed, whole))
+    assert found == expected
+    assert [id for id, _, _ in expected] == list(range(8, -1, -1))  # noqa: A001
+    assert {step for _, step, _ in expected} == {0, 1, 2, 3, 4}
+
+
+def shown(folder):
+    return [group for place, group in newest_first(JobDir(folder.dir).samples) if place.rollout == 0]
 
 
 def test_a_paused_job_keeps_its_place(grpo):

@@ -54,5 +54,6 @@ class Reporting(StepReporter):
         self.began = now
         total = self.run.config.max_steps or state.global_step
         digest = digest_of(self.session.trainer)
+        self.session.report_samples()
         self.run.metrics(state.global_step, total, digest, self.session.inputs, **self.session.reported)
         state.log_history.clear()  # the events hold it; a run without end would write it into each checkpoint

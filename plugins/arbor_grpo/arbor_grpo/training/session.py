@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
 from accelerate.utils import broadcast_object_list
 
-from arbor_core import Checkpoint, CheckpointRequest, JobStopped, RolloutRun, StepInputs
+from arbor_core import Checkpoint, CheckpointRequest, JobStopped, Record, RolloutRun, Scored, StepInputs
 from arbor_grpo import GrpoConfig
 
 from . import metrics
@@ -72,6 +73,8 @@ class Session:
         """Steps whose checkpoint is written, whose weights are out."""
         self.inputs: StepInputs | None = None
         """What the step's batch was made of."""
+        self.unreported: list[tuple[Record, list[Row]]] = []
+        """Groups of the batch with their rows, until their samples are reported."""
         self.measured: dict[str, float] = {}
         """Of the step, to be reported with it."""
         self.without_differences = 0
@@ -110,14 +113,16 @@ class Session:
         complete = False
         while not complete:
             self.serve_requests()
-            skipped, rejected = groups.skipped, len(groups.rejected)
+            stale, rejected = len(groups.stale), len(groups.rejected)
             records = self.run.groups(groups.position, WAIT) if self.run.rank == 0 else []
             complete = groups.take(self.of_rank_0(records), self.reader)
-            if groups.skipped > skipped:
-                self.report_skipped(groups, rejected)
+            if groups.skipped > stale + rejected:
+                self.report_skipped(groups, stale, rejected)
         waited = time.perf_counter() - began
         rows, rewards = with_advantages([rows for _, rows in groups.used], self.reader.config)
         self.warn_without_differences(rows)
+        left = iter(rows)
+        self.unreported = [(record, list(islice(left, len(found.rows)))) for record, found in groups.used]
         self.progress.position = groups.position
         self.progress.handled += groups.handled
         self.progress.tokens += sum(len(row.prompt) + len(row.completion) for row in rows)
@@ -134,12 +139,16 @@ class Session:
         }
         return rows
 
-    def report_skipped(self, groups: StepGroups, reported: int) -> None:
-        """Free the credits of groups that were skipped, and warn of those that cannot be used, but for the first
-        `reported`."""
-        for record, why in groups.rejected[reported:]:
+    def report_skipped(self, groups: StepGroups, stale: int, rejected: int) -> None:
+        """Free the credits of groups that were skipped, and warn of those that cannot be used; the first `stale` that
+        were too old and `rejected` that could not be used are reported already."""
+        for record in groups.stale[stale:]:
+            why = f"it is {groups.age(record)} batches old (max_group_age: {self.reader.config.oldest})"
+            self.run.report_samples(record, decode=self.text, error=why)
+        for record, why in groups.rejected[rejected:]:
             text = f"The group of batch {record.group.id} cannot be trained on: {why}"
             self.run.message(text, "warn", group_rejected=record.start, batch_id=record.group.id, reason=why)
+            self.run.report_samples(record, decode=self.text, error=why)
         self.run.report_skipped(self.progress.handled + groups.skipped)
 
     def warn_without_differences(self, rows: list[Row]) -> None:
@@ -211,6 +220,17 @@ class Session:
             self.publish()
         elif self.run.rank == 0:
             self.run.report_skipped(self.progress.handled)
+
+    def report_samples(self) -> None:
+        """Keep the rollouts of the batch for people to read, after the first of its steps."""
+        for record, rows in self.unreported:
+            scored = [Scored(row.advantage, len(row.prompt), len(row.completion)) for row in rows]
+            self.run.report_samples(record, self.step, scored, self.text)
+        self.unreported = []
+
+    def text(self, ids: list[int]) -> str:
+        """Tokens as text, special ones included."""
+        return str(self.trainer._tokenizer.decode(ids))
 
     def publish(self) -> None:
         """Let new completions be sampled from the weights of this step."""
