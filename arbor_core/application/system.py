@@ -29,6 +29,7 @@ from arbor_core.inference.process import end_engines
 from arbor_core.inference.weight_sync import WeightSync
 from arbor_core.jobdir.documents import upgrade
 from arbor_core.jobdir.layout import JobDir
+from arbor_core.jobs.leases import LeaseHistory
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
 from arbor_core.models.fine_tuned import Resolved
@@ -279,7 +280,9 @@ def wired(
     models = Models(store, settings.models, root)
     identity = bring_up_to_date(store, models)
     keep_executor(store, settings.executor)
-    engines = open_engines(settings, chosen.backend, chosen.options, allocator, root / "engines", models.jobs.last)
+    history = LeaseHistory(store)
+    folder, newest = root / "engines", models.jobs.last
+    engines = open_engines(settings, chosen.backend, chosen.options, allocator, folder, newest, history)
     weight_sync = WeightSync(models.jobs, engines, jobs)
     threads = threads_per_device(settings, allocator)
     attempts = Attempts(jobs, files, models, executor, chosen.launcher, identity, settings, threads)
@@ -336,6 +339,7 @@ def open_engines(
     allocator: Allocator,
     folder: Path,
     newest: Callable[[str], Resolved | None],
+    history: LeaseHistory,
 ) -> Engines:
     """The engines of a server; those that an earlier one left in the folder are ended."""
     end_engines(folder)
@@ -348,6 +352,7 @@ def open_engines(
         threads=settings.threads or os.cpu_count() or 1,
         idle_seconds=settings.limits.engine_idle_seconds,
         hang_seconds=settings.limits.engine_heartbeat_seconds,
+        history=history,
     )
 
 

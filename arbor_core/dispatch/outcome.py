@@ -19,7 +19,7 @@ from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
 from arbor_core.jobdir.layout import AttemptDir, JobDir, checkpoint_path
 from arbor_core.jobs.events import metrics_by_step
-from arbor_core.jobs.leases import delete_leases
+from arbor_core.jobs.leases import LeaseEnd, end_leases
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs, keep_paused
 from arbor_core.models import memory
@@ -88,7 +88,7 @@ class Outcomes:
             await self._end(job, "paused", said, also=keep_paused(job.id))
         elif job.preempted and job.desired == "run":
             text = f"Job {job.id} gave its devices to a more urgent one at step {job.progress}, and waits for others"
-            await self._end(job, "queued", MessageEvent(text))
+            await self._end(job, "queued", MessageEvent(text), reason="preempted")
         else:
             await self._end(job, "paused", MessageEvent(f"Fine-tuning job {job.id} paused"))
 
@@ -131,12 +131,18 @@ class Outcomes:
         crash_point("attempt.tidied")
         return job
 
-    async def _end(self, job: Job, status: Any, *events: MessageEvent, **changes: Any) -> None:
-        """Leave `running`, and forget the lease in the same transaction."""
+    async def _end(
+        self, job: Job, status: Any, *events: MessageEvent, reason: LeaseEnd | None = None, **changes: Any
+    ) -> None:
+        """Leave `running`, and end the lease in the same transaction.
+
+        Args:
+            reason: Why the lease ends; None: what became of the job.
+        """
         also = changes.pop("also", None)
 
         def give_back(db: sqlite3.Connection) -> None:
-            delete_leases(db, job.id)
+            end_leases(db, job.id, reason or status)
             if also:
                 also(db)
 
@@ -184,7 +190,7 @@ class Outcomes:
                 f"{starting_point(job)}, with micro-batches half the size where the trainer can cut them: gradients "
                 "are the same but for their last digits, and digests are others than without this"
             )
-            await self._end(job, "queued", MessageEvent(text, "warn"), memory_retries=1)
+            await self._end(job, "queued", MessageEvent(text, "warn"), reason="out_of_memory", memory_retries=1)
             return
         if error.code == DEVICE_LOST:
             await self._lost(job, error)
@@ -193,7 +199,8 @@ class Outcomes:
             advice = memory.advice(job.spec.config, trains_all=job.spec.trains_all)
             what = f"{error.message.rstrip('.')}. The job does not fit in memory: {advice}"
             error = JobError(error.code, what, error.param)
-        await self._end(job, "failed", MessageEvent(error.message, "error"), error=error)
+        reason: LeaseEnd = "out_of_memory" if error.code == OUT_OF_MEMORY else "failed"
+        await self._end(job, "failed", MessageEvent(error.message, "error"), reason=reason, error=error)
 
     async def _lost(self, job: Job, error: JobError) -> None:
         """A device is gone: nobody gets it any more, and the job is tried again on another, when there is one."""
@@ -206,20 +213,22 @@ class Outcomes:
         text = f"The training process lost {names} ({error.message.rstrip('.')})"
         if crashes >= self.limits.attempts or job.desired == "cancel":
             failed = JobError(error.code, f"{text}. It died {crashes} times without progress")
-            await self._end(job, "failed", MessageEvent(failed.message, "error"), error=failed)
+            await self._end(job, "failed", MessageEvent(failed.message, "error"), reason="device_lost", error=failed)
             return
         text += f", set aside until the server starts again; attempt {job.attempt + 1} starts {starting_point(job)}"
         data = {"code": DEVICE_LOST, "devices": devices}
-        await self._end(job, "queued", MessageEvent(text, "warn", data=data), crashes=crashes)
+        warning = MessageEvent(text, "warn", data=data)
+        await self._end(job, "queued", warning, reason="device_lost", crashes=crashes)
 
     async def _crashed(self, job: Job, ended: Exit | None, begun: bool) -> None:
         """The attempt died without a word: try again from the last checkpoint, unless that leads nowhere."""
         if not begun:
             text = f"The server ended before attempt {job.attempt} began; another one starts"
-            await self._end(job, "queued", MessageEvent(text, "warn"))
+            await self._end(job, "queued", MessageEvent(text, "warn"), reason="not_started")
             return
         hung = read_hung(self.ingest.attempt_dir(job))
         how = hung or ("its supervisor was lost" if ended is None else describe_exit(ended.code))
+        reason: LeaseEnd = "hung" if hung else "crashed"
         crashes = job.crashes + 1
         if crashes >= self.limits.attempts:
             error = JobError(
@@ -227,10 +236,10 @@ class Outcomes:
                 f"The training process died {crashes} times without progress; the last time {how}. "
                 f"Its output: jobs/{job.id}/attempts/{job.attempt}/worker.log in the storage directory",
             )
-            await self._end(job, "failed", MessageEvent(error.message, "error"), error=error)
+            await self._end(job, "failed", MessageEvent(error.message, "error"), reason=reason, error=error)
             return
         text = f"The training process died ({how}); attempt {job.attempt + 1} starts {starting_point(job)}"
-        await self._end(job, "queued", MessageEvent(text, "warn"), crashes=crashes)
+        await self._end(job, "queued", MessageEvent(text, "warn"), reason=reason, crashes=crashes)
 
     async def not_started(self, job: Job, error: Exception) -> None:
         """The attempt's process could not be made. What the machine was short of it may have again: the job is paused.
@@ -251,10 +260,11 @@ class Outcomes:
             message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
         if code:
             data = {"code": code, "message": message}
-            await self._end(job, "paused", MessageEvent(message, "error", data=data), also=keep_paused(job.id))
+            said = MessageEvent(message, "error", data=data)
+            await self._end(job, "paused", said, reason="not_started", also=keep_paused(job.id))
             return
         failed = JobError("worker_not_started", f"The training process could not be started: {error}")
-        await self._end(job, "failed", MessageEvent(failed.message, "error"), error=failed)
+        await self._end(job, "failed", MessageEvent(failed.message, "error"), reason="not_started", error=failed)
 
     def metrics_csv(self, job: Job) -> Iterator[bytes]:
         """OpenAI's result file: one row a step, of the newest attempt that trained it. In pieces, as it is read."""

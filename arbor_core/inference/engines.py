@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec.structs import replace
 
+from arbor_core.jobs.leases import LeaseEnd, LeaseHistory
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
 from arbor_core.types import (
     RETRY_SOON,
@@ -66,6 +67,7 @@ class Engines:
         idle_seconds: An engine without requests for that long is stopped by `tick`.
         hang_seconds: An engine without a sign of life for that long is killed.
         load_wait: Seconds that a request waits for an engine to start.
+        history: Is told of the engines' leases.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Engines:
         idle_seconds: float,
         hang_seconds: float,
         load_wait: float = LOAD_WAIT,
+        history: LeaseHistory | None = None,
     ) -> None:
         self.backend, self.allocator, self.root, self.newest = backend, allocator, root, newest
-        self.options, self.threads = dict(options), threads
+        self.options, self.threads, self.history = dict(options), threads, history
         self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
         self.models: dict[Key, ServedModel] = {}
         self.failed: dict[Key, tuple[float, Exception]] = {}
@@ -210,6 +213,8 @@ class Engines:
             if model.full is None or model.full.version == 0:
                 await self.backend.find(model.full.path if model.full else key[1])
             model.lease = await self._lease(key)
+            if self.history:
+                self.history.begin(model.lease)
             engine = await self._begin(model, model.lease)
         except BaseException as error:
             self._drop(model)
@@ -221,6 +226,7 @@ class Engines:
                 self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
                 raise refusal(*key, self.root, error) from None
             raise
+        model.ending = "died"  # if nobody ends it before
         model.watch = asyncio.create_task(self._watch(model, engine))
         return engine
 
@@ -255,7 +261,7 @@ class Engines:
                 self.released.clear()
                 idle = min((s for s in self.models.values() if s.idle), key=lambda s: s.used_at, default=None)
                 if idle and not self.allocator.free().get("engine"):
-                    await self.stop(idle)
+                    await self.stop(idle, "made_room")
                 released = asyncio.ensure_future(self.released.wait())
                 await asyncio.wait({waiting, released}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 released.cancel()
@@ -286,17 +292,21 @@ class Engines:
         if self.models.get(model.key) is model:
             del self.models[model.key]
         if model.lease:
+            if self.history:  # before anybody else gets the device
+                self.history.end(model.lease, model.ending)
             self.allocator.release(model.lease)
             model.lease = None
         self.released.set()
 
     async def _disown(self, model: ServedModel, engine: Engine) -> None:
         """End an engine that must not answer again."""
+        model.ending = "killed"
         await engine.kill()
-        await self.stop(model)
+        await self.stop(model, "killed")
 
-    async def stop(self, model: ServedModel) -> None:
+    async def stop(self, model: ServedModel, reason: LeaseEnd) -> None:
         """End an engine. New requests start another, which waits for the device."""
+        model.ending = reason
         if self.models.get(model.key) is model:
             del self.models[model.key]
         if model.watch:
@@ -331,19 +341,21 @@ class Engines:
             if name in model.adapters:
                 model.forget(name)
             elif model.key[0] == name and model.idle:
-                await self.stop(model)
+                await self.stop(model, "deleted")
 
     async def tick(self) -> None:
         """Stop engines that nobody has used for `idle_seconds`. To be called every few seconds."""
         before = time.monotonic() - self.idle_seconds
         for model in [one for one in self.models.values() if one.idle and one.used_at < before]:
             log.info("engine of %s is idle and stops", model.key[0])
-            await self.stop(model)
+            await self.stop(model, "idle")
 
     async def close(self) -> None:
         """Stop every engine."""
         for task in list(self.background):
             task.cancel()
-        await asyncio.gather(*(self.stop(model) for model in list(self.models.values())), return_exceptions=True)
+        await asyncio.gather(
+            *(self.stop(model, "server_ended") for model in list(self.models.values())), return_exceptions=True
+        )
         if self._session is not None:
             await self._session.close()

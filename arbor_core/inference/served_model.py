@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arbor_core.jobdir.weights import reading
+from arbor_core.jobs.leases import LeaseEnd
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
 from arbor_core.types import NO_RETRY, RETRY_SOON, ApiError, ArborError, Engine, Lease, Weights
 
@@ -51,6 +52,8 @@ class ServedModel:
     """From where each adapter was loaded."""
     dir: Path | None = None
     lease: Lease | None = None
+    ending: LeaseEnd = "not_started"
+    """Why the lease ends, when it does."""
     watch: asyncio.Task[None] | None = None
     full: FullPolicy | None = None
     """The weights that it has, or that it will have when `updating` ends; None: they never change."""

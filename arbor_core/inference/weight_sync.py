@@ -76,7 +76,7 @@ class WeightSync:
             for model in list(self.engines.models.values()):
                 model.retire(job_id)
                 if model.full and model.key[0] == job_id and model.idle:
-                    await self.engines.stop(model)
+                    await self.engines.stop(model, "job_ended")
         for job_id in self.ended - self.loaded():
             await asyncio.to_thread(forget_rollouts, JobDir.of(self.fine_tuned.root, job_id))
             self.ended.remove(job_id)

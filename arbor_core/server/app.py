@@ -17,9 +17,9 @@ from arbor_core.config.api_keys import entries
 from .http import openapi
 from .http.auth import guard, owner
 from .http.errors import HANDLERS, request_id
-from .routes import chat, completions, files, fine_tuning, models, samples, status, uploads
+from .routes import chat, completions, devices, files, fine_tuning, models, samples, status, uploads
 
-ROUTE_MODULES = (status, chat, completions, files, uploads, fine_tuning, samples, models, openapi)
+ROUTE_MODULES = (status, chat, completions, files, uploads, fine_tuning, samples, devices, models, openapi)
 
 
 def create_app(arbor: Arbor, on_failure: Callable[[BaseException], object] | None = None) -> Litestar:

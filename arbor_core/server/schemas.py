@@ -32,6 +32,14 @@ class SamplePage(Struct):
     max_reward: float | None = None
 
 
+class LeasePage(Struct):
+    """Query of the history of leases; `device` is a device's id."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 20
+    device: str | None = None
+
+
 class FilePage(Struct):
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000

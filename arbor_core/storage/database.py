@@ -125,13 +125,20 @@ class Store:
         It goes on even when the caller is cancelled: committed whole or not at all. Then `committed` is called, in the
         event loop.
         """
-        outcome: Future[T] = Future()
-        (self._others if is_background() else self._requests).put((change, outcome))
-        self._writer.submit(self._commit)
-        done = asyncio.wrap_future(outcome)
+        done = asyncio.wrap_future(self._put(self._others if is_background() else self._requests, change))
         if committed:
             done.add_done_callback(lambda done: None if done.cancelled() or done.exception() else committed())
         return await asyncio.shield(done)
+
+    def submit(self, change: Callable[[sqlite3.Connection], T]) -> Future[T]:
+        """The same for those who do not wait: behind requests, and in the order in which they are submitted."""
+        return self._put(self._others, change)
+
+    def _put(self, queue: SimpleQueue[Waiting], change: Callable[[sqlite3.Connection], T]) -> Future[T]:
+        outcome: Future[T] = Future()
+        queue.put((change, outcome))
+        self._writer.submit(self._commit)
+        return outcome
 
     def _commit(self) -> None:
         """Make the changes that wait in one transaction, then tell each caller what became of it."""

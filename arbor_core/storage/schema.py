@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+import time
 from collections.abc import Callable
 
 from arbor_core import ids
@@ -127,6 +129,35 @@ UPDATE jobs SET spec=json_set(json_remove(spec,'$.rollouts'),'$.input',
 """
 
 
+LEASE_HISTORY = """
+CREATE TABLE lease_history(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, lease TEXT NOT NULL, owner TEXT NOT NULL,
+  device TEXT NOT NULL, role TEXT NOT NULL, share REAL NOT NULL, began_at REAL NOT NULL, ended_at REAL, reason TEXT,
+  CHECK((ended_at IS NULL)=(reason IS NULL))) STRICT;
+CREATE INDEX lease_history_of_devices ON lease_history(device, seq);
+CREATE INDEX lease_history_now ON lease_history(device) WHERE ended_at IS NULL;
+CREATE INDEX lease_history_open ON lease_history(lease) WHERE ended_at IS NULL
+"""
+
+
+def lease_history(db: sqlite3.Connection) -> None:
+    """Begin the history of leases with those of the jobs that run now: since the last event of their beginning."""
+    for statement in LEASE_HISTORY.split(";"):
+        db.execute(statement)
+    for (lease,) in db.execute("SELECT lease FROM leases").fetchall():
+        found = json.loads(lease)
+        owner = found["claim"]["owner"]
+        sql = "SELECT max(created_at) FROM events WHERE job_id=? AND message='Fine-tuning job started'"
+        began = db.execute(sql, (owner,)).fetchone()[0] or time.time()
+        pairs = zip(found["claim"]["bundles"], found["devices"], strict=True)
+        held = [(bundle, device["id"]) for bundle, devices in pairs for device in devices]
+        for number, (bundle, device) in enumerate(held):
+            db.execute(
+                "INSERT INTO lease_history(id,lease,owner,device,role,share,began_at) VALUES(?,?,?,?,?,?,?)",
+                (f"{found['id']}.{number}", found["id"], owner, device, bundle["role"], bundle["share"], float(began)),
+            )
+
+
 SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     FIRST,
     REPEATS,
@@ -137,6 +168,7 @@ SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     relative_paths,
     CHANGES,
     INPUT,
+    lease_history,
 )
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 

@@ -22,9 +22,10 @@ import msgspec
 
 from arbor_core.jobdir import checkpoints, groups, inbox, results, samples
 from arbor_core.jobdir.layout import JobDir
+from arbor_core.jobs.leases import END_REASONS
 from arbor_core.storage.atomic import TEMPORARY
 from arbor_core.storage.event_log import tail
-from arbor_core.types import TERMINAL, Event, Lease, MetricsEvent, rollouts
+from arbor_core.types import TERMINAL, Event, Lease, MetricsEvent, pool_for, rollouts
 from arbor_core.worker.replay import reported
 
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
@@ -96,6 +97,7 @@ def check_invariants(storage: Path, *, ended: bool = True, every_step: bool = Tr
             check_job(db, storage, row, every_step)
         check_files(db, storage)
         check_leases(db)
+        check_lease_history(db)
         check_models(db, storage)
     check_processes(storage)
     if ended:
@@ -246,6 +248,25 @@ def check_leases(db: sqlite3.Connection) -> None:
     assert not twice, f"devices that are leased twice: {twice}"
 
 
+def check_lease_history(db: sqlite3.Connection) -> None:
+    """Whatever has ended says why; what jobs hold has begun and not ended; and no device of a pool was leased more than
+    whole at any time."""
+    rows = db.execute("SELECT * FROM lease_history ORDER BY began_at, seq").fetchall()
+    wrong = [row["id"] for row in rows if row["ended_at"] is not None and row["reason"] not in END_REASONS]
+    assert not wrong, f"leases that ended for no reason: {wrong}"
+    held = {row["lease"] for row in rows if row["ended_at"] is None}
+    begun = {row["id"] for row in db.execute("SELECT id FROM leases")}
+    assert begun <= held, f"leases that are not in the history: {begun - held}"
+    stray = {row["lease"] for row in rows if row["ended_at"] is None and not row["owner"].startswith("engine:")} - begun
+    assert not stray, f"leases of jobs that have not ended in the history: {stray}"
+    now: dict[tuple[str, str], list[sqlite3.Row]] = {}
+    for row in rows:
+        at = now.setdefault((row["device"], pool_for(row["role"])), [])
+        at[:] = [one for one in at if one["ended_at"] is None or one["ended_at"] > row["began_at"]]
+        at.append(row)
+        assert sum(one["share"] for one in at) < 1 + 1e-6, f"leased at the same time: {[tuple(one) for one in at]}"
+
+
 def check_models(db: sqlite3.Connection, storage: Path) -> None:
     """A job that has succeeded has its model, whose files are there."""
     sql = "SELECT jobs.id, path FROM jobs LEFT JOIN models ON name=fine_tuned_model WHERE status='succeeded'"
@@ -292,6 +313,8 @@ def check_nothing_left(storage: Path) -> None:
     with closing(database(storage)) as db:
         leases = db.execute("SELECT count(*) FROM leases").fetchone()[0]
         assert leases == 0, f"{leases} leases are left"
+        held = [tuple(row) for row in db.execute("SELECT * FROM lease_history WHERE ended_at IS NULL")]
+        assert not held, f"leases whose end is not known: {held}"
         known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
     strange = {path.name for path in storage.glob("jobs/*")} - known
     assert not strange, f"directories of jobs that there are not: {strange}"

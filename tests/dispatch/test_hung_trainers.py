@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 from http_calls import call
-from jobs import check_and_stop, events, step_events, train
+from jobs import check_and_stop, events, lease_ends, step_events, train
 from live import LiveServer
 from waiting import until
 
@@ -173,6 +173,7 @@ def test_row_90_a_trainer_that_hangs_is_ended_and_tried_again(
     assert found.status == "succeeded", found.error
     said = [event.message for event in events(server, job)]
     assert any("made no progress for 2 seconds" in text and "checkpoint at step 4" in text for text in said), said
+    assert lease_ends(server, job) == ["hung", "succeeded"]
     check_and_stop(server)
 
 
@@ -183,4 +184,5 @@ def test_row_90_a_trainer_that_keeps_hanging_fails(
     job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=6, fault="hang", fault_step=2)
     found = server.wait(job, "failed")
     assert found.error.code == "worker_hung"
+    assert lease_ends(server, job) == ["hung"]
     check_and_stop(server)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from http_calls import call, submit, supervised
-from jobs import check_and_stop, events, step_events
+from jobs import check_and_stop, events, lease_ends, step_events
 from live import LiveServer
 from waiting import until
 
@@ -82,6 +82,7 @@ def test_row_105_a_job_that_loses_every_device_fails(
     error = server.wait(job, "failed").error
     assert error.code == "device_lost"
     assert "mock:1" in error.message
+    assert lease_ends(server, job) == ["device_lost", "device_lost"]
     check_and_stop(server)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from chaos_checks import supervisors
 from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
-from jobs import events, step_events
+from jobs import events, lease_ends, step_events
 from live import LiveServer
 from waiting import until
 
@@ -111,6 +111,7 @@ def test_row_88_it_is_tried_once_more_with_smaller_micro_batches(
     assert step_events(server, job) == [1, 2, 3, 4, 5]
     shares = [placement(server, job, attempt)["micro_batch_share"] for attempt in (1, 2)]
     assert shares == [1.0, 0.5]
+    assert lease_ends(server, job) == ["out_of_memory", "succeeded"]
 
 
 def test_row_88_and_fails_then(server: LiveServer, chat_rows: list[dict[str, Any]]) -> None:

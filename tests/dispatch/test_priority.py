@@ -9,7 +9,7 @@ import pytest
 from http_calls import submit, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import create, held, messages, step_events
+from jobs import create, held, lease_ends, messages, step_events
 from waiting import until
 
 from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot
@@ -230,6 +230,7 @@ def test_an_urgent_job_takes_the_device_and_gives_it_back(start_server, chat_row
     assert any("gave its devices to a more urgent one" in text for text in messages(server, low.id))
     assert not any("paused" in text for text in messages(server, low.id))
     assert held(server) == 0
+    assert lease_ends(server, low.id) == ["preempted", "succeeded"]
 
 
 def test_what_the_user_asks_of_a_job_that_makes_room_is_done(start_server, chat_rows):

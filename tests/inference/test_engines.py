@@ -322,7 +322,7 @@ async def test_an_engine_that_starts_ends_within_seconds(make, end):
     await until_async((engines.root / "1" / REF).exists)
     process = (engines.root / "1" / REF).read_text()
     async with asyncio.timeout(30):
-        await (engines.close() if end == "close" else engines.stop(next(iter(engines.models.values()))))
+        await (engines.close() if end == "close" else engines.stop(next(iter(engines.models.values())), "idle"))
     await asyncio.gather(starting, return_exceptions=True)
     assert process_ref(int(process.partition(":")[0])) == ""
     assert engines.allocator.free()["engine"] == 1

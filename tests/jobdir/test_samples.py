@@ -13,7 +13,7 @@ from arbor_core.jobdir import samples
 from arbor_core.jobdir.samples import FORMAT, MARK, Place, SampleLog, find, newest_first, sampled
 from arbor_core.storage.segment_log import SegmentLog, segments
 from arbor_core.testing import JobDirectory
-from arbor_core.types import Group, Record, Rollout, Scored
+from arbor_core.types import Group, MessageEvent, Record, Rollout, Scored
 from arbor_core.worker.rollout_run import RolloutWorkerRun
 from arbor_core.worker.run import open_run
 
@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_samples_out_and_says_so_once(tmp_path: Path, monkeyp
         run.report_samples(record(200), 3)
     run.report_samples(record(300), 4)
     assert positions(job.files.samples) == [300, 0]
-    (warning,) = job.events("message")
+    (warning,) = job.events(MessageEvent)
     assert "No space left on device" in warning.message
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from arbor_core.jobs import feed as feeds
 from arbor_core.jobs.feed import Change, Feed, GapError
-from arbor_core.jobs.leases import delete_leases, write_lease
+from arbor_core.jobs.leases import end_leases, write_lease
 from arbor_core.jobs.records import Job, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
@@ -100,7 +100,7 @@ class World:
 
     def actions(self, job: Job) -> list[Callable[[], Any]]:
         jobs, draw = self.jobs, self.draw
-        lease = Lease(f"lease-{job.id}", Claim(job.id, (Bundle("train", 1),)), {"train": (Device("mock:0", "mock"),)})
+        lease = Lease(f"lease-{job.id}", Claim(job.id, (Bundle("train", 1),)), ((Device("mock:0", "mock"),),))
 
         def ingest(*events: Event) -> Callable[[], Any]:
             return lambda: jobs.ingest(job, events, job.offset + draw.randrange(2), "m")
@@ -109,7 +109,7 @@ class World:
         return [
             lambda: jobs.transition(job, draw.choice(("queued", "running", "paused")), MessageEvent("moved")),
             lambda: jobs.transition(job, "running", attempt=job.attempt + 1, also=lambda db: write_lease(db, lease)),
-            lambda: jobs.transition(job, "queued", ref=None, also=lambda db: delete_leases(db, job.id)),
+            lambda: jobs.transition(job, "queued", ref=None, also=lambda db: end_leases(db, job.id, "cancelled")),
             lambda: jobs.preempt(job.id),
             lambda: jobs.set_desired(job.id, draw.choice(("run", "pause", "finish"))),
             lambda: jobs.note_ref(job, f"ref-{draw.randrange(9)}"),

@@ -59,7 +59,7 @@ def handlers() -> Iterator[tuple[str, str, HTTPRouteHandler]]:
 
 NEEDS = {
     "public": {"/health", "/ready", "/docs", "/schema/openapi.json"},
-    "admin": {"/v1/arbor/plugins"},
+    "admin": {"/v1/arbor/plugins", "/v1/arbor/devices", "/v1/arbor/leases"},
     "train or infer": {"/v1/arbor/trainers/{name:str}/schema", "GET /v1/models", "GET /v1/models/{model:path}"},
     "infer": {"/v1/chat/completions", "/v1/completions"},
 }

@@ -58,6 +58,12 @@ def held(server: LiveServer) -> int:
         return int(db.execute("SELECT count(*) FROM leases").fetchone()[0])
 
 
+def lease_ends(server: LiveServer, job_id: str) -> list[str | None]:
+    """Why each lease of a job on one device ended, oldest first."""
+    with sqlite3.connect(server.storage / "arbor.db") as db:
+        return [row[0] for row in db.execute("SELECT reason FROM lease_history WHERE owner=? ORDER BY seq", (job_id,))]
+
+
 def supervisor_of(server: LiveServer, job_id: str) -> int:
     """Process id of the supervisor of a job's attempt; 0 if it has none."""
     with sqlite3.connect(server.storage / "arbor.db") as db:

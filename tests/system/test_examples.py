@@ -88,7 +88,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> str:
     shutil.copytree(PLUGIN, source)  # a build must not write into the checkout
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run([*pip, "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)])
-    return str(folder)
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def test_plugin_conforms(site: str, chat_rows: list[dict[str, Any]]) -> None:
