@@ -25,6 +25,8 @@ WINDOW = 4096
 RESULT_BYTES = 256 << 20
 """Unacknowledged results above which no new command is taken. The trainer goes on: it answers what was taken, so there
 may be as many bytes more as the commands within the window bring."""
+DIGEST_BYTES = 1 << 20
+"""Longer commands are hashed beside the event loop."""
 FOLLOW_BYTES = 8 << 20
 """Of the results that are told at once, if there is more than one."""
 LOOK_SECONDS = 1.0
@@ -94,6 +96,8 @@ class Session:
         return self._answered.until
 
     async def send(self, payload: bytes, number: int, digest: int | None = None) -> Sent:
+        if digest is None and len(payload) > DIGEST_BYTES:  # it takes a while
+            digest = await asyncio.to_thread(commands.digest_of, payload)
         entry = commands.entry(payload, number, digest)
         if await self._known(entry):
             return Sent(number, repeated=True)

@@ -14,6 +14,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,12 +190,16 @@ def read(folder: Path, position: int, until: int | None = None) -> Iterator[tupl
     """The whole records from `position` on, with their payloads; ends at `until`, or where the log ends now.
 
     Raises:
-        LogDamagedError: a record is not what was written.
+        LogDamagedError: a record is not what was written, or is gone.
     """
-    for start, path in segments(folder):
+    there = segments(folder)
+    position = max(position, there[0][0] if there else 0)
+    for start, path in there:
+        if start > position:  # only the last segment may end with a torn tail
+            raise LogDamagedError(folder, position, "no record begins there")
         if position >= start + path.stat().st_size:
             continue
-        records = _read_segment(folder, start, path, max(position, start))
+        records = _read_segment(folder, start, path, position)
         while (until is None or position < until) and (record := next(records, None)):
             yield record
             position = record[0].end
@@ -218,22 +223,23 @@ def places(folder: Path, position: int = 0, until: int | None = None) -> Iterato
     log ends now. Segments that are removed meanwhile are passed over.
 
     Raises:
-        LogDamagedError: the records end before `until`.
+        LogDamagedError: one of them is gone, or they end before `until`.
     """
     there = segments(folder)
     end = max(position, there[0][0] if there else 0)
-    for start, path in there:
+    for (start, path), following in zip_longest(there, [start for start, _ in there[1:]]):
         try:
-            if position >= start + path.stat().st_size:
+            if end >= start + path.stat().st_size:
                 continue
-            for head in segment_log.headers(path, FORMAT, max(position - start, 0)):
+            for head in segment_log.headers(path, FORMAT, end - start):
                 if until is not None and start + head.end > until:
                     return
-                place = _place(start, head)
-                yield place
-                end = place.end
+                end = start + head.end
+                yield _place(start, head)
         except FileNotFoundError:
-            continue
+            end = max(end, following or 0)
+        if following and end < following:  # only the last segment may end with a torn tail
+            raise LogDamagedError(folder, end, "no record begins there")
     if until is not None and end < until:
         raise LogDamagedError(folder, end, "no record begins there")
 

@@ -148,6 +148,26 @@ def test_a_damaged_result_is_found(tmp_path: Path) -> None:
         Results(tmp_path)
 
 
+@pytest.mark.parametrize("gone", ["a header", "the end of a segment"])
+def test_a_result_that_is_gone_from_the_middle_is_missed(tmp_path: Path, gone: str) -> None:
+    """Nobody may take it for one that was not written yet: it would be answered anew, and otherwise."""
+    log = Results(tmp_path, segment_bytes=100)
+    for number in range(1, 7):
+        log.answer(command(number), b"x" * 40)
+    log.close()
+    (start, path), *others = synced_log.segments(tmp_path)
+    assert len(others) > 1
+    second = list(synced_log.places(tmp_path))[1]
+    content = bytearray(path.read_bytes())
+    content[second.start - start] ^= 1
+    path.write_bytes(content if gone == "a header" else content[: second.start - start + 50])
+    for find in (results.readable, synced_log.places, synced_log.read):
+        with pytest.raises(LogDamagedError, match=f"position {second.start}"):
+            list(find(tmp_path, 0))
+    with pytest.raises(LogDamagedError):
+        Results(tmp_path)
+
+
 def test_two_attempts_cannot_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synced_log, "LOCK_SECONDS", 0.1)
     log = Results(tmp_path)
