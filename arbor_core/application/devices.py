@@ -46,6 +46,8 @@ class DeviceObject(Struct):
     index: int
     memory: int
     """Bytes; 0: not known."""
+    node: str | None
+    """The machine that it is on; null: the server's own."""
     pools: list[str]
     """`train`, `engine` or both."""
     lost: bool
@@ -66,7 +68,8 @@ def list_devices(allocator: Allocator, store: Store) -> DeviceList:
     for devices_of, lost in ((allocator.inventory(), False), (allocator.lost(), True)):
         for pool, devices in devices_of.items():
             for device in devices:
-                new = DeviceObject(device.id, device.kind, device.index, device.memory, [], lost, [])
+                node = device.node or None
+                new = DeviceObject(device.id, device.kind, device.index, device.memory, node, [], lost, [])
                 found.setdefault(device.id, new).pools.append(pool)
     for row in lease_rows(store, -1, held=True):
         if row.device in found:

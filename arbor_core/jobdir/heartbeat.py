@@ -37,8 +37,8 @@ class Heartbeat:
 
 
 def last_beat(path: Path) -> str | None:
-    """A text that is another after every beat; None before the first."""
+    """A text that is another after every beat; None before the first, and while the file cannot be seen."""
     try:
         return str(path.stat().st_mtime_ns)
-    except FileNotFoundError:
+    except OSError:
         return None

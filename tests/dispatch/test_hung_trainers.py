@@ -19,9 +19,12 @@ from jobs import check_and_stop, events, lease_ends, step_events, train
 from live import LiveServer
 from waiting import until
 
+from arbor_core import ExecutorSettings
+from arbor_core.builtin.executor import LocalExecutor
 from arbor_core.dispatch.monitor import Monitor, MonitoredAttempt, Progress
 from arbor_core.jobdir.heartbeat import Heartbeat, last_beat
 from arbor_core.jobdir.layout import AttemptDir
+from arbor_core.process.lifecycle import process_ref
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
 from arbor_core.types import Group, Rollout
@@ -102,6 +105,21 @@ async def test_all_attempts_are_looked_at_in_one_batch_and_those_that_do_not_liv
     assert executor.asked == [{str(n): tmp_path / f"ftjob-{n}" for n in (1, 2, 3)}]
     assert [attempt.missing for attempt in attempts] == [True, False, False, True]
     assert [attempt.wakeup.is_set() for attempt in attempts] == [True, False, False, True]
+
+
+async def test_an_attempt_whose_files_cannot_be_seen_holds_up_nobody(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refs = {"file": process_ref(os.getpid()), "ftjob-x": process_ref(os.getppid())}
+    jobs: Any = [SimpleNamespace(id=name, ref=ref, offset=0) for name, ref in refs.items()]
+    broken, whole = (MonitoredAttempt(job, AttemptDir(tmp_path / job.id / "1")) for job in jobs)
+    whole.files.path.mkdir(parents=True)
+    whole.files.heartbeat.touch()
+    executor = LocalExecutor(ExecutorSettings("cold", tmp_path / "run"))
+    assert await executor.poll({broken.job.ref or "": broken.files.path}) == {broken.job.ref: None}
+    monitor = monitor_of(executor, LIMITS, broken, whole)
+    await monitor.go_round()
+    assert (broken.wakeup.is_set(), broken.missing) == (True, False)
+    assert (whole.wakeup.is_set(), whole.progress.beat is None) == (False, False)
 
 
 async def test_an_executor_that_cannot_say_who_lives_ends_nobody_and_events_are_taken(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from crash import REMOTE, check_the_rest
+from http_calls import call
 from jobs import create, events, messages, step_events
 from live import LiveServer
 from waiting import until
@@ -42,6 +43,11 @@ def test_a_job_runs_on_another_machine(
     assert step_events(server, job.id) == [1, 2, 3, 4, 5]
     started = next(event for event in events(server, job.id) if "started" in event.message)
     assert started.data == {"devices": ["mock:0"], "node": "mock-node"}
+    devices = call(server.url, "GET", "/v1/arbor/devices").json["data"]
+    assert {pool: device["node"] for device in devices for pool in device["pools"]} == {
+        "train": "mock-node",
+        "engine": None,
+    }
     assert not claims(server)
     check_the_rest(server, seen)
 
