@@ -28,7 +28,7 @@ TRIM_EVERY = 1_000
 PAGE = 500
 LOOK_SECONDS = 5.0
 """How often a reader looks though nothing has woken it."""
-GATHER_SECONDS = 0.05
+GATHER_SECONDS = 0.1
 """Changes that come within this time are read together."""
 
 

@@ -77,6 +77,19 @@ async def test_a_batch_id_is_news_and_so_is_what_came_before_the_first_look() ->
     assert found.pending == [1]
 
 
+async def test_what_came_before_it_began_to_wait_is_told_at_once() -> None:
+    async def forever(job_id: str, owner: str, seconds: float, after: int | None = None) -> int:
+        await asyncio.sleep(seconds)
+        return 1
+
+    world = World()
+    world.news.changed, world.news.latest = forever, 60.0
+    before, world.version = world.now(), 1
+    found = await asyncio.wait_for(world.news.next(*KEY, before, 60), 30)
+    assert found
+    assert found.version == 1
+
+
 async def test_each_waits_as_long_as_it_wants() -> None:
     world = World()
     (long,) = await world.waiters(1)

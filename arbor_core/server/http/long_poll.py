@@ -63,14 +63,14 @@ class LongPoll(Generic[VariantT, StateT]):
     async def _news(self, key: tuple[str, str, VariantT], before: StateT, watch: Watch[StateT]) -> StateT:
         """The next state that is news; the last one looked at, when nobody waits any longer."""
         job_id, owner, variant = key
-        number = None
-        while (now := time.monotonic()) < watch.until:
-            number = await self.changed(job_id, owner, min(self.latest, watch.until - now), number)
+        number, seconds = None, 0.0  # the first look is at once: there may be news since the client's own
+        while True:
+            number = await self.changed(job_id, owner, seconds, number)
             found = await self.look(job_id, owner, variant)
-            if self.is_news(before, found):
+            left = watch.until - time.monotonic()
+            if self.is_news(before, found) or left <= 0:
                 return found
-            before = found
-        return before
+            before, seconds = found, min(self.latest, left)
 
 
 class Watch(Generic[StateT]):
