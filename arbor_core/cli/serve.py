@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import signal
 import socket
 import sys
@@ -13,7 +11,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig
 
 from arbor_core.config.settings import ServeConfig
-from arbor_core.types import ArborError, RolloutConfig
+from arbor_core.types import ArborError
 
 EXIT_CONFIG = 78
 """sysexits.h: a configuration error."""
@@ -23,24 +21,19 @@ def serve() -> None:
     """`arbor-serve`."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a traceback; we print one line
     import hydra
-    from hydra.errors import CompactHydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
 
+    from arbor_core.config.command_line import COMPLAINTS, as_overrides, complaint
     from arbor_core.config.compose import core_config_dir, take_over_hydra
-    from arbor_core.config.user_file import overrides, with_new_key
+    from arbor_core.config.user_file import overrides
 
     try:
-        sys.argv[1:] = [open_ended(with_new_key(word)) for word in sys.argv[1:]]
+        sys.argv[1:] = as_overrides(sys.argv[1:])
         ours = first_override(sys.argv[1:]) + 1
         sys.argv[ours:ours] = overrides(os.environ)
         take_over_hydra()
         hydra.main(version_base="1.3", config_path=str(core_config_dir()), config_name="serve")(run_server)()
-    except OverrideParseException as error:
-        if "auth." in error.override:  # no key on a terminal or in a log
-            give_up("cannot read 'auth.keys=...': check its brackets and quotes")
-        give_up(f"cannot read '{error.override}': {error.message.partition(' See ')[0].splitlines()[0]}")
-    except (CompactHydraException, OmegaConfBaseException) as error:
-        give_up(plain_words(str(error) or str(error.__cause__)))
+    except COMPLAINTS as error:
+        give_up(complaint(error))
     except ArborError as error:
         give_up(str(error))
 
@@ -49,36 +42,6 @@ def first_override(arguments: list[str]) -> int:
     """Where `KEY=VALUE` begins: argparse wants all of them in one place."""
     found = (n for n, word in enumerate(arguments) if "=" in word and not word.startswith("-"))
     return next(found, len(arguments))
-
-
-def open_ended(word: str) -> str:
-    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know, `launcher.env.` any
-    variable, and `trainer.` former names of keys, which the trainer's YAML does not have: Hydra is to add them."""
-    former = tuple(f"trainer.{key}=" for key in RolloutConfig.former_keys)
-    return f"++{word}" if word.startswith(("engine.", "trainers.", "launcher.env.", *former)) else word
-
-
-def plain_words(message: str) -> str:
-    """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
-    from arbor_core.config import convert, settings
-    from arbor_core.plugins import RESERVED
-
-    line = " ".join(message.split()).partition(" Config search path:")[0]
-    if key := re.match(r"Could not override '([^']+)'", line):
-        if key[1] == "trainer":
-            return "a method is chosen with a plus sign: +trainer=NAME"
-        name = key[1].removeprefix("trainer.")
-        known = list(convert.key_paths(settings.ServeConfig))
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "see them all with: arbor-serve --cfg job"
-        return f"no key '{key[1]}'; {hint}"
-    if group := re.search(r"Could not find '(\w+)/([^']+)'.*Available options in '\w+': (.*)", line):
-        if reserved := RESERVED.get((f"{group[1]}s", group[2])):
-            return reserved
-        close = difflib.get_close_matches(group[2], group[3].split(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(group[3].split())}"
-        return f"no {group[1]} called '{group[2]}'; {hint}"
-    return line
 
 
 def give_up(message: str) -> NoReturn:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from arbor_core.plugins import installed
 from arbor_core.types import ArborError
 
+from .command_line import COMPLAINTS, as_overrides, complaint
 from .convert import load_yaml, typed
 from .settings import ServeConfig
 from .user_file import with_new_keys
@@ -98,11 +99,14 @@ def serve_settings(*overrides: str) -> ServeConfig:
     ARBOR_MOCK_GPU is read; `+trainer=NAME` chooses the default method, as it does there.
 
     Raises:
-        ConfigError: a value that the settings do not take.
-        hydra.errors.HydraException: a key that they do not have, or an override that cannot be read.
+        ArborError: a key that the settings do not have, a value that they do not take, or a word that cannot be read.
     """
-    cfg, choices = _composed("serve", overrides)
-    return msgspec.structs.replace(settings_of(cfg), default_trainer=choices.get("trainer"))
+    try:
+        cfg, choices = _composed("serve", as_overrides(overrides))
+        settings = settings_of(cfg)
+    except COMPLAINTS as error:
+        raise ArborError(complaint(error)) from None
+    return msgspec.structs.replace(settings, default_trainer=choices.get("trainer"))
 
 
 def defaults(group: str, name: str) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Engines:
         self.background: set[asyncio.Task[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
         shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # engines' tokens are in there
 
     @property
     def session(self) -> aiohttp.ClientSession:

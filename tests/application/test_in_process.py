@@ -34,6 +34,7 @@ def test_a_thread_of_a_notebook_has_a_server_twice_and_nothing_stays(tmp_path: P
         assert result["second"].endswith(f"is in use by another server (pid {result['pid']})")
         assert "rows.jsonl" in result["files"] and result["model"] in result["models"]
     assert len({result["model"] for result in said["results"]}) == 2
+    assert not [path for path in (tmp_path / "storage").iterdir() if path.stat().st_mode & 0o077], "for its user alone"
     after = said["after"]
     assert after.pop("composed", None) == (FOREIGN if hydra == "foreign" else None)
     assert after == said["before"]

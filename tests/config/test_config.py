@@ -13,9 +13,8 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 
-from arbor_core import AttemptOrder, ConfigError
+from arbor_core import ArborError, AttemptOrder, ConfigError
 from arbor_core.config import compose, convert, settings, user_file
 from arbor_core.storage.codec import decode, encode
 
@@ -222,8 +221,30 @@ def test_settings_without_a_command_line():
     assert (found.port, found.limits.attempts, found.start) == (9, 7, "cold")
     assert found.launcher == {"name": "none"}
     assert not GlobalHydra.instance().is_initialized(), "it is left as it was"
-    with pytest.raises(HydraException, match="Could not override 'prot'"):
-        compose.serve_settings("prot=9")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("prot=9", "no key 'prot'; did you mean 'port'?"),
+        ("port=abc", "Invalid 'port'"),
+        ("auth.keys=[secret", "cannot read 'auth.keys=...'"),
+        ("gpu.train=[", "cannot read 'gpu.train=['"),
+        ("launcher=accelerate", "there is no launcher 'accelerate' yet"),
+        ("+trainer=mokc", "did you mean 'mock'?"),
+        ("storage=${nowhere}", "nowhere"),
+    ],
+)
+def test_a_mistake_in_settings_is_named_in_plain_words(word, says):
+    with pytest.raises(ArborError) as caught:
+        compose.serve_settings(word)
+    assert says in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_settings_take_the_words_of_the_command_line():
+    found = compose.serve_settings("engine.max_batch=3", "trainers.mock.steps=4", "launcher.env.A=b", "launcher=cold")
+    assert (found.engine, found.trainers, found.start) == ({"max_batch": 3}, {"mock": {"steps": 4}}, "cold")
+    assert found.launcher["env"]["A"] == "b"
 
 
 def test_the_defaults_of_a_group_need_no_initialised_hydra(monkeypatch, tmp_path):
@@ -358,6 +379,6 @@ def test_the_commands_of_arbor(home):
         )
 
     listed = arbor("plugins")
-    assert "trainer mock" in listed.stdout and "scheduler fifo" in listed.stdout
+    assert all(word in listed.stdout for word in ("trainer mock", "scheduler fifo", "launcher torchrun"))
     assert arbor("nonsense").returncode == 2
     assert json.loads(json.dumps(arbor("--help").stdout)).startswith("usage: arbor")
