@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from arbor_core.commands.session import OpenSessions as CommandSessions
+from arbor_core.commands.open_sessions import OpenSessions as CommandSessions
 from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point

@@ -1,23 +1,22 @@
 """The server's side of a job that executes commands (`arbor_core.types.CommandSession`).
 
 A session appends commands to the job's inbox and tells the results that its trainer has written. It keeps in memory
-what is not acknowledged, as numbers and places alone. `OpenSessions` are those of a server, each opened when it is
-first needed, from what is on the disk.
+what is not acknowledged, as numbers and places alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 from arbor_core.jobdir import commands, inbox, results
 from arbor_core.jobdir.inbox_writer import InboxWriter, Sending
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.records import Job
 from arbor_core.storage.synced_log import LogDamagedError, Place
-from arbor_core.types import RETRY_SOON, TERMINAL, ApiError, Result, Sent
+from arbor_core.types import NO_RETRY, RETRY_SOON, TERMINAL, ApiError, Result, Sent
 
 log = logging.getLogger(__name__)
 WINDOW = 4096
@@ -68,21 +67,35 @@ class Session:
         self.woken = asyncio.Event()
         """Set when there may be a result."""
         if self.writer:
-            for place in inbox.places(self.inbox, 0, self.writer.inbox.end):
-                if place.number > self._acknowledged:
-                    self.digests.setdefault(place.number, place.digest)
+            try:
+                self._read_inbox(self.writer.inbox.end)
+            except BaseException:
+                self.writer.close()
+                raise
+
+    def _read_inbox(self, end: int) -> None:
+        """Take note of the commands that came while earlier servers ran."""
+        for place in inbox.places(self.inbox, 0, end):
+            if place.number > self._acknowledged:
+                self.digests.setdefault(place.number, place.digest)
 
     @classmethod
     async def opened(cls, folder: JobDir, job: Callable[[], Job]) -> Session:
         """A session that knows what is on the disk, and learns of more.
 
         Raises:
-            OSError, LogDamagedError: the inbox cannot be written, or read; nor the results.
+            OSError: the inbox cannot be written, for example.
+            ApiError: 500: it is damaged, or the results are.
         """
-        session = await asyncio.to_thread(cls, folder, job)
+        with readable(job):
+            session = await asyncio.to_thread(cls, folder, job)
         session.watching = asyncio.create_task(session._watch())
-        await session._look()
-        await asyncio.to_thread(results.drop, session.results, session._needed())  # an earlier server died before
+        try:
+            await session._look()
+            await asyncio.to_thread(results.drop, session.results, session._needed())  # an earlier server died before
+        except BaseException:
+            session.close()
+            raise
         return session
 
     watching: asyncio.Task[None]
@@ -175,11 +188,12 @@ class Session:
             if wanted and size > FOLLOW_BYTES:
                 break
             wanted.append(place)
-        try:
-            return await asyncio.to_thread(lambda: [self._load(place) for place in wanted])
-        except LogDamagedError:
-            self._check_there(first)  # acknowledged and dropped meanwhile
-            raise
+        with readable(self.job):
+            try:
+                return await asyncio.to_thread(lambda: [self._load(place) for place in wanted])
+            except LogDamagedError:
+                self._check_there(first)  # acknowledged and dropped meanwhile
+                raise
 
     def _load(self, place: Place) -> Result:
         return Result(place.number, results.payload(self.results, place))
@@ -244,10 +258,16 @@ class Session:
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _look(self) -> None:
-        """Take note of the results that have come."""
+        """Take note of the results that have come.
+
+        Raises:
+            ApiError: 500: they are damaged.
+        """
         async with self.looking:
             ended = self.job().status in TERMINAL  # before the results: after the job's end there are no more
-            for place in await asyncio.to_thread(lambda: list(results.readable(self.results, self.seen))):
+            with readable(self.job):
+                found = await asyncio.to_thread(lambda: list(results.readable(self.results, self.seen)))
+            for place in found:
                 self.seen = place.end
                 self._note(place)
         if ended and not self.ended:
@@ -276,41 +296,17 @@ class Session:
             self.writer = None
 
 
-class OpenSessions:
-    """The sessions of a server. `root`: its storage directory; `find`: reads a job's row."""
+@contextlib.contextmanager
+def readable(job: Callable[[], Job]) -> Iterator[None]:
+    """What clients hear of damaged files inside the block: not where they are.
 
-    def __init__(self, root: Path, find: Callable[[str], Job | None]) -> None:
-        self.root, self.find = root, find
-        self.by_job: dict[str, asyncio.Task[Session]] = {}
-
-    async def of(self, job: Job) -> Session:
-        """A job's session. Of a job that has ended it tells the results that are there."""
-        if job.id not in self.by_job:
-            opening = Session.opened(JobDir.of(self.root, job.id), lambda: self.find(job.id) or job)
-            self.by_job[job.id] = asyncio.create_task(opening)
-        task = self.by_job[job.id]
-        try:
-            return await asyncio.shield(task)
-        except Exception:
-            if self.by_job.get(job.id) is task and task.done():
-                del self.by_job[job.id]  # the next one tries again
-            raise
-
-    def wake(self, job_id: str) -> None:
-        """A job's trainer has written a result."""
-        if (task := self.by_job.get(job_id)) and task.done() and not task.cancelled() and not task.exception():
-            task.result().woken.set()
-
-    def close_ended(self) -> None:
-        """Close the sessions of jobs that have ended and nobody waits for."""
-        for job_id, task in list(self.by_job.items()):
-            job = self.find(job_id)
-            if task.done() and job and job.status in TERMINAL and not task.result().waiting:
-                del self.by_job[job_id]
-                task.result().close()
-
-    def close(self) -> None:
-        for task in self.by_job.values():
-            task.cancel()
-            if task.done() and not task.cancelled() and not task.exception():
-                task.result().close()
+    Raises:
+        ApiError: 500: one is damaged.
+    """
+    try:
+        yield
+    except LogDamagedError as error:
+        job_id = job().id
+        log.error("job %s: %s", job_id, error)
+        message = f"The commands of job {job_id} or their results are damaged; the server's log says where."
+        raise ApiError(500, message, "storage_damaged", headers=NO_RETRY) from None

@@ -87,14 +87,27 @@ class SyncedLog:
         self.folder, self.segment_bytes, self.sync_mark = folder, segment_bytes, sync_mark
         folder.mkdir(parents=True, exist_ok=True)
         self.mark = os.open(folder / SYNCED, os.O_RDWR | os.O_CREAT, 0o600)
-        if exclusive:
-            _lock(self.mark, folder)
-        self.log = SegmentLog(name, folder, digits=NAME_DIGITS)
-        start = self.log.number
-        self.log.cut_tail(whole_until(folder, start, self.log.path(start)) - start)
-        os.fsync(self.log.file.fileno())  # an earlier writer may have died before it did
-        self._move_mark(self.end)
-        sync_folder(folder)
+        try:
+            if exclusive:
+                _lock(self.mark, folder)
+            self.log = self._opened(name)
+        except BaseException:
+            os.close(self.mark)
+            raise
+
+    def _opened(self, name: str) -> SegmentLog:
+        """The segments, on the disk as far as they are whole."""
+        log = SegmentLog(name, self.folder, digits=NAME_DIGITS)
+        try:
+            start = log.number
+            log.cut_tail(whole_until(self.folder, start, log.path(start)) - start)
+            os.fsync(log.file.fileno())  # an earlier writer may have died before it did
+            self._move_mark(start + log.size)
+            sync_folder(self.folder)
+        except BaseException:
+            log.close()
+            raise
+        return log
 
     @property
     def end(self) -> int:
@@ -140,7 +153,6 @@ def _lock(handle: int, folder: Path) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(handle)
                 raise OSError(errno.EBUSY, "another process writes this log", str(folder)) from None
             time.sleep(LOCK_POLL_SECONDS)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -238,6 +239,31 @@ async def test_results_are_told_in_bites(opened: OPEN, trainer: Trainer, monkeyp
     assert [result.number for result in await session.follow(0)] == [1, 2]
     monkeypatch.setattr(session_module, "FOLLOW_BYTES", 1)
     assert [result.number for result in await session.follow(2)] == [3]
+
+
+async def test_damaged_files_are_an_error_that_does_not_say_where(
+    opened: OPEN, trainer: Trainer, tmp_path: Path, row: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = await opened()
+    for number in (1, 2):
+        await session.send(b"%d" % number, number)
+    trainer.work()
+    assert await session.result(1) == Result(1, b"done: 1")
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("results", "inbox"):
+        ((_, path),) = synced_log.segments(tmp_path / name)
+        content = path.read_bytes()
+        path.write_bytes(content[:3] + bytes([content[3] ^ 1]) + content[4:])
+        with pytest.raises(ApiError) as caught:
+            await Session.opened(JobDir(tmp_path), lambda: row)
+        assert (caught.value.status, caught.value.code) == (500, "storage_damaged")
+        assert str(tmp_path) not in str(caught.value)
+        assert f"{path.parent} is damaged" in caplog.text
+        if name == "results":
+            with pytest.raises(ApiError, match="damaged"):
+                await session.result(1)
+        path.write_bytes(content)
+    assert len(os.listdir("/proc/self/fd")) == before, "nothing stays open"
 
 
 async def test_a_trainer_that_executes_again_changes_no_result(opened: OPEN, trainer: Trainer) -> None:
