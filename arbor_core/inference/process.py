@@ -62,9 +62,15 @@ class EngineProcess:
             seconds: How long loading may take.
 
         Raises:
-            ArborError: it ended or did not listen in time; the message carries the last line it wrote.
+            ArborError: it ended or did not listen in time; the message carries the last line it wrote. Or its devices
+                are on another machine.
             EngineStoppedError: it was stopped for `STOPPED_SECONDS`.
         """
+        if elsewhere := [device for device in spec.devices if device.node]:
+            raise ArborError(
+                f"the engine of '{spec.model}' starts on the server's machine, and {elsewhere[0].id} is on the node "
+                f"'{elsewhere[0].node}': choose a backend that reaches it, or an allocator of this machine's devices"
+            )
         spec.dir.mkdir(parents=True, exist_ok=True)
         (spec.dir / "spec.json").write_bytes(msgspec.json.encode(spec, enc_hook=str))
         ready = spec.dir / READY

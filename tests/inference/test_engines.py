@@ -18,7 +18,7 @@ import pytest
 from engines import loaded, used
 from waiting import until_async
 
-from arbor_core import UnknownModelError, Weights
+from arbor_core import Device, PoolAllocator, UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
 from arbor_core.inference import engines as engines_module
 from arbor_core.inference.hanging import hanging
@@ -228,6 +228,14 @@ async def test_without_a_device_to_serve_from_nothing_is_served(make):
     with pytest.raises(ApiError, match="this server has 0") as caught:
         await used(make(devices=0), ONE)
     assert caught.value.code == "engine_unavailable"
+
+
+async def test_an_engine_does_not_start_here_with_a_device_that_is_elsewhere(make):
+    engines = make()
+    engines.allocator = PoolAllocator({"engine": [Device("gpu-7", "mock", node="rack-3")]})
+    with pytest.raises(ApiError, match="starts on the server's machine, and gpu-7 is on the node 'rack-3'"):
+        await used(engines, ONE)
+    assert engines.allocator.free()["engine"] == 1
 
 
 async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
