@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from chaos_checks import digests, of_replays, supervisors, violations
+from chaos_checks import digests, of_replays, read, supervisors, violations
 from chaos_clients import Clients, Kind, training_rows
 from chaos_rollouts import LEARNING, LEARNING_REAL
 from http_calls import JOBS
 from live import LiveServer, launch
 
+from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.testing.invariants import Seen, check_invariants, processes
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2}
@@ -208,7 +209,10 @@ class Chaos(Clients):
         for _ in polls(PATIENCE):
             if condition():
                 return
-        raise AssertionError(f"{what} did not come to an end within {PATIENCE:.0f} s\n{self.server.log[-3000:]}")
+        left = read(self.server.storage, f"SELECT id, status, desired, attempt, crashes FROM jobs WHERE {NOT_ENDED}")
+        raise AssertionError(
+            f"{what} did not come to an end within {PATIENCE:.0f} s: {left}\n{self.server.log[-3000:]}"
+        )
 
     def close(self) -> None:
         """Leave no process, whatever happened."""
