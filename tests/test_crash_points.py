@@ -40,7 +40,6 @@ MATRICES = {
     "remote": [
         *crash.REMOTE_SERVER_ALWAYS,
         *crash.REMOTE_SERVER,
-        *crash.REMOTE_MACHINE_ALWAYS,
         *crash.REMOTE_MACHINE,
     ],
     "rollouts": [

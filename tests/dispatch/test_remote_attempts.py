@@ -133,6 +133,7 @@ def test_a_remote_trainer_that_hangs_is_ended_by_what_its_executor_says(
     check_the_rest(server, Seen(server.storage))
 
 
+@pytest.mark.slow
 def test_a_remote_job_is_paused_and_cancelled(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:

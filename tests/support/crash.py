@@ -82,8 +82,8 @@ REMOTE_SERVER = [
     "attempt.tidied",
     "job.settled",
 ]
-REMOTE_MACHINE_ALWAYS = ["node.started"]
 REMOTE_MACHINE = [
+    "node.started",
     "node.claimed",
     "node.started:2",
     "node.ended",

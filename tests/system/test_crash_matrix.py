@@ -21,7 +21,6 @@ import pytest
 from crash import (
     REMOTE,
     REMOTE_MACHINE,
-    REMOTE_MACHINE_ALWAYS,
     REMOTE_SERVER,
     REMOTE_SERVER_ALWAYS,
     SERVER,
@@ -143,7 +142,7 @@ def test_a_process_of_a_job_that_dies_at(
     process_dies(point, start_server, chat_rows, tmp_path / "died")
 
 
-@pytest.mark.parametrize("point", marked(REMOTE_MACHINE_ALWAYS, REMOTE_MACHINE))
+@pytest.mark.parametrize("point", marked([], REMOTE_MACHINE))
 def test_another_machine_that_dies_at(
     point: str, start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
