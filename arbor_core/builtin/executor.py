@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class LocalExecutor:
         self.faults: dict[ForkServerKey, str] = {}
         self.processes: set[asyncio.subprocess.Process] = set()
         """Every fork server that may still live, whatever became of its task."""
-        self.children: set[asyncio.Task[int]] = set()
+        self.children: set[subprocess.Popen[bytes]] = set()
+        """Supervisors that were started cold and have not been reaped."""
         self.started = 0
 
     def prepare(self, python: str | None, preload: tuple[str, ...], prove: str | None) -> None:
@@ -90,26 +92,27 @@ class LocalExecutor:
             except ForkServerError as error:
                 self.faults[key] = str(error)
                 log.warning("starting cold from now on: %s", error)
-        return await self._cold(order, env)
+        return self._cold(order, env)
 
-    async def _cold(self, order: AttemptOrder, env: Mapping[str, str]) -> str:
+    def _cold(self, order: AttemptOrder, env: Mapping[str, str]) -> str:
+        """Start a supervisor in a new interpreter. Not with asyncio: that kills its processes when it forgets them, or
+        keeps a thread for each, and this one is to outlive the event loop."""
+        self._reap()
         with AttemptDir(order.dir).log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                order.python,
-                "-m",
-                "arbor_core.worker.supervisor",
-                str(order.dir),
-                stdin=asyncio.subprocess.DEVNULL,
+            process = subprocess.Popen(
+                [order.python, "-m", "arbor_core.worker.supervisor", str(order.dir)],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=env,
                 cwd=order.dir,
                 start_new_session=True,
             )
-        waiter = asyncio.create_task(process.wait())  # so that it is reaped
-        self.children.add(waiter)
-        waiter.add_done_callback(self.children.discard)
+        self.children.add(process)
         return process_ref(process.pid)
+
+    def _reap(self) -> None:
+        self.children = {process for process in self.children if process.poll() is None}
 
     def fork_server(self, key: ForkServerKey) -> asyncio.Task[ForkServer]:
         task = self.fork_servers.get(key)
@@ -179,6 +182,7 @@ class LocalExecutor:
 
     async def poll(self, attempts: Mapping[str, Path]) -> Mapping[str, str | None]:
         """The heartbeats of those whose supervisors live, by ref."""
+        self._reap()
         return await in_thread(heartbeats, attempts)
 
     async def signal(self, ref: str, number: int) -> None:
@@ -200,8 +204,7 @@ class LocalExecutor:
         living = [process for process in self.processes if process.returncode is None]
         await asyncio.gather(*(terminate(process, CLOSE_SECONDS) for process in living))
         remove_files(self.runtime, "fork-server-*.sock")  # of those that were killed
-        for waiter in list(self.children):
-            waiter.cancel()
+        self._reap()
 
 
 def heartbeats(attempts: Mapping[str, Path]) -> dict[str, str | None]:

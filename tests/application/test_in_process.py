@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import notebook
 import pytest
-from waiting import until_async
+from waiting import until, until_async
 
 from arbor_core import Arbor, ArborError, open_system, serve_settings
 from arbor_core.config.settings import ServeConfig
+from arbor_core.process.lifecycle import lives
 
 pytest.importorskip("arbor_mock")
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize("hydra", ["untouched", "foreign"])
@@ -42,6 +47,41 @@ def test_a_thread_of_a_notebook_has_a_server_twice_and_nothing_stays(tmp_path: P
 
 
 FOREIGN = {"launcher": {"rocket": True}, "port": "nowhere"}
+
+
+def test_a_job_that_is_running_goes_on_without_its_server(tmp_path: Path) -> None:
+    """Also one that was started cold, as all with several ranks are: asyncio would kill it, or keep a thread for it."""
+    settings = serve_settings(f"storage={tmp_path}", "start=cold", "allocator=mock", "inference=mock", "+trainer=mock")
+    long = {"type": "mock", "mock": {"hyperparameters": {"steps": 10_000, "step_seconds": 0.05}}}
+
+    async def begin() -> tuple[str, str]:
+        async with open_system(settings, default_trainer="mock").running() as arbor:
+            file = await arbor.file_service.create((json.dumps(notebook.ROW).encode() + b"\n") * 12, "rows.jsonl")
+            job = await arbor.job_service.create({"model": "mock/tiny", "training_file": file.id, "method": long})
+            found = arbor.job_service.find(job.id)
+            await until_async(lambda: arbor.job_service.list_events(found, 1).data[0].type == "metrics")
+            return job.id, arbor.job_service.find(job.id).ref
+
+    async def end(job_id: str) -> str:
+        async with open_system(settings).running() as arbor:
+            await arbor.job_service.ask(arbor.job_service.find(job_id), "cancel")
+            return (await arbor.job_service.wait(job_id)).status
+
+    before = {thread.name for thread in threading.enumerate()}
+    job_id, ref = in_thread(begin)
+    gc.collect()
+    try:
+        assert lives(ref)
+        assert {thread.name for thread in threading.enumerate()} == before
+    finally:
+        assert in_thread(lambda: end(job_id)) == "cancelled"
+    until(lambda: not lives(ref))
+
+
+def in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What a coroutine returns in a thread and an event loop of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(work())).result()
 
 
 @pytest.fixture
