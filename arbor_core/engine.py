@@ -2,7 +2,7 @@
 
 For the backend, inside the server: `EngineProcess` starts a process and speaks to it; `clean_env` is the environment of
 any other process it starts; `UnknownModelError` says that there is no such model. The types are those of the backend's
-contract (`InferenceBackend`, `Engine`, `EngineSpec`, `Weights`).
+contract (`InferenceBackend`, `Engine`, `EngineNeeds`, `EngineSpec`, `Weights`).
 
 For the engine, inside its process, in the order of use: `end_with_parent`, `read_spec`, `routes`, `authorised`,
 `Progress`, `health`, `announce`. What it refuses is an `ApiError`, which `envelope` makes OpenAI's error object of;
@@ -17,6 +17,7 @@ from arbor_core.types import (
     RETRY_SOON,
     ApiError,
     Engine,
+    EngineNeeds,
     EngineSpec,
     InferenceBackend,
     UnknownModelError,
@@ -29,6 +30,7 @@ __all__ = [
     "RETRY_SOON",
     "ApiError",
     "Engine",
+    "EngineNeeds",
     "EngineProcess",
     "EngineSpec",
     "InferenceBackend",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -126,6 +127,12 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
         ".content[].type": "Models on this server read and write text: expected text.",
         "tools[].type": "Expected function.",
     }
+
+    def conversation(self) -> bytes | None:
+        """What all turns of it have in common: later ones extend the messages up to the first of the user."""
+        users = (index for index, message in enumerate(self.messages) if isinstance(message, UserMessage))
+        beginning = self.messages[: next(users, 0) + 1]
+        return super().conversation() or blake2b(msgspec.json.encode(beginning), digest_size=16).digest()
 
 
 DECODER = msgspec.json.Decoder(ChatRequest)

@@ -51,10 +51,11 @@ class CompletionService:
         """
         resolved = self.models.resolve(strip_provider(request.model), owner)
         if session := await self._session(resolved):
-            return RecordedCall(self.engines, resolved, path, without_nulls(decoded(raw)), session.ledger)
+            body = without_nulls(decoded(raw))
+            return RecordedCall(self.engines, resolved, path, body, session.ledger, request.conversation)
         if resolved.name != request.model or b"null" in raw:
             raw = msgspec.json.encode(without_nulls(decoded(raw)) | {"model": resolved.name})
-        return EngineCall(self.engines, resolved, path, raw, bool(request.stream))
+        return EngineCall(self.engines, resolved, path, raw, bool(request.stream), request.conversation)
 
     async def _session(self, resolved: Resolved) -> Session | None:
         """The rollouts of the job whose policy a model is; None: it is not one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,20 @@ class EngineCall:
         path: The route, the same here and at the engine.
         body: The request's body, for the engine.
         stream: Whether the response comes as server-sent events.
+        conversation: What the requests of one conversation have in common; they go to one engine.
     """
 
-    def __init__(self, engines: Engines, resolved: Resolved, path: str, body: bytes, stream: bool) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        resolved: Resolved,
+        path: str,
+        body: bytes,
+        stream: bool,
+        conversation: Callable[[], bytes | None] = lambda: None,
+    ) -> None:
         self.engines, self.resolved, self.path, self.body, self.stream = engines, resolved, path, body, stream
+        self.conversation = conversation
         self.headers: list[Header] = []
         """What a client over HTTP is told beside the response. A newer policy may answer than the one asked for: they
         are right once there is anything of a response."""
@@ -60,7 +70,7 @@ class EngineCall:
 
     @asynccontextmanager
     async def _engine(self) -> AsyncIterator[Engine]:
-        async with self.engines.serving(self.resolved) as (engine, resolved):
+        async with self.engines.serving(self.resolved, self.conversation) as (engine, resolved):
             if resolved != self.resolved:
                 self.resolved = resolved
                 self.superseded()

@@ -65,6 +65,10 @@ class Generation(Struct, kw_only=True, forbid_unknown_fields=True):
     HINTS: ClassVar[Mapping[str, str]] = {}
     """What is expected, by the end of a path, where msgspec does not say."""
 
+    def conversation(self) -> bytes | None:
+        """What the requests of one conversation have in common; None: nothing is known of one."""
+        return self.prompt_cache_key.encode() if self.prompt_cache_key else None
+
 
 RequestT = TypeVar("RequestT", bound=Generation)
 

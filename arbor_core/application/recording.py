@@ -7,7 +7,7 @@ the client wants them too; the policy version is put in.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,10 +142,18 @@ class Recording:
 class RecordedCall(EngineCall):
     """A completion of a live reinforcement job's model."""
 
-    def __init__(self, engines: Engines, resolved: Resolved, path: str, body: Json, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        resolved: Resolved,
+        path: str,
+        body: Json,
+        ledger: Ledger,
+        conversation: Callable[[], bytes | None] = lambda: None,
+    ) -> None:
         self.recording = Recording(ledger, body, resolved.version)
         raw = msgspec.json.encode(self.recording.request(resolved.name))
-        super().__init__(engines, resolved, path, raw, bool(body.get("stream")))
+        super().__init__(engines, resolved, path, raw, bool(body.get("stream")), conversation)
         self.model = resolved.live
         self.headers: list[Header] = [self._header(resolved.version)]
 

@@ -24,6 +24,8 @@ from arbor_core.dispatch.outcome import Outcomes
 from arbor_core.dispatch.validation import Validation
 from arbor_core.files.repository import Files
 from arbor_core.files.uploads import Uploads
+from arbor_core.inference.adapters import Newest
+from arbor_core.inference.backends import Backend, Backends
 from arbor_core.inference.engines import Engines
 from arbor_core.inference.process import end_engines
 from arbor_core.inference.weight_sync import WeightSync
@@ -32,7 +34,6 @@ from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.leases import LeaseHistory
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
-from arbor_core.models.fine_tuned import Resolved
 from arbor_core.plugins import Plugins, load
 from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
@@ -45,7 +46,6 @@ from arbor_core.types import (
     ArborError,
     Executor,
     ExecutorSettings,
-    InferenceBackend,
     Scheduler,
 )
 from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
@@ -187,8 +187,7 @@ class Chosen:
     allocator: Allocator
     executor: Executor
     launcher: ConfiguredLauncher
-    backend: InferenceBackend
-    options: Mapping[str, Any]
+    backends: Backends
 
 
 def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Chosen:
@@ -207,9 +206,8 @@ def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None)
     runtime = settings.storage.absolute() / "run"
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, runtime))
     launcher = launcher_of(settings, plugins)
-    backend = plugins.get("inference_backends", settings.inference)()
-    options = engine_options(settings, backend)
-    return Chosen(trainers, default_trainer, scheduler, allocator, executor, launcher, backend, options)
+    backends = open_backends(settings, plugins)
+    return Chosen(trainers, default_trainer, scheduler, allocator, executor, launcher, backends)
 
 
 def check_paths(settings: ServeConfig) -> None:
@@ -282,7 +280,7 @@ def wired(
     keep_executor(store, settings.executor)
     history = LeaseHistory(store)
     folder, newest = root / "engines", models.jobs.last
-    engines = open_engines(settings, chosen.backend, chosen.options, allocator, folder, newest, history)
+    engines = open_engines(settings, chosen.backends, allocator, folder, newest, history)
     weight_sync = WeightSync(models.jobs, engines, jobs)
     threads = threads_per_device(settings, allocator)
     attempts = Attempts(jobs, files, models, executor, chosen.launcher, identity, settings, threads)
@@ -334,21 +332,19 @@ def wired(
 
 def open_engines(
     settings: ServeConfig,
-    backend: InferenceBackend,
-    options: Mapping[str, Any],
+    backends: Backends,
     allocator: Allocator,
     folder: Path,
-    newest: Callable[[str], Resolved | None],
+    newest: Newest,
     history: LeaseHistory,
 ) -> Engines:
     """The engines of a server; those that an earlier one left in the folder are ended."""
     end_engines(folder)
     return Engines(
-        backend,
+        backends,
         allocator,
         folder,
         newest,
-        options=options,
         threads=settings.threads or os.cpu_count() or 1,
         idle_seconds=settings.limits.engine_idle_seconds,
         hang_seconds=settings.limits.engine_heartbeat_seconds,
@@ -356,15 +352,23 @@ def open_engines(
     )
 
 
-def engine_options(settings: ServeConfig, backend: InferenceBackend) -> dict[str, Any]:
-    """The options of the inference backend: its YAML, and the server's settings over it.
+def open_backends(settings: ServeConfig, plugins: Plugins) -> Backends:
+    """The inference backends that the settings name, with their options: each one's YAML, and the settings over it.
 
     Raises:
-        ConfigError: one that the backend does not take.
+        ArborError: a backend that no plugin brings; ConfigError: an option that a backend does not take.
     """
-    options = convert.merged(compose.defaults("backend", settings.inference), settings.engine)
-    convert.typed(options, backend.options, where="engine")
-    return options
+    default = settings.inference.default
+    found = {}
+    for name in dict.fromkeys([default, *settings.inference.models.values(), *settings.engines]):
+        backend = plugins.get("inference_backends", name)()
+        options = convert.merged(compose.defaults("backend", name), settings.engines.get(name, {}))
+        convert.typed(options, backend.options, where=f"engines.{name}")
+        if name == default:
+            options = convert.merged(options, settings.engine)
+            convert.typed(options, backend.options, where="engine")
+        found[name] = Backend(name, backend, options)
+    return Backends(found[default], found, settings.inference.models, settings.inference.replicas)
 
 
 def launcher_of(settings: ServeConfig, plugins: Plugins) -> ConfiguredLauncher:

@@ -1,7 +1,7 @@
 """The allocator `local`: the GPUs of this machine, or CPU slots where there are none.
 
-Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool it has
-one lease at a time. A device that a job lost is set aside until the server starts again.
+Two pools: `train` and `engine`. One device may be in both (a single GPU that trains and serves); within a pool the
+shares of it that are leased come to 1 at most. A device that a job lost is set aside until the server starts again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -26,18 +27,20 @@ from arbor_core.types import (
 )
 
 log = logging.getLogger(__name__)
+ROUNDING = 1e-9
+"""What shares may come to more than 1 because they are floating-point numbers: 0.1 ten times is not exactly 1."""
 
 
 class PoolAllocator:
-    """Leases whole devices from fixed pools. A claim is granted as a whole or waits; the oldest that fits is first. The
-    devices of a bundle are on one node."""
+    """Leases devices, or shares of them, from fixed pools. A claim is granted as a whole or waits; the oldest that fits
+    is first. The devices of a bundle are on one node."""
 
     def __init__(self, pools: Mapping[str, Sequence[Device]]) -> None:
         self.pools = {pool: tuple(devices) for pool, devices in pools.items()}
         self.lost_devices: dict[str, tuple[Device, ...]] = dict.fromkeys(self.pools, ())
         self.leases: dict[str, Lease] = {}
-        self.held: dict[str, set[str]] = {pool: set() for pool in self.pools}
-        """Ids of the devices of each pool that are leased."""
+        self.held: dict[str, dict[str, dict[str, float]]] = {pool: {} for pool in self.pools}
+        """Of each device in a pool that is leased, by its id: the shares of it that each lease holds."""
         self.waiting: list[tuple[Claim, asyncio.Future[Lease]]] = []
 
     def inventory(self) -> Mapping[str, Sequence[Device]]:
@@ -56,14 +59,17 @@ class PoolAllocator:
         self._grant()
 
     def free(self) -> Mapping[str, int]:
-        return {pool: len(devices) for pool, devices in self._free().items()}
-
-    def _free(self) -> dict[str, list[Device]]:
-        """The devices of each pool that are not leased."""
         return {
-            pool: [device for device in devices if device.id not in self.held[pool]]
-            for pool, devices in self.pools.items()
+            pool: sum(device.id not in self.held[pool] for device in devices) for pool, devices in self.pools.items()
         }
+
+    def _room(self) -> dict[str, dict[Device, float]]:
+        """The devices of each pool, and the share of each that is not leased."""
+        room = empty(self.pools)
+        for pool, devices in room.items():
+            held = self.held[pool]
+            devices.update({device: 1 - math.fsum(held[device.id].values()) for device in devices if device.id in held})
+        return room
 
     def restore(self, lease: Lease) -> None:
         self._hold(lease)
@@ -71,7 +77,9 @@ class PoolAllocator:
     def _hold(self, lease: Lease) -> None:
         self.leases[lease.id] = lease
         for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
-            self.held.setdefault(pool_for(bundle.role), set()).update(device.id for device in devices)
+            held = self.held.setdefault(pool_for(bundle.role), {})
+            for device in devices:
+                held.setdefault(device.id, {})[lease.id] = bundle.share
 
     async def acquire(self, claim: Claim) -> Lease:
         if refusal := self._refusal(claim):
@@ -89,13 +97,17 @@ class PoolAllocator:
 
     def _refusal(self, claim: Claim) -> ArborError | None:
         """Why a claim can never be granted; None: it can, when nobody else holds anything."""
-        if choose(claim.bundles, self.pools) is not None:
+        for bundle in claim.bundles:
+            if bundle.count < 1 or not 0 < bundle.share <= 1:
+                text = f"{claim.owner} claims a share of {bundle.share:g} of {bundle.count} device(s)"
+                return ArborError(f"{text}: expected a share above 0 and up to 1, of one device or more")
+        if choose(claim.bundles, empty(self.pools)) is not None:
             return None
         needed = devices_by_pool(claim)
         wanted = " and ".join(f"{count} device(s) to {pool}" for pool, count in needed.items())
         text = f"{claim.owner} needs {wanted}, this server has {', '.join(map(self._described, needed))}"
         whole = {pool: (*devices, *self.lost_devices[pool]) for pool, devices in self.pools.items()}
-        if choose(claim.bundles, whole) is None:
+        if choose(claim.bundles, empty(whole)) is None:
             return ArborError(text)
         lost = [device.id for pool in needed for device in self.lost_devices[pool]]
         return DevicesLostError(f"{text}: {', '.join(lost)} is lost")
@@ -110,7 +122,11 @@ class PoolAllocator:
     def release(self, lease: Lease) -> None:
         if self.leases.pop(lease.id, None):
             for bundle, devices in zip(lease.claim.bundles, lease.devices, strict=True):
-                self.held[pool_for(bundle.role)].difference_update(device.id for device in devices)
+                held = self.held[pool_for(bundle.role)]
+                for device in devices:
+                    held[device.id].pop(lease.id, None)
+                    if not held[device.id]:
+                        del held[device.id]
             self._grant()
 
     def _grant(self) -> None:
@@ -129,16 +145,23 @@ class PoolAllocator:
 
     def _lease(self, claim: Claim) -> Lease | None:
         """A lease of free devices for a claim; None: it does not fit now."""
-        devices = choose(claim.bundles, self._free())
+        devices = choose(claim.bundles, self._room())
         return None if devices is None else Lease(ids.new("lease-"), claim, devices)
 
 
-def choose(bundles: Sequence[Bundle], free: Mapping[str, Sequence[Device]]) -> tuple[tuple[Device, ...], ...] | None:
+def empty(pools: Mapping[str, Sequence[Device]]) -> dict[str, dict[Device, float]]:
+    """The devices of each pool as they are when nobody holds anything."""
+    return {pool: dict.fromkeys(devices, 1.0) for pool, devices in pools.items()}
+
+
+def choose(
+    bundles: Sequence[Bundle], room: Mapping[str, Mapping[Device, float]]
+) -> tuple[tuple[Device, ...], ...] | None:
     """Devices for each bundle, those of one bundle on one node: the fullest node that has enough comes first, so that
-    large bundles find room on the others.
+    large bundles find room on the others, and on it the fullest devices. No two bundles share a device.
 
     Args:
-        free: Devices by pool.
+        room: The share of each device that is left, by pool.
 
     Returns:
         None: they do not fit.
@@ -146,18 +169,18 @@ def choose(bundles: Sequence[Bundle], free: Mapping[str, Sequence[Device]]) -> t
     if not bundles:
         return ()
     bundle, pool = bundles[0], pool_for(bundles[0].role)
+    left = room.get(pool, {})
     nodes: dict[str, list[Device]] = {}
-    for device in free.get(pool, ()):
-        if bundle.kind in (None, device.kind):
+    for device, share in left.items():
+        if bundle.kind in (None, device.kind) and bundle.share <= share + ROUNDING:
             nodes.setdefault(device.node, []).append(device)
-    for fitting in sorted(nodes.values(), key=len):
+    for fitting in sorted(nodes.values(), key=lambda devices: (min(left[device] for device in devices), len(devices))):
         if len(fitting) >= bundle.count:
-            chosen = tuple(fitting[: bundle.count])
-            taken = {device.id for device in chosen}
-            left = {**free, pool: [device for device in free[pool] if device.id not in taken]}
-            others = choose(bundles[1:], left)
-            if others is not None:
-                return (chosen, *others)
+            chosen = tuple(sorted(fitting, key=lambda device: left[device])[: bundle.count])
+            others = {device: share for device, share in left.items() if device not in chosen}
+            further = choose(bundles[1:], {**room, pool: others})
+            if further is not None:
+                return (chosen, *further)
     return None
 
 

@@ -14,7 +14,7 @@ from arbor_core.types import RolloutConfig
 
 from .convert import key_paths
 from .settings import ServeConfig
-from .user_file import with_new_key
+from .user_file import PATTERNS, with_new_key
 
 COMPLAINTS = (CompactHydraException, HydraException, OmegaConfBaseException)
 """What Hydra raises over somebody's words."""
@@ -35,10 +35,13 @@ def complaint(error: BaseException) -> str:
 
 
 def open_ended(word: str) -> str:
-    """`engine.` and `trainers.` take keys of plugins, which conf/serve.yaml does not know, `launcher.env.` any
-    variable, and `trainer.` former names of keys, which the trainer's YAML does not have: Hydra is to add them."""
+    """A word of the command line whose key Hydra is to add: `engine.`, `engines.` and `trainers.` take keys of plugins,
+    which conf/serve.yaml does not know, `launcher.env.` any variable, `inference.models=` patterns, and `trainer.`
+    former names of keys, which the trainer's YAML does not have."""
     former = tuple(f"trainer.{key}=" for key in RolloutConfig.former_keys)
-    return f"++{word}" if word.startswith(("engine.", "trainers.", "launcher.env.", *former)) else word
+    patterns = tuple(f"{name}=" for name in PATTERNS)
+    unknown = ("engine.", "engines.", "trainers.", "launcher.env.", *former, *patterns)
+    return f"++{word}" if word.startswith(unknown) else word
 
 
 def plain_words(message: str) -> str:

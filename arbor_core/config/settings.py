@@ -71,6 +71,12 @@ class PluginsConfig(msgspec.Struct, forbid_unknown_fields=True):
     disabled: list[str]
 
 
+class InferenceConfig(msgspec.Struct, forbid_unknown_fields=True):
+    default: str
+    models: dict[str, str] = {}
+    replicas: dict[str, Count] = {}
+
+
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True):
     upload_bytes: Count
     json_bytes: Count
@@ -106,7 +112,7 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     start: Literal["warm", "cold"]
     launcher: dict[str, Any]
     """`conf/launcher/<name>.yaml`: `name`, and the options of that launcher."""
-    inference: str
+    inference: InferenceConfig
     organization: Name
     threads: Count | None
     auth: AuthConfig
@@ -116,5 +122,6 @@ class ServeConfig(msgspec.Struct, forbid_unknown_fields=True):
     trainer: dict[str, Any] | None = None
     trainers: dict[str, dict[str, Any]] = {}
     engine: dict[str, Any] = {}
+    engines: dict[str, dict[str, Any]] = {}
     default_trainer: str | None = None
     """Whose configuration `trainer` is: `+trainer=NAME`, which is no key."""

@@ -24,6 +24,9 @@ from .settings import ServeConfig
 
 log = logging.getLogger(__name__)
 
+PATTERNS = ("inference.models", "inference.replicas")
+"""Mappings whose keys are patterns of names: they have dots and slashes, as no key of Hydra's has."""
+
 
 def arbor_home() -> Path:
     """`~/.arbor`, or where ARBOR_HOME says."""
@@ -38,7 +41,7 @@ def overrides(environ: Mapping[str, str]) -> list[str]:
     """
     before = []
     if environ.get("ARBOR_MOCK_GPU", "") not in ("", "0"):
-        before += ["allocator=mock", "inference=mock"]
+        before += ["allocator=mock", "inference.default=mock"]
     path = arbor_home() / "config.yaml"
     if path.exists():
         values = translated(load_yaml(path))
@@ -63,8 +66,10 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(training, Mapping) or set(training) != {"gpu_ids"}:
             raise ConfigError(f"config.yaml: 'training' may hold gpu_ids and nothing else, but it is {training!r}")
         gpu["train"] = training.get("gpu_ids")
-    if isinstance(ours.get("inference"), Mapping):
-        gpu["inference"] = ours.pop("inference").get("gpu_ids")
+    inference = ours.get("inference")
+    if isinstance(inference, Mapping) and "gpu_ids" in inference:
+        gpu["inference"] = inference["gpu_ids"]
+        ours["inference"] = {key: value for key, value in inference.items() if key != "gpu_ids"}
     if gpu:
         ours["gpu"] = gpu
     if "storage_path" in ours:
@@ -76,8 +81,11 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_new_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings whose keys may be of an earlier Arbor, with the keys of this one: `launcher: warm` is `start: warm`."""
+    """Settings whose keys may be of an earlier Arbor, with the keys of this one: `launcher: warm` is `start: warm`, and
+    `inference: NAME` is `inference: {default: NAME}`."""
     found = dict(values)
+    if isinstance(found.get("inference"), str):
+        found["inference"] = {"default": found["inference"]}
     if found.get("launcher") in ("warm", "cold"):
         found["start"] = found.pop("launcher")
         warn_of_launcher()
@@ -86,6 +94,8 @@ def with_new_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_new_key(argument: str) -> str:
     """A word of the command line, in the same way."""
+    if chosen := re.fullmatch(r"(\+{0,2})inference=([^{].*)", argument):
+        return f"{chosen[1]}inference.default={chosen[2]}"
     old = re.fullmatch(r"(\+{0,2})launcher=(['\"]?)(warm|cold)\2", argument)
     if old is None:
         return argument
@@ -107,8 +117,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"+trainer={value}"
         elif name in ("launcher", "launcher.name") and isinstance(value, str):
             yield f"launcher={value}"
+        elif name in PATTERNS and isinstance(value, Mapping):
+            yield f"++{name}={literal(value)}"
         elif isinstance(value, Mapping) and value:
-            added = "+" if name in ("trainers", "engine") else "++" if name == "launcher.env" else ""
+            added = {"trainers": "+", "engine": "+", "engines": "+", "launcher.env": "++"}.get(name, "")
             yield from (f"{added}{line}" for line in flat(value, f"{name}."))
         else:
             yield f"{name}={literal(value)}"
@@ -119,8 +131,19 @@ def literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(literal(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key_literal(str(key))}:{literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{quoted}'"
     return json.dumps(value)
+
+
+def key_literal(key: str) -> str:
+    """A key of a mapping in the grammar of Hydra's overrides.
+
+    Raises:
+        ConfigError: that grammar cannot write it.
+    """
+    if unknown := re.search(r"[^\w/.*?$%@|+ \t\\()\[\]{}:=,-]", key):
+        raise ConfigError(f"'{key}' cannot be a key in config.yaml: it holds {unknown[0]!r}")
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", key)

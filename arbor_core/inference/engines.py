@@ -1,7 +1,8 @@
-"""Inference engines: which model is served by which process, from first use until nobody needs it.
+"""Inference engines: which model is served by which processes, from first use until nobody needs them.
 
-An engine serves one base model and any number of adapters of it. The first request starts it, and others wait with it.
-It holds a lease, ends when it was idle for long or another needs its device, and is started anew when its process died.
+An engine serves one base model and adapters of it. The first request starts it, and others wait with it. It holds a
+lease, ends when it was idle for long or another needs its device, and is started anew when its process died. A model
+that may have several engines gets another one when all that it has are busy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,23 +22,16 @@ from msgspec.structs import replace
 
 from arbor_core.jobs.leases import LeaseEnd, LeaseHistory
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
-from arbor_core.types import (
-    RETRY_SOON,
-    Allocator,
-    ApiError,
-    ArborError,
-    Bundle,
-    Claim,
-    Engine,
-    EngineSpec,
-    InferenceBackend,
-    Lease,
-)
+from arbor_core.types import RETRY_SOON, Allocator, ApiError, ArborError, Bundle, Claim, Engine, EngineSpec, Lease
 
+from .adapters import Newest
+from .backends import Backends
 from .hanging import kill_when_it_hangs
+from .leasing import lease, lease_at_once
 from .process import EngineStoppedError
 from .redaction import refusal
-from .served_model import Key, ServedModel, WeightsGoneError, ignore_result
+from .replicas import Conversations, next_number, started
+from .served_model import Key, ServedModel
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,8 +43,6 @@ LOAD_WAIT = 300.0
 FAILURE_SECONDS = 30.0
 """Seconds for which a model that could not be served is not tried again: a client that insists would start a process
 with each request."""
-POLL_SECONDS = 0.5
-"""How often a start that waits for a device checks for an idle engine."""
 T = TypeVar("T")
 
 
@@ -58,11 +50,10 @@ class Engines:
     """The engines of one server.
 
     Args:
-        backend: How an engine is started.
+        backends: How the engines of each model are started.
         allocator: Who grants devices of the pool `engine`.
         root: Directory of the engines' scratch directories; emptied here.
         newest: Finds the newest policy of a job that learns or has learned from rollouts.
-        options: The backend's options.
         threads: CPU threads of an engine.
         idle_seconds: An engine without requests for that long is stopped by `tick`.
         hang_seconds: An engine without a sign of life for that long is killed.
@@ -72,24 +63,26 @@ class Engines:
 
     def __init__(
         self,
-        backend: InferenceBackend,
+        backends: Backends,
         allocator: Allocator,
         root: Path,
-        newest: Callable[[str], Resolved | None],
+        newest: Newest,
         *,
-        options: Mapping[str, Any],
         threads: int,
         idle_seconds: float,
         hang_seconds: float,
         load_wait: float = LOAD_WAIT,
         history: LeaseHistory | None = None,
     ) -> None:
-        self.backend, self.allocator, self.root, self.newest = backend, allocator, root, newest
-        self.options, self.threads, self.history = dict(options), threads, history
+        self.backends, self.allocator, self.root, self.newest = backends, allocator, root, newest
+        self.threads, self.history = threads, history
         self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
         self.models: dict[Key, ServedModel] = {}
         self.failed: dict[Key, tuple[float, Exception]] = {}
         """Until when a start is not tried again, and why."""
+        self.alone: dict[tuple[str, str], float] = {}
+        """Until when no other engine is started beside those of a model, by its name and path."""
+        self.conversations = Conversations()
         self.starts, self.released = 0, asyncio.Event()
         self.background: set[asyncio.Task[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -114,26 +107,36 @@ class Engines:
 
     @asynccontextmanager
     async def using(self, resolved: Resolved) -> AsyncIterator[Engine]:
-        """The running engine that serves a model, as `serving` yields it."""
+        """A running engine that serves a model, as `serving` yields it."""
         async with self.serving(resolved) as (engine, _):
             yield engine
 
     @asynccontextmanager
-    async def serving(self, resolved: Resolved) -> AsyncIterator[tuple[Engine, Resolved]]:
-        """The running engine that serves a model, and the model as it serves it. It is not stopped inside the block.
+    async def serving(
+        self, resolved: Resolved, conversation: Callable[[], bytes | None] = lambda: None
+    ) -> AsyncIterator[tuple[Engine, Resolved]]:
+        """A running engine that serves a model, and the model as it serves it. It is not stopped inside the block.
 
         A policy that is not loaded yet may be superseded before it is: what is yielded then is a newer one.
+
+        Args:
+            conversation: What requests of one conversation have in common, for models with several engines.
 
         Raises:
             ApiError: 404 `model_not_found`: there are no such weights;
                 503 `engine_unavailable`: it cannot start, or the adapter cannot be loaded;
                 503 `model_loading`: it takes longer than `load_wait`.
         """
-        model = self._find(resolved)
+        async with self.using_one(self._find(resolved, conversation), resolved) as found:
+            yield found
+
+    @asynccontextmanager
+    async def using_one(self, model: ServedModel, resolved: Resolved) -> AsyncIterator[tuple[Engine, Resolved]]:
+        """As `serving`, by one of the engines that serve the model."""
         model.users += 1
         try:
             with ExitStack() as held:
-                held.enter_context(model.holding(resolved))
+                held.enter_context(model.adapters.holding(resolved))
                 try:
                     async with asyncio.timeout(self.load_wait):
                         engine = await asyncio.shield(model.start)
@@ -155,29 +158,10 @@ class Engines:
         if resolved.adapter is None:
             return resolved
         try:
-            if resolved.live and model.ready(resolved) != resolved:
-                return await self._load_policy(model, resolved, resolved.live, held)
-            await asyncio.shield(model.adapter(resolved.adapter))
+            return await model.adapters.ready(resolved, self.newest, held)
         except ApiError:
             await self.suspect(engine)  # one that died is forgotten before its client asks again
             raise
-        return resolved
-
-    async def _load_policy(self, model: ServedModel, resolved: Resolved, job_id: str, held: ExitStack) -> Resolved:
-        """Load the newest policy of a job; where several requests wait for it, they share what the first one loads."""
-        async with model.turns[job_id]:
-            while True:
-                policy = model.ready(resolved) or self.newest(job_id) or resolved
-                assert policy.adapter is not None
-                held.enter_context(model.holding(policy))
-                try:
-                    await asyncio.shield(model.adapter(policy.adapter))
-                except WeightsGoneError:
-                    if self.newest(job_id) == policy:
-                        raise
-                else:
-                    model.retire()
-                    return policy
 
     async def _update(self, model: ServedModel, engine: Engine, resolved: Resolved, full: FullPolicy) -> None:
         """Have an engine's weights replaced by a policy of all weights, or a newer one."""
@@ -191,86 +175,122 @@ class Engines:
                 raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
 
     def _newest_full(self, model: ServedModel) -> FullPolicy | None:
-        newest = self.newest(model.key[0])
+        newest = self.newest(model.key.name)
         return newest.full if newest else None
 
-    def _find(self, resolved: Resolved) -> ServedModel:
-        """The entry of the base model; where there is none, its engine is started."""
-        key = (resolved.base, resolved.base_path)
-        if model := self.models.get(key):
-            return model
-        self.failed = {key: entry for key, entry in self.failed.items() if time.monotonic() < entry[0]}
-        if key in self.failed:
-            raise refusal(*key, self.root, self.failed[key][1])
-        model = ServedModel(key, asyncio.create_task(self._start(key)), full=resolved.full)
-        model.start.add_done_callback(ignore_result)
+    def replicas(self, resolved: Resolved) -> list[ServedModel]:
+        """The engines that serve a model now, or are about to."""
+        return [one for key, one in self.models.items() if key[:2] == (resolved.base, resolved.base_path)]
+
+    def _find(self, resolved: Resolved, conversation: Callable[[], bytes | None]) -> ServedModel:
+        """The engine for a request. Where there is none one is started; and another, where all are busy and there may
+        be more: it serves later requests."""
+        replicas = self.replicas(resolved)
+        if not replicas:
+            return self._open(resolved, [])
+        if started(replicas)[0].needs.replicas == 1:
+            return replicas[0]
+        chosen = self.conversations.choose((resolved.base, resolved.base_path), conversation(), replicas)
+        waited = time.monotonic() >= self.alone.get((resolved.base, resolved.base_path), 0)
+        if waited and all(one.users for one in replicas) and len(replicas) < chosen.needs.replicas:
+            self._open(resolved, replicas)
+        return chosen
+
+    def recover(self, resolved: Resolved) -> None:
+        """Let engines of a model be started although they failed just before."""
+        where = (resolved.base, resolved.base_path)
+        self.failed = {key: entry for key, entry in self.failed.items() if key[:2] != where}
+        self.alone.pop(where, None)
+
+    def _open(self, resolved: Resolved, others: list[ServedModel]) -> ServedModel:
+        """Begin to start an engine."""
+        key = Key(resolved.base, resolved.base_path, next_number(others))
+        self.failed = {failed: entry for failed, entry in self.failed.items() if time.monotonic() < entry[0]}
+        if not others and key in self.failed:
+            raise refusal(key.name, key.path, self.root, self.failed[key][1])
+        try:
+            devices = self.allocator.inventory().get("engine", ())
+            needs = self.backends.needs(resolved.family, key.path, devices)
+        except ArborError as error:
+            log.warning("engine of %s: %s", key.name, error)
+            raise refusal(key.name, key.path, self.root, error) from None
+        backend = self.backends.of(resolved.family)
+        model = ServedModel(
+            key, backend, needs, lambda one: asyncio.create_task(self._start(one)), resolved.full, bool(others)
+        )
         self.models[key] = model
         return model
 
-    async def _start(self, key: Key) -> Engine:
-        """Lease a device and start an engine on it. A failure reaches every request that waits."""
-        model = self.models[key]
+    async def _start(self, model: ServedModel) -> Engine:
+        """Lease devices and start an engine on them. A failure reaches every request that waits."""
+        key = model.key
         try:
             if model.full is None or model.full.version == 0:
-                await self.backend.find(model.full.path if model.full else key[1])
-            model.lease = await self._lease(key)
+                await model.backend.backend.find(model.full.path if model.full else key.path)
+            model.lease = await self._lease(model)
             if self.history:
                 self.history.begin(model.lease)
             engine = await self._begin(model, model.lease)
         except BaseException as error:
             self._drop(model)
             if isinstance(error, ArborError | OSError):
-                log.warning("engine of %s: %s", key[0], error)
-                if isinstance(error, EngineStoppedError) or model.superseded():  # the next request fares better
-                    message = f"'{key[0]}' is loaded anew."
-                    raise ApiError(503, message, "engine_unavailable", "model", RETRY_SOON) from None
-                self.failed[key] = (time.monotonic() + FAILURE_SECONDS, error)
-                raise refusal(*key, self.root, error) from None
+                log.warning("engine of %s: %s", key.name, error)
+                raise self._refused(model, error) from None
             raise
         model.ending = "died"  # if nobody ends it before
         model.watch = asyncio.create_task(self._watch(model, engine))
         return engine
 
+    def _refused(self, model: ServedModel, error: Exception) -> ApiError:
+        """The answer to those who wait for an engine that did not start."""
+        key, until = model.key, time.monotonic() + FAILURE_SECONDS
+        if model.extra:
+            self.alone[key[:2]] = until
+        elif not isinstance(error, EngineStoppedError) and not model.superseded():
+            self.failed[key] = (until, error)
+            return refusal(key.name, key.path, self.root, error)
+        message = f"'{key.name}' is loaded anew."  # the next request fares better
+        return ApiError(503, message, "engine_unavailable", "model", RETRY_SOON)
+
+    async def _lease(self, model: ServedModel) -> Lease:
+        """Devices for an engine. One that is not the first of its model makes nobody end, and does not wait.
+
+        Raises:
+            ArborError: there are none.
+        """
+        needs = model.needs
+        claim = Claim(f"engine:{model.key.name}", (Bundle("engine", needs.devices, needs.share),))
+        if not model.extra:
+            return await lease(self.allocator, claim, self._end_idle, self.released)
+        if found := await lease_at_once(self.allocator, claim):
+            return found
+        raise ArborError("no devices are free for another engine of it")
+
+    async def _end_idle(self) -> None:
+        """Stop the engine that nobody has used for longest."""
+        idle = [one for one in self.models.values() if one.idle]
+        if idle:
+            await self.stop(min(idle, key=lambda one: one.used_at), "made_room")
+
     async def _begin(self, model: ServedModel, lease: Lease) -> Engine:
         """Start the process of an engine."""
         self.starts += 1
         model.dir = self.root / str(self.starts)
+        backend = model.backend.backend
         spec = EngineSpec(
-            model=model.key[0],
-            path=model.key[1],
+            model=model.key.name,
+            path=model.key.path,
             dir=model.dir,
             devices=lease.of("engine"),
             threads=self.threads,
             token=secrets.token_urlsafe(24),
-            options=self.options,
+            options=dict(model.backend.options),
+            share=model.needs.share,
         )
         if model.full is None:
-            return await self.backend.start(spec)
+            return await backend.start(spec)
         with model.reading_newest(lambda: self._newest_full(model)) as weights:
-            return await self.backend.start(replace(spec, path=weights.path, version=weights.version))
-
-    async def _lease(self, key: Key) -> Lease:
-        """A device for an engine; idle engines make room, the one not used for longest first.
-
-        Raises:
-            ArborError: this machine has no device to serve from.
-        """
-        waiting = asyncio.ensure_future(self.allocator.acquire(Claim(f"engine:{key[0]}", (Bundle("engine"),))))
-        try:
-            await asyncio.wait({waiting}, timeout=0)
-            while not waiting.done():
-                self.released.clear()
-                idle = min((s for s in self.models.values() if s.idle), key=lambda s: s.used_at, default=None)
-                if idle and not self.allocator.free().get("engine"):
-                    await self.stop(idle, "made_room")
-                released = asyncio.ensure_future(self.released.wait())
-                await asyncio.wait({waiting, released}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                released.cancel()
-            return await waiting
-        except asyncio.CancelledError:
-            if not waiting.cancel() and not waiting.cancelled() and not waiting.exception():
-                self.allocator.release(waiting.result())
-            raise
+            return await backend.start(replace(spec, path=weights.path, version=weights.version))
 
     def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something to its end, whoever stops waiting for it."""
@@ -280,12 +300,12 @@ class Engines:
 
     async def _watch(self, model: ServedModel, engine: Engine) -> None:
         """Forget an engine whose process ended, and kill one that hangs: the next request starts another."""
-        check = asyncio.create_task(kill_when_it_hangs(model.key[0], engine, self.hang_seconds))
+        check = asyncio.create_task(kill_when_it_hangs(model.key.name, engine, self.hang_seconds))
         try:
             how = await engine.wait()
         finally:
             check.cancel()
-        log.warning("engine of %s ended: %s", model.key[0], how)
+        log.warning("engine of %s ended: %s", model.key.name, how)
         self._drop(model)
 
     def _drop(self, model: ServedModel) -> None:
@@ -332,7 +352,7 @@ class Engines:
             return True
         if await engine.health():
             return False
-        log.warning("engine of %s does not answer and is killed", model.key[0])
+        log.warning("engine of %s does not answer and is killed", model.key.name)
         await self._disown(model, engine)
         return True
 
@@ -340,15 +360,15 @@ class Engines:
         """Unload a model that was deleted, wherever it is loaded; requests on it finish first."""
         for model in list(self.models.values()):
             if name in model.adapters:
-                model.forget(name)
-            elif model.key[0] == name and model.idle:
+                model.adapters.forget(name)
+            elif model.key.name == name and model.idle:
                 await self.stop(model, "deleted")
 
     async def tick(self) -> None:
         """Stop engines that nobody has used for `idle_seconds`. To be called every few seconds."""
         before = time.monotonic() - self.idle_seconds
         for model in [one for one in self.models.values() if one.idle and one.used_at < before]:
-            log.info("engine of %s is idle and stops", model.key[0])
+            log.info("engine of %s is idle and stops", model.key.name)
             await self.stop(model, "idle")
 
     async def close(self) -> None:

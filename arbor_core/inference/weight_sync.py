@@ -11,6 +11,7 @@ from arbor_core.models.fine_tuned import FineTunedModels, Resolved
 from arbor_core.types import ApiError, MessageEvent
 
 from .engines import Engines
+from .served_model import ServedModel
 
 
 class WeightSync:
@@ -42,30 +43,31 @@ class WeightSync:
             await self.jobs.add_event(MessageEvent(message, "error"), job_id)
 
     async def refresh(self, policy: Resolved) -> None:
-        """Load a policy, if the engine for it runs: no request has to wait for it then.
+        """Load a policy into each engine that runs for it: no request has to wait for it then.
 
         Raises:
             ApiError: it cannot be loaded. The one before is not served in its place.
         """
-        key = (policy.base, policy.base_path)
         if policy.full:
-            self.engines.failed.pop(key, None)  # its reason was of other weights
-        if key not in self.engines.models:
-            return
-        try:
-            async with self.engines.using(policy):
+            self.engines.recover(policy)  # the reason of a failure was of other weights
+        replicas = self.engines.replicas(policy)
+        loaded = await asyncio.gather(*(self._load_into(model, policy) for model in replicas), return_exceptions=True)
+        failures = [error for error in loaded if isinstance(error, BaseException)]
+        if failures and policy.full:
+            async with self.engines.using(policy):  # another engine, which begins with these weights
                 return
-        except ApiError:
-            if not policy.full:
-                raise
-        async with self.engines.using(policy):  # another engine, which begins with these weights
+        if failures:
+            raise failures[0]
+
+    async def _load_into(self, model: ServedModel, policy: Resolved) -> None:
+        async with self.engines.using_one(model, policy):
             return
 
     def loaded(self) -> set[str]:
         """The jobs whose policies are in engines."""
         models = self.engines.models.values()
-        owners = {one.key[0] for one in models if one.full}
-        return owners | {policy.live for one in models for policy in one.policies.values() if policy.live}
+        owners = {one.key.name for one in models if one.full}
+        return owners | {policy.live for one in models for policy in one.adapters.policies.values() if policy.live}
 
     async def tick(self) -> None:
         """Unload what belongs to jobs that have ended, where nobody runs on it. Their files go a tick later: who asked
@@ -74,8 +76,8 @@ class WeightSync:
             if self.fine_tuned.current(job_id) is not None:
                 continue
             for model in list(self.engines.models.values()):
-                model.retire(job_id)
-                if model.full and model.key[0] == job_id and model.idle:
+                model.adapters.retire(job_id)
+                if model.full and model.key.name == job_id and model.idle:
                     await self.engines.stop(model, "job_ended")
         for job_id in self.ended - self.loaded():
             await asyncio.to_thread(forget_rollouts, JobDir.of(self.fine_tuned.root, job_id))

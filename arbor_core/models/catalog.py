@@ -17,7 +17,7 @@ from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import ApiError, Weights
 
-from .fine_tuned import JOB, FineTunedModels, Kind, Resolved
+from .fine_tuned import JOB, FineTunedModels, Kind, Resolved, first_base
 
 PREFIXES = ("openai/", "arbor:", "local:", "huggingface/")
 """What other clients put before a model's name; it means nothing here."""
@@ -93,7 +93,7 @@ class Models:
         if (made := self.jobs.find(name, owner)) is None:
             return Resolved(name, name, self.base(name))
         if made.kind == "full":
-            return Resolved(made.name, made.name, self.locate(made.name, made.path))
+            return Resolved(made.name, made.name, self.locate(made.name, made.path), began=made.base)
         base = self.locate(made.base, made.base_path)
         return Resolved(made.name, made.base, base, Weights(made.name, str(self.root / made.path)))
 
@@ -187,8 +187,7 @@ def ft_name(base: str, organization: str, suffix: str | None, job_id: str) -> st
 
     The base of a model that was trained further is the one that all began with.
     """
-    first = base.removeprefix("ft:").partition(":")[0]
-    return f"ft:{first}:{organization}:{suffix or ''}:{job_id[-8:]}"
+    return f"ft:{first_base(base)}:{organization}:{suffix or ''}:{job_id[-8:]}"
 
 
 def strip_provider(name: str) -> str:

@@ -63,6 +63,13 @@ class Resolved(msgspec.Struct, frozen=True):
     """Policy version, if it is one."""
     full: FullPolicy | None = None
     """The weights of the job's own engine: a job that trains all weights shares no engine."""
+    began: str = ""
+    """Name of the model whose weights the engine's began as, where `base` is not that of a base model."""
+
+    @property
+    def family(self) -> str:
+        """Public name of the base model that all began with: it decides which backend serves the model."""
+        return first_base(self.began or self.base)
 
 
 class _Spec(msgspec.Struct):
@@ -94,6 +101,11 @@ class _Maker(msgspec.Struct):
     def trains_all(self) -> bool:
         """Whether it trains all weights, as far as is known."""
         return trains_all_weights(self.spec.trains_adapter, self.spec.config)
+
+
+def first_base(name: str) -> str:
+    """The base model that a model was trained from, however many jobs ago: fine-tuned ones are `ft:BASE:...`."""
+    return name.removeprefix("ft:").partition(":")[0] if name.startswith("ft:") else name
 
 
 class FineTunedModels:
@@ -176,7 +188,7 @@ class FineTunedModels:
     def _own(self, job: _Maker, path: str, version: int) -> Resolved:
         full = FullPolicy(path, version)
         base = self.locate(job.spec.model, job.spec.model_path)
-        return Resolved(job.id, job.id, base, live=job.id, version=version, full=full)
+        return Resolved(job.id, job.id, base, live=job.id, version=version, full=full, began=job.spec.model)
 
     def _of_job(self, name: str, owner: str) -> ModelRow | None:
         """The model of a job that has ended, or a checkpoint that has a name."""

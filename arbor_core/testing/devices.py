@@ -113,6 +113,7 @@ async def _check_allocator(factory: Callable[[], Allocator], pool: str) -> None:
     assert allocator.free()[pool] == size, f"all is given back, {allocator.free()[pool]} of {size} are free"
     await _check_restored(factory, pool, whole)
     await _check_lost(factory, pool, whole)
+    await _check_shares(factory, pool, size)
 
 
 async def _check_too_much(allocator: Allocator, pool: str, most: int) -> None:
@@ -172,6 +173,25 @@ async def _check_lost(factory: Callable[[], Allocator], pool: str, whole: Claim)
     allocator.release(lease)
     left = sum(bundle.count for bundle in whole.bundles) - 1
     assert allocator.free()[pool] == left, "a lost device that is given back is free"
+
+
+async def _check_shares(factory: Callable[[], Allocator], pool: str, size: int) -> None:
+    """Leases of parts of a device share it as far as they fit; whoever needs all of it waits for both."""
+    allocator = factory()
+    part = Claim("part", (Bundle(pool, 1, 0.4),))
+    leases = [await _soon(allocator.acquire(part)) for _ in range(2)]
+    assert leases[0].of(pool) == leases[1].of(pool), "two leases of 0.4 do not share a device"
+    assert allocator.free()[pool] == size - 1, "a device of which a share is leased is said to be free"
+    others = [await _soon(allocator.acquire(_claim(pool, f"whole-{n}", 1))) for n in range(size - 1)]
+    assert leases[0].of(pool)[0] not in [device for lease in others for device in lease.of(pool)], "it was leased twice"
+    third = asyncio.create_task(allocator.acquire(part))
+    await asyncio.sleep(0)
+    assert not third.done(), "three leases of 0.4 share a device"
+    allocator.release(leases[0])
+    leases.append(await _soon(third))
+    for lease in (*leases, *others):
+        allocator.release(lease)
+    assert allocator.free()[pool] == size, "shares that were given back are not free"
 
 
 def _claim(pool: str, owner: str, *counts: int) -> Claim:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbor_core.types import ArborError, Engine, EngineSpec, InferenceBackend, UnknownModelError
+from arbor_core.types import ArborError, Engine, EngineNeeds, EngineSpec, InferenceBackend, UnknownModelError
 
 from .hardware import device
 
@@ -45,6 +45,7 @@ async def _check_backend(
         root = Path(folder)
         if refuses:
             await _check_refusal(factory, _spec(root / "refused", str(root / "no-model"), options))
+        _check_needs(factory().needs(model, options, (device(),)))
         await factory().find(model)
         engine = await factory().start(_spec(root / "engine", model, options))
         try:
@@ -57,6 +58,12 @@ async def _check_backend(
         assert not await engine.health(), "a stopped engine is said to be healthy"
         assert await engine.stalled_for(HEALTH_SECONDS) is None, "a stopped engine is said to answer"
         await _check_killed(await factory().start(_spec(root / "killed", model, options)))
+
+
+def _check_needs(said: EngineNeeds) -> None:
+    """An engine takes a device at least, or a share of one."""
+    assert min(said.devices, said.adapters, said.replicas) >= 1, f"an engine needs what cannot be: {said}"
+    assert 0 < said.share <= 1, f"an engine takes a share of {said.share} of a device, expected more than 0 and up to 1"
 
 
 def _spec(folder: Path, model: str, options: Mapping[str, Any]) -> EngineSpec:

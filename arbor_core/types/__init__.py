@@ -3,7 +3,7 @@
 from .attempts import AttemptOrder, Executor, Exit, Placement
 from .commands import Command, CommandSession, Result, Sent
 from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, most_on_one_node, pool_for
-from .engines import Engine, EngineSpec, InferenceBackend, Weights
+from .engines import Engine, EngineNeeds, EngineSpec, InferenceBackend, Weights
 from .error_envelope import envelope
 from .errors import (
     CLOSE,
@@ -98,6 +98,7 @@ __all__ = [
     "Device",
     "DevicesLostError",
     "Engine",
+    "EngineNeeds",
     "EngineSpec",
     "ErrorEvent",
     "Event",

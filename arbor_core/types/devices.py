@@ -71,7 +71,7 @@ class Allocator(Protocol):
         ...
 
     def free(self) -> Mapping[str, int]:
-        """How many devices of each pool are not leased."""
+        """How many devices of each pool are not leased, not even a share of one."""
         ...
 
     def restore(self, lease: Lease) -> None:

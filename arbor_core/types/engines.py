@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,19 @@ class Weights(Struct, frozen=True):
 
     name: str
     path: str
+
+
+class EngineNeeds(Struct, frozen=True):
+    """What the engines of one model need, and how much they serve."""
+
+    devices: int = 1
+    """Of one engine."""
+    share: float = 1.0
+    """Fraction of each device's memory that one engine takes, in (0, 1]: engines share a device where theirs fit."""
+    adapters: int = 64
+    """Adapters that one engine keeps loaded; beyond it the one not used for longest goes."""
+    replicas: int = 1
+    """Engines that may serve the model side by side; `inference.replicas` of the operator wins."""
 
 
 class EngineSpec(Struct, frozen=True):
@@ -35,6 +49,8 @@ class EngineSpec(Struct, frozen=True):
     version: int | None = None
     """Policy version of the weights, of an engine that is given newer ones while it runs. Where a request asks for
     `return_token_ids`, each choice then says in `policy_version` which was the oldest that sampled any of it."""
+    share: float = 1.0
+    """Fraction of each device's memory that it may take; the rest is other engines'."""
 
 
 class Engine(Protocol):
@@ -85,6 +101,16 @@ class InferenceBackend(Protocol):
     @property
     def options(self) -> type[Struct]:
         """Struct of its options, whose defaults are in `conf/backend/<name>.yaml`; checked when the server starts."""
+        ...
+
+    def needs(self, path: str, options: Mapping[str, Any], devices: Sequence[Device]) -> EngineNeeds:
+        """What engines of a model need. Called in the server, before each start.
+
+        Args:
+            path: Directory (or hub id) of the weights.
+            options: As in `EngineSpec`.
+            devices: Those that engines may get.
+        """
         ...
 
     async def find(self, path: str) -> None:

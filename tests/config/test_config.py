@@ -30,6 +30,7 @@ class Example(msgspec.Struct, forbid_unknown_fields=True):
     lora: Inner | None
 
 
+QWEN, BOTH = {"Qwen/*": "transformers"}, {"Qwen/*": "transformers", "tiny": "mock"}
 GOOD = {"n_epochs": 3, "learning_rate": 0.1, "flag": True, "lora": {"rank": 4}}
 
 
@@ -75,7 +76,7 @@ def test_serve_yaml_and_its_struct_have_the_same_keys():
     hydra_own = {"defaults", "hydra"}
     keys = {field.name for field in msgspec.structs.fields(settings.ServeConfig)}
     assert set(said) - hydra_own == keys - of_commands - of_groups
-    for name in ("gpu", "models", "auth", "plugins", "limits"):
+    for name in ("gpu", "inference", "models", "auth", "plugins", "limits"):
         inner = next(f.type for f in msgspec.structs.fields(settings.ServeConfig) if f.name == name)
         assert set(said[name]) == {field.name for field in msgspec.structs.fields(inner)}
 
@@ -83,7 +84,7 @@ def test_serve_yaml_and_its_struct_have_the_same_keys():
 def test_every_key_of_serve_yaml_is_explained():
     lines = (compose.core_config_dir() / "serve.yaml").read_text().splitlines()
     before = ""
-    with_the_one_above = ("port", "allocator", "executor", "inference")
+    with_the_one_above = ("port", "allocator", "executor")
     for line in lines[: lines.index("hydra:")]:
         key = line.strip().partition(":")[0]
         value = line.partition(":")[2].strip()
@@ -130,7 +131,37 @@ def test_the_originals_keys_mean_what_they_say(home):
     assert found["gpu"] == {"train": [1, 2], "inference": [0]}
     assert found["limits"]["engine_idle_seconds"] == 30
     assert found["accelerate_config"] == "/a.yaml"
-    assert found["inference"] == "transformers"
+    assert found["inference"] == {"default": "transformers", "models": {}, "replicas": {}}
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "wanted"),
+    [
+        ("inference: mock\n", (), {"default": "mock", "models": {}, "replicas": {}}),
+        ("", ("inference=mock", "inference.models={Qwen/*:transformers}"), {"default": "mock", "models": QWEN}),
+        ("", ("inference.models={Qwen/*:transformers}", "inference=mock"), {"default": "mock", "models": QWEN}),
+        ("", ("++inference='mock'", "inference.replicas={a\\:b:2}"), {"default": "mock", "replicas": {"a:b": 2}}),
+        ("inference: {gpu_ids: [3], default: mock, models: {Qwen/*: transformers}}\n", (), {"models": QWEN}),
+        ("inference: {models: {'a[b] =\\,{}:': mock}}\n", (), {"models": {"a[b] =\\,{}:": "mock"}}),
+        ("inference: {models: {Qwen/*: transformers}}\n", ("inference.models={tiny:mock}",), {"models": BOTH}),
+    ],
+)
+def test_backends_of_models(home, file, arguments, wanted):
+    (home / "config.yaml").write_text(file)
+    found = composed(*arguments)["inference"]
+    assert {key: found[key] for key in wanted} == wanted
+    assert list(found["models"]) == list(wanted.get("models", {})), "the first that matches counts"
+
+
+def test_a_pattern_that_hydra_cannot_read_is_named(home):
+    (home / "config.yaml").write_text("inference: {models: {'[!a]*': mock}}\n")
+    with pytest.raises(ConfigError, match=r"'\[!a\]\*' cannot be a key .* it holds '!'"):
+        user_file.overrides(os.environ)
+
+
+def test_settings_without_a_command_line_name_backends_as_it_does():
+    found = compose.serve_settings("inference=mock", "inference.models={Qwen/*:transformers}", "engines.x.a=1")
+    assert (found.inference.default, found.inference.models, found.engines) == ("mock", QWEN, {"x": {"a": 1}})
 
 
 def test_one_list_of_gpus_is_for_training_and_serving(home):
@@ -305,6 +336,11 @@ def test_a_wrong_user_file_is_one_line(home, content, says):
         ("scheduler=fifi", "no scheduler called 'fifi'; did you mean 'fifo'?"),
         ("allocator=ray", "pip install arbor-ray"),
         ("inference=vllm", "pip install arbor-vllm"),
+        ("inference.models={a:mcok}", "did you mean 'mock'?"),
+        ("inference.modles={a:mock}", "did you mean 'inference.models'?"),
+        ("inference.replicas={a:0}", "Invalid 'inference.replicas': Expected `int` >= 1"),
+        ("engines.mcok.context=1", "did you mean 'mock'?"),
+        ("engines.mock.contxt=1", "'engines.mock.contxt'. Did you mean 'context'?"),
         ("plugins.disabled=[nobody]", "no plugin called nobody"),
         ("+trainers.mock.stpes=1", "Did you mean 'steps'?"),
         ("host=0.0.0.0", "auth.keys"),

@@ -24,6 +24,7 @@ from arbor_core.inference import engines as engines_module
 from arbor_core.inference.hanging import hanging
 from arbor_core.inference.process import REF, end_engines, stalled_seconds
 from arbor_core.inference.redaction import without_paths
+from arbor_core.inference.served_model import Key
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.types import ApiError
@@ -153,7 +154,7 @@ async def test_the_engine_not_used_for_longest_makes_room(make):
     one, two = await used(engines, ONE), await used(engines, TWO)
     assert await used(engines, ONE) is one
     await used(engines, Resolved("three", "three", "/models/three"))
-    assert [model.key[0] for model in engines.models.values()] == ["one", "three"]
+    assert [model.key.name for model in engines.models.values()] == ["one", "three"]
     assert two.process.returncode is not None
 
 
@@ -161,11 +162,11 @@ async def test_a_start_waits_for_an_engine_in_use(make):
     engines = make(devices=1)
     async with engines.using(ONE) as engine:
         waiting = asyncio.create_task(used(engines, TWO))
-        await until_async(lambda: (TWO.base, TWO.base_path) in engines.models)
+        await until_async(lambda: Key(TWO.base, TWO.base_path) in engines.models)
         assert await engine.health()
         assert not waiting.done()
     await waiting
-    assert [model.key[0] for model in engines.models.values()] == ["two"]
+    assert [model.key.name for model in engines.models.values()] == ["two"]
 
 
 async def test_two_starts_that_wait_both_get_their_turn(make):
@@ -198,7 +199,7 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(mak
     assert engines.allocator.free()["engine"] == 1
     monkeypatch.setattr(engines_module, "FAILURE_SECONDS", 0)
     engines.failed.clear()
-    engines.options["load_error"] = None
+    engines.backends.default.options["load_error"] = None
     await used(engines, ONE)
     assert engines.starts == 2
 
@@ -212,7 +213,7 @@ async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monk
         looked.append(path)
         raise UnknownModelError(f"its directory {path} is not there")
 
-    monkeypatch.setattr(engines.backend, "find", find)
+    monkeypatch.setattr(engines.backends.default.backend, "find", find)
     for _ in range(3):
         with pytest.raises(ApiError, match="'two' does not exist: its directory two is not there") as caught:
             await used(engines, TWO)
@@ -253,16 +254,15 @@ async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
     assert engines.starts == 1
 
 
-async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter, monkeypatch):
-    monkeypatch.setattr("arbor_core.inference.served_model.ADAPTERS", 2)
-    engines = make()
+async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter):
+    engines = make(adapters=2)
 
     def named(name):
         return Resolved(name, adapter.base, adapter.base_path, Weights(name, adapter.adapter.path))
 
     for name in ("a", "b", "a", "c"):
         engine = await used(engines, named(name))
-    await until_async(lambda: not any(model.unloading for model in engines.models.values()))
+    await until_async(lambda: not any(model.adapters.unloading for model in engines.models.values()))
     assert await loaded(engine) == ["a", "c"]
     await used(engines, named("b"))
     assert "b" in await loaded(engine)
@@ -291,7 +291,7 @@ async def test_a_deleted_model_is_unloaded(make, adapter):
     engines = make()
     engine = await used(engines, adapter)
     await engines.forget("ft:one:x")
-    await until_async(lambda: not any(model.unloading for model in engines.models.values()))
+    await until_async(lambda: not any(model.adapters.unloading for model in engines.models.values()))
     assert await loaded(engine) == []
     await engines.forget("one")
     assert engine.process.returncode is not None
@@ -350,7 +350,7 @@ async def test_an_engine_that_is_stopped_while_it_starts_is_killed_and_the_next_
             await starting
     assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "1"})
     assert process_ref(int(process.partition(":")[0])) == ""
-    engines.options["load_seconds"] = 0
+    engines.backends.default.options["load_seconds"] = 0
     await used(engines, ONE)
 
 

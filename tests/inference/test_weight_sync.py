@@ -20,6 +20,7 @@ from waiting import until_async
 from arbor_core import CheckpointEvent, PolicyPublished
 from arbor_core.config.settings import ModelsConfig
 from arbor_core.engine import EngineProcess
+from arbor_core.inference.served_model import Key
 from arbor_core.inference.weight_sync import WeightSync
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobdir.weights import KEPT, publishing, reading
@@ -337,7 +338,7 @@ async def test_versions_that_their_trainer_removed_meanwhile_are_passed_over(
         folder = Path(await world.publish(job, version, full=True))
         waiting.append(asyncio.create_task(engine_of(live, world, job)))
         await begun.wait()
-        while live.engines.models[job.id, "/base"].full != FullPolicy(str(folder), version):
+        while live.engines.models[Key(job.id, "/base")].full != FullPolicy(str(folder), version):
             await asyncio.sleep(0)
     shutil.rmtree(folder.parent / "2-1")
     may_end.set()
@@ -410,18 +411,18 @@ async def test_a_start_with_weights_that_are_gone_is_tried_again_with_newer_ones
 ) -> None:
     job = await world.job(lora=None)
     folder = Path(await world.publish(job, 1, full=True))
-    begin = live.engines.backend.start
+    begin = live.engines.backends.default.backend.start
 
     async def superseded(spec: EngineSpec) -> Any:
         """The trainer publishes while the engine starts."""
         shutil.rmtree(folder)
         raise ArborError(f"cannot load a model from {spec.path}")
 
-    monkeypatch.setattr(live.engines.backend, "start", superseded)
+    monkeypatch.setattr(live.engines.backends.default.backend, "start", superseded)
     with pytest.raises(ApiError, match="loaded anew") as refused:
         await engine_of(live, world, job)
     assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
-    monkeypatch.setattr(live.engines.backend, "start", begin)
+    monkeypatch.setattr(live.engines.backends.default.backend, "start", begin)
     await world.publish(job, 2, full=True)
     assert await version_of(await engine_of(live, world, job), job.id) == 2
 

@@ -66,7 +66,7 @@ class SlowEngines:
         self.cancelled = False
 
     @asynccontextmanager
-    async def serving(self, _: Resolved) -> AsyncIterator[Any]:
+    async def serving(self, _: Resolved, conversation: Any) -> AsyncIterator[Any]:
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
@@ -107,7 +107,7 @@ class BrokenEngines:
     content = Content()
 
     @asynccontextmanager
-    async def serving(self, resolved: Resolved) -> AsyncIterator[Any]:
+    async def serving(self, resolved: Resolved, _: Any) -> AsyncIterator[Any]:
         yield None, resolved
 
 

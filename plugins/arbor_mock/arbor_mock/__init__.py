@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from arbor_core import (
     AllocatorSettings,
     Device,
     Engine,
+    EngineNeeds,
     EngineSpec,
     Executor,
     ExecutorSettings,
@@ -37,6 +38,10 @@ class MockBackend:
     """Starts `python -m arbor_mock.engine`."""
 
     options = EngineOptions
+
+    def needs(self, path: str, options: Mapping[str, Any], devices: Sequence[Device]) -> EngineNeeds:
+        """What its options say."""
+        return EngineNeeds(options["devices"], options["share"], options["adapters"], options["replicas"])
 
     async def find(self, path: str) -> None:
         """Every name is a model."""

@@ -46,6 +46,10 @@ class MockGrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fi
 class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """`conf/backend/mock.yaml`, typed; each key is explained there."""
 
+    devices: Count
+    share: Annotated[float, Meta(gt=0, le=1)]
+    adapters: Count
+    replicas: Count
     context: Count
     max_running: Count
     max_waiting: Annotated[int, Meta(ge=0)]

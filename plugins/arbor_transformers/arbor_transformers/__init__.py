@@ -4,14 +4,22 @@ import asyncio
 import contextlib
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from arbor_core import hookimpl
-from arbor_core.engine import Engine, EngineProcess, EngineSpec, InferenceBackend, UnknownModelError, clean_env
+from arbor_core import Device, hookimpl
+from arbor_core.engine import (
+    Engine,
+    EngineNeeds,
+    EngineProcess,
+    EngineSpec,
+    InferenceBackend,
+    UnknownModelError,
+    clean_env,
+)
 
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""
@@ -22,6 +30,8 @@ FIND_SECONDS = 30.0
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `conf/backend/transformers.yaml` says; each key is explained there."""
 
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    adapters: Annotated[int, msgspec.Meta(ge=1)]
     max_batch: int
     max_waiting: int
     max_cached_tokens: int | None
@@ -52,6 +62,10 @@ class TransformersBackend:
     """Starts engine processes of this package."""
 
     options = Options
+
+    def needs(self, path: str, options: Mapping[str, Any], devices: Sequence[Device]) -> EngineNeeds:
+        """See `arbor_core.InferenceBackend.needs`: one device, or a share of it."""
+        return EngineNeeds(share=options["share"], adapters=options["adapters"])
 
     async def find(self, path: str) -> None:
         """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that looks it up."""

@@ -56,6 +56,8 @@ def load(path: str, device: Device, options: Options) -> Loaded:
     place = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
     if place.type == "cuda":
         torch.cuda.set_device(place)
+        if options.share < 1:
+            torch.cuda.set_per_process_memory_fraction(options.share, place)
     dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if place.type == "cuda" else "float32")
     try:
         model = load_weights(path, local, getattr(torch, dtype), options.attention)
@@ -143,7 +145,7 @@ def make_batch(loaded: Loaded, lora: AdapterRows, options: Options) -> tuple[Bat
         ArborError: none gives the model's own logits.
     """
     model = loaded.model
-    cells = options.max_cached_tokens or cells_that_fit(model, options.max_batch * loaded.context)
+    cells = options.max_cached_tokens or cells_that_fit(model, options.max_batch * loaded.context, options.share)
     cells = max(cells // COLUMNS * COLUMNS, COLUMNS)
     even = EvenBatch(model, lora, options.max_batch, cells)
     forward = slot_forward(model)
@@ -232,20 +234,27 @@ def close(mine_BV: torch.Tensor, theirs_BV: torch.Tensor) -> bool:
     return bool((mine_BV - theirs_BV).norm() <= tolerance * theirs_BV.norm())
 
 
-def cells_that_fit(model: PreTrainedModel, useful: int) -> int:
-    """Cached tokens for which there is memory: 60 % of the GPU's that is free, or a quarter of the machine's."""
+def cells_that_fit(model: PreTrainedModel, useful: int, share: float) -> int:
+    """Cached tokens for which there is memory: 60 % of the GPU's that is free, or a quarter of the machine's.
+
+    Args:
+        useful: No more than that.
+        share: Part of the GPU's memory that this process may take.
+    """
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         even_forward(model, torch.zeros(1, COLUMNS, dtype=torch.long, device=model.device), cache, 0)
     tensors = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
     per_token = max(1, sum(tensor.nbytes for tensor in tensors) // COLUMNS)
-    return max(COLUMNS, min(useful, free_bytes(model.device) // per_token))
+    return max(COLUMNS, min(useful, free_bytes(model.device, share) // per_token))
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, share: float) -> int:
     """Bytes that the cache may take."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+        free, total = torch.cuda.mem_get_info(device)
+        ours = total * share - torch.cuda.memory_reserved(device) if share < 1 else free
+        return max(0, int(min(free, ours) * 0.6))
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")))
     bounds = [int(available[1]) * 1024 if available else pages]
