@@ -6,9 +6,10 @@ contract (`InferenceBackend`, `Engine`, `EngineNeeds`, `EngineSpec`, `Weights`).
 
 For the engine, inside its process, in the order of use: `end_with_parent`, `read_spec`, `routes`, `authorised`,
 `Progress`, `health`, `announce`. What it refuses is an `ApiError`, which `envelope` makes OpenAI's error object of;
-`NO_RETRY` and `RETRY_SOON` are its headers.
+`NO_RETRY` and `RETRY_SOON` are its headers. `crash_point` names a place where tests let it die.
 """
 
+from arbor_core.crash_points import crash_point
 from arbor_core.inference.child import Progress, announce, authorised, end_with_parent, health, read_spec, routes
 from arbor_core.inference.process import EngineProcess
 from arbor_core.process.environment import clean_env
@@ -40,6 +41,7 @@ __all__ = [
     "announce",
     "authorised",
     "clean_env",
+    "crash_point",
     "end_with_parent",
     "envelope",
     "health",

@@ -47,6 +47,9 @@ MATRICES = {
         *crash.SESSION_SERVER,
         *crash.SESSION_WORKERS_ALWAYS,
         *crash.SESSION_WORKERS,
+        *crash.DIRECT_ALWAYS,
+        *crash.DIRECT,
+        *crash.DIRECT_SERVER,
         *crash.SEGMENTS,
     ],
     "commands": [

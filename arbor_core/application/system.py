@@ -283,7 +283,9 @@ def wired(
     engines = open_engines(settings, chosen.backends, allocator, folder, newest, history)
     weight_sync = WeightSync(models.jobs, engines, jobs)
     threads = threads_per_device(settings, allocator)
-    attempts = Attempts(jobs, files, models, executor, chosen.launcher, identity, settings, threads)
+    attempts = Attempts(
+        jobs, files, models, executor, chosen.launcher, identity, settings, threads, chosen.backends.sender
+    )
     ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
     outcomes = Outcomes(jobs, files, ingest, executor, root, settings.limits, allocator.set_aside)
     by_name = {name: entry.trainer for name, entry in trainers.items()}

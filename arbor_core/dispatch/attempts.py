@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +44,7 @@ class Attempts:
         launcher: Who starts the ranks of a job with several devices.
         storage: Identity of the storage directory.
         threads: CPU threads of a new job.
+        sender: Names the sender of the engines of a model; empty: they take files.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Attempts:
         storage: str,
         settings: ServeConfig,
         threads: int,
+        sender: Callable[[str], str] = lambda _: "",
     ) -> None:
         self.jobs, self.files, self.models, self.executor = jobs, files, models, executor
         self.launcher = launcher
         self.root, self.storage, self.settings, self.threads = models.root, storage, settings, threads
+        self.sender = sender
         self.writing: dict[str, asyncio.Future[None]] = {}
         """By job id: documents that are being written."""
 
@@ -142,6 +145,7 @@ class Attempts:
             bell=str(bell),
             room_seconds=self.settings.limits.room_seconds,
             handled=newest_policy(self.jobs.store, job.id)[0].handled,
+            sender=self.sender(job.spec.model) if job.spec.input == "rollouts" else "",
         )
         if trainer.ranks:
             order = self.launcher.order(order, len(placement.devices))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Adapters:
             await asyncio.wait({unloading})
         engine = await self.engine()
         try:
-            with reading(Path(weights.path)) as there:
+            with reading(Path(weights.path)) if weights.sent is None else nullcontext(True) as there:
                 if not there:
                     raise WeightsGoneError(weights.name)
                 await engine.load_weights(weights)
@@ -110,8 +110,9 @@ class Adapters:
                 held.enter_context(self.holding(policy))
                 try:
                     await asyncio.shield(self.load(policy.adapter))
-                except WeightsGoneError:
-                    if (newest(resolved.live) or resolved) == policy:
+                except ApiError as error:
+                    is_gone = isinstance(error, WeightsGoneError) or policy.adapter.sent is not None
+                    if not is_gone or (newest(resolved.live) or resolved) == policy:
                         raise
                 else:
                     self.retire()

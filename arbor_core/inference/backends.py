@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+from arbor_core.models.fine_tuned import first_base
 from arbor_core.types import ArborError, Device, EngineNeeds, InferenceBackend
 
 T = TypeVar("T")
@@ -41,6 +42,10 @@ class Backends:
         """The backend of a base model, by its public name."""
         name = first_match(self.models, model)
         return self.default if name in (None, self.default.name) else self.others[name]
+
+    def sender(self, model: str) -> str:
+        """What makes the sender of the engines of a model (`AttemptOrder.sender`); empty: they take files."""
+        return str(getattr(self.of(first_base(model)).backend, "sender", ""))
 
     def needs(self, model: str, path: str, devices: Sequence[Device]) -> EngineNeeds:
         """What engines of a model need.

@@ -225,7 +225,7 @@ class Engines:
         """Lease devices and start an engine on them. A failure reaches every request that waits."""
         key = model.key
         try:
-            if model.full is None or model.full.version == 0:
+            if model.full is None or not model.full.stored:
                 await model.backend.backend.find(model.full.path if model.full else key.path)
             model.lease = await self._lease(model)
             if self.history:
@@ -290,7 +290,7 @@ class Engines:
         if model.full is None:
             return await backend.start(spec)
         with model.reading_newest(lambda: self._newest_full(model)) as weights:
-            return await backend.start(replace(spec, path=weights.path, version=weights.version))
+            return await backend.start(replace(spec, path=weights.path, version=weights.version, sent=weights.sent))
 
     def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something to its end, whoever stops waiting for it."""

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -100,15 +101,16 @@ class EngineProcess:
 
     async def load_weights(self, weights: Weights) -> None:
         """Load a PEFT adapter under a name."""
-        await self._post("/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.path})
+        body = {"lora_name": weights.name, "lora_path": weights.path}
+        await self._post("/v1/load_lora_adapter", with_sent(body, weights.sent))
 
     async def unload(self, name: str) -> None:
         """Forget an adapter; requests that run on it finish first."""
         await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    async def update(self, path: str, version: int) -> None:
+    async def update(self, path: str, version: int, sent: Mapping[str, Any] | None = None) -> None:
         """Replace all weights while it runs."""
-        await self._post("/v1/update_weights", {"path": path, "version": version})
+        await self._post("/v1/update_weights", with_sent({"path": path, "version": version}, sent))
 
     async def health(self) -> bool:
         """Whether the process lives and answers."""
@@ -140,7 +142,7 @@ class EngineProcess:
         """End the process and everything it started, at once: one that hangs ignores SIGTERM."""
         await terminate(self.process, 0)
 
-    async def _post(self, path: str, body: Mapping[str, str | int]) -> None:
+    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
         import aiohttp
 
         try:
@@ -154,6 +156,11 @@ class EngineProcess:
             raise ArborError(f"the engine of '{self.spec.model}' did not answer {path}: {said}") from None
         if status != 200:
             raise ArborError(f"the engine of '{self.spec.model}' refused {path} ({status}): {said[:500]}")
+
+
+def with_sent(body: Mapping[str, Any], sent: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A request to take weights; with `sent` only where a sender has sent them."""
+    return {**body} if sent is None else {**body, "sent": sent}
 
 
 async def listening(process: asyncio.subprocess.Process, spec: EngineSpec) -> None:

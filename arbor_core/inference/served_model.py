@@ -75,7 +75,7 @@ class ServedModel:
 
     def superseded(self) -> bool:
         """Whether its weights have gone because the trainer published newer ones."""
-        return self.full is not None and self.full.version > 0 and not Path(self.full.path).exists()
+        return self.full is not None and self.full.stored and not Path(self.full.path).exists()
 
     def update(self, full: FullPolicy, newest: Callable[[], FullPolicy | None]) -> asyncio.Task[None] | None:
         """The update to these weights or newer ones, started by its first user; None: the engine has them.
@@ -101,7 +101,10 @@ class ServedModel:
         if self.version >= full.version:
             return
         with self.reading_newest(newest) as weights:
-            await engine.update(weights.path, weights.version)
+            if weights.sent is None:
+                await engine.update(weights.path, weights.version)
+            else:
+                await engine.update(weights.path, weights.version, weights.sent)
             self.version = weights.version
 
     @contextmanager
@@ -113,7 +116,7 @@ class ServedModel:
         """
         assert self.full is not None
         with ExitStack() as held:
-            while self.full.version > 0 and not held.enter_context(reading(Path(self.full.path))):
+            while self.full.stored and not held.enter_context(reading(Path(self.full.path))):
                 newer = newest()
                 if newer is None or newer.version <= self.full.version:
                     raise ArborError(f"the weights of policy version {self.full.version} are not there any more")

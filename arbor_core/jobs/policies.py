@@ -23,16 +23,20 @@ def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | 
     was ever published, and there are no new credits until the trainer has caught up. A version that no attempt had
     reached before is progress and resets `crashes`, even of a job without checkpoints, whose attempts begin anew.
     """
-    version, folder = (event.version, event.dir) if isinstance(event, PolicyPublished) else (0, "")
+    version, folder, sent = 0, "", ""
+    if isinstance(event, PolicyPublished):
+        version, folder = event.version, event.dir
+        sent = "" if event.sent is None else msgspec.json.encode(event.sent).decode()
     db.execute(
         "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
         (job_id, version, job_id),
     )
+    newer = "excluded.version>version OR (excluded.version=version AND excluded.sent<>'')"  # the sender is another
     db.execute(
-        "INSERT INTO policies(job_id,version,handled,dir) VALUES(?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
-        " handled=max(handled,excluded.handled), dir=iif(excluded.version>version,excluded.dir,dir),"
-        " version=max(version,excluded.version)",
-        (job_id, version, event.handled, folder),
+        "INSERT INTO policies(job_id,version,handled,dir,sent) VALUES(?,?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
+        f" handled=max(handled,excluded.handled), dir=iif({newer},excluded.dir,dir),"
+        f" sent=iif({newer},excluded.sent,sent), version=max(version,excluded.version)",
+        (job_id, version, event.handled, folder, sent),
     )
     note_change(db, job_id, "policy")
 
@@ -41,6 +45,12 @@ def newest_policy(store: Store, job_id: str) -> tuple[Policy, str]:
     """The newest policy of a job, and the name of its directory under `weights`; empty before the first."""
     row = store.one("SELECT version, handled, dir FROM policies WHERE job_id=?", job_id)
     return (Policy(row["version"], row["handled"]), row["dir"]) if row else (Policy(), "")
+
+
+def sent_policy(store: Store, job_id: str) -> dict[str, Any] | None:
+    """What a sender returned of the newest policy of a job; None: it is a directory, or there is none."""
+    row = store.one("SELECT sent FROM policies WHERE job_id=?", job_id)
+    return msgspec.json.decode(row["sent"], type=dict[str, Any]) if row and row["sent"] else None
 
 
 def name_checkpoint(

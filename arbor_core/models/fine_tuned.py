@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from arbor_core.jobdir.layout import JobDir, checkpoint_path
-from arbor_core.jobs.policies import newest_policy
+from arbor_core.jobs.policies import newest_policy, sent_policy
 from arbor_core.jobs.records import trains_all_weights
 from arbor_core.jobs.states import LIVE, NOT_ENDED
 from arbor_core.storage.database import Store
@@ -45,6 +45,13 @@ class FullPolicy(msgspec.Struct, frozen=True):
 
     path: str
     version: int
+    sent: dict[str, Any] | None = None
+    """What a sender returned of them; None: they are at `path`."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether they are a version on the disk, which its trainer removes when there are newer ones."""
+        return self.version > 0 and self.sent is None
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -172,6 +179,8 @@ class FineTunedModels:
         policy, name = newest_policy(self.store, job.id)
         folder, spec = JobDir.of(self.root, job.id).weights / name, job.spec
         path = self.locate(spec.model, spec.model_path)
+        if sent := sent_policy(self.store, job.id):
+            return self._sent(job, policy.version, name, sent, path)
         if name and not (folder / "adapter_config.json").is_file():
             return self._own(job, str(folder), policy.version)
         if name:
@@ -185,8 +194,20 @@ class FineTunedModels:
             return Resolved(spec.model, spec.model, path, live=job.id, version=policy.version)
         return Resolved(weights.name, spec.model, path, weights, job.id, policy.version)
 
-    def _own(self, job: _Maker, path: str, version: int) -> Resolved:
-        full = FullPolicy(path, version)
+    def _sent(self, job: _Maker, version: int, name: str, sent: dict[str, Any], base: str) -> Resolved:
+        """A policy that a sender has sent. While no trainer runs, the checkpoint of its step serves."""
+        row = None
+        if job.status != "running":
+            sql = "SELECT dir FROM checkpoints WHERE job_id=? AND step=?"
+            row = self.store.one(sql, job.id, version)
+        folder = str(self.root / checkpoint_path(job.id, row["dir"])) if row else None
+        if job.trains_all:
+            return self._own(job, folder or base, version, None if folder else sent)
+        weights = Weights(f"{job.id}-a{name.partition('-')[2]}-s{version}", folder or "", None if folder else sent)
+        return Resolved(weights.name, job.spec.model, base, weights, job.id, version)
+
+    def _own(self, job: _Maker, path: str, version: int, sent: dict[str, Any] | None = None) -> Resolved:
+        full = FullPolicy(path, version, sent)
         base = self.locate(job.spec.model, job.spec.model_path)
         return Resolved(job.id, job.id, base, live=job.id, version=version, full=full, began=job.spec.model)
 

@@ -158,6 +158,12 @@ def lease_history(db: sqlite3.Connection) -> None:
             )
 
 
+SENDERS = """
+ALTER TABLE policies ADD COLUMN sent TEXT NOT NULL DEFAULT '';
+"""
+"""What a sender returned of the policy, as JSON; empty: it is a directory under `weights`."""
+
+
 SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     FIRST,
     REPEATS,
@@ -169,6 +175,7 @@ SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     CHANGES,
     INPUT,
     lease_history,
+    SENDERS,
 )
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 

@@ -5,12 +5,12 @@
     def test_my_trainer_conforms():
         check_trainer("mine", rows=ROWS, model="mock/tiny")
 
-Each check raises an AssertionError that says what was expected. None needs a server; `check_backend` starts an engine,
-`check_executor` attempts.
+Each check raises an AssertionError that says what was expected. None needs a server; `check_backend` and
+`check_policies` start engines, `check_executor` attempts.
 """
 
 from .devices import check_allocator, check_scheduler
-from .engine import check_backend
+from .engine import check_backend, check_policies
 from .executor import check_executor
 from .hardware import device
 from .job_directory import JobDirectory
@@ -23,6 +23,7 @@ __all__ = [
     "check_backend",
     "check_executor",
     "check_launcher",
+    "check_policies",
     "check_scheduler",
     "check_trainer",
     "device",

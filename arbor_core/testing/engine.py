@@ -1,4 +1,5 @@
-"""`check_backend`: what the server relies on when it starts an engine and relays requests to it."""
+"""`check_backend` and `check_policies`: what the server relies on when it starts an engine, relays requests to it, and
+brings policies into it."""
 
 from __future__ import annotations
 
@@ -6,10 +7,21 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbor_core.types import ArborError, Engine, EngineNeeds, EngineSpec, InferenceBackend, UnknownModelError
+from arbor_core.jobdir.documents import import_object
+from arbor_core.types import (
+    ArborError,
+    Engine,
+    EngineNeeds,
+    EngineSpec,
+    InferenceBackend,
+    Sender,
+    UnknownModelError,
+    Weights,
+)
 
 from .hardware import device
 
@@ -58,6 +70,101 @@ async def _check_backend(
         assert not await engine.health(), "a stopped engine is said to be healthy"
         assert await engine.stalled_for(HEALTH_SECONDS) is None, "a stopped engine is said to answer"
         await _check_killed(await factory().start(_spec(root / "killed", model, options)))
+
+
+def check_policies(
+    factory: Callable[[], InferenceBackend],
+    model: str | Path,
+    write: Callable[[Path], None],
+    *,
+    options: Mapping[str, Any],
+) -> None:
+    """Bring adapters into an engine as a trainer of two ranks does: by the backend's sender, or as files.
+
+    Args:
+        write: Writes a PEFT adapter for the model into a directory.
+
+    Raises:
+        AssertionError: what was expected.
+    """
+    asyncio.run(_check_policies(factory, str(model), write, options))
+
+
+class _Rank:
+    """What a sender sees of its run."""
+
+    def __init__(self, root: Path, rank: int) -> None:
+        self.job_id, self.rank, self.world_size = "ftjob-check", rank, 2
+        self.dir, self.work = root, root / f"work-{rank}"
+        self.work.mkdir(parents=True)
+
+
+class _Policy:
+    """Weights that rank 0 can write alone."""
+
+    module = None
+
+    def __init__(self, write: Callable[[Path], None]) -> None:
+        self._write = write
+
+    def write(self, folder: Path | None) -> None:
+        if folder:
+            self._write(folder)
+
+
+async def _check_policies(
+    factory: Callable[[], InferenceBackend], model: str, write: Callable[[Path], None], options: Mapping[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        first, second = _policies(factory(), root, write)
+        engine = await factory().start(_spec(root / "engine", model, options))
+        try:
+            await engine.load_weights(first)
+            await engine.load_weights(second)
+            nowhere = Weights("nowhere", str(root / "nowhere"), None if first.sent is None else {})
+            try:
+                await engine.load_weights(nowhere)
+            except ArborError:
+                pass
+            else:
+                raise AssertionError("an adapter was loaded from where there is none")
+            await engine.unload(first.name)
+            await _check_loaded(engine, present=second.name, absent=first.name)
+        finally:
+            await engine.stop()
+
+
+def _policies(backend: InferenceBackend, root: Path, write: Callable[[Path], None]) -> list[Weights]:
+    """Two versions, sent by two ranks."""
+    name: str = getattr(backend, "sender", "")
+    ranks: list[Any] = [_Rank(root, rank) for rank in (0, 1)]
+    senders: list[Sender] = [import_object(name)(rank) for rank in ranks] if name else []
+    found = []
+    for version in (1, 2):
+        with ThreadPoolExecutor(len(ranks)) as pool:  # together, as ranks do
+            sent = list(pool.map(lambda sender: sender.send(version, _Policy(write)), senders))  # noqa: B023
+        folder = root / f"{version}-1"
+        if not senders:
+            folder.mkdir()
+            write(folder)
+        found.append(Weights(f"job-s{version}", "" if senders else str(folder), dict(sent[0]) if senders else None))
+    return found
+
+
+async def _check_loaded(engine: Engine, *, present: str, absent: str) -> None:
+    """One adapter answers, and one that was unloaded does not."""
+    import aiohttp
+
+    body = {"messages": [{"role": "user", "content": "Say something short."}], "max_tokens": 4}
+    async with aiohttp.ClientSession(headers=engine.headers) as session:
+        async with session.get(f"{engine.url}/v1/models") as answer:
+            names = [entry["id"] for entry in (await answer.json())["data"]]
+        assert present in names, f"{present} was loaded, and the engine has {names}"
+        assert absent not in names, f"{absent} was unloaded, and the engine has {names}"
+        for name, expected in ((present, 200), (absent, 404)):
+            async with session.post(f"{engine.url}/v1/chat/completions", json={**body, "model": name}) as answer:
+                assert answer.status == expected, f"a completion of {name} answered {answer.status}, not {expected}"
 
 
 def _check_needs(said: EngineNeeds) -> None:

@@ -72,6 +72,8 @@ class JobDirectory:
     seed: int = 1
     devices: tuple[Device, ...] = field(default_factory=lambda: (device(),))
     adapter: Path | None = None
+    sender: str = ""
+    """What makes the sender of its policies; empty: they are files."""
     attempts: int = 0
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class JobDirectory:
             config_type=self.config_type,
             base=self.model,
             handled=max(told, default=0),
+            sender=self.sender,
         )
         write_order(order, Placement(self.devices, 1))
         return folder

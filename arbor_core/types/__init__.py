@@ -63,6 +63,7 @@ from .rollouts import (
 )
 from .runs import Checkpoint, CheckpointRequest, CommandRun, ConfigT, ConfigT_co, FileRun, LiveRun, RolloutRun, Run
 from .scheduling import Plan, QueuedJob, RunningJob, Scheduler, Snapshot
+from .senders import PolicyWeights, Sender
 from .services import NamedCheckpoint, RolloutSession, Services
 
 __all__ = [
@@ -129,6 +130,7 @@ __all__ = [
     "Plan",
     "Policy",
     "PolicyPublished",
+    "PolicyWeights",
     "QueuedJob",
     "RanksCommand",
     "Record",
@@ -143,6 +145,7 @@ __all__ = [
     "Scheduler",
     "SchedulerFactory",
     "Scored",
+    "Sender",
     "Sent",
     "Services",
     "Snapshot",

@@ -54,6 +54,8 @@ class AttemptOrder(Struct, frozen=True):
     """How long a checkpoint waits for room on a full disk before the job is paused."""
     handled: int = 0
     """Groups of rollouts that earlier attempts have handled."""
+    sender: str = ""
+    """`"package.module:function"` that makes the `Sender` of the engines of the job's model; empty: files."""
 
 
 class Exit(Struct, frozen=True):

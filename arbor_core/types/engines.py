@@ -12,10 +12,13 @@ from .devices import Device
 
 
 class Weights(Struct, frozen=True):
-    """Weights that an engine can load under a name: a PEFT adapter directory."""
+    """Weights that an engine can load under a name: a PEFT adapter."""
 
     name: str
     path: str
+    """Its directory; empty where a sender has sent it."""
+    sent: dict[str, Any] | None = None
+    """What the backend's sender returned; None: it is a directory."""
 
 
 class EngineNeeds(Struct, frozen=True):
@@ -51,6 +54,8 @@ class EngineSpec(Struct, frozen=True):
     `return_token_ids`, each choice then says in `policy_version` which was the oldest that sampled any of it."""
     share: float = 1.0
     """Fraction of each device's memory that it may take; the rest is other engines'."""
+    sent: dict[str, Any] | None = None
+    """Where a sender has sent the weights, what it returned: `path` has those that training began with."""
 
 
 class Engine(Protocol):
@@ -65,8 +70,9 @@ class Engine(Protocol):
 
     async def load_weights(self, weights: Weights) -> None: ...
     async def unload(self, name: str) -> None: ...
-    async def update(self, path: str, version: int) -> None:
-        """Replace all weights by those of a directory, between two iterations: requests that run go on with them.
+    async def update(self, path: str, version: int, sent: Mapping[str, Any] | None = None) -> None:
+        """Replace all weights by those of a directory, or those that the backend's sender sent (it returned `sent`),
+        between two iterations: requests that run go on with them.
 
         Raises:
             ArborError: it cannot. Its weights may be mixed now, so that it is killed and started anew from the
@@ -96,7 +102,11 @@ class Engine(Protocol):
 
 
 class InferenceBackend(Protocol):
-    """A way to serve a model."""
+    """A way to serve a model.
+
+    One whose engines take policies otherwise than as files has a `sender: str`, `"package.module:function"`, which is
+    imported in each rank of a trainer alone and is called with its `Run` to make a `Sender`.
+    """
 
     @property
     def options(self) -> type[Struct]:

@@ -124,7 +124,9 @@ class PolicyPublished(Event, tag="published", kw_only=True):
     handled: int
     """How many groups of the inbox were trained on or skipped so far."""
     dir: str
-    """Name of its directory under `weights`."""
+    """Its name: `<version>-<attempt>`, and that of its directory under `weights`."""
+    sent: dict[str, Any] | None = None
+    """What a sender returned that has sent it; None: it is a directory."""
 
 
 class GroupsSkipped(Event, tag="skipped", kw_only=True):

@@ -13,6 +13,7 @@ from .devices import Device
 from .events import Level
 from .jobs import Desired
 from .rollouts import StepInputs
+from .senders import PolicyWeights
 
 if TYPE_CHECKING:
     from .commands import Command
@@ -201,6 +202,11 @@ class RolloutRun(LiveRun[ConfigT_co], Protocol[ConfigT_co]):
             version: Optimizer steps that it has seen.
             handled: How many groups of the inbox were trained on or skipped so far: so many more may be sent.
         """
+        ...
+
+    def send_policy(self, version: int, handled: int, weights: PolicyWeights) -> None:
+        """The same, in the way that the engines of the job's model want it: as files, or by their backend's `Sender`.
+        Every rank calls it at the same time. Arguments as those of `publish`."""
         ...
 
     def report_skipped(self, handled: int) -> None:

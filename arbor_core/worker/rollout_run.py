@@ -9,7 +9,16 @@ from pathlib import Path
 
 from arbor_core.jobdir.documents import read_desired
 from arbor_core.jobdir.samples import SampleLog, sampled
-from arbor_core.types import CheckpointRequest, ConfigT, Desired, GroupsSkipped, Record, Scored, StepInputs
+from arbor_core.types import (
+    CheckpointRequest,
+    ConfigT,
+    Desired,
+    GroupsSkipped,
+    PolicyWeights,
+    Record,
+    Scored,
+    StepInputs,
+)
 
 from .inbox_reader import CatchingUp, Feed
 from .live_run import LiveWorkerRun
@@ -47,6 +56,10 @@ class RolloutWorkerRun(LiveWorkerRun[ConfigT]):
     def publish(self, version: int, handled: int) -> Iterator[Path]:
         with self.publishing(version, handled) as folder:
             yield folder
+        self.catching_up.handled(handled)
+
+    def send_policy(self, version: int, handled: int, weights: PolicyWeights) -> None:
+        self.sending(version, handled, weights)
         self.catching_up.handled(handled)
 
     def report_skipped(self, handled: int) -> None:

@@ -24,6 +24,9 @@ import pytest
 from chaos_checks import of_forgotten, of_lesson
 from chaos_rollouts import ENDED, GRPO, Told, by_ids, name_of
 from crash import (
+    DIRECT,
+    DIRECT_ALWAYS,
+    DIRECT_SERVER,
     SEGMENTS,
     SESSION_SERVER,
     SESSION_SERVER_ALWAYS,
@@ -156,6 +159,34 @@ def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServ
     pupil = Pupil(server, start_server)
     pupil.lesson()
     assert once.exists(), f"no process came to {point}"
+    finished(pupil, seen)
+
+
+TWO_DEVICES = ("inference=mock_direct", "gpu.inference=[4,5]")
+"""Each engine takes a share of both; a model may have two engines, and policies come from the trainer's memory."""
+
+
+@pytest.mark.parametrize("point", marked(DIRECT_ALWAYS, DIRECT))
+def test_a_trainer_that_sends_or_an_engine_that_fetches_dies_at(
+    point: str, start_server: Callable[..., LiveServer], tmp_path: Path
+) -> None:
+    once = tmp_path / "died"
+    server = start_server(*TWO_DEVICES, env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
+    seen = Seen(server.storage)
+    pupil = Pupil(server, lambda: start_server(*TWO_DEVICES))
+    pupil.lesson()
+    assert once.exists(), f"no process came to {point}"
+    assert not list(server.storage.glob("jobs/*/weights/*")), "policies are no files here"
+    finished(pupil, seen)
+
+
+@pytest.mark.parametrize("point", marked([], DIRECT_SERVER))
+def test_a_server_whose_engines_fetch_dies_at(point: str, start_server: Callable[..., LiveServer]) -> None:
+    first = start_server(*TWO_DEVICES, env={"ARBOR_CRASH_AT": point})
+    seen = Seen(first.storage)
+    pupil = Pupil(first, lambda: start_server(*TWO_DEVICES))
+    pupil.lesson()
+    assert pupil.server is not first, f"the server never came to {point}"
     finished(pupil, seen)
 
 

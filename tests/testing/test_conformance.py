@@ -22,7 +22,7 @@ from arbor_core import (
     Snapshot,
     Trainer,
 )
-from arbor_core.config import convert
+from arbor_core.config.compose import defaults
 from arbor_core.plugins import load
 from arbor_core.testing import (
     JobDirectory,
@@ -30,6 +30,7 @@ from arbor_core.testing import (
     check_backend,
     check_executor,
     check_launcher,
+    check_policies,
     check_scheduler,
     check_trainer,
 )
@@ -39,7 +40,7 @@ from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
 INSTALLED = load()
-LIGHT = {"mock", "mock_commands", "mock_grpo"}
+LIGHT = {"mock", "mock_commands", "mock_grpo", "mock_direct"}
 """What needs no torch."""
 LAUNCHERS = list(INSTALLED.all("launchers"))
 COMMANDS = {
@@ -84,17 +85,39 @@ def test_trainer_conforms(name: str, chat_rows: list[dict[str, Any]], request: p
 
 @pytest.mark.parametrize("name", names("inference_backends"))
 def test_backend_conforms(name: str, request: pytest.FixtureRequest) -> None:
-    options = convert.load_yaml(yaml(name))
     check_backend(
-        INSTALLED.get("inference_backends", name), base_model(name, request), options=options, refuses=name not in LIGHT
+        INSTALLED.get("inference_backends", name),
+        base_model(name, request),
+        options=defaults("backend", name),
+        refuses=name not in LIGHT,
     )
 
 
-def yaml(backend: str) -> Path:
-    from arbor_core.plugins import installed
+@pytest.mark.parametrize("name", names("inference_backends"))
+def test_backend_takes_policies(name: str, request: pytest.FixtureRequest) -> None:
+    model = base_model(name, request)
+    check_policies(
+        INSTALLED.get("inference_backends", name),
+        model,
+        write_no_tensors if name in LIGHT else peft_writer(model),
+        options=defaults("backend", name),
+    )
 
-    paths = [p.config_dir / "backend" / f"{backend}.yaml" for p in installed() if p.config_dir]
-    return next(path for path in paths if path.is_file())
+
+def write_no_tensors(folder: Path) -> None:
+    """An adapter for engines that have no model."""
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+def peft_writer(model: str) -> Callable[[Path], None]:
+    """Writes a new adapter for a model."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
+    return adapted.save_pretrained  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", list(INSTALLED.all("schedulers")))

@@ -51,6 +51,12 @@ class MockBackend:
         return await EngineProcess.start([sys.executable, "-m", "arbor_mock.engine"], {}, spec)
 
 
+class DirectBackend(MockBackend):
+    """The same, but policies come from the trainer's memory and not as files."""
+
+    sender = "arbor_mock.sender:LoopbackSender"
+
+
 def simulated_devices(settings: AllocatorSettings, node: str = "") -> PoolAllocator:
     """An allocator of devices that are not there.
 
@@ -151,4 +157,4 @@ def arbor_launchers() -> Mapping[str, Launcher]:
 
 @hookimpl
 def arbor_inference_backends() -> Mapping[str, Callable[[], InferenceBackend]]:
-    return {"mock": MockBackend}
+    return {"mock": MockBackend, "mock_direct": DirectBackend}

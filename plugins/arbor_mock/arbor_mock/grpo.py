@@ -135,7 +135,13 @@ class Learner:
         strike(self.run, self.learned.step, kill)
 
     def publish(self) -> None:
-        with self.run.publish(self.learned.step, self.learned.handled) as folder:
+        self.run.send_policy(self.learned.step, self.learned.handled, self)
+
+    module = None
+
+    def write(self, folder: Path | None) -> None:
+        """Write the policy, as a `PolicyWeights`."""
+        if folder:
             write(folder, self.run.model, self.learned)
 
     def name_checkpoints(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from arbor_trl.model import write_end_tokens
@@ -20,6 +21,8 @@ class Publisher:
 
     def __init__(self, run: RolloutRun[GrpoConfig], trainer: GroupTrainer, tokenizer: Any) -> None:
         self.run, self.trainer = run, trainer
+        self.bytes = 0
+        """Of the files that were written last."""
         self.same = run.work / "published"
         if run.rank:
             return
@@ -31,24 +34,34 @@ class Publisher:
         else:
             tokenizer.save_pretrained(self.same)
 
+    @property
+    def module(self) -> Any:
+        """The model, or this rank's part of it."""
+        return self.trainer.model_wrapped
+
     def publish(self, version: int, handled: int) -> int:
-        """Write the present weights; how many bytes they are. All ranks call it: weights may be spread over them."""
+        """Send the present weights to engines; how many bytes of files they are. All ranks call it."""
+        self.bytes = 0
+        self.run.send_policy(version, handled, self)
+        return self.bytes
+
+    def write(self, folder: Path | None) -> None:
+        """Write the present weights. All ranks call it: weights may be spread over them."""
         trainer = self.trainer
         state = None
         if self.run.world_size > 1:
             state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if self.run.rank:
-            return 0
-        with self.run.publish(version, handled) as folder:
-            shutil.copytree(self.same, folder, dirs_exist_ok=True)
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            if self.run.config.lora:
-                weights = get_peft_model_state_dict(model, state, adapter_name="default", save_embedding_layers=False)
-                save_file(
-                    {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-                    folder / "adapter_model.safetensors",
-                    metadata={"format": "pt"},
-                )
-            else:
-                model.save_pretrained(folder, state_dict=state)
-            return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if folder is None:
+            return
+        shutil.copytree(self.same, folder, dirs_exist_ok=True)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.run.config.lora:
+            weights = get_peft_model_state_dict(model, state, adapter_name="default", save_embedding_layers=False)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+                folder / "adapter_model.safetensors",
+                metadata={"format": "pt"},
+            )
+        else:
+            model.save_pretrained(folder, state_dict=state)
+        self.bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from arbor_core.engine import EngineSpec, announce, end_with_parent, read_spec
 from arbor_mock.config import EngineOptions
+from arbor_mock.sender import fetch
 
 from .app import STOP_SECONDS, MockEngine
 
@@ -39,6 +40,8 @@ def main() -> int:
         return START_FAILED
     end_with_parent()
     time.sleep(options.load_seconds)
+    if spec.sent is not None:
+        fetch(spec.sent, spec.dir / "fetched" / "first")
     asyncio.run(run(spec, options))
     return 0
 

@@ -12,11 +12,23 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from arbor_core.engine import NO_RETRY, RETRY_SOON, ApiError, EngineSpec, authorised, envelope, health, routes
+from arbor_core import ArborError
+from arbor_core.engine import (
+    NO_RETRY,
+    RETRY_SOON,
+    ApiError,
+    EngineSpec,
+    authorised,
+    crash_point,
+    envelope,
+    health,
+    routes,
+)
 from arbor_mock.config import EngineOptions
+from arbor_mock.sender import fetch
 
 from .model import Answer, BadFaultError, answer, check_adapter, check_tensors, faults_in
-from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, UpdateBody, Writer
+from .wire import Body, ChatBody, ChatWriter, CompletionBody, CompletionWriter, LoadBody, UpdateBody, Writer
 
 FAULT_STATUS = 70
 STOP_SECONDS = 2.0
@@ -78,15 +90,27 @@ class MockEngine:
 
     async def load(self, request: web.Request) -> web.Response:
         """Load an adapter under a name; one of the same name is replaced."""
-        given = msgspec.json.decode(await request.read(), type=dict[str, str])
-        path = given["lora_path"]
+        given = msgspec.json.decode(await request.read(), type=LoadBody)
         await asyncio.sleep(self.options.weights_seconds)
+        path = await self.fetched(given.lora_path, given.sent)
         try:
             check_adapter(Path(path))
         except (OSError, ValueError) as error:
             raise ApiError(400, f"{path} is no PEFT adapter: {error}", "invalid_adapter", "lora_path") from None
-        self.adapters[given["lora_name"]] = path
+        self.adapters[given.lora_name] = path
         return json_response({"status": "ok"})
+
+    async def fetched(self, path: str, sent: dict[str, Any] | None) -> str:
+        """The directory of weights: what its trainer sent is fetched from it."""
+        if sent is None:
+            return path
+        folder = self.spec.dir / "fetched" / str(sent.get("version"))
+        try:
+            await asyncio.to_thread(fetch, sent, folder)
+        except ArborError as error:
+            raise ApiError(400, str(error), "weights_gone", "sent") from None
+        crash_point("weights.fetched")
+        return str(folder)
 
     async def unload(self, request: web.Request) -> web.Response:
         """Forget an adapter; returns when the requests that run on it have finished."""
@@ -102,7 +126,8 @@ class MockEngine:
         given = msgspec.json.decode(await request.read(), type=UpdateBody)
         await asyncio.sleep(self.options.weights_seconds)
         try:
-            check_tensors(Path(given.path) / "model.safetensors")
+            path = await self.fetched(given.path, given.sent)
+            check_tensors(Path(path) / "model.safetensors")
         except (OSError, ValueError) as error:
             raise ApiError(400, f"{given.path} holds no weights: {error}", "invalid_weights", "path") from None
         self.version = given.version

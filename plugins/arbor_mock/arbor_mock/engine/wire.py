@@ -112,11 +112,20 @@ def _tokens(prompt: Any) -> bytes:
     return bytes(prompt)
 
 
+class LoadBody(Struct):
+    """Of the route that loads an adapter."""
+
+    lora_name: str
+    lora_path: str
+    sent: dict[str, Any] | None = None
+
+
 class UpdateBody(Struct):
     """Of the route that replaces the weights."""
 
     path: str
     version: int
+    sent: dict[str, Any] | None = None
 
 
 class Writer:
