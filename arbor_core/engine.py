@@ -2,7 +2,7 @@
 
 For the backend, inside the server: `EngineProcess` starts a process and speaks to it; `clean_env` is the environment of
 any other process it starts; `UnknownModelError` says that there is no such model. The types are those of the backend's
-contract (`InferenceBackend`, `Engine`, `EngineNeeds`, `EngineSpec`, `Weights`).
+contract (`InferenceBackend`, `Engine`, `EngineNeeds`, `EngineSpec`, `Servable`, `Weights`).
 
 For the engine, inside its process, in the order of use: `end_with_parent`, `read_spec`, `routes`, `authorised`,
 `Progress`, `health`, `announce`. What it refuses is an `ApiError`, which `envelope` makes OpenAI's error object of;
@@ -21,6 +21,7 @@ from arbor_core.types import (
     EngineNeeds,
     EngineSpec,
     InferenceBackend,
+    Servable,
     UnknownModelError,
     Weights,
     envelope,
@@ -36,6 +37,7 @@ __all__ = [
     "EngineSpec",
     "InferenceBackend",
     "Progress",
+    "Servable",
     "UnknownModelError",
     "Weights",
     "announce",

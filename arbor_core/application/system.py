@@ -302,7 +302,17 @@ def wired(
         settings.limits.room_seconds,
         command_sessions.wake,
     )
-    submission = Submission(plugins, trainers, chosen.default_trainer, jobs, files, models, allocator, settings.limits)
+    submission = Submission(
+        plugins,
+        trainers,
+        chosen.default_trainer,
+        jobs,
+        files,
+        models,
+        allocator,
+        settings.limits,
+        chosen.backends,
+    )
     uploads, sessions = Uploads(files), OpenSessions(store, root)
     return Arbor(
         settings=settings,

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from arbor_core.models.fine_tuned import first_base
-from arbor_core.types import ArborError, Device, EngineNeeds, InferenceBackend
+from arbor_core.types import ArborError, Device, EngineNeeds, InferenceBackend, Servable
 
 T = TypeVar("T")
 
@@ -46,6 +46,12 @@ class Backends:
     def sender(self, model: str) -> str:
         """What makes the sender of the engines of a model (`AttemptOrder.sender`); empty: they take files."""
         return str(getattr(self.of(first_base(model)).backend, "sender", ""))
+
+    def serves(self, model: str) -> Servable | None:
+        """What engines of a model can load and serve; None: their backend does not say."""
+        chosen = self.of(first_base(model))
+        said = getattr(chosen.backend, "serves", None)
+        return said(chosen.options) if said else None
 
     def needs(self, model: str, path: str, devices: Sequence[Device]) -> EngineNeeds:
         """What engines of a model need.

@@ -26,6 +26,7 @@ from arbor_core.types import (
     PausedEvent,
     ResultEvent,
     RolloutConfig,
+    TrainedWeights,
     Trainer,
 )
 
@@ -116,7 +117,8 @@ def check_config(name: str, trainer: Trainer) -> None:
     )
     convert.typed(values, trainer.config, f"{name}.yaml")
     if trainer.adapter:
-        assert isinstance(trainer.adapter(values), bool), f"{name}: 'adapter' returns no bool"
+        said = trainer.adapter(values)
+        assert isinstance(said, bool | TrainedWeights), f"{name}: 'adapter' returns neither a bool nor TrainedWeights"
     msgspec.json.schema(trainer.config)
     for key in values:
         check_misspelled(key, values, trainer.config)

@@ -3,7 +3,7 @@
 from .attempts import AttemptOrder, Executor, Exit, Placement
 from .commands import Command, CommandSession, Result, Sent
 from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, most_on_one_node, pool_for
-from .engines import Engine, EngineNeeds, EngineSpec, InferenceBackend, Weights
+from .engines import Engine, EngineNeeds, EngineSpec, InferenceBackend, Servable, Weights
 from .error_envelope import envelope
 from .errors import (
     CLOSE,
@@ -45,6 +45,7 @@ from .plugins import (
     ExecutorFactory,
     ExecutorSettings,
     SchedulerFactory,
+    TrainedWeights,
     Trainer,
 )
 from .rollouts import (
@@ -147,10 +148,12 @@ __all__ = [
     "Scored",
     "Sender",
     "Sent",
+    "Servable",
     "Services",
     "Snapshot",
     "Status",
     "StepInputs",
+    "TrainedWeights",
     "Trainer",
     "UnknownModelError",
     "Weights",

@@ -34,6 +34,21 @@ class EngineNeeds(Struct, frozen=True):
     """Engines that may serve the model side by side; `inference.replicas` of the operator wins."""
 
 
+class Servable(Struct, frozen=True, kw_only=True):
+    """What engines of a backend can load and serve, as far as it can be told before anything is trained."""
+
+    adapters: tuple[str, ...] = ("lora",)
+    """Kinds of adapter."""
+    full: bool = True
+    """Whether they take all weights of a model that was trained."""
+    modules: tuple[str, ...] | None = None
+    """Names of the modules, without those that hold them, that an adapter may change; None: any."""
+    not_modules: tuple[str, ...] = ()
+    """Of these, modules that it may not change."""
+    dtypes: tuple[str, ...] | None = None
+    """Number formats of trained weights; None: any."""
+
+
 class EngineSpec(Struct, frozen=True):
     """What one engine process serves."""
 
@@ -121,6 +136,10 @@ class InferenceBackend(Protocol):
             options: As in `EngineSpec`.
             devices: Those that engines may get.
         """
+        ...
+
+    def serves(self, options: Mapping[str, Any]) -> Servable:
+        """What its engines can load and serve: jobs whose result they could not are refused before they train."""
         ...
 
     async def find(self, path: str) -> None:

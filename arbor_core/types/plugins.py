@@ -17,6 +17,19 @@ from .jobs import InputKind
 from .scheduling import Scheduler
 
 
+class TrainedWeights(Struct, frozen=True, kw_only=True):
+    """What a configuration trains, as an engine will have to load it."""
+
+    adapter: str | None
+    """Kind of adapter (`lora`); None: all weights."""
+    modules: tuple[str, ...] = ()
+    """Names of the modules that the adapter changes; empty: not known."""
+    dtype: str | None = None
+    """Number format in which they are stored; None: not known, or any will do."""
+    keys: Mapping[str, str] = {}
+    """The configuration's keys that say so, by the names above: `{"modules": "lora.target_modules"}`."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """A training method: how its config is typed, and which function trains.
@@ -39,8 +52,9 @@ class Trainer:
         rollouts: The former name of `input="rollouts"`; goes with the next release.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).
         simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
-        adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights.
-            A job that trains all weights needs more memory, and its policy an engine of its own. None: not known.
+        adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights,
+            or more of that as `TrainedWeights`. A job that trains all weights needs more memory, and its policy an
+            engine of its own; one whose result no engine could load is refused, or warned. None: not known.
     """
 
     config: type[Struct]
@@ -55,7 +69,7 @@ class Trainer:
     rollouts: bool | None = None
     adapters: bool = False
     simulated: bool = False
-    adapter: Callable[[Mapping[str, Any]], bool] | None = None
+    adapter: Callable[[Mapping[str, Any]], bool | TrainedWeights] | None = None
     input: InputKind = "file"
 
     def __post_init__(self) -> None:
@@ -63,6 +77,13 @@ class Trainer:
             text = "Trainer(rollouts=True) is called Trainer(input='rollouts') now, and False is the default"
             warnings.warn(text, DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "input", "rollouts" if self.rollouts else self.input)
+
+    def trained(self, config: Mapping[str, Any]) -> TrainedWeights | None:
+        """What a configuration trains; None: not known."""
+        said = self.adapter(config) if self.adapter else None
+        if isinstance(said, bool):
+            return TrainedWeights(adapter="lora" if said else None)
+        return said
 
 
 @dataclass(frozen=True)

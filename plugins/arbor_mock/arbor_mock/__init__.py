@@ -21,6 +21,7 @@ from arbor_core import (
     Launcher,
     PoolAllocator,
     RanksCommand,
+    Servable,
     Services,
     Trainer,
     hookimpl,
@@ -42,6 +43,10 @@ class MockBackend:
     def needs(self, path: str, options: Mapping[str, Any], devices: Sequence[Device]) -> EngineNeeds:
         """What its options say."""
         return EngineNeeds(options["devices"], options["share"], options["adapters"], options["replicas"])
+
+    def serves(self, options: Mapping[str, Any]) -> Servable:
+        """Whatever looks like an adapter or a model."""
+        return Servable()
 
     async def find(self, path: str) -> None:
         """Every name is a model."""

@@ -17,10 +17,13 @@ from arbor_core.engine import (
     EngineProcess,
     EngineSpec,
     InferenceBackend,
+    Servable,
     UnknownModelError,
     clean_env,
 )
 
+EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings")
+"""Modules that are no linear layers, in the architectures that transformers knows."""
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""
 FIND_SECONDS = 30.0
@@ -66,6 +69,10 @@ class TransformersBackend:
     def needs(self, path: str, options: Mapping[str, Any], devices: Sequence[Device]) -> EngineNeeds:
         """See `arbor_core.InferenceBackend.needs`: one device, or a share of it."""
         return EngineNeeds(share=options["share"], adapters=options["adapters"])
+
+    def serves(self, options: Mapping[str, Any]) -> Servable:
+        """See `arbor_core.InferenceBackend.serves`: LoRA of linear layers, and all weights."""
+        return Servable(not_modules=EMBEDDINGS)
 
     async def find(self, path: str) -> None:
         """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that looks it up."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from arbor_core import Trainer
+from arbor_core import TrainedWeights, Trainer
 
 Auto = Literal["auto"]
 Positive = Annotated[float, Meta(gt=0)]
@@ -33,9 +33,16 @@ class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
     target_modules: str | list[str]
 
 
-def trains_adapter(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration trains an adapter; else it trains all weights."""
-    return config["lora"] is not None
+def trained_weights(config: Mapping[str, Any]) -> TrainedWeights:
+    """What a configuration trains: a LoRA adapter of modules by name or by a pattern, which tells no names, or all
+    weights."""
+    lora = config["lora"]
+    modules = lora["target_modules"] if lora else ()
+    return TrainedWeights(
+        adapter="lora" if lora else None,
+        modules=() if isinstance(modules, str) else tuple(modules),
+        keys={"adapter": "lora", "modules": "lora.target_modules"},
+    )
 
 
 def trl_trainer(config: type[Struct], entry: str, **more: Any) -> Trainer:
@@ -45,4 +52,4 @@ def trl_trainer(config: type[Struct], entry: str, **more: Any) -> Trainer:
         more: Further arguments of `Trainer`.
     """
     preload = (entry.partition(":")[0], *COMMON_MODELS)
-    return Trainer(config, entry, preload=preload, prove="arbor_trl.job:prove", adapter=trains_adapter, **more)
+    return Trainer(config, entry, preload=preload, prove="arbor_trl.job:prove", adapter=trained_weights, **more)
