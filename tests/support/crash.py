@@ -154,7 +154,6 @@ DIRECT_ALWAYS = ["weights.fetched"]
 DIRECT = ["weights.sent", "weights.sent:3", "weights.fetched:3", "weights.event:2"]
 """With engines that get policies from the memory of their trainer: the trainer or an engine dies."""
 DIRECT_SERVER = ["events.taken:3", "ledger.written:2"]
-SEGMENTS = ["inbox.rotated", "ledger.rotated", "inbox.rotated:2", "ledger.rotated:2"]
 
 UPLOAD_POINTS_ALWAYS = [
     "upload.written",

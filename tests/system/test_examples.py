@@ -128,6 +128,23 @@ def test_plugin_executes_commands_through_the_api(site: str, start_server: Calla
     server.wait(job, "cancelled")
 
 
+def test_engine_of_the_plugin_conforms(site: str) -> None:
+    check = """
+from pathlib import Path
+from arbor_bigram import EchoBackend
+from arbor_core.testing import check_backend, check_policies
+
+def write(folder: Path):
+    (folder / "adapter_config.json").write_text("{}")
+
+options = {"prefix": "You said: "}
+check_backend(EchoBackend, "any", options=options, refuses=False)
+check_policies(EchoBackend, "any", write, options=options)
+print("conforms")
+"""
+    assert run([sys.executable, "-c", check], PYTHONPATH=site) == "conforms\n"
+
+
 def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:
     pytest.importorskip("arbor_grpo")  # its routes send the groups
     server = start_server("start=cold", env={"PYTHONPATH": site})
