@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from arbor_core import open_run
+from arbor_core import PolicyPublished, open_run
 from arbor_core.testing import JobDirectory
 from arbor_core.worker.run import WorkerRun
 
@@ -51,6 +51,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sender: str = "") -> t
     return job, found
 
 
+def told(job: JobDirectory) -> list[tuple[Any, ...]]:
+    """What was said of each version."""
+    return [(event.dir, event.version, event.handled, event.sent) for event in job.events(PolicyPublished)]
+
+
 def test_files_are_written_by_rank_0_and_every_rank_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, (first, second) = runs(tmp_path, monkeypatch)
     policies = Policy(), Policy()
@@ -58,7 +63,7 @@ def test_files_are_written_by_rank_0_and_every_rank_takes_part(tmp_path: Path, m
         run.send_policy(3, 7, policy)
     assert (job.dir / "weights" / "3-1" / "part").read_text() == "x"
     assert policies[1].written == [None]
-    assert [event.data for event in job.events("weights")] == [{"dir": "3-1", "version": 3, "handled": 7}]
+    assert told(job) == [("3-1", 3, 7, None)]
 
 
 def test_a_sender_runs_in_every_rank_and_what_rank_0_returns_is_told(
@@ -74,6 +79,4 @@ def test_a_sender_runs_in_every_rank_and_what_rank_0_returns_is_told(
 
     assert sending.calls == [(0, 1), (1, 1), (0, 2), (1, 2)]
     assert not (job.dir / "weights").exists()
-    sent = [{"from": 0, "version": version} for version in (1, 2)]
-    told = [event.data for event in job.events("weights")]
-    assert told == [{"dir": f"{n}-1", "version": n, "handled": 7, "sent": sent[n - 1]} for n in (1, 2)]
+    assert told(job) == [(f"{version}-1", version, 7, {"from": 0, "version": version}) for version in (1, 2)]
