@@ -79,7 +79,7 @@ async def test_a_job_whose_policy_cannot_be_served_is_refused(arbor: Arbor) -> N
 async def test_a_job_that_learns_from_a_file_is_warned(arbor: Arbor) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = "".join(json.dumps(row) + "\n" for _ in range(10))
-    file_id, insert = await arbor.files.add_bytes("me", "rows.jsonl", rows.encode(), "fine-tune")
+    file_id, insert = await arbor.files.add_pieces("me", "rows.jsonl", [rows.encode()], "fine-tune")
     await arbor.store.write(insert)
     job = await arbor.job_service.create(request("supervised", LORA_OF_EMBEDDINGS, file_id), "me")
     found = arbor.job_service.find(job.id, "me")

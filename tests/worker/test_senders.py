@@ -9,7 +9,7 @@ import pytest
 
 from arbor_core import PolicyPublished, open_run
 from arbor_core.testing import JobDirectory
-from arbor_core.worker.run import WorkerRun
+from arbor_core.worker.rollout_run import RolloutWorkerRun
 
 pytest.importorskip("arbor_mock")
 
@@ -47,7 +47,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sender: str = "") -> t
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        found.append(open_run(folder, WorkerRun))
+        found.append(open_run(folder, RolloutWorkerRun))
     return job, found
 
 
