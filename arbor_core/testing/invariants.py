@@ -42,6 +42,8 @@ class Seen:
         self.files: set[str] = set()
         self.results: dict[str, dict[int, int]] = {}
         """CRC-32 of the results of each job, by the number of the command."""
+        self.change: tuple[int, str, str] = (0, "", "")
+        """The newest change in the feed: number, job, and what of it."""
         self.look()
 
     def look(self) -> None:
@@ -59,6 +61,7 @@ class Seen:
             events: dict[str, list[str]] = {job_id: [] for job_id in jobs}
             for row in db.execute("SELECT job_id, id FROM events ORDER BY job_id, seq"):
                 events[row["job_id"]].append(row["id"])
+            self._look_at_feed(db)
         for job_id, status in self.ended.items():
             assert jobs.get(job_id) == status, f"job {job_id} had {status}, and is now {jobs.get(job_id)}"
         for job_id, before in self.events.items():
@@ -67,6 +70,14 @@ class Seen:
         assert self.files <= files, f"files that were acknowledged are gone: {self.files - files}"
         self.files, self.events = files, events
         self.ended = {job_id: status for job_id, status in jobs.items() if status in TERMINAL}
+
+    def _look_at_feed(self, db: sqlite3.Connection) -> None:
+        """A change keeps its number."""
+        sql = "SELECT seq, job_id, what FROM changes WHERE seq=?"
+        now = db.execute(sql, (self.change[0],)).fetchone()
+        assert not self.change[0] or tuple(now or ()) == self.change, f"the change {self.change} has become {now}"
+        newest = db.execute("SELECT seq, job_id, what FROM changes ORDER BY seq DESC LIMIT 1").fetchone()
+        self.change = tuple(newest or self.change)
 
     def _look_at_results(self, jobs: Iterable[str]) -> None:
         """Results that clients may have been told are there, unchanged, until they are acknowledged."""
@@ -96,6 +107,7 @@ def check_invariants(storage: Path, *, ended: bool = True, every_step: bool = Tr
         for row in db.execute("SELECT * FROM jobs").fetchall():
             check_job(db, storage, row, every_step)
         check_files(db, storage)
+        check_feed(db)
         check_leases(db)
         check_lease_history(db)
         check_models(db, storage)
@@ -235,6 +247,12 @@ def check_files(db: sqlite3.Connection, storage: Path) -> None:
     )
     made = {row["id"] for row in db.execute("SELECT id FROM files WHERE purpose='fine-tune-results'")}
     assert made == set(results), f"result files without a job, or missing: {made ^ set(results)}"
+
+
+def check_feed(db: sqlite3.Connection) -> None:
+    """The numbers of the changes in the feed follow one another."""
+    count, first, last = db.execute("SELECT count(*), min(seq), max(seq) FROM changes").fetchone()
+    assert not count or last - first == count - 1, f"{count} changes are kept, from number {first} to {last}"
 
 
 def check_leases(db: sqlite3.Connection) -> None:
