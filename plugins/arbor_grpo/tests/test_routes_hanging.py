@@ -21,7 +21,7 @@ from live import LiveServer, engine_dir, process_of
 from waiting import until
 
 HEARTBEAT = 3
-IMPATIENT = "import arbor_grpo.api.routes as r; r.END_SECONDS = 1.0; r.CHECKPOINT_SECONDS = 1.0"
+IMPATIENT = "import arbor_grpo.api.calls as r; r.END_SECONDS = 1.0; r.CHECKPOINT_SECONDS = 1.0"
 LOADING = "from arbor_core.inference.engines import Engines; Engines.__init__.__kwdefaults__['load_wait'] = 2.0"
 BOUND = 30.0
 """No answer may take so long; the client gives up then."""
