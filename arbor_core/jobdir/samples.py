@@ -38,7 +38,10 @@ SEGMENTS = 16
 TEXT_CHARACTERS = 8_000
 """Most of a prompt, and of a completion, that is kept: half from its begin and half from its end."""
 GROUP_CHARACTERS = 200_000
-"""Rollouts of a group beyond it are left out."""
+"""Rollouts of a group beyond it are left out; each counts as `ROLLOUT_CHARACTERS` at least."""
+ROLLOUT_CHARACTERS = 200
+NAMES = 100
+"""Chat completions of a rollout that are named."""
 MARK = " [...] "
 """Stands where the middle of a text was left out."""
 
@@ -67,7 +70,7 @@ class SampledRollout(msgspec.Struct, omit_defaults=True, kw_only=True):
     truncated: bool = False
     """It ended because it was long enough."""
     completions: tuple[str, ...] = ()
-    """Ids of the chat completions it was made of."""
+    """Ids of the chat completions it was made of, up to `NAMES`."""
 
 
 class SampledGroup(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -114,7 +117,7 @@ def sampled(
             room -= TEXT_CHARACTERS if prompts[-1][1] else len(key)
         prompt, (completion, cut) = numbers[key], completion_of(rollout, decode)
         rollouts.append(sampled_rollout(rollout, score, prompt, completion, cut=cut or prompts[prompt][1]))
-        room -= len(completion) if isinstance(completion, str) else TEXT_CHARACTERS
+        room -= ROLLOUT_CHARACTERS + (len(completion) if isinstance(completion, str) else TEXT_CHARACTERS)
         if room <= 0:
             break
     return SampledGroup(
@@ -144,7 +147,7 @@ def sampled_rollout(rollout: Rollout, score: Scored, prompt: int, completion: An
         prompt_tokens=len(rollout.prompt) // 4 if tokens else score.prompt_tokens,
         completion_tokens=len(rollout.completion) // 4 if tokens else score.completion_tokens,
         truncated=rollout.truncated,
-        completions=rollout.completions,
+        completions=rollout.completions[:NAMES],
     )
 
 

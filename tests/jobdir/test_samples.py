@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from arbor_core.jobdir import samples
@@ -116,6 +117,15 @@ def test_of_a_large_group_not_all_is_kept() -> None:
     found = sampled(record(0, *(rollout(str(number) * 4_000) for number in range(1000))), 1, decode=text)
     assert found.size == 1000
     assert 10 < len(found.rollouts) < 40
+
+
+def test_what_is_kept_of_many_short_rollouts_is_bounded_too() -> None:
+    names = tuple(f"chatcmpl-{number}" for number in range(5_000))
+    found = sampled(record(0, *(rollout("x", completions=names) for _ in range(16_384))), 1, decode=text)
+    assert (found.size, len(found.rollouts)) == (16_384, 995)
+    assert len(found.rollouts[0].completions) == samples.NAMES
+    small = sampled(record(0, *(rollout("x") for _ in range(16_384))), 1, decode=text)
+    assert len(msgspec.msgpack.encode(small)) < samples.SEGMENT_BYTES
 
 
 def test_the_newest_group_is_first_and_its_rollouts_in_their_order(tmp_path: Path) -> None:
