@@ -145,7 +145,8 @@ class LeaseHistory:
     def __init__(self, store: Store) -> None:
         """End what an earlier server has left open."""
         self.store = store
-        self._write(close_left_open)
+        if store.one(f"SELECT 1 FROM lease_history WHERE {LEFT_OPEN} LIMIT 1"):  # noqa: S608 - our words
+            self._write(close_left_open)
 
     def begin(self, lease: Lease) -> None:
         self._write(lambda db: begin(db, lease))
