@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ import msgspec
 import pytest
 from attempts import attempt_order, ended, write_job_document
 from disks import fill
+from jobs import step_events, train
+from live import LiveServer
 from waiting import until
 
 from arbor_core import AttemptOrder
 from arbor_core.jobdir.documents import write_order
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.process.resources import StorageLostError
+from arbor_core.testing.invariants import processes
 from arbor_core.types import CheckpointEvent, Placement
 from arbor_core.worker.failures import explain
 from arbor_core.worker.run import WorkerRun, open_run
@@ -89,6 +92,19 @@ def test_an_attempt_on_a_full_disk_goes_on_and_tells_its_end_when_there_is_room(
     found = ended(order)
     assert found is not None
     assert found.code == -9
+
+
+@pytest.mark.slow
+def test_the_server_settles_a_job_whose_directory_was_removed(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    server = start_server("limits.room_seconds=1")
+    job = train(server, chat_rows, steps=10_000, step_seconds=0.05, checkpoint_steps=10)
+    until(lambda: step_events(server, job))
+    shutil.rmtree(server.storage / "jobs" / job, ignore_errors=True)  # its worker may write meanwhile
+    until(lambda: server.client.fine_tuning.jobs.retrieve(job).status == "failed")
+    assert server.stop() == 0
+    until(lambda: not processes(server.storage))
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
