@@ -38,10 +38,13 @@ class Clients:
         """Id of the file that all jobs train on."""
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer | None:
-        """One request; None where the server went away under it. A 5xx about jobs or files is a violation."""
+        """One request; None where the server went away under it, or ended. A 5xx about jobs or files is a violation."""
         try:
             answer = call(self.server.url, method, path, body, headers)
         except (OSError, http.client.HTTPException):
+            self.counts["requests cut off"] += 1
+            return None
+        if answer.status == 503 and b'"server_shutting_down"' in answer.body:  # it waited as long as an end may take
             self.counts["requests cut off"] += 1
             return None
         self.counts["requests answered"] += 1
