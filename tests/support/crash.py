@@ -151,7 +151,7 @@ RESULTS = [
 ]
 SEGMENTS = [f"{log}.rotated{count}" for count in ("", ":2") for log in ("inbox", "ledger", "samples")]
 DIRECT_ALWAYS = ["weights.fetched"]
-DIRECT = ["weights.sent", "weights.sent:3", "weights.fetched:3", "published.event:2"]
+DIRECT = ["weights.sent", "weights.sent:3", "weights.fetched:2", "published.event:2"]
 """With engines that get policies from the memory of their trainer: the trainer or an engine dies."""
 DIRECT_SERVER = ["events.taken:3", "ledger.written:2"]
 
