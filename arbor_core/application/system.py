@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from arbor_core.commands.open_sessions import OpenSessions as CommandSessions
-from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
-from arbor_core.crash_points import crash_point
 from arbor_core.dispatch.attempts import Attempts
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.dispatch.ingest import Ingest
@@ -25,12 +23,10 @@ from arbor_core.dispatch.validation import Validation
 from arbor_core.files.repository import Files
 from arbor_core.files.uploads import Uploads
 from arbor_core.inference.adapters import Newest
-from arbor_core.inference.backends import Backend, Backends
+from arbor_core.inference.backends import Backends
 from arbor_core.inference.engines import Engines
 from arbor_core.inference.process import end_engines
 from arbor_core.inference.weight_sync import WeightSync
-from arbor_core.jobdir.documents import upgrade
-from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.leases import LeaseHistory
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models.catalog import Models
@@ -39,21 +35,18 @@ from arbor_core.rollouts.session import OpenSessions
 from arbor_core.storage.database import Store
 from arbor_core.storage.directory import locked, make_private
 from arbor_core.types import (
-    PROTOCOL,
     TERMINAL,
     Allocator,
-    AllocatorSettings,
     ArborError,
     Executor,
-    ExecutorSettings,
-    Scheduler,
 )
-from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
 
+from .choice import Chosen, check_paths, choose
 from .completions import CompletionService
 from .file_service import FileService
 from .job_service import JobService
 from .model_service import ModelService
+from .opening import bring_up_to_date, keep_executor
 from .status import ServerStatus
 from .submission import Submission, TrainerDefaults
 from .upload_service import UploadService
@@ -175,52 +168,6 @@ class Arbor:
             if (job := self.jobs.get(job_id)) and job.status in TERMINAL:
                 self.sessions.end(job_id)
         self.command_sessions.close_ended()
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the names in the settings stand for."""
-
-    trainers: Mapping[str, TrainerDefaults]
-    default_trainer: str | None
-    scheduler: Scheduler
-    allocator: Allocator
-    executor: Executor
-    launcher: ConfiguredLauncher
-    backends: Backends
-
-
-def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None) -> Chosen:
-    """Look up what the settings name.
-
-    Raises:
-        ArborError: a name that no plugin brings, or a device that is not there.
-    """
-    if default_trainer:
-        plugins.get("trainers", default_trainer)  # says which name is near
-    trainers = trainer_defaults(settings, plugins, default_trainer)
-    scheduler = plugins.get("schedulers", settings.scheduler)()
-    allocator = plugins.get("allocators", settings.allocator)(
-        AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
-    )
-    runtime = settings.storage.absolute() / "run"
-    executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, runtime))
-    launcher = launcher_of(settings, plugins)
-    backends = open_backends(settings, plugins)
-    return Chosen(trainers, default_trainer, scheduler, allocator, executor, launcher, backends)
-
-
-def check_paths(settings: ServeConfig) -> None:
-    """Refuse paths that do not exist: later they would look like an unknown model, or fail every job.
-
-    Raises:
-        ArborError: with the path.
-    """
-    for folder in settings.models.dirs:
-        if not folder.is_dir():
-            raise ArborError(f"models.dirs: there is no folder {folder}")
-    if settings.accelerate_config and not settings.accelerate_config.is_file():
-        raise ArborError(f"accelerate_config: there is no file {settings.accelerate_config}")
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
@@ -364,101 +311,7 @@ def open_engines(
     )
 
 
-def open_backends(settings: ServeConfig, plugins: Plugins) -> Backends:
-    """The inference backends that the settings name, with their options: each one's YAML, and the settings over it.
-
-    Raises:
-        ArborError: a backend that no plugin brings; ConfigError: an option that a backend does not take.
-    """
-    default = settings.inference.default
-    found = {}
-    for name in dict.fromkeys([default, *settings.inference.models.values(), *settings.engines]):
-        backend = plugins.get("inference_backends", name)()
-        options = convert.merged(compose.defaults("backend", name), settings.engines.get(name, {}))
-        convert.typed(options, backend.options, where=f"engines.{name}")
-        if name == default:
-            options = convert.merged(options, settings.engine)
-            convert.typed(options, backend.options, where="engine")
-        found[name] = Backend(name, backend, options)
-    return Backends(found[default], found, settings.inference.models, settings.inference.replicas)
-
-
-def launcher_of(settings: ServeConfig, plugins: Plugins) -> ConfiguredLauncher:
-    """Who starts the ranks of a job with several devices.
-
-    Raises:
-        ArborError: no plugin brings it, or an option is not one of its own.
-    """
-    chosen = ConfiguredLauncher.of(plugins, settings.launcher)
-    if settings.accelerate_config is None:
-        return chosen
-    log.warning(
-        "accelerate_config: accelerate starts the ranks of jobs, and not launcher=%s; the key will become options of "
-        "launcher=accelerate",
-        settings.launcher["name"],
-    )
-    return accelerate(settings.accelerate_config)
-
-
 def threads_per_device(settings: ServeConfig, allocator: Allocator) -> int:
     """CPU threads of a training process: those of the settings, or the cores, divided among the devices that train."""
     slots = max(1, len(allocator.inventory().get("train", ())))
     return settings.threads or max(1, (os.cpu_count() or 1) // slots)
-
-
-def keep_executor(store: Store, name: str) -> None:
-    """Note under which executor jobs run. Another one cannot find their attempts: it would take them for lost, and
-    start them a second time while they live.
-
-    Raises:
-        ArborError: jobs run under another executor.
-    """
-    noted = store.one("SELECT value FROM storage WHERE key='executor'")
-    if noted is None or noted["value"] != name:
-        running = [row["id"] for row in store.read("SELECT id FROM jobs WHERE status='running' ORDER BY seq")]
-        if noted and running:
-            raise ArborError(
-                f"{len(running)} job(s) run with executor={noted['value']}, which executor={name} cannot find "
-                f"({running[0]}, say): start the server with executor={noted['value']} and pause or cancel them first"
-            )
-        store.write_now("INSERT OR REPLACE INTO storage(key,value) VALUES('executor',?)", name)
-
-
-def bring_up_to_date(store: Store, models: Models) -> str:
-    """Bring the job directories of earlier versions up to date; returns the identity of the storage directory.
-
-    Who died here does it again: each job says by itself whether it is done, and the database when all are.
-    """
-    kept: dict[str, str] = {row["key"]: row["value"] for row in store.read("SELECT key, value FROM storage")}
-    if kept.get("protocol") != str(PROTOCOL):
-        for row in store.read("SELECT id, json_extract(spec,'$.trainer') AS trainer FROM jobs"):
-            upgrade(JobDir.of(models.root, row["id"]), kept["id"], row["trainer"], models.locate)
-            crash_point("job.upgraded")
-        store.write_now("INSERT OR REPLACE INTO storage(key,value) VALUES('protocol',?)", str(PROTOCOL))
-    return kept["id"]
-
-
-def trainer_defaults(
-    settings: ServeConfig, plugins: Plugins, default_trainer: str | None
-) -> dict[str, TrainerDefaults]:
-    """Every installed trainer with its YAML, and the command line's settings over it; all of it type-checked.
-
-    Raises:
-        ConfigError: a value that the trainer's struct does not take.
-    """
-    found = {}
-    for name, trainer in plugins.all("trainers").items():
-        values = compose.defaults("trainer", name)
-        where = f"trainers.{name}"
-        if name == default_trainer and settings.trainer:
-            values, where = settings.trainer, "trainer"
-        values, warnings = convert.renamed(values, trainer.config, where)
-        more, further = convert.renamed(settings.trainers.get(name, {}), trainer.config, f"trainers.{name}")
-        for warning in dict.fromkeys([*warnings, *further]):
-            log.warning("configuration of the trainer %s: %s", name, warning)
-        values = convert.merged(values, more)
-        convert.typed(values, trainer.config, where=where)
-        found[name] = TrainerDefaults(trainer, values)
-    for name in settings.trainers:
-        plugins.get("trainers", name)  # says which name is near
-    return found

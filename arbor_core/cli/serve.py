@@ -68,7 +68,7 @@ def start(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from arbor_core import plugins
-    from arbor_core.application.system import check_paths
+    from arbor_core.application.choice import check_paths
     from arbor_core.config.compose import settings_of
 
     settings = settings_of(cfg)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from arbor_core import ArborError, EngineNeeds, plugins
-from arbor_core.application.system import open_backends
+from arbor_core.application.choice import open_backends
 from arbor_core.config.compose import serve_settings
 from arbor_core.inference.backends import Backend, Backends
 from arbor_core.models.fine_tuned import Resolved, first_base
