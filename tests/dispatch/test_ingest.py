@@ -39,7 +39,7 @@ async def test_what_an_attempt_of_an_earlier_version_writes_is_taken(tmp_path: P
     store = Store(tmp_path / "arbor.db")
     jobs, published = Jobs(store), []
     collecting = Ingest(jobs, Observers(plugins), tmp_path, "arbor", published.append)
-    spec = JobSpec("t", "reinforcement", {}, model="m", model_path="m", seed=1, rollouts=True)
+    spec = JobSpec("t", "reinforcement", {}, model="m", model_path="m", seed=1, input="rollouts")
     job = await jobs.create(NewJob("me", "", None, None, {"n_epochs": "auto"}, spec))
     metrics = {"train_loss": 0.5, "step": 1, "total_steps": 9, "fed": {"end": 8, "groups": [[0, 7]], "skipped": []}}
     lines = [

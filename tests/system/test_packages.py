@@ -101,7 +101,7 @@ def test_a_minimal_install_serves_without_any_ml_library(outside, chat_rows):
                 model=job.fine_tuned_model, messages=[{"role": "user", "content": "hello"}]
             )
             assert said.choices[0].message.content
-            known = "no trainer called 'nonsense'; installed: mock, mock_grpo"
+            known = "no trainer called 'nonsense'; installed: mock, mock_commands, mock_grpo"
             with pytest.raises(openai.BadRequestError, match=known):
                 client.fine_tuning.jobs.create(model="mock/tiny", training_file=file.id, method={"type": "nonsense"})
         finally:
