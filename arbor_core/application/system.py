@@ -211,9 +211,9 @@ def open_system(settings: ServeConfig, plugins: Plugins | None = None, default_t
         undo.callback(store.close)
         observers = Observers(plugins)
         undo.callback(observers.close)
-        made = wired(settings, plugins, store, observers, chosen, lock)
+        arbor = wired(settings, plugins, store, observers, chosen, lock)
         undo.pop_all()
-    return made
+    return arbor
 
 
 def wired(
@@ -229,25 +229,9 @@ def wired(
     folder, newest = root / "engines", models.jobs.last
     engines = open_engines(settings, chosen.backends, allocator, folder, newest, history)
     weight_sync = WeightSync(models.jobs, engines, jobs)
-    threads = threads_per_device(settings, allocator)
-    attempts = Attempts(
-        jobs, files, models, executor, chosen.launcher, identity, settings, threads, chosen.backends.sender
-    )
-    ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
-    outcomes = Outcomes(jobs, files, ingest, executor, root, settings.limits, allocator.set_aside)
-    by_name = {name: entry.trainer for name, entry in trainers.items()}
     command_sessions = CommandSessions(root, jobs.get)
-    dispatcher = Dispatcher(
-        jobs,
-        attempts,
-        Validation(jobs, files, attempts, executor, by_name),
-        Monitor(attempts, ingest, outcomes, executor, settings.limits),
-        by_name,
-        chosen.scheduler,
-        allocator,
-        root / "run" / "bell",
-        settings.limits.room_seconds,
-        command_sessions.wake,
+    dispatcher = open_dispatcher(
+        settings, chosen, jobs, files, models, observers, identity, weight_sync, command_sessions
     )
     submission = Submission(
         plugins,
@@ -286,6 +270,40 @@ def wired(
         observers=observers,
         dispatcher=dispatcher,
         lock=lock,
+    )
+
+
+def open_dispatcher(
+    settings: ServeConfig,
+    chosen: Chosen,
+    jobs: Jobs,
+    files: Files,
+    models: Models,
+    observers: Observers,
+    identity: str,
+    weight_sync: WeightSync,
+    command_sessions: CommandSessions,
+) -> Dispatcher:
+    """The dispatcher of a server and its parts."""
+    root, allocator, executor, limits = models.root, chosen.allocator, chosen.executor, settings.limits
+    threads = threads_per_device(settings, allocator)
+    attempts = Attempts(
+        jobs, files, models, executor, chosen.launcher, identity, settings, threads, chosen.backends.sender
+    )
+    ingest = Ingest(jobs, observers, root, settings.organization, weight_sync.published)
+    outcomes = Outcomes(jobs, files, ingest, executor, root, limits, allocator.set_aside)
+    by_name = {name: entry.trainer for name, entry in chosen.trainers.items()}
+    return Dispatcher(
+        jobs,
+        attempts,
+        Validation(jobs, files, attempts, executor, by_name),
+        Monitor(attempts, ingest, outcomes, executor, limits),
+        by_name,
+        chosen.scheduler,
+        allocator,
+        root / "run" / "bell",
+        limits.room_seconds,
+        command_sessions.wake,
     )
 
 
