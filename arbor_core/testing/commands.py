@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from arbor_core.jobdir import checkpoints
-from arbor_core.types import CheckpointEvent, PausedEvent
+from arbor_core.types import CheckpointEvent
 
 from .job_directory import JobDirectory
-from .reports import LAST_WORDS, check_cancel, check_checkpoints, check_result
+from .reports import LAST_WORDS, check_cancel, check_checkpoints, check_paused, check_result
 from .rollouts import Attempt, check_named, running
 
 
@@ -65,10 +65,7 @@ def check_resumed(job: JobDirectory, commands: Sequence[bytes], expected: dict[i
         until_answered(attempt, 1)
         job.ask("pause")
         attempt.end("asked to pause")
-    last = job.events()[-1]
-    assert isinstance(last, PausedEvent), (
-        f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
-    )
+    check_paused(job)
     saved = [event.dir for event in job.events(CheckpointEvent)]
     assert saved, "paused without a checkpoint"
     reason = checkpoints.fault(job.files.checkpoints / saved[-1])

@@ -56,3 +56,11 @@ def check_cancel(job: JobDirectory) -> None:
     assert status == 0, f"asked to cancel, the worker ended with status {status}:\n{job.log}"
     said = [event.type for event in job.events(*LAST_WORDS)]
     assert not said, f"cancelled, it still reported {said}: let JobStopped pass"
+
+
+def check_paused(job: JobDirectory) -> None:
+    """An attempt that was asked to pause while it waits for clients says last that it has paused."""
+    last = job.events()[-1]
+    assert isinstance(last, PausedEvent), (
+        f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
+    )

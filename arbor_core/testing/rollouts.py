@@ -13,11 +13,19 @@ from contextlib import contextmanager
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.groups import read
-from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PausedEvent, PolicyPublished, ResultEvent, Rollout
+from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PolicyPublished, ResultEvent, Rollout
 
 from .hardware import device
 from .job_directory import ATTEMPT_SECONDS, JobDirectory
-from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoints, check_numbers, check_result
+from .reports import (
+    LAST_WORDS,
+    RESUMED_TOLERANCE,
+    check_cancel,
+    check_checkpoints,
+    check_numbers,
+    check_paused,
+    check_result,
+)
 
 STEPS = 3
 PAUSED_AFTER = 1
@@ -189,10 +197,7 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
             attempt.learn(step)
         job.ask("pause")
         attempt.end("asked to pause")
-    last = job.events()[-1]
-    assert isinstance(last, PausedEvent), (
-        f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
-    )
+    check_paused(job)
     saved = [event.step for event in job.events(CheckpointEvent)]
     assert saved[-1:] == [PAUSED_AFTER], f"paused after step {PAUSED_AFTER}, with checkpoints of {saved}"
     before = job.events(MetricsEvent)
