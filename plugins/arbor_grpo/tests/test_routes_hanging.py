@@ -163,8 +163,9 @@ def test_a_checkpoint_that_does_not_come_is_told_of_and_comes_later(impatient: L
 
 
 def test_a_checkpoint_of_a_job_that_waits_for_a_device(impatient: LiveServer) -> None:
-    first, second = created(impatient), created(impatient)
+    first = created(impatient)
     first.until("running")
+    second = created(impatient)
     second.post("checkpoint", checkpoint_name="begin").error(504, "checkpoint_pending")
     assert second.status["status"] == "created"
     first.ok("cancel")

@@ -194,8 +194,9 @@ def test_row_91_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, poi
 def test_the_device_of_a_terminated_job_is_free(tmp_path: Path) -> None:
     live = launch(tmp_path, "gpu.train=[0]", "gpu.inference=[1]")
     try:
-        first, second = created(live), created(live)
+        first = created(live)
         first.until("running")
+        second = created(live)
         first.step()
         first.handled(1)
         assert second.status["status"] == "created"
