@@ -91,7 +91,8 @@ if TYPE_CHECKING:
     from .config.compose import serve_settings
     from .crash_points import crash_point
     from .data.chat_format import Chats, ChatText, Conversation
-    from .data.rows import RowError, check_chat_row, check_message, excerpt, read_rows
+    from .data.message_rules import canonical, canonical_message
+    from .data.rows import RowError, check_chat_row, check_message, excerpt, excerpt_of, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
     from .jobdir.heartbeat import last_beat
     from .jobdir.layout import AttemptDir
@@ -111,10 +112,13 @@ LAZY = {
     "ChatText": "data.chat_format",
     "Chats": "data.chat_format",
     "Conversation": "data.chat_format",
+    "canonical": "data.message_rules",
+    "canonical_message": "data.message_rules",
     "RowError": "data.rows",
     "check_chat_row": "data.rows",
     "check_message": "data.rows",
     "excerpt": "data.rows",
+    "excerpt_of": "data.rows",
     "read_rows": "data.rows",
     "MANIFEST": "jobdir.checkpoints",
     "Manifest": "jobdir.checkpoints",
@@ -220,11 +224,14 @@ __all__ = [
     "UnknownModelError",
     "Weights",
     "WorkerRun",
+    "canonical",
+    "canonical_message",
     "check_chat_row",
     "check_message",
     "clean_env",
     "crash_point",
     "excerpt",
+    "excerpt_of",
     "explain",
     "fail",
     "hookimpl",

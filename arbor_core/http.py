@@ -8,6 +8,7 @@ job does so with a `LongPoll`.
 from typing import TYPE_CHECKING, Any
 
 from arbor_core.config.convert import explained, typed
+from arbor_core.data.message_rules import Rules, read_chat_data, read_message
 from arbor_core.models.catalog import strip_provider
 from arbor_core.rollouts.completion_ledger import key_of, key_of_tools
 from arbor_core.server.http.long_poll import LongPoll
@@ -51,6 +52,7 @@ __all__ = [
     "LongPoll",
     "NamedCheckpoint",
     "RolloutSession",
+    "Rules",
     "Services",
     "explained",
     "key_of",
@@ -59,6 +61,8 @@ __all__ = [
     "not_found",
     "query",
     "raw_body",
+    "read_chat_data",
+    "read_message",
     "strip_provider",
     "too_deep",
     "typed",

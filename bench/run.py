@@ -52,6 +52,12 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
         ("rate.starts_per_second", "at least", 50),
         ("database_growth", "at most", 1.1),
     ],
+    "checking": [
+        ("mb_per_second.small", "at least", 40),
+        ("mb_per_second.talk", "at least", 200),
+        ("mb_per_second.quoted", "at least", 200),
+        ("memory_mb", "at most", 5),
+    ],
     "engine_batching": [],
 }
 OPTIONS = {"simulation": ["--full"]}

@@ -9,77 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from arbor_core.data.message_rules import Rules, known
+from arbor_core.data.message_rules import check as check_messages
+from arbor_core.data.messages import HINTS, Message, Tools, UserMessage
 from arbor_core.types import ConfigError
 
 from .generation import Generation, check_generation, check_limit, read, refused
-
-
-class TextPart(Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class RefusalPart(Struct, tag_field="type", tag="refusal"):
-    refusal: str
-
-
-Content = str | Annotated[list[TextPart], Meta(min_length=1)]
-
-
-class Instruction(Struct, kw_only=True, tag_field="role", tag="system"):
-    """Messages keep what else they carry (`name`, `reasoning_content`): chat templates may use it."""
-
-    content: Content
-
-
-class DeveloperInstruction(Instruction, tag="developer"):
-    pass
-
-
-class UserMessage(Struct, kw_only=True, tag_field="role", tag="user"):
-    content: Content
-
-
-class CalledFunction(Struct):
-    name: str
-    arguments: str
-
-
-class ToolCall(Struct):
-    id: str
-    function: CalledFunction
-    type: Literal["function"] = "function"
-
-
-class AssistantMessage(Struct, kw_only=True, tag_field="role", tag="assistant"):
-    content: str | list[TextPart | RefusalPart] | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    function_call: CalledFunction | None = None
-
-
-class ToolMessage(Struct, kw_only=True, tag_field="role", tag="tool"):
-    content: Content
-    tool_call_id: str
-
-
-class FunctionMessage(Struct, kw_only=True, tag_field="role", tag="function"):
-    content: str | None
-    name: str
-
-
-Message = Instruction | DeveloperInstruction | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
-
-
-class Function(Struct):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Struct):
-    function: Function
-    type: Literal["function"] = "function"
+from .json_body import decoded
 
 
 class TextFormat(Struct, tag_field="type", tag="text"):
@@ -93,7 +29,7 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -122,11 +58,7 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
         "tool_choice": "A call cannot be enforced: expected 'none' or 'auto'.",
         "web_search_options": "This server does not search.",
     }
-    HINTS: ClassVar[Mapping[str, str]] = {
-        "].role": "Expected system, developer, user, assistant, tool or function.",
-        ".content[].type": "Models on this server read and write text: expected text.",
-        "tools[].type": "Expected function.",
-    }
+    HINTS: ClassVar[Mapping[str, str]] = HINTS
 
     def conversation(self) -> bytes | None:
         """What all turns of it have in common: later ones extend the messages up to the first of the user."""
@@ -150,18 +82,7 @@ def check(request: ChatRequest) -> None:
         raise ConfigError("'top_logprobs' is only allowed with 'logprobs': true.", path="top_logprobs")
     if request.store:
         raise refused("store", "This server keeps no completions.")
-    for index, message in enumerate(request.messages):
-        if isinstance(message, AssistantMessage) and not has_content(message):
-            path = f"messages[{index}].content"
-            text = f"Missing required parameter: '{path}'. An assistant message without tool calls has content."
-            raise ConfigError(text, path=path, code="missing_required_parameter")
-
-
-def has_content(message: AssistantMessage) -> bool:
-    """Whether a message has any content; the empty text counts."""
-    return any(
-        part is not None for part in (message.content, message.refusal, message.tool_calls, message.function_call)
-    )
+    check_messages(request.messages, "messages", Rules(strict=True))
 
 
 def read_chat(raw: bytes) -> ChatRequest:
@@ -171,6 +92,15 @@ def read_chat(raw: bytes) -> ChatRequest:
         ApiError: it is not a JSON object.
         ConfigError: with the path of the field at fault.
     """
-    request = read(raw, DECODER)
+    try:
+        request = read(raw, DECODER)
+    except ConfigError as error:
+        if error.code != "unknown_parameter" or not (error.path or "").startswith("messages"):
+            raise
+        body, unknown = decoded(raw), set[str]()
+        body["messages"] = known(body["messages"], unknown)
+        if unknown:
+            raise
+        request = read(msgspec.json.encode(body), DECODER)  # those that it does not know are null, and as good as none
     check(request)
     return request

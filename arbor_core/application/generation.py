@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -10,6 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from arbor_core.config.convert import explained
+from arbor_core.data.message_rules import hinted
 from arbor_core.types import ConfigError
 
 from .json_body import decoded
@@ -98,9 +98,7 @@ def read(raw: bytes, decoder: msgspec.json.Decoder[RequestT]) -> RequestT:
     root = path.partition(".")[0].partition("[")[0]
     if why := decoder.type.REFUSED.get(root):
         raise refused(path, why)
-    place = re.sub(r"\d+", "", path)
-    hint = next((f" {text}" for end, text in decoder.type.HINTS.items() if place.endswith(end)), "")
-    raise ConfigError(message + hint, path=path or None, code=fault.code)
+    raise hinted(ConfigError(message, path=path or None, code=fault.code), decoder.type.HINTS)
 
 
 def check_generation(request: Generation) -> None:

@@ -5,19 +5,27 @@ Used by the validator (a process of its own, before a job is queued) and by trai
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from arbor_core.storage.codec import check_depth
-from arbor_core.types import JobFailed
+import msgspec
+
+from arbor_core.types import ConfigError, JobFailed
+
+from .message_rules import Rules, read_chat_data, read_message
+from .messages import AssistantMessage, ChatData
 
 LINE_BYTES = 16 << 20
 """Longest line."""
 EXCERPT_CHARS = 120
 MAX_REPORTED = 10
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+LONGEST_NUMBER = 400
+"""Digits of a whole number."""
+ROW_KEYS = frozenset(ChatData.__struct_fields__)
+TRAINING = Rules(learned=True)
 
 Warn = Callable[[int, str], None]
 
@@ -27,7 +35,7 @@ class RowError(ValueError):
 
     def __init__(self, line: int, reason: str, excerpt: str = "") -> None:
         super().__init__(f"line {line}: {reason}" + (f": {excerpt}" if excerpt else ""))
-        self.line = line
+        self.line, self.reason, self.excerpt = line, reason, excerpt
 
 
 def read_rows(path: Path, warn: Warn | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -36,7 +44,8 @@ def read_rows(path: Path, warn: Warn | None = None) -> Iterator[tuple[int, dict[
     A byte-order mark, CRLF and blank lines are accepted; of equal keys the last wins, which `warn(line, reason)` hears.
 
     Raises:
-        RowError: a line that is no JSON object, not UTF-8, longer than `LINE_BYTES`, or holds NaN or Infinity.
+        RowError: a line that is no JSON object, not UTF-8, longer than `LINE_BYTES`, or holds a number that is none of
+            JSON's or too large.
     """
     for line, result in parse_lines(path, warn):
         if isinstance(result, RowError):
@@ -46,49 +55,114 @@ def read_rows(path: Path, warn: Warn | None = None) -> Iterator[tuple[int, dict[
 
 def parse_lines(path: Path, warn: Warn | None = None) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Like `read_rows`, but a line that cannot be used comes as its `RowError`, and reading goes on."""
-    offset = 0
+    for number, offset, raw in raw_lines(path):
+        if len(raw) > LINE_BYTES:
+            yield number, RowError(number, f"line too long (more than {LINE_BYTES >> 20} MiB)", excerpt(raw))
+            continue
+        row = quickly_parsed(raw)
+        if row is not None:
+            yield number, row
+        elif raw.strip():
+            yield number, Line(number, raw, offset, warn).parsed()
+        elif warn:
+            warn(number, "blank line skipped")
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file with their numbers, from 1, and the bytes before them, without a byte-order mark. Of one that
+    is longer than `LINE_BYTES` one byte more comes, and no more is read at once."""
     with path.open("rb") as file:
-        number = 0
+        offset, number = 0, 0
         while raw := file.readline(LINE_BYTES + 1):
             number += 1
-            if len(raw) > LINE_BYTES:
-                yield number, RowError(number, f"line too long (more than {LINE_BYTES >> 20} MiB)", excerpt(raw))
-                return
-            text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if text.strip():
-                yield number, _parse(number, text, offset + len(raw) - len(text), warn)
-            elif warn:
-                warn(number, "blank line skipped")
-            offset += len(raw)
+            start, size = offset, len(raw)
+            if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                raw, start = raw[len(codecs.BOM_UTF8) :], start + len(codecs.BOM_UTF8)
+            yield number, start, raw
+            while size > LINE_BYTES and not raw.endswith(b"\n") and (raw := file.readline(LINE_BYTES)):
+                offset += len(raw)
+            offset += size
 
 
-def _parse(number: int, raw: bytes, offset: int, warn: Warn | None) -> dict[str, Any] | RowError:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def quickly_parsed(raw: bytes) -> dict[str, Any] | None:
+    """A line as the JSON object that it plainly is. None: it is none, or has to be looked at more closely."""
+    try:
+        row = decode(raw)
+        # A key that came twice has taken a colon with it. Those in texts are there before and after.
+        plain = type(row) is dict and encode(row).count(b":") == raw.count(b":")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return row if plain else None
+
+
+decode = msgspec.json.Decoder().decode
+encode = msgspec.json.Encoder().encode
+
+
+class Line:
+    """A line of a file, to be read with care.
+
+    Args:
+        offset: Bytes of the file before it.
+        warn: Hears of keys that come twice.
+    """
+
+    def __init__(self, number: int, raw: bytes, offset: int, warn: Warn | None) -> None:
+        self.number, self.raw, self.offset, self.warn = number, raw, offset, warn
+
+    def parsed(self) -> dict[str, Any] | RowError:
+        try:
+            text = self.raw.decode()
+            if "\0" in text:
+                return self.error(f"not UTF-8 text: a NUL byte at byte {self.offset + self.raw.index(0)}", shown=False)
+            if text.startswith("\ufeff"):
+                return self.error("a byte-order mark, which only a file may begin with")
+            row = json.loads(
+                text,
+                object_pairs_hook=self.object,
+                parse_constant=no_number,
+                parse_float=finite,
+                parse_int=whole,
+            )
+            if "\\u" in text:
+                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate has no encoding
+        except UnicodeDecodeError as error:
+            return self.error(f"not UTF-8 at byte {self.offset + error.start}", shown=False)
+        except UnicodeEncodeError:
+            return self.error("a lone surrogate (\\ud800 to \\udfff) is not text")
+        except json.JSONDecodeError as error:
+            return self.error(f"not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            return self.error("nested too deeply")
+        except ValueError as error:
+            return self.error(str(error))
+        return row if isinstance(row, dict) else self.error("expected a JSON object")
+
+    def error(self, reason: str, *, shown: bool = True) -> RowError:
+        return RowError(self.number, reason, excerpt(self.raw) if shown else "")
+
+    def object(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
-        if len(found) != len(items) and warn:
-            warn(number, "duplicate keys, the last one wins")
+        if len(found) != len(items) and self.warn:
+            self.warn(self.number, "duplicate keys, the last one wins")
         return found
 
-    def constant(word: str) -> Any:
-        raise ValueError(f"{word} is not JSON")
 
-    try:
-        text = raw.decode()
-        if "\0" in text:
-            return RowError(number, f"not UTF-8 text: a NUL byte at byte {offset + raw.index(0)}")
-        row = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate has no encoding
-    except UnicodeDecodeError as error:
-        return RowError(number, f"not UTF-8 at byte {offset + error.start}")
-    except UnicodeEncodeError:
-        return RowError(number, "a lone surrogate (\\ud800 to \\udfff) is not text", excerpt(raw))
-    except json.JSONDecodeError as error:
-        return RowError(number, f"not JSON ({error.msg} at column {error.colno})", excerpt(raw))
-    except RecursionError:
-        return RowError(number, "nested too deeply", excerpt(raw))
-    except ValueError as error:
-        return RowError(number, str(error), excerpt(raw))
-    return row if isinstance(row, dict) else RowError(number, "expected a JSON object", excerpt(raw))
+def no_number(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large for a 64-bit float")
+    return number
+
+
+def whole(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a whole number of more than {LONGEST_NUMBER} digits")
+    return int(text)
 
 
 def excerpt(raw: bytes) -> str:
@@ -97,47 +171,45 @@ def excerpt(raw: bytes) -> str:
     return text[:EXCERPT_CHARS] + ("…" if len(text) > EXCERPT_CHARS else "")
 
 
-def check_chat_row(row: dict[str, Any]) -> None:
-    """A row for supervised fine-tuning: `{"messages": [...], "tools"?: [...], "parallel_tool_calls"?: bool}`.
+def excerpt_of(row: Mapping[str, Any]) -> str:
+    """The beginning of a row as JSON, for people."""
+    try:
+        return excerpt(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
+    except RecursionError:
+        return ""
+
+
+def check_chat_row(row: dict[str, Any]) -> list[str]:
+    """A row for supervised fine-tuning: `{"messages": [...], "tools"?: [...], "parallel_tool_calls"?: bool}`, and
+    `functions` for `tools`.
+
+    Returns:
+        Warnings: keys that nobody reads.
 
     Raises:
-        ValueError: saying which message is wrong, and how.
+        ValueError: saying which key is wrong, and how.
     """
     if "messages" not in row:
-        raise ValueError(f"missing 'messages' (found: {', '.join(map(repr, row)) or 'nothing'})")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list of at least one message")
-    for index, message in enumerate(messages):
-        check_message(message, f"messages[{index}]")
-    trained = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1) != 0]
-    if not trained:
+        found = ", ".join(repr(key) for key in list(row)[:MAX_REPORTED]) or "nothing"
+        raise ConfigError(f"Missing required parameter: 'messages' (found: {found}).", path="messages")
+    data, unknown = read_chat_data(row, TRAINING)
+    for message in data.messages:
+        if type(message) is AssistantMessage and message.weight != 0:
+            break
+    else:
         raise ValueError("no assistant message to learn from (with a weight other than 0)")
-    if not isinstance(row.get("tools", []) or [], list):
-        raise ValueError("'tools' must be a list")
+    if not unknown and row.keys() <= ROW_KEYS:
+        return []
+    return [f"nobody reads '{key}'" for key in [*sorted(row.keys() - ROW_KEYS), *sorted(unknown)]]
 
 
 def check_message(message: Any, where: str) -> None:
-    """One chat message of a training row."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} must be an object")
-    check_depth(message, where)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls")
-    if calls is not None and (role != "assistant" or not isinstance(calls, list)):
-        raise ValueError(f"{where}.tool_calls must be a list, on an assistant message")
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise ValueError(f"{where}.content has a part that is not text; this method trains on text only")
-    elif content is not None and not isinstance(content, str):
-        raise ValueError(f"{where}.content must be text")
-    if not content and not calls and not message.get("function_call"):
-        raise ValueError(f"{where}.content is empty")
-    weight = message.get("weight", 1)
-    if "weight" in message and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"{where}.weight must be 0 or 1, on an assistant message")
+    """One chat message of a training row that is not learned as a whole, of a preference pair for one.
+
+    Raises:
+        ValueError: saying which key is wrong, and how; `where` is the message's path.
+    """
+    read_message(message, where, Rules())
 
 
 def require_rows(count: int, minimum: int, param: str) -> None:

@@ -6,10 +6,10 @@ object on standard output.
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from arbor_core.jobdir.documents import import_object
 from arbor_core.process.prctl import die_with_parent
 from arbor_core.types import JobFailed
 
-from .rows import MAX_REPORTED, RowError, excerpt, parse_lines, require_rows
+from .rows import MAX_REPORTED, RowError, excerpt_of, parse_lines, require_rows
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
+RowCheck = Callable[[dict[str, Any]], Iterable[str] | None]
+"""Raises ValueError for a row that cannot be used; what it returns are warnings."""
 
 
 class FileCheck(msgspec.Struct, frozen=True):
@@ -46,7 +48,7 @@ class Report(msgspec.Struct):
 def check(files: FileCheck) -> Report:
     """Check both files against what the trainer accepts."""
     report = Report()
-    check_row: Callable[[dict[str, Any]], None] = import_object(files.check_row)
+    check_row: RowCheck = import_object(files.check_row)
     found = [("training_file", files.training_file, files.min_rows)]
     if files.validation_file:
         found.append(("validation_file", files.validation_file, 1))
@@ -59,40 +61,87 @@ def check(files: FileCheck) -> Report:
     return report
 
 
-def check_file(path: Path, param: str, check_row: Callable[[dict[str, Any]], None], warnings: list[str]) -> int:
+def check_file(path: Path, param: str, check_row: RowCheck, warnings: list[str]) -> int:
     """Count the rows of a file.
 
     Raises:
-        JobFailed: `invalid_<param>` with the first `MAX_REPORTED` lines that cannot be used.
+        JobFailed: `invalid_<param>` with the first line of each kind of fault.
     """
-    seen: Counter[str] = Counter()
-    first: dict[str, int] = {}
-
-    def warn(line: int, reason: str) -> None:
-        seen[reason] += 1
-        first.setdefault(reason, line)
-
-    count, faults = 0, []
-    for line, row in parse_lines(path, warn):
+    count, faults, hints = 0, Tally(), Tally()
+    for line, row in parse_lines(path, hints.add):
         if isinstance(row, RowError):
-            faults.append(str(row))
-        else:
-            count += 1
-            try:
-                check_row(row)
-            except ValueError as error:
-                faults.append(str(RowError(line, str(error), excerpt(msgspec.json.encode(row)))))
-        if len(faults) >= MAX_REPORTED:
-            break
-    warnings += [f"{param}: {why} ({n} time(s), first at line {first[why]})" for why, n in seen.items()]
-    if faults:
-        more = f" (the first {MAX_REPORTED} are shown)" if len(faults) >= MAX_REPORTED else ""
-        raise JobFailed(
-            f"{len(faults)} line(s) of the {param.replace('_', ' ')} cannot be used{more}: " + "; ".join(faults),
-            code=f"invalid_{param}",
-            param=param,
-        )
+            faults.add(line, row.reason, row.excerpt)
+            continue
+        count += 1
+        try:
+            for hint in check_row(row) or ():
+                hints.add(line, hint)
+        except ValueError as error:
+            faults.add(line, str(error), row)
+        except Exception as error:  # a plugin's: it is not said that the row is at fault, but where it stands
+            faults.add(line, f"the check of the training method failed: {error!r}", row)
+    warnings += [f"{param}: {kind.reason} ({kind.count:,} time(s), first at line {kind.line})" for kind in hints.kinds]
+    if hints.others:
+        warnings.append(f"{param}: and {hints.others:,} other warning(s)")
+    if faults.count:
+        name = param.replace("_", " ")
+        message = f"{faults.count:,} line(s) of the {name} cannot be used: {faults.text()}"
+        raise JobFailed(message, code=f"invalid_{param}", param=param)
     return count
+
+
+class Kind(msgspec.Struct):
+    """What was found in one line or more."""
+
+    line: int
+    """The first."""
+    reason: str
+    excerpt: str
+    count: int = 0
+
+
+class Tally:
+    """What was found in the lines of a file, each kind of it once. Kinds differ in more than numbers; of all after the
+    first `MAX_REPORTED` only the lines are counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kinds: dict[str, Kind] = {}
+        self.others = 0
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return list(self._kinds.values())
+
+    def add(self, line: int, reason: str, shown: str | Mapping[str, Any] = "") -> None:
+        """Count one.
+
+        Args:
+            shown: The row or the beginning of its line.
+        """
+        self.count += 1
+        key = NUMBERS.sub("0", reason)
+        kind = self._kinds.get(key)
+        if kind is None and len(self._kinds) == MAX_REPORTED:
+            self.others += 1
+            return
+        if kind is None:
+            text = shown if isinstance(shown, str) else excerpt_of(shown)
+            kind = self._kinds[key] = Kind(line, reason, text)
+        kind.count += 1
+
+    def text(self) -> str:
+        """All that was found, in the order of the lines."""
+        found = []
+        for kind in self.kinds:
+            more = f" and {kind.count - 1:,} more" if kind.count > 1 else ""
+            found.append(f"line {kind.line}{more}: {kind.reason}" + (f": {kind.excerpt}" if kind.excerpt else ""))
+        if self.others:
+            found.append(f"and {self.others:,} line(s) with other faults")
+        return "; ".join(found)
+
+
+NUMBERS = re.compile(r"[0-9]+")
 
 
 def main(files: FileCheck) -> None:

@@ -39,7 +39,8 @@ class Trainer:
         entry: `"package.module:function"`, imported only inside the worker. Called as `function(run)`.
         methods: OpenAI's `method.type` words it answers to, besides its own name.
         check_row: `"package.module:function"` that is called with each training row (a dict) and raises ValueError for
-            a row the trainer cannot use. Runs in a process of its own, before the job is queued.
+            a row the trainer cannot use; what it returns (None or texts) are warnings. Runs in a process of its own,
+            before the job is queued.
         preload: Modules that a warm worker has imported already.
         prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
         min_rows: Fewer rows fail the job.

@@ -37,9 +37,18 @@ def test_a_job_goes_through_every_state_in_order(server, chat_rows):
         pytest.param(b'{"a": NaN}\n' * 12, "invalid_training_file", "NaN", id="row-6"),
         pytest.param(b"[" * 200_000, "invalid_training_file", "nested too deeply", id="row-8"),
         pytest.param(b'{"x": "' + b"y" * (17 << 20), "invalid_training_file", "line too long", id="row-7"),
-        pytest.param(b'{"input": {"messages": []}}\n' * 12, "invalid_training_file", "missing 'messages'", id="row-61"),
+        pytest.param(b'{"input": {"messages": []}}\n' * 12, "invalid_training_file", "'messages' (found", id="row-61"),
         pytest.param(
-            b'{"messages":[{"role":"user","content":"a"}]}\n' * 12, "invalid_training_file", "line 1", id="row-62"
+            b'{"messages":[{"role":"user","content":"a"}]}\n' * 12,
+            "invalid_training_file",
+            "12 line(s) of the training file cannot be used: line 1 and 11 more: no assistant message",
+            id="row-62",
+        ),
+        pytest.param(
+            b'{"messages":[{"role":"assistant","tool_calls":["f()"]}]}\n' * 12,
+            "invalid_training_file",
+            "Invalid 'messages[0].tool_calls[0]': Expected `object`, got `str`.",
+            id="row-62-call",
         ),
     ],
 )

@@ -217,6 +217,11 @@ CHATS = {
         "messages[1].tool_call_id",
     ),
     "row-122-call": ({"messages": [CALLS]}, "missing_required_parameter", "messages[0].tool_calls[0].id"),
+    "row-122-unknown": (
+        {"messages": [{**HELLO[0], "mood": "good"}]},
+        "unknown_parameter",
+        "messages[0].mood",
+    ),
     "row-122-image": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, IMAGE]}]},
         "invalid_value",

@@ -52,6 +52,9 @@ STOCK = {
 """What arbor-ai 0.2.17 sends."""
 
 
+TALK = [{"role": "user", "content": "say"}]
+
+
 @pytest.fixture
 def job(live_job: Job) -> Job:
     return live_job
@@ -263,6 +266,36 @@ def test_names_that_no_checkpoint_can_have(job: Job, name: str) -> None:
             "invalid_rollout",
             id="row-85-role",
         ),
+        pytest.param(
+            [item(1), {**item(1), "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],
+            "batch[1].messages[0].content[0].type",
+            "invalid_rollout",
+            id="row-85-image",
+        ),
+        pytest.param(
+            [item(1), {**item(1), "messages": [*TALK, {"role": "assistant", "tool_calls": ["f()"]}]}],
+            "batch[1].messages[1].tool_calls[0]",
+            "invalid_rollout",
+            id="row-85-call",
+        ),
+        pytest.param(
+            [item(1), {**item(1), "completion": {"tool_calls": [{"name": "f", "arguments": {}}]}}],
+            "batch[1].completion.tool_calls[0].function",
+            "invalid_rollout",
+            id="row-85-flat-call",
+        ),
+        pytest.param(
+            [item(1), {**item(1), "completion": {"role": "user", "content": "x"}}],
+            "batch[1].completion.role",
+            "invalid_rollout",
+            id="row-85-completion-role",
+        ),
+        pytest.param(
+            [item(1), {**item(1), "tools": [{"name": "f"}]}],
+            "batch[1].tools[0].function",
+            "invalid_rollout",
+            id="row-85-tool",
+        ),
         pytest.param("all", "batch", "invalid_type", id="row-85-text"),
         pytest.param([item(1), 5], "batch[1]", "invalid_type", id="row-85-number"),
     ],
@@ -341,9 +374,8 @@ def test_metadata_may_be_nested_and_is_shown_where_it_can_be(server: LiveServer,
 def test_whole_numbers_that_are_too_long(server: LiveServer, job: Job) -> None:
     huge = 10**4000
     job.post("step", batch=[item(1), item(huge)]).error(400, "invalid_rollout", "batch[1].reward")
-    job.post("step", batch=[item(1), {**item(1), "messages": [{"role": "user", "x": huge}]}]).error(
-        400, "invalid_rollout", "batch"
-    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": huge}}}
+    job.post("step", batch=[item(1), {**item(1), "tools": [tool]}]).error(400, "invalid_rollout", "batch")
     assert job.ok("checkpoint", checkpoint_name="x", metadata={"x": huge})["last_checkpoint"] == "x"
     assert job.step(metrics={"x": huge, "y": 1})["accepted"]
     body = {"model": MODEL, "trainer_config": {"learning_rate": huge}}

@@ -7,8 +7,8 @@ from arbor_core import check_chat_row, check_message
 CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
 
 
-def check_row(row: dict[str, Any]) -> None:
-    """Check one row: a preference pair, a prompt with `item` fields for a grader, or a chat.
+def check_row(row: dict[str, Any]) -> list[str]:
+    """Check one row: a preference pair, a prompt with `item` fields for a grader, or a chat. Returns warnings.
 
     Raises:
         ValueError: saying what is wrong where.
@@ -21,7 +21,8 @@ def check_row(row: dict[str, Any]) -> None:
     elif _is_prompt(row):
         _messages(row["messages"], "messages")
     else:
-        check_chat_row(row)
+        return check_chat_row(row)
+    return []
 
 
 def _is_prompt(row: dict[str, Any]) -> bool:

@@ -80,7 +80,7 @@ def test_rows_of_every_method_pass(row):
     ("row", "said"),
     [
         ({"messages": CHAT[:1]}, "no assistant message"),
-        ({"prompt": "x"}, "missing 'messages'"),
+        ({"prompt": "x"}, r"'messages' \(found: 'prompt'\)"),
         ({"preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]}, "'input.messages' must be a list"),
         ({"input": {"messages": CHAT[:1]}, "preferred_output": [], "non_preferred_output": CHAT}, "'preferred_output'"),
         ({"messages": [{"role": "wizard", "content": "x"}, CHAT[0]], "answer": 1}, r"messages\[0\].role"),

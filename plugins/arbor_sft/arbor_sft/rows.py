@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from arbor_trl.chat import ChatFormat, Rendered, Sample
 
-from arbor_core import JobFailed, RowError, check_chat_row, excerpt, read_rows
+from arbor_core import JobFailed, RowError, canonical, check_chat_row, excerpt_of, read_rows
 
 BATCH = 1000
 """Texts that are tokenised at once."""
@@ -60,19 +59,15 @@ def _rendered(path: Path, chat: ChatFormat, param: str) -> Iterator[tuple[int, l
     try:
         for line, row in read_rows(path):
             check_chat_row(row)
-            yield line, chat.render(row)
+            yield line, chat.render(canonical(row))
     except RowError as error:  # says its line itself
         raise _invalid(str(error), param) from None
     except ValueError as error:
-        raise _invalid(f"line {line}: {error}: {_excerpt(row)}", param) from None
+        raise _invalid(f"line {line}: {error}: {excerpt_of(row)}", param) from None
 
 
 def _invalid(reason: str, param: str) -> JobFailed:
     return JobFailed(f"{param}: {reason}", code=f"invalid_{param}", param=param)
-
-
-def _excerpt(row: dict[str, Any]) -> str:
-    return excerpt(json.dumps(row, ensure_ascii=False).encode())
 
 
 def _shortened(

@@ -343,7 +343,7 @@ def test_row_63_too_long(job: Any) -> None:
     ("text", "message"),
     [
         pytest.param("nonsense", "line 2: not JSON", id="row-2"),
-        pytest.param('{"prompt": "a"}', "line 2: missing 'messages'", id="row-61"),
+        pytest.param('{"prompt": "a"}', "line 2: Missing required parameter: 'messages'", id="row-61"),
         pytest.param('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no assistant message", id="row-62"),
     ],
 )

@@ -8,8 +8,20 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import Completion, Group, Rollout
-from arbor_core.http import MAX_DEPTH, ApiError, RolloutSession, key_of, key_of_tools, name_of, too_deep
+from arbor_core import Completion, Group, Rollout, canonical, canonical_message
+from arbor_core.http import (
+    MAX_DEPTH,
+    ApiError,
+    ConfigError,
+    RolloutSession,
+    Rules,
+    key_of,
+    key_of_tools,
+    name_of,
+    read_chat_data,
+    read_message,
+    too_deep,
+)
 
 from .requests import Item, StepRequest
 
@@ -120,25 +132,50 @@ def check_alike(rollouts: Sequence[Rollout], param: str) -> None:
             raise invalid(f"Invalid '{param}': some trajectories have the {name} and some have not.", param)
 
 
-def message_of(completion: Mapping[str, Any] | str, path: str) -> dict[str, Any]:
-    """A completion as the message that it is."""
-    message = {"role": "assistant", "content": completion} if isinstance(completion, str) else dict(completion)
-    check_message({"role": "assistant", **message}, path)
-    return {"role": "assistant", **message}
-
-
-def check_message(message: Mapping[str, Any], path: str) -> None:
-    """Whether something is a message.
+def answer_of(completion: Mapping[str, Any] | str, path: str) -> dict[str, Any]:
+    """A completion as the message that it is. It may be empty: that is what the policy said.
 
     Raises:
-        ApiError: it has no role, its content is neither text nor parts, or it is nested too deeply.
+        ApiError: `invalid_rollout`.
     """
+    message = {"content": completion} if isinstance(completion, str) else dict(completion)
+    if message.get("role") is None:
+        message["role"] = "assistant"
+    if message["role"] != "assistant":
+        raise invalid(f"Invalid '{path}.role': a completion is an assistant's message.", f"{path}.role")
+    check_depth(message, path)
+    empty = {"content": ""} if message.get("content") is None else {}
+    try:
+        read_message({**message, **empty}, path, ANY)
+    except ConfigError as error:
+        raise invalid(str(error), error.path or path) from None
+    return message
+
+
+def conversation_of(item: Item, path: str) -> dict[str, Any]:
+    """The messages and tools of an item, as trainers take them.
+
+    Raises:
+        ApiError: `invalid_rollout`, with the path of the key at fault.
+    """
+    given = {"messages": item.messages, "tools": item.tools, "functions": item.functions}
+    for index, message in enumerate(item.messages):
+        check_depth(message, f"{path}.messages[{index}]")
+    try:
+        read_chat_data(given, ANY, path)
+    except ConfigError as error:
+        raise invalid(str(error), error.path or path) from None
+    return canonical(given)
+
+
+ANY = Rules()
+"""Of data for training: ids of calls may be missing."""
+
+
+def check_depth(message: Mapping[str, Any], path: str) -> None:
+    """Refuse a message that is nested too deeply, also in keys that nobody reads."""
     if too_deep(message):
         raise invalid(f"Invalid '{path}': it is nested more than {MAX_DEPTH} deep.", path)
-    if not isinstance(message.get("role"), str):
-        raise invalid(f"Invalid '{path}.role': a message has a role.", f"{path}.role")
-    if not isinstance(message.get("content"), str | list | None):
-        raise invalid(f"Invalid '{path}.content': expected text, a list of parts, or null.", f"{path}.content")
 
 
 def group_of(request: StepRequest, live: RolloutSession, batch_id: int, at: float) -> Group:
@@ -174,11 +211,8 @@ def rollout_of(item: Item, path: str, live: RolloutSession, used: set[tuple[str,
     Args:
         used: The completions that the group's other items were matched with; this one's is added.
     """
-    answer = message_of(item.completion, f"{path}.completion")
-    for index, message in enumerate(item.messages):
-        check_message(message, f"{path}.messages[{index}]")
-    if too_deep(item.tools):
-        raise invalid(f"Invalid '{path}.tools': it is nested more than {MAX_DEPTH} deep.", f"{path}.tools")
+    answer = answer_of(item.completion, f"{path}.completion")
+    conversation = conversation_of(item, path)
     content = answer.get("content")
     if isinstance(content, str) and not answer.get("tool_calls"):
         tools = None if item.tools is None else key_of_tools(item.tools)
@@ -186,7 +220,7 @@ def rollout_of(item: Item, path: str, live: RolloutSession, used: set[tuple[str,
         if found is not None:
             used.add((found.id, found.index))
             return sampled_rollout(found, live.config.temperature), found.version
-    return Rollout(messages=item.messages, answer=answer, tools=item.tools), None
+    return Rollout(answer=canonical_message(answer), **conversation), None
 
 
 def sampled_rollout(found: Completion, temperature: float) -> Rollout:

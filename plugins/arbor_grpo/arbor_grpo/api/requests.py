@@ -86,11 +86,13 @@ class CheckpointRequest(JobRequest, kw_only=True):
 
 
 class Item(Struct, kw_only=True):
-    """One completion of a group. `completion` is a message, or its text; `tools` those of its request."""
+    """One completion of a group. `completion` is a message, or its text; `tools` those of its request (formerly
+    `functions`)."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     completion: dict[str, Any] | str
     tools: list[dict[str, Any]] | None = None
+    functions: list[dict[str, Any]] | None = None
     reward: Any = UNSET
     advantage: Any = UNSET
 

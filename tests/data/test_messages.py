@@ -1,0 +1,79 @@
+"""One set of rules for messages: what training rows and chat requests answer to the same conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from message_cases import ANSWER, CALL, FUNCTION, REFUSED, REFUSED_IN_CHATS, TAKEN, TOOL, USER
+
+from arbor_core.application.chat_request import read_chat
+from arbor_core.data.message_rules import canonical
+from arbor_core.data.rows import check_chat_row
+from arbor_core.types import ConfigError
+
+
+def chat(case: dict[str, Any]) -> None:
+    read_chat(msgspec.json.encode({"model": "m", **case}))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_and_requests_are_refused_in_the_same_words(name: str) -> None:
+    case, path = REFUSED[name]
+    with pytest.raises(ConfigError) as of_request:
+        chat(case)
+    with pytest.raises(ConfigError) as of_row:
+        check_chat_row(case)
+    assert of_row.value.path == of_request.value.path == path
+    assert str(of_row.value) == str(of_request.value)
+    assert f"'{path}'" in str(of_row.value)
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_CHATS)
+def test_rows_may_lack_what_requests_must_have(name: str) -> None:
+    case, path = REFUSED_IN_CHATS[name]
+    with pytest.raises(ConfigError) as refused:
+        chat(case)
+    assert refused.value.path == path
+    check_chat_row(case)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_rows_and_requests_take_what_openai_takes(name: str) -> None:
+    case = TAKEN[name]
+    assert check_chat_row(case) == []
+    chat(case)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": ""},
+        {"content": []},
+        {"content": [{"type": "text", "text": ""}]},
+        {"content": None, "tool_calls": []},
+    ],
+)
+def test_an_assistant_that_is_learned_says_something(message: dict[str, Any]) -> None:
+    silent = {"role": "assistant", **message}
+    chat({"messages": [USER, silent, USER]})
+    check_chat_row({"messages": [USER, {**silent, "weight": 0}, USER, ANSWER]})
+    with pytest.raises(ConfigError, match=r"'messages\[1\].content': it is empty"):
+        check_chat_row({"messages": [USER, silent, USER, ANSWER]})
+
+
+def test_canonical_messages_have_no_nulls_and_no_former_names() -> None:
+    call = {"type": "function", "function": FUNCTION}
+    former = {"role": "assistant", "content": None, "function_call": FUNCTION, "name": None, "tool_calls": []}
+    told = {"role": "user", "content": "a", "mood": "good", "tool_calls": None, "annotations": []}
+    row = {"messages": [told, former, {"role": "assistant", "tool_calls": [{**CALL, "index": 0}]}], "source": "web"}
+    assert canonical({**row, "functions": [TOOL["function"]], "tools": []}) == {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        ],
+        "tools": [TOOL],
+    }
+    assert canonical({**row, "functions": []})["tools"] is None
