@@ -166,8 +166,13 @@ def typed(values: Any, type_: Any, where: str) -> Any:
     try:
         return msgspec.convert(values, type_)
     except msgspec.ValidationError as error:
-        text = str(error).replace("`NoneType`", "`null`")
+        text = GOT.sub(lambda match: f"got `{WORDS[match[1]]}`", str(error))
         raise hinted(explained(text, type_, where), HINTS) from None
+
+
+WORDS = {"NoneType": "null", "list": "array", "dict": "object"}
+"""JSON's words for Python's, of which msgspec uses some where it tells messages apart by role."""
+GOT = re.compile(f"got `({'|'.join(WORDS)})`")
 
 
 def hinted(fault: ConfigError, hints: Mapping[str, str]) -> ConfigError:
@@ -200,7 +205,7 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def canonical_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message of a canonical conversation. Its content is there, if only as None."""
-    keys = KNOWN[message["role"]] - {"function_call"}
+    keys = KNOWN[message["role"]] - UNUSED
     found = {key: value for key, value in message.items() if key in keys and value is not None and value != []}
     calls = [canonical_call(call) for call in found.get("tool_calls", ())]
     if function := message.get("function_call"):
@@ -208,6 +213,10 @@ def canonical_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if calls:
         found["tool_calls"] = calls
     return {"content": None} | found if "content" not in found else found
+
+
+UNUSED = {"function_call", "annotations", "audio"}
+"""Keys that mean nothing to a model, or are said otherwise."""
 
 
 def canonical_call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from .rows import MAX_REPORTED, RowError, excerpt_of, parse_lines, require_rows
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
+STACK = 200
+"""Fewer levels than a trainer can read, which has more on its stack when it reads the same rows."""
 RowCheck = Callable[[dict[str, Any]], Iterable[str] | None]
 """Raises ValueError for a row that cannot be used; what it returns are warnings."""
 
@@ -148,6 +150,7 @@ def main(files: FileCheck) -> None:
     die_with_parent(sys.stdout.fileno())  # without the server nobody reads the report
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))  # SIGXCPU, which is no SIGKILL
+    sys.setrecursionlimit(sys.getrecursionlimit() - STACK)
     report = check(files)
     sys.stdout.write(msgspec.json.encode(report).decode())
 

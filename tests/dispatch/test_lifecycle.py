@@ -6,9 +6,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from random import Random
 
 import pytest
 from jobs import alive, create, events, held, messages, pause, step_events, supervisor_of
+from mutations import mutated
 from waiting import until
 
 
@@ -59,6 +61,17 @@ def test_a_file_that_cannot_be_used_fails_the_job_with_its_line(server, raw, cod
     assert says in job.error.message
     assert events(server, job.id)[-1].level == "error"
     assert server.client.files.content(job.training_file).content == raw
+
+
+def test_files_with_faults_fail_before_the_queue_or_train(server):
+    random = Random(15)
+    jobs = [create(server, mutated(random)) for _ in range(6)]
+    ended = [server.wait(job.id) for job in jobs]
+    assert {job.status for job in ended} == {"succeeded", "failed"}
+    for job in ended:
+        if job.status == "failed":
+            assert job.error.code in ("invalid_training_file", "invalid_n_examples"), job.error
+            assert not any("queued" in text for text in messages(server, job.id))
 
 
 def test_row_4_oddities_are_accepted_and_counted(server, chat_rows):

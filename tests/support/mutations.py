@@ -45,7 +45,19 @@ VALUES: list[Any] = [
         json.loads("[" * 80 + "]" * 80),
     ),
 ]
-KEYS = ["", "role", "content", "tool_calls", "function_call", "weight", "name", "refusal", "tools", "functions", "mood"]
+KEYS = [
+    "",
+    "role",
+    "content",
+    "tool_calls",
+    "function_call",
+    "weight",
+    "name",
+    "refusal",
+    "tools",
+    "annotations",
+    "mood",
+]
 TEXTS = [
     "NaN",
     "-Infinity",
