@@ -113,11 +113,13 @@ async def first_job(url: str, seconds: float) -> str:
 
 
 def store(root: Path, ended: int, ending: int) -> None:
-    """Copy the first job: so many that have ended with all their events, and so many that were just created."""
+    """Copy the first job: so many that have ended with all their events, and so many that are queued."""
     with sqlite3.connect(root / "data" / "arbor.db") as db:
         columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)") if row[1] not in ("seq", "id")]
         events = [row[1] for row in db.execute("PRAGMA table_info(events)") if row[1] not in ("id", "job_id")]
-        [(first,)] = db.execute("SELECT id FROM jobs ORDER BY seq LIMIT 1")
+        [(first, spec)] = db.execute("SELECT id,spec FROM jobs ORDER BY seq LIMIT 1")
+        document = json.loads((root / "data" / "jobs" / first / "job.json").read_bytes())
+        document["config"] = json.loads(spec)["config"]
         for number in range(ended + ending):
             new = f"ftjob-{random.getrandbits(120):030x}"
             db.execute(
@@ -132,10 +134,13 @@ def store(root: Path, ended: int, ending: int) -> None:
             )
             if number >= ended:
                 sql = (
-                    "UPDATE jobs SET status='validating_files', attempt=0, finished_at=NULL, fine_tuned_model=NULL,"
+                    "UPDATE jobs SET status='queued', attempt=0, finished_at=NULL, fine_tuned_model=NULL,"
                     " trained_tokens=NULL, result_files='[]', progress=0, offset=0, turn=0, waited=0 WHERE id=?"
                 )
                 db.execute(sql, (new,))
+                folder = root / "data" / "jobs" / new
+                folder.mkdir()
+                (folder / "job.json").write_text(json.dumps({**document, "job_id": new}))
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -149,10 +154,8 @@ def started(root: Path) -> int:
     return int(read(root, "SELECT coalesce(max(turn),0) FROM jobs")[0][0])
 
 
-def all_checked(root: Path) -> bool:
-    """Whether jobs have ended here, and (nearly) all the others have been validated."""
-    ended = read(root, "SELECT 1 FROM jobs WHERE status='succeeded' AND turn>1 LIMIT 1")
-    return bool(ended) and len(read(root, "SELECT 1 FROM jobs WHERE status='validating_files' LIMIT 20")) < 20
+def running(root: Path) -> int:
+    return int(read(root, "SELECT count(*) FROM jobs WHERE status='running'")[0][0])
 
 
 def database_mb(root: Path) -> float:
@@ -223,14 +226,14 @@ async def busy(root: Path, scale: Scale, file: str, seconds: float) -> dict[str,
     figures: dict[str, Any] = {}
     with serving(root, scale) as (url, pid):
         figures["rss_mb_at_start"] = memory_mb(pid, "VmRSS")
-        await until(lambda: all_checked(root))
+        await until(lambda: running(root) >= 0.6 * scale.devices)
         ids = [row[0] for row in read(root, "SELECT id FROM jobs")]
         before, began, cpu = started(root), time.monotonic(), cpu_seconds(pid)
         figures |= await clients(url, file, seconds, ids, scale.seconds)
         took = time.monotonic() - began
         figures["starts_per_second"] = (started(root) - before) / took
         figures["cores"] = (cpu_seconds(pid) - cpu) / took
-        figures["running"] = read(root, "SELECT count(*) FROM jobs WHERE status='running'")[0][0]
+        figures["running"] = running(root)
         figures["rss_mb_at_end"] = memory_mb(pid, "VmRSS")
     return figures
 
@@ -241,7 +244,7 @@ async def rate(root: Path, scale: Scale) -> float:
         await first_job(url, 0.0)
     store(root, 0, scale.jobs // 10 + 200)
     with serving(root, scale):
-        await until(lambda: started(root) >= 50)  # not the server's own start, nor the validator's
+        await until(lambda: started(root) >= 50)  # not the server's own start
         before, began = started(root), time.monotonic()
         await until(lambda: started(root) >= scale.jobs // 10 + 150)
         return (started(root) - before) / (time.monotonic() - began)

@@ -82,11 +82,13 @@ class PoolAllocator:
                 held.setdefault(device.id, {})[lease.id] = bundle.share
 
     async def acquire(self, claim: Claim) -> Lease:
-        if refusal := self._refusal(claim):
-            raise refusal
+        check_claim(claim)
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self.waiting.append((claim, granted))
         self._grant()
+        if not granted.done() and (refusal := self._refusal(claim)):
+            self.waiting.remove((claim, granted))
+            raise refusal
         try:
             return await granted
         except asyncio.CancelledError:
@@ -97,10 +99,6 @@ class PoolAllocator:
 
     def _refusal(self, claim: Claim) -> ArborError | None:
         """Why a claim can never be granted; None: it can, when nobody else holds anything."""
-        for bundle in claim.bundles:
-            if bundle.count < 1 or not 0 < bundle.share <= 1:
-                text = f"{claim.owner} claims a share of {bundle.share:g} of {bundle.count} device(s)"
-                return ArborError(f"{text}: expected a share above 0 and up to 1, of one device or more")
         if choose(claim.bundles, empty(self.pools)) is not None:
             return None
         needed = devices_by_pool(claim)
@@ -147,6 +145,16 @@ class PoolAllocator:
         """A lease of free devices for a claim; None: it does not fit now."""
         devices = choose(claim.bundles, self._room())
         return None if devices is None else Lease(ids.new("lease-"), claim, devices)
+
+
+def check_claim(claim: Claim) -> None:
+    """Raises ArborError where a bundle of a claim cannot be meant."""
+    for bundle in claim.bundles:
+        if bundle.count < 1 or not 0 < bundle.share <= 1:
+            raise ArborError(
+                f"{claim.owner} claims a share of {bundle.share:g} of {bundle.count} device(s): "
+                "expected a share above 0 and up to 1, of one device or more"
+            )
 
 
 def empty(pools: Mapping[str, Sequence[Device]]) -> dict[str, dict[Device, float]]:

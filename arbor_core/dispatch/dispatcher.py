@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 CHECKED = 16
 """Jobs that are in validation at the same time."""
+STARTED = 8
+"""Jobs that are started at the same time: what a start costs the event loop, times so many, keeps requests waiting."""
 LINE = 250
 """How much of a long queue the scheduler sees: so many of the oldest, and so many of the highest priority."""
 
@@ -192,7 +194,10 @@ class Dispatcher:
         for job_id in plan.preempt:
             await self.jobs.preempt(job_id)
             self.wake(job_id)
-        ended = await asyncio.gather(*(self._start(job_id) for job_id in plan.start), return_exceptions=True)
+        starting = asyncio.Semaphore(STARTED)
+        ended = await asyncio.gather(
+            *(self._start_in_turn(job_id, starting) for job_id in plan.start), return_exceptions=True
+        )
         for error in filter(None, ended):  # all have ended: the next look finds none half started
             raise error
         waiting = [job.id for job in line if job.id not in self.told_to_wait and job.id not in plan.start]
@@ -218,6 +223,11 @@ class Dispatcher:
             if job.spec.trainer not in self.trainers:
                 reason = f"the trainer '{job.spec.trainer}' is not installed any more"
             await self.jobs.add_event(MessageEvent(f"This job cannot start here: {reason}", "warn"), job.id)
+
+    async def _start_in_turn(self, job_id: str, starting: asyncio.Semaphore) -> None:
+        """Start a queued job, when it is its turn."""
+        async with starting:
+            await self._start(job_id)
 
     async def _start(self, job_id: str) -> None:
         """Claim devices, become `running`, start the attempt; a job that is cancelled meanwhile leaves nothing held."""

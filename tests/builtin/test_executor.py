@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -288,8 +289,9 @@ async def test_a_validator_that_is_killed_runs_again(tmp_path):
     python.write_text(f'#!/bin/sh\n[ -e struck ] || {{ touch struck; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o700)
     order = attempt_order(tmp_path, "")
-    files = FileCheck("builtins:len", 1, str(order.dir / "data.jsonl"))
-    (order.dir / "data.jsonl").write_text('{"a": 1}\n' * 12)
+    files = FileCheck("arbor_core.data.rows:check_chat_row", 1, str(order.dir / "data.jsonl"))
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (order.dir / "data.jsonl").write_text((json.dumps(row) + "\n") * 12)
     with contextlib.chdir(tmp_path):
         report = await validate(files, str(python))
     assert (tmp_path / "struck").exists()
