@@ -9,7 +9,8 @@ For trainers: `FileRun`, `RolloutRun`, `CommandRun` and the nouns of `arbor_core
 `check_chat_row`), conversations on their way to tokens (`Chats`). For executors, which run attempts elsewhere or
 otherwise: the environments of their processes (`clean_env`, `worker_env`) and sockets (`short_address`); the worker's
 side of a job directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`,
-`newest_first`, `replace`) and its server's bell (`wake`); places where tests let a process die (`crash_point`).
+`newest_first`, `replace`) and its server's bell (`wake`); places where tests let a process die (`crash_point`). For
+schedulers: the ways to place a claim on free devices (`placements`).
 """
 
 from importlib import import_module
@@ -83,6 +84,7 @@ from .types import (
     Trainer,
     UnknownModelError,
     Weights,
+    placements,
 )
 
 if TYPE_CHECKING:
@@ -240,6 +242,7 @@ __all__ = [
     "newest_first",
     "open_run",
     "open_system",
+    "placements",
     "read_rows",
     "replace",
     "serve_settings",

@@ -10,7 +10,15 @@ from arbor_core.config import compose, convert
 from arbor_core.config.settings import ServeConfig
 from arbor_core.inference.backends import Backend, Backends
 from arbor_core.plugins import Plugins
-from arbor_core.types import Allocator, AllocatorSettings, ArborError, Executor, ExecutorSettings, Scheduler
+from arbor_core.types import (
+    Allocator,
+    AllocatorSettings,
+    ArborError,
+    Executor,
+    ExecutorSettings,
+    Scheduler,
+    free_by_node,
+)
 from arbor_core.worker.launchers import ConfiguredLauncher, accelerate
 
 from .submission import TrainerDefaults
@@ -35,7 +43,8 @@ def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None)
     """Look up what the settings name.
 
     Raises:
-        ArborError: a name that no plugin brings, or a device that is not there.
+        ArborError: a name that no plugin brings, a device that is not there, or an allocator of several nodes that does
+            not say what is free on each.
     """
     if default_trainer:
         plugins.get("trainers", default_trainer)  # says which name is near
@@ -44,6 +53,7 @@ def choose(settings: ServeConfig, plugins: Plugins, default_trainer: str | None)
     allocator = plugins.get("allocators", settings.allocator)(
         AllocatorSettings(settings.gpu.train_ids, settings.gpu.inference_ids, settings.limits.engines)
     )
+    free_by_node(allocator)  # refuses one that cannot say
     runtime = settings.storage.absolute() / "run"
     executor = plugins.get("executors", settings.executor)(ExecutorSettings(settings.start, runtime))
     launcher = launcher_of(settings, plugins)

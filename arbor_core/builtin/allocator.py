@@ -63,6 +63,14 @@ class PoolAllocator:
             pool: sum(device.id not in self.held[pool] for device in devices) for pool, devices in self.pools.items()
         }
 
+    def free_by_node(self) -> Mapping[str, Mapping[str, int]]:
+        free: dict[str, dict[str, int]] = {}
+        for pool, devices in self.pools.items():
+            nodes = free[pool] = dict.fromkeys((device.node for device in devices), 0)
+            for device in devices:
+                nodes[device.node] += device.id not in self.held[pool]
+        return free
+
     def _room(self) -> dict[str, dict[Device, float]]:
         """The devices of each pool, and the share of each that is not leased."""
         room = empty(self.pools)

@@ -36,6 +36,7 @@ from arbor_core.types import (
     Scheduler,
     Snapshot,
     Trainer,
+    free_by_node,
     most_on_one_node,
 )
 
@@ -143,6 +144,8 @@ class Dispatcher:
             if lease.claim.owner in self.running:
                 self.leases[lease.claim.owner] = lease
                 self.allocator.restore(lease)
+                held = msgspec.structs.replace(self.running[lease.claim.owner], nodes=lease.nodes())
+                self.running[lease.claim.owner] = held
 
     async def _look(self) -> None:
         """Give every job that nobody works on to a task, and start what the scheduler plans."""
@@ -209,7 +212,9 @@ class Dispatcher:
         running = dict(self.running)
         for job_id in self.queue.stopping() & running.keys():
             running[job_id] = msgspec.structs.replace(running[job_id], stopping=True)
-        return Snapshot(tuple(line), tuple(running.values()), dict(self.allocator.free()))
+        nodes = free_by_node(self.allocator)
+        free = {pool: sum(by_node.values()) for pool, by_node in nodes.items()}
+        return Snapshot(tuple(line), tuple(running.values()), free, nodes)
 
     async def _set_aside(self) -> None:
         """Say of jobs that this server, started otherwise than the one that took them, cannot run: they wait for one
@@ -267,7 +272,9 @@ class Dispatcher:
         if moved is None:
             self.release(job.id)
             return
-        self.running[job.id] = RunningJob(job.id, lease.claim, moved.seq, moved.priority, moved.waited)
+        self.running[job.id] = RunningJob(
+            job.id, lease.claim, moved.seq, moved.priority, moved.waited, nodes=lease.nodes()
+        )
         crash_point("job.running")
         self._spawn(job.id, self._launch(moved, trainer, lease))
 

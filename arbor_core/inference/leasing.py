@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from arbor_core.types import Allocator, Claim, Lease
+from arbor_core.types import Allocator, Claim, Lease, free_by_node, placements
 
 POLL_SECONDS = 0.5
 """How often a start that waits for a device looks for an idle engine."""
@@ -28,7 +28,7 @@ async def lease(
         await asyncio.wait({waiting}, timeout=0)
         while not waiting.done():
             released.clear()
-            if allocator.free().get("engine", 0) < claim.bundles[0].count:
+            if not fits(allocator, claim):
                 await end_idle()
             changed = asyncio.ensure_future(released.wait())
             await asyncio.wait({waiting, changed}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -61,3 +61,9 @@ def give_up(allocator: Allocator, waiting: asyncio.Future[Lease]) -> None:
     """Wait for devices no longer; those that were granted meanwhile are given back."""
     if not waiting.cancel() and not waiting.cancelled() and not waiting.exception():
         allocator.release(waiting.result())
+
+
+def fits(allocator: Allocator, claim: Claim) -> bool:
+    """Whether enough whole devices are free for a claim."""
+    free = {(pool, node): n for pool, nodes in free_by_node(allocator).items() for node, n in nodes.items()}
+    return next(placements(claim, free), None) is not None

@@ -20,8 +20,9 @@ from arbor_core.types import (
     RunningJob,
     Scheduler,
     Snapshot,
-    devices_by_pool,
+    free_by_node,
     most_on_one_node,
+    placements,
 )
 
 ROUNDS = 300
@@ -33,7 +34,7 @@ def check_scheduler(factory: Callable[[], Scheduler], *, rounds: int = ROUNDS) -
     """Check a scheduler on random snapshots.
 
     Its plan must be a function of the snapshot, start only jobs that wait, each once and all of them on free devices,
-    pause only jobs that run, and start a job that waits alone before an idle machine.
+    those of each on one node, pause only jobs that run, and start a job that waits alone before an idle machine.
 
     Args:
         factory: As the plugin's hook returns it.
@@ -55,21 +56,28 @@ def check_scheduler(factory: Callable[[], Scheduler], *, rounds: int = ROUNDS) -
         assert set(plan.start) <= set(queued), f"starts jobs that do not wait: {plan} of {snapshot}"
         assert len(set(plan.start)) == len(plan.start), f"starts a job twice: {plan}"
         assert set(plan.preempt) <= running, f"pauses jobs that do not run: {plan} of {snapshot}"
-        taken = [queued[name].claim for name in plan.start]
-        for pool, free in snapshot.free.items():
-            used = sum(devices_by_pool(claim).get(pool, 0) for claim in taken)
-            assert used <= free, f"starts jobs for {used} devices of '{pool}', {free} are free: {plan} of {snapshot}"
+        free = snapshot.places()
+        for name in plan.start:  # they are granted in this order
+            needed = next(placements(queued[name].claim, free), None)
+            assert needed is not None, (
+                f"starts {name}, for which no node has enough of the {dict(free)} that are free by pool and node then"
+                f" (see Snapshot.free_by_node): {plan} of {snapshot}"
+            )
+            free.subtract(needed)
     alone = QueuedJob("only", Claim("only", (Bundle("train", 2),)), 1)
     plan = factory().plan(Snapshot((alone,), (), {"train": 2, "engine": 0}))
     assert plan.start == ("only",), f"a job that fits an idle machine is not started: {plan}"
+    plan = factory().plan(Snapshot((alone,), (), {"train": 4}, {"train": {"a": 1, "b": 3}}))
+    assert plan.start == ("only",), f"a job that fits an idle node is not started: {plan}"
 
 
 def random_snapshot(draw: random.Random) -> Snapshot:
-    """A machine at some moment."""
+    """Some nodes at some moment."""
 
     def claim(owner: str) -> Claim:
         return Claim(owner, (Bundle("train", draw.randint(1, MOST_DEVICES)),))
 
+    nodes = draw.choice((("",), ("", "b"), ("a", "b", "c")))
     order = list(range(2 * MOST_JOBS))
     draw.shuffle(order)
     queued = tuple(
@@ -77,10 +85,21 @@ def random_snapshot(draw: random.Random) -> Snapshot:
         for n in range(draw.randint(0, MOST_JOBS))
     )
     running = tuple(
-        RunningJob(f"r{n}", claim(f"r{n}"), order[MOST_JOBS + n], draw.choice((0, 1)), draw.random() < 0.2)
+        RunningJob(
+            f"r{n}",
+            claim(f"r{n}"),
+            order[MOST_JOBS + n],
+            draw.choice((0, 1)),
+            stopping=draw.random() < 0.2,
+            nodes=(draw.choice(nodes),),
+        )
         for n in range(draw.randint(0, MOST_JOBS))
     )
-    return Snapshot(queued, running, {"train": draw.randint(0, MOST_DEVICES), "engine": draw.randint(0, 2)})
+    by_node = {
+        "train": {node: draw.randint(0, MOST_DEVICES) for node in nodes},
+        "engine": {"": draw.randint(0, 2)},
+    }
+    return Snapshot(queued, running, {pool: sum(free.values()) for pool, free in by_node.items()}, by_node)
 
 
 def check_allocator(factory: Callable[[], Allocator], *, pool: str = "train") -> None:
@@ -103,17 +122,26 @@ async def _check_allocator(factory: Callable[[], Allocator], pool: str) -> None:
     size = len(devices)
     assert size >= 1, f"there is no device in the pool '{pool}' to try"
     assert allocator.free()[pool] == size, f"a new allocator has {allocator.free()[pool]} of {size} devices free"
+    _check_free(allocator, pool)
     await _check_too_much(allocator, pool, most_on_one_node(devices))
     whole = _claim(pool, "all", *Counter(device.node for device in devices).values())
     leases = [await _soon(allocator.acquire(_claim(pool, f"job-{n}", 1))) for n in range(size)]
     held = [device.id for lease in leases for device in lease.of(pool)]
     assert len(held) == len(set(held)) == size, f"{size} leases of one device each hold {held}"
     assert allocator.free()[pool] == 0, f"all devices are leased, {allocator.free()[pool]} are said to be free"
+    _check_free(allocator, pool, held)
     await _check_waiting(allocator, pool, leases)
     assert allocator.free()[pool] == size, f"all is given back, {allocator.free()[pool]} of {size} are free"
     await _check_restored(factory, pool, whole)
     await _check_lost(factory, pool, whole)
     await _check_shares(factory, pool, size)
+
+
+def _check_free(allocator: Allocator, pool: str, held: Sequence[str] = ()) -> None:
+    """What is free on each node is what nobody holds there."""
+    nodes = Counter(device.node for device in allocator.inventory()[pool] if device.id not in held)
+    said = +Counter(free_by_node(allocator)[pool])
+    assert said == nodes, f"these are said to be free on each node: {dict(said)}, and these are: {dict(nodes)}"
 
 
 async def _check_too_much(allocator: Allocator, pool: str, most: int) -> None:

@@ -2,7 +2,18 @@
 
 from .attempts import AttemptOrder, Executor, Exit, Placement
 from .commands import Command, CommandSession, Result, Sent
-from .devices import Allocator, Bundle, Claim, Device, Lease, devices_by_pool, most_on_one_node, pool_for
+from .devices import (
+    Allocator,
+    Bundle,
+    Claim,
+    Device,
+    Lease,
+    devices_by_pool,
+    free_by_node,
+    most_on_one_node,
+    placements,
+    pool_for,
+)
 from .engines import Engine, EngineNeeds, EngineSpec, InferenceBackend, Servable, Weights
 from .error_envelope import envelope
 from .errors import (
@@ -160,9 +171,11 @@ __all__ = [
     "decode_event",
     "devices_by_pool",
     "envelope",
+    "free_by_node",
     "most_on_one_node",
     "name_of",
     "not_found",
+    "placements",
     "pool_for",
     "reference",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from msgspec import Struct
+
+from .errors import ArborError
 
 
 class Device(Struct, frozen=True):
@@ -53,6 +55,10 @@ class Lease(Struct, frozen=True):
         pairs = zip(self.claim.bundles, self.devices, strict=True)
         return tuple(device for bundle, devices in pairs if bundle.role == role for device in devices)
 
+    def nodes(self) -> tuple[str, ...]:
+        """The node of each bundle."""
+        return tuple(devices[0].node for devices in self.devices)
+
 
 class Allocator(Protocol):
     """Grants leases. `inventory` may change while the server runs (a GPU that falls off the bus)."""
@@ -72,6 +78,10 @@ class Allocator(Protocol):
 
     def free(self) -> Mapping[str, int]:
         """How many devices of each pool are not leased, not even a share of one."""
+        ...
+
+    def free_by_node(self) -> Mapping[str, Mapping[str, int]]:
+        """The same by pool and node. One whose pools are on one node each may lack this method."""
         ...
 
     def restore(self, lease: Lease) -> None:
@@ -108,3 +118,49 @@ def devices_by_pool(claim: Claim) -> dict[str, int]:
         pool = pool_for(bundle.role)
         counts[pool] = counts.get(pool, 0) + bundle.count
     return counts
+
+
+def free_by_node(allocator: Allocator) -> dict[str, dict[str, int]]:
+    """Free devices by pool and node.
+
+    Raises:
+        ArborError: the allocator has a pool on several nodes, and does not say what is free on which.
+    """
+    if hasattr(allocator, "free_by_node"):
+        return {pool: dict(nodes) for pool, nodes in allocator.free_by_node().items()}
+    found: dict[str, dict[str, int]] = {}
+    for pool, count in allocator.free().items():
+        nodes = {device.node for device in allocator.inventory().get(pool, ())} or {""}
+        if len(nodes) > 1:
+            names = ", ".join(repr(node) for node in sorted(nodes))
+            text = f"{type(allocator).__name__} has devices of '{pool}' on {names}, and does not say how many are free"
+            raise ArborError(f"{text} on each: an allocator of several nodes needs the method free_by_node()")
+        found[pool] = {nodes.pop(): count}
+    return found
+
+
+def placements(claim: Claim, free: Mapping[tuple[str, str], int]) -> Iterator[Counter[tuple[str, str]]]:
+    """The ways to place a claim on free devices, each bundle on one node. Allocators take the first: of the nodes that
+    have enough the one with the fewest. Bundles are taken to need whole devices.
+
+    Args:
+        free: Free devices by pool and node.
+
+    Yields:
+        How many devices the claim needs, by pool and node.
+    """
+    yield from _placements(claim.bundles, free, Counter())
+
+
+def _placements(
+    bundles: Sequence[Bundle], free: Mapping[tuple[str, str], int], needed: Counter[tuple[str, str]]
+) -> Iterator[Counter[tuple[str, str]]]:
+    """The ways to place these bundles beside what is needed already."""
+    if not bundles:
+        yield Counter(needed)
+        return
+    pool, count = pool_for(bundles[0].role), bundles[0].count
+    left = {place: number - needed[place] for place, number in free.items() if place[0] == pool}
+    for place in sorted(left, key=left.__getitem__):
+        if left[place] >= count:
+            yield from _placements(bundles[1:], free, needed + Counter({place: count}))

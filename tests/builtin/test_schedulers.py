@@ -13,7 +13,7 @@ from arbor_core.builtin.allocator import LocalAllocator, PoolAllocator
 from arbor_core.builtin.schedulers import FifoScheduler
 from arbor_core.dispatch.dispatcher import Dispatcher
 from arbor_core.testing import check_allocator
-from arbor_core.types import DevicesLostError
+from arbor_core.types import DevicesLostError, free_by_node
 
 SIZES = st.lists(st.integers(1, 4), max_size=12)
 
@@ -152,6 +152,46 @@ async def test_a_lease_from_before_a_restart_is_held_again():
 
 def test_devices_of_several_nodes_conform():
     check_allocator(lambda: nodes(a=2, b=3))
+
+
+class OlderAllocator:
+    """As plugins wrote them before allocators said what is free on each node."""
+
+    def __init__(self, *on: str) -> None:
+        self.devices = [Device(f"d{n}", "mock", n, node=node) for n, node in enumerate(on)]
+
+    def inventory(self) -> dict[str, list[Device]]:
+        return {"train": self.devices}
+
+    def free(self) -> dict[str, int]:
+        return {"train": len(self.devices), "engine": 0}
+
+
+def test_an_allocator_of_one_node_need_not_say_what_is_free_on_each():
+    assert free_by_node(OlderAllocator("a", "a")) == {"train": {"a": 2}, "engine": {"": 0}}
+    with pytest.raises(ArborError, match=r"OlderAllocator has devices of 'train' on 'a', 'b'.* free_by_node\(\)"):
+        free_by_node(OlderAllocator("a", "b"))
+
+
+def test_a_snapshot_that_names_no_nodes_is_of_this_machine():
+    assert Snapshot((), (), {"train": 3}).free_by_node == {"train": {"": 3}}
+
+
+async def test_the_dispatcher_says_on_which_node_a_job_runs_and_what_is_free_on_each(tmp_path):
+    allocator, spec = nodes(a=2, b=3), SimpleNamespace(trainer="t", devices=3)
+    job = SimpleNamespace(desired="run", id="j", status="queued", attempt=0, spec=spec)
+
+    async def transition(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(seq=1, priority=0, waited=0)
+
+    jobs = SimpleNamespace(get=lambda _: job, transition=transition, store=None)
+    dispatcher = Dispatcher(jobs, None, None, None, {"t": None}, FifoScheduler(), allocator, tmp_path, 60)
+    dispatcher._spawn = lambda _, work: work.close()
+    dispatcher.queue.stopping = set
+    await dispatcher._start("j")
+    seen = dispatcher._snapshot([])
+    assert (seen.free, seen.free_by_node) == ({"train": 2}, {"train": {"a": 2, "b": 0}})
+    assert [job.held() for job in seen.running] == [{("train", "b"): 3}]
 
 
 async def test_a_start_that_cannot_be_written_down_leaves_no_device_held(tmp_path):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 
 import pytest
 from http_calls import submit, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import create, held, lease_ends, messages, step_events
+from msgspec import structs
 from waiting import until
 
-from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot
+from arbor_core import Bundle, Claim, Device, Lease, QueuedJob, RunningJob, Snapshot, placements
 from arbor_core.builtin.allocator import PoolAllocator
-from arbor_core.builtin.schedulers import STARTS_PER_POINT, FifoScheduler, PriorityScheduler, fits, urgency
-from arbor_core.types import devices_by_pool
+from arbor_core.builtin.schedulers import STARTS_PER_POINT, FifoScheduler, PriorityScheduler, urgency
+from arbor_core.types import free_by_node
 
 TRAIN, ENGINE = 4, 2
+NODES = [(TRAIN,), (3, 1), (2, 2), (2, 1, 1)]
+"""Ways to spread the devices to train on over machines."""
 
 
 def claim(owner: str, train: int, engines: int = 0) -> Claim:
@@ -75,6 +80,57 @@ def test_age_goes_before_priority_and_pauses_nobody():
     assert plan([queued("new", 2, priority=5)], [aged]) == ([], [])
 
 
+def on(node: str, job: RunningJob) -> RunningJob:
+    return structs.replace(job, nodes=(node,))
+
+
+def plan_on(nodes: dict[str, int], line, working=()):
+    found = PriorityScheduler().plan(Snapshot(tuple(line), tuple(working), {}, {"train": nodes}))
+    return list(found.start), list(found.preempt)
+
+
+@pytest.mark.parametrize("scheduler", [FifoScheduler, PriorityScheduler])
+def test_devices_of_two_nodes_do_not_add_up(scheduler):
+    line = (queued("large", 1, devices=2), queued("small", 2))
+    assert scheduler().plan(Snapshot(line, (), {"train": 2}, {"train": {"a": 1, "b": 1}})).start == ()
+    assert scheduler().plan(Snapshot(line, (), {"train": 3}, {"train": {"a": 2, "b": 1}})).start == ("large", "small")
+
+
+def test_small_jobs_leave_the_large_node_to_large_ones():
+    line = [queued("small", 1), queued("large", 2, devices=2)]
+    assert plan_on({"a": 2, "b": 1}, line) == (["small", "large"], [])
+
+
+def test_jobs_are_preempted_on_one_node_where_that_is_enough():
+    line = [queued("x", 9, devices=2, priority=5)]
+    spread = [on("a", running("a1", 1)), on("b", running("b1", 2))]
+    assert plan_on({"a": 0, "b": 0}, line, spread) == ([], [])  # each would free one on another node
+    assert plan_on({"a": 1, "b": 0}, line, spread) == ([], ["a1"])
+    soon = on("b", running("b2", 3, stopping=True))
+    assert plan_on({"a": 0, "b": 0}, line, [*spread, soon]) == ([], ["b1"])
+    assert plan_on({"a": 0, "b": 1}, line, [*spread, soon]) == ([], [])  # it gets them anyway
+    dear = [on("a", running("a1", 1, devices=2, priority=4)), on("b", running("b1", 2)), on("b", running("b2", 3))]
+    assert plan_on({"a": 0, "b": 0}, line, dear) == ([], ["b2", "b1"])
+    few = [on("a", running("a1", 1, devices=2)), *dear[1:]]
+    assert plan_on({"a": 0, "b": 0}, line, few) == ([], ["a1"])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.lists(st.integers(1, 3), max_size=4))
+def test_every_way_to_place_a_claim_is_found(free, counts):
+    places = {("train", str(node)): count for node, count in enumerate(free)}
+    wanted = Claim("x", tuple(Bundle("train", count) for count in counts))
+    ways = list(placements(wanted, places))
+    assert all(way.total() == sum(counts) and way <= Counter(places) for way in ways)
+    fitting = [
+        nodes
+        for nodes in product(range(len(free)), repeat=len(counts))
+        if all(
+            sum(count for count, on in zip(counts, nodes, strict=True) if on == node) <= free[node] for node in nodes
+        )
+    ]
+    assert len(ways) == len(fitting)
+
+
 @dataclass
 class Sim:
     """A job of a simulation, in ticks."""
@@ -94,25 +150,36 @@ class World:
     """Jobs and engines on simulated devices, moved on by a scheduler as the dispatcher does it."""
 
     scheduler: FifoScheduler | PriorityScheduler
+    nodes: tuple[int, ...] = (TRAIN,)
     jobs: list[Sim] = field(default_factory=list)
     engines: list[Lease] = field(default_factory=list)
     starts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        pools = {"train": TRAIN, "engine": ENGINE}
-        self.allocator = PoolAllocator(
-            {pool: [Device(f"{pool}{n}", "mock", n) for n in range(count)] for pool, count in pools.items()}
-        )
+        train = [
+            Device(f"{node}/{n}", "mock", n, node=str(node))
+            for node, count in enumerate(self.nodes)
+            for n in range(count)
+        ]
+        engine = [Device(f"engine{n}", "mock", n) for n in range(ENGINE)]
+        self.allocator = PoolAllocator({"train": train, "engine": engine})
 
     def add(self, train: int, engines: int, priority: int, ticks: int) -> Sim:
         seq = len(self.jobs)
+        train = min(train, max(self.nodes))
         self.jobs.append(Sim(f"j{seq}", seq, claim(f"j{seq}", train, engines), priority, ticks))
         return self.jobs[-1]
 
     def snapshot(self) -> Snapshot:
         waiting = [QueuedJob(j.name, j.claim, j.seq, j.priority, j.waited) for j in self.waiting()]
-        working = [RunningJob(j.name, j.claim, j.seq, j.priority, j.waited, j.stopping) for j in self.jobs if j.lease]
-        return Snapshot(tuple(waiting), tuple(working), dict(self.allocator.free()))
+        working = [
+            RunningJob(j.name, j.claim, j.seq, j.priority, j.waited, j.stopping, j.lease.nodes())
+            for j in self.jobs
+            if j.lease
+        ]
+        free, nodes = dict(self.allocator.free()), free_by_node(self.allocator)
+        assert free == {pool: sum(by_node.values()) for pool, by_node in nodes.items()}
+        return Snapshot(tuple(waiting), tuple(working), free, nodes)
 
     def waiting(self) -> list[Sim]:
         return [job for job in self.jobs if job.left and not job.lease]
@@ -126,14 +193,17 @@ class World:
                     job.lease, job.stopping = None, False
         now = self.snapshot()
         found = self.scheduler.plan(now)
-        mirrored = Snapshot(now.queued[::-1], now.running[::-1], dict(now.free))
+        mirrored = structs.replace(now, queued=now.queued[::-1], running=now.running[::-1])
         assert found == self.scheduler.plan(now) == self.scheduler.plan(mirrored)
         self.check(now, found.start, found.preempt)
         by_name = {job.name: job for job in self.jobs}
         for name in found.preempt:
             by_name[name].stopping = True
         for name in found.start:
-            by_name[name].lease = await asyncio.wait_for(self.allocator.acquire(by_name[name].claim), 5)
+            granted = asyncio.ensure_future(self.allocator.acquire(by_name[name].claim))
+            await asyncio.sleep(0)
+            assert granted.done(), f"{name} was to start, and fits on no node"
+            by_name[name].lease = granted.result()
             self.starts.append(name)
             for other in self.waiting():
                 other.waited += 1
@@ -147,12 +217,20 @@ class World:
         key = (lambda j: j.seq) if isinstance(self.scheduler, FifoScheduler) else (lambda j: (-urgency(j), j.seq))
         line = sorted(now.queued, key=key)
         assert start == tuple(job.id for job in line[: len(start)])
-        if fits(devices_by_pool(line[0].claim), now.free):
+        free = now.places()
+        if next(placements(line[0].claim, free), None) is not None:
             assert start, "a device is idle while the next job fits"
         urgent = max(job.priority for job in line[len(start) :]) if len(start) < len(line) else None
         for job in now.running:
             if job.id in preempt:
                 assert urgent is not None and job.priority < urgent and not job.stopping
+        if preempt:
+            for job in now.running:
+                free.update(job.held() if job.stopping or job.id in preempt else ())
+            for job in line[: len(start) + 1]:
+                needed = next(placements(job.claim, free), None)
+                assert needed is not None, "jobs are preempted, and the first that waits does not fit then"
+                free.subtract(needed)
 
 
 JOBS = st.lists(
@@ -168,13 +246,14 @@ JOBS = st.lists(
 
 
 @pytest.mark.parametrize("scheduler", [FifoScheduler, PriorityScheduler])
-@given(stream=JOBS, engine_ticks=st.lists(st.integers(0, 9), max_size=12))
+@given(nodes=st.sampled_from(NODES), stream=JOBS, engine_ticks=st.lists(st.integers(0, 9), max_size=12))
 @settings(max_examples=150, deadline=None)
-def test_every_stream_of_jobs_comes_to_its_end(scheduler, stream, engine_ticks):
-    """No double lease, no deadlock of jobs and engines, no idle device while the next job fits, no job left behind."""
+def test_every_stream_of_jobs_comes_to_its_end(scheduler, nodes, stream, engine_ticks):
+    """No double lease, no deadlock of jobs and engines, no idle device while the next job fits, no job left behind, no
+    plan that fits on no node."""
 
     async def simulate() -> None:
-        world = World(scheduler())
+        world = World(scheduler(), nodes)
         arrivals = list(stream)
         pause, engines, spent = (arrivals[0][0] if arrivals else 0), list(engine_ticks), 0
         while arrivals or any(job.left for job in world.jobs):
@@ -195,11 +274,11 @@ def test_every_stream_of_jobs_comes_to_its_end(scheduler, stream, engine_ticks):
     asyncio.run(simulate())
 
 
-@given(st.integers(1, 6), st.integers(1, TRAIN), st.integers(1, 3))
+@given(st.integers(1, 6), st.integers(1, TRAIN), st.integers(1, 3), st.sampled_from(NODES))
 @settings(max_examples=25, deadline=None)
-def test_no_job_starves_however_many_urgent_ones_come(priority, devices, ticks):
+def test_no_job_starves_however_many_urgent_ones_come(priority, devices, ticks, nodes):
     async def simulate() -> None:
-        world = World(PriorityScheduler())
+        world = World(PriorityScheduler(), nodes)
         for _ in range(TRAIN):
             world.add(1, 0, priority, ticks)
         low = world.add(devices, 0, 0, 4)

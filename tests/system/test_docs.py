@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from live import LiveServer
 
+from arbor_core.testing import check_scheduler
 from arbor_core.types import ErrorEvent, JobView, MetricsEvent
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +215,13 @@ def test_the_observer_of_the_tutorial_runs(caplog: pytest.LogCaptureFixture) -> 
         "ftjob-1 (mock): step 100, loss 0.5",
         "ftjob-1 cannot go on (invalid_training_file): no rows",
     ]
+
+
+def test_the_scheduler_of_the_page_conforms() -> None:
+    (shown,) = [block for block in blocks(ROOT / "docs" / "plugins.md", "python") if "class SmallestFirst" in block]
+    module: dict[str, Any] = {"__name__": "scheduler"}
+    exec(compile(shown, "docs/plugins.md", "exec"), module)
+    check_scheduler(module["SmallestFirst"])
 
 
 def test_data_examples_are_accepted(server: LiveServer) -> None:

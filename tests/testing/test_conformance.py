@@ -379,8 +379,20 @@ def test_the_kit_finds_a_greedy_scheduler() -> None:
         def plan(self, snapshot: Snapshot) -> Plan:
             return Plan(start=tuple(job.id for job in snapshot.queued))
 
-    with pytest.raises(AssertionError, match="are free"):
+    with pytest.raises(AssertionError, match="that are free"):
         check_scheduler(Greedy)
+
+
+def test_the_kit_finds_a_scheduler_that_adds_up_what_is_free_on_all_nodes() -> None:
+    class OneMachine:
+        """The first job alone, if it fits into the sum."""
+
+        def plan(self, snapshot: Snapshot) -> Plan:
+            first = snapshot.queued[:1]
+            return Plan(tuple(job.id for job in first if job.claim.bundles[0].count <= snapshot.free["train"]))
+
+    with pytest.raises(AssertionError, match=r"no node has enough .* see Snapshot.free_by_node"):
+        check_scheduler(OneMachine)
 
 
 def test_the_kit_finds_a_scheduler_that_does_nothing() -> None:
