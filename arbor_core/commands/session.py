@@ -19,6 +19,8 @@ from arbor_core.storage.synced_log import LogDamagedError, Place
 from arbor_core.types import NO_RETRY, RETRY_SOON, TERMINAL, ApiError, Result, Sent
 
 log = logging.getLogger(__name__)
+ENDING = ("finish", "cancel")
+"""What a job is asked to do that takes no new commands."""
 WINDOW = 4096
 """Commands that may come before the results of those before them are acknowledged."""
 RESULT_BYTES = 256 << 20
@@ -28,6 +30,9 @@ DIGEST_BYTES = 1 << 20
 """Longer commands are hashed beside the event loop."""
 FOLLOW_BYTES = 8 << 20
 """Of the results that are told at once, if there is more than one."""
+SETTLE_SECONDS = 20.0
+"""How long a command that came as its job was asked to end waits for its result before its sender is told to ask again.
+"""
 LOOK_SECONDS = 1.0
 """How often a session that somebody waits for looks for results, where no wake-up comes."""
 
@@ -113,6 +118,7 @@ class Session:
             digest = await asyncio.to_thread(commands.digest_of, payload)
         entry = commands.entry(payload, number, digest)
         if await self._known(entry):
+            await self._settled(number)
             return Sent(number, repeated=True)
         writer = self._writer()
         if number > self._acknowledged + WINDOW:
@@ -124,7 +130,27 @@ class Session:
             raise ApiError(429, message, "too_many_results", "number", RETRY_SOON)
         sending = self.sending[number] = writer.send(entry)
         await asyncio.shield(sending.position)
+        await self._settled(number)
         return Sent(number)
+
+    async def _settled(self, number: int) -> None:
+        """Return when it is certain that a command on the disk is executed. While nobody has asked the job to end, it
+        is: the trainer looks into the inbox after it has heard of that. Otherwise it may have looked before.
+
+        Raises:
+            ApiError: 400: the job has ended without it; 409: nobody knows yet.
+        """
+        job = self.job()
+        if number in self._answered or (job.status not in TERMINAL and job.desired not in ENDING):
+            return
+        await self._wait(number, SETTLE_SECONDS)
+        if number in self._answered:
+            return
+        if self.ended:
+            message = f"Command {number} came too late: job {job.id} has ended ({self.job().status}) without it."
+            raise ApiError(400, message, "invalid_job_state", "job_id")
+        message = f"Job {job.id} was asked to {job.desired}; whether it executes command {number} is not known yet."
+        raise ApiError(409, message, "command_pending", "number", RETRY_SOON)
 
     async def _known(self, entry: inbox.Entry) -> bool:
         """Whether a command came before, the same.
@@ -159,7 +185,7 @@ class Session:
         if job.status in TERMINAL or self.writer is None:
             message = f"Job {job.id} takes no commands: it has ended ({job.status})."
             raise ApiError(400, message, "invalid_job_state", "job_id")
-        if job.desired in ("finish", "cancel"):
+        if job.desired in ENDING:
             message = f"Job {job.id} takes no more commands: it was asked to {job.desired}."
             raise ApiError(400, message, "invalid_job_state", "job_id")
         return self.writer

@@ -64,9 +64,13 @@ class CommandSession(Protocol):
             number: From 1 on, without gaps in the end.
             digest: 64 bits that stand for what the client sent, by which a repetition is known; None: the payload's.
 
+        One that comes just as the job is asked to finish is waited for: until it has its result, or the job has ended
+        without it.
+
         Raises:
             ApiError: 400: the number is none, was used for another command, or was acknowledged already; the job has
-                ended or is to finish. 429, with `retry-after`: too many commands or results wait to be acknowledged.
+                ended or is to finish. 409, with `retry-after`: it is to finish, and may execute the command yet. 429,
+                with `retry-after`: too many commands or results wait to be acknowledged.
             OSError: it could not be written.
         """
         ...

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 
 from arbor_core.commands import session as session_module
 from arbor_core.commands.session import Session
+from arbor_core.jobdir.inbox import Inbox
 from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobdir.results import Results
 from arbor_core.jobs.records import Job, JobSpec
 from arbor_core.storage import synced_log
-from arbor_core.types import ApiError, Command, Result
+from arbor_core.types import ApiError, Command, Result, Sent
 from arbor_core.worker.inbox_reader import CommandFeed
 
 OPEN = Callable[[], Awaitable[Session]]
@@ -168,6 +170,73 @@ async def test_a_job_that_ends_takes_no_commands(opened: OPEN, row: Job, trainer
     assert (await opened()).acknowledged == 1
 
 
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """While it is set, nothing that is appended to an inbox comes onto the disk."""
+    full, append = Event(), Inbox.append
+
+    def wait(inbox: Inbox, entries: Sequence[synced_log.Entry]) -> list[int]:
+        while full.is_set():
+            time.sleep(0.001)
+        return append(inbox, entries)
+
+    monkeypatch.setattr(Inbox, "append", wait)
+    yield full
+    full.clear()
+
+
+async def test_no_command_is_taken_that_the_trainer_does_not_see_any_more(
+    opened: OPEN, row: Job, trainer: Trainer, slow_disk: Event
+) -> None:
+    session = await opened()
+    slow_disk.set()
+    sending = asyncio.create_task(session.send(b"1", 1))
+    await asyncio.sleep(0)
+    assert 1 in session.sending, "it was let through while nobody had asked the job to finish"
+    row.desired = "finish"
+    assert not trainer.feed.has(1), "the trainer's last look"
+    slow_disk.clear()
+    again = asyncio.create_task(session.send(b"1", 1))
+    await session.sending[1].position
+    assert trainer.feed.has(1), "too late"
+    row.status = "succeeded"
+    for refused in (sending, again):
+        with pytest.raises(ApiError, match="came too late") as caught:
+            await refused
+        assert (caught.value.status, caught.value.code) == (400, "invalid_job_state")
+
+
+async def test_a_command_that_the_trainer_sees_at_its_last_look_is_taken(
+    opened: OPEN, row: Job, trainer: Trainer, slow_disk: Event
+) -> None:
+    session = trainer.session = await opened()
+    slow_disk.set()
+    sending = asyncio.create_task(session.send(b"1", 1))
+    await asyncio.sleep(0)
+    row.desired = "finish"
+    slow_disk.clear()
+    await session.sending[1].position
+    trainer.work()
+    assert await sending == Sent(1)
+    assert await session.send(b"1", 1) == Sent(1, repeated=True)
+    assert await session.result(1) == Result(1, b"done: 1")
+
+
+async def test_what_an_earlier_server_took_as_the_job_finished_is_not_promised_again(
+    opened: OPEN, row: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "SETTLE_SECONDS", 0.05)
+    await (await opened()).send(b"1", 1)
+    row.desired = "finish"
+    session = await opened()
+    with pytest.raises(ApiError, match="not known yet") as caught:
+        await session.send(b"1", 1)
+    assert (caught.value.status, caught.value.headers) == (409, {"retry-after": "1"})
+    row.status = "succeeded"
+    with pytest.raises(ApiError, match="came too late"):
+        await session.send(b"1", 1)
+
+
 async def test_acknowledged_results_are_dropped_for_good(
     opened: OPEN, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +338,7 @@ async def test_damaged_files_are_an_error_that_does_not_say_where(
             await Session.opened(JobDir(tmp_path), lambda: row)
         assert (caught.value.status, caught.value.code) == (500, "storage_damaged")
         assert str(tmp_path) not in str(caught.value)
-        assert f"{path.parent} is damaged" in caplog.text
+        assert f"jobs/{tmp_path.name}/{name} in the storage directory is damaged" in caplog.text
         if name == "results":
             with pytest.raises(ApiError, match="damaged"):
                 await session.result(1)
