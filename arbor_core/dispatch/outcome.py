@@ -24,7 +24,7 @@ from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs, keep_paused
 from arbor_core.models import memory
 from arbor_core.models.catalog import add_model
-from arbor_core.process.resources import is_disk_full, resource_shortage
+from arbor_core.process.resources import is_disk_full, public_text, resource_shortage
 from arbor_core.storage.background import in_thread
 from arbor_core.storage.event_log import tail
 from arbor_core.types import (
@@ -252,18 +252,20 @@ class Outcomes:
                 raise  # something may live, and hold a device: nobody else may have that yet
             log.warning("job %s: it cannot be seen what lives of attempt %d: %s", job.id, job.attempt, failure)
         code = None
+        said = public_text(error, self.root)
         if isinstance(error, OSError) and is_disk_full(error, self.root):
             code = "insufficient_storage"
-            message = f"The disk is full ({error}), so the job could not start. Make room and resume it"
+            message = f"The disk is full ({said}), so the job could not start. Make room and resume it"
         elif isinstance(error, OSError) and (what := resource_shortage(error)):
             code = "insufficient_resources"
-            message = f"The job could not start: {what}; the system says '{error}'. Resume it when that has passed"
+            message = f"The job could not start: {what}; the system says '{said}'. Resume it when that has passed"
         if code:
             data = {"code": code, "message": message}
-            said = MessageEvent(message, "error", data=data)
-            await self._end(job, "paused", said, reason="not_started", also=keep_paused(job.id))
+            paused = MessageEvent(message, "error", data=data)
+            await self._end(job, "paused", paused, reason="not_started", also=keep_paused(job.id))
             return
-        failed = JobError("worker_not_started", f"The training process could not be started: {error}")
+        message = f"The training process could not be started: {said}"
+        failed = JobError("worker_not_started", message)
         await self._end(job, "failed", MessageEvent(failed.message, "error"), reason="not_started", error=failed)
 
     def metrics_csv(self, job: Job) -> Iterator[bytes]:

@@ -66,3 +66,12 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
 def resource_shortage(error: OSError) -> str | None:
     """What the machine is short of, other than disk space, if that caused the error."""
     return SHORTAGES.get(error.errno or 0)
+
+
+def public_text(error: Exception, root: Path) -> str:
+    """What clients may read of an error: no path of this machine, but for those below the storage directory `root`,
+    which are relative to it. The log has all of it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and not str(error.filename or root).startswith(f"{root}/"):
+        text = f"[Errno {error.errno}] {error.strerror}"
+    return text.replace(f"{root}/", "").replace(str(root), "the storage directory")

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, FailureNote, write_note
-from arbor_core.process.resources import StorageLostError, is_disk_full
+from arbor_core.process.resources import StorageLostError, is_disk_full, public_text
 from arbor_core.types import ErrorEvent, PausedEvent
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ def explain(run: WorkerRun[Any], error: Exception) -> int:
     status."""
     if isinstance(error, StorageLostError):  # nothing can be said any more; the server finds the attempt ended
         return 1
+    root = run.dir.parent.parent  # the storage directory
     if run.rank == 0 and is_disk_full(error, run.dir):
         shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so
-        text = f"The disk is full ({error}). The job is paused at its last checkpoint: make room and resume it"
+        text = f"The disk is full ({public_text(error, root)}). The job is paused at its last checkpoint: "
+        text += "make room and resume it"
         run.emit(PausedEvent(text, "error", code="insufficient_storage"))
         return 0
-    message, code = f"{type(error).__name__}: {error}"[:2000], "worker_error"
+    message, code = f"{type(error).__name__}: {public_text(error, root)}"[:2000], "worker_error"
     if is_lost(error):
         code = DEVICE_LOST
         mine = run.devices if run.world_size == 1 else run.devices[run.rank : run.rank + 1]

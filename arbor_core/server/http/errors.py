@@ -14,6 +14,7 @@ from litestar.types import ExceptionHandlersMap, Scope
 from arbor_core import ids
 from arbor_core.config.convert import explained
 from arbor_core.process.resources import DISK_FULL_ERRNOS
+from arbor_core.storage.synced_log import LogDamagedError
 from arbor_core.types import CLOSE, NO_RETRY, ApiError, ArborError, ConfigError, envelope, not_found
 
 __all__ = ["CLOSE", "HANDLERS", "NO_RETRY", "ApiError", "envelope", "not_found", "request_id", "response"]
@@ -43,6 +44,13 @@ def _config(request: Request[Any, Any, Any], error: ConfigError) -> Response[byt
 
 def _arbor(request: Request[Any, Any, Any], error: ArborError) -> Response[bytes]:
     return response(ApiError(400, str(error), "invalid_request"))
+
+
+def _damaged(request: Request[Any, Any, Any], error: LogDamagedError) -> Response[bytes]:
+    """Not the client's fault, and repeating the request does not help."""
+    log.error("%s %s: %s", request.method, request.scope["path"], error)
+    message = "What this job has stored is damaged; the server's log says where."
+    return response(ApiError(500, message, "storage_damaged", headers=NO_RETRY))
 
 
 def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
@@ -130,6 +138,7 @@ def _litestar_decodes(request: Request[Any, Any, Any]) -> bool:
 HANDLERS: ExceptionHandlersMap = {
     ApiError: _api,
     ConfigError: _config,
+    LogDamagedError: _damaged,
     ArborError: _arbor,
     HTTPException: _http,
     sqlite3.OperationalError: _busy,

@@ -18,6 +18,7 @@ from live import LiveServer
 from waiting import until
 
 from arbor_core.jobdir.groups import read
+from arbor_core.jobdir.inbox import segments
 
 BOUND = 30.0
 """No answer may take so long."""
@@ -186,6 +187,28 @@ def test_row_91_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, poi
         assert answer["batch_id"] == 0
         again.handled(1)
         assert len(list(read(again.dir / "inbox", 0))) == 1
+        assert again.status["groups"]["received"] == 1
+    finally:
+        stop(second)
+
+
+def test_a_damaged_inbox_is_an_error_of_the_server_that_does_not_say_where(tmp_path: Path) -> None:
+    first = launch(tmp_path)
+    job = created(first)
+    job.step()
+    job.handled(1)
+    first.stop(signal.SIGKILL)
+    ((_, segment),) = segments(job.dir / "inbox")
+    content = segment.read_bytes()
+    segment.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    second = launch(tmp_path)
+    try:
+        again = Job(second, job.id)
+        for path, body in (("status", {}), ("step", {"batch": group("a")})):
+            message = again.post(path, **body).error(500, "storage_damaged")["message"]
+            assert str(tmp_path) not in message
+        assert f"jobs/{job.id}/inbox in the storage directory is damaged" in second.log
+        segment.write_bytes(content)
         assert again.status["groups"]["received"] == 1
     finally:
         stop(second)
