@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.jobs.records import Job
 from arbor_core.process.wakeup import URGENT
 from arbor_core.storage.background import in_thread
-from arbor_core.types import Desired, Executor
+from arbor_core.types import Desired, Executor, MessageEvent
 
 from .attempts import Attempts, asking_executor
 from .ingest import Ingest
@@ -90,6 +91,10 @@ class Monitor:
         self.attempts, self.ingest, self.outcomes = attempts, ingest, outcomes
         self.executor, self.limits = executor, limits
         self.monitored: dict[str, MonitoredAttempt] = {}
+        self.silent_since: float | None = None
+        """When the executor first could not say who lives, on the monotonic clock; None: it can."""
+        self.told_of_silence: set[str] = set()
+        """The jobs that were told so."""
 
     def wake(self, message: str) -> None:
         """Look at an attempt now, if it is monitored. `message`: the job's id, and URGENT where clients wait."""
@@ -170,6 +175,7 @@ class Monitor:
                 attempt.wakeup.set()
             if beats is not None and ref == attempt.job.ref:  # else another was found meanwhile
                 self._note(attempt, beats)
+        await self._note_silence(beats is None)
 
     async def _poll(self, running: Mapping[str, Path]) -> Mapping[str, str | None] | None:
         """What the executor says of all that run; None: it cannot say anything now."""
@@ -181,6 +187,25 @@ class Monitor:
         except Exception:  # an executor may raise anything; events are taken meanwhile
             log.exception("the executor cannot say which of %d attempts live", len(running))
             return None
+
+    async def _note_silence(self, silent: bool) -> None:
+        """Tell jobs whose attempts nobody can say anything of for long, and when that is over. Nothing is concluded:
+        such an attempt may train, so that it keeps its devices, and no other is started."""
+        add, told = self.ingest.jobs.add_event, self.told_of_silence
+        if not silent:
+            self.silent_since = None
+            if over := told & self.monitored.keys():
+                await add(MessageEvent("It can be said again whether the training process lives"), *sorted(over))
+            told.clear()
+            return
+        now = time.monotonic()
+        self.silent_since = now if self.silent_since is None else self.silent_since
+        news = {attempt.job.id for attempt in self.monitored.values() if attempt.job.ref} - told
+        if news and now - self.silent_since >= self.limits.heartbeat_seconds:
+            text = "It cannot be said whether the training process lives: its machine does not answer. "
+            text += "It keeps its devices until that is known, and no other one is started"
+            told |= news
+            await add(MessageEvent(text, "warn"), *sorted(news))
 
     def _note(self, attempt: MonitoredAttempt, beats: Mapping[str, str | None]) -> None:
         """Note whether an attempt lives and makes progress. One round is too few to hang: it may have come late."""

@@ -27,7 +27,7 @@ from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.testing import JobDirectory
 from arbor_core.testing.invariants import processes
-from arbor_core.types import Group, Rollout
+from arbor_core.types import Group, MessageEvent, Rollout
 from arbor_core.worker.rollout_run import RolloutWorkerRun
 from arbor_core.worker.run import open_run
 
@@ -92,7 +92,13 @@ class Told:
 
 def monitor_of(executor: Any, limits: Any, *attempts: MonitoredAttempt) -> Monitor:
     unused: Any = None
-    monitor = Monitor(unused, unused, unused, executor, limits)
+    said: list[tuple[Any, ...]] = []
+
+    async def add_event(event: MessageEvent, *job_ids: str) -> None:
+        said.append((event.level, event.message, *job_ids))
+
+    ingest: Any = SimpleNamespace(jobs=SimpleNamespace(add_event=add_event), said=said)
+    monitor = Monitor(unused, ingest, unused, executor, limits)
     monitor.monitored = {attempt.job.id: attempt for attempt in attempts}
     return monitor
 
@@ -134,6 +140,26 @@ async def test_an_executor_that_cannot_say_who_lives_ends_nobody_and_events_are_
     attempt.files.events.write_text("news")
     await monitor.go_round()
     assert (attempt.missing, attempt.progress.missed, attempt.wakeup.is_set()) == (False, 0, True)
+
+
+async def test_row_140_jobs_are_told_that_their_machine_does_not_answer_and_that_it_does_again(tmp_path: Path) -> None:
+    beats: list[Any] = [{"1": "a"}, OSError("frozen"), TimeoutError(), {"1": "a"}, OSError("frozen"), OSError("frozen")]
+
+    async def poll(attempts: object) -> Any:
+        if isinstance(found := beats.pop(0), Exception):
+            raise found
+        return found
+
+    limits: Any = SimpleNamespace(heartbeat_seconds=0, start_seconds=1e9)
+    jobs: Any = [SimpleNamespace(id=name, ref=ref, offset=0) for name, ref in (("ftjob-x", "1"), ("starts", None))]
+    attempts = [MonitoredAttempt(job, AttemptDir(tmp_path / job.id)) for job in jobs]
+    monitor: Any = monitor_of(SimpleNamespace(poll=poll), limits, *attempts)
+    while beats:
+        assert not attempts[0].missing
+        await monitor.go_round()
+        assert attempts[0].progress.missed <= 1, "rounds without an answer are none without progress"
+    said = [(level, "lives" in message, *ids) for level, message, *ids in monitor.ingest.said]
+    assert said == [("warn", True, "ftjob-x"), ("info", True, "ftjob-x"), ("warn", True, "ftjob-x")]
 
 
 @pytest.mark.parametrize(("allowed", "looks"), [(3.0, 4), (1.0, 2), (0.1, 2)])

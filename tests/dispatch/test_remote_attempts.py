@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from crash import REMOTE, check_the_rest
 from http_calls import call
-from jobs import create, events, messages, step_events
+from jobs import create, events, held, messages, step_events
 from live import LiveServer
 from waiting import until
 
@@ -105,7 +105,7 @@ def test_row_139_a_machine_that_dies_while_no_server_runs_has_lost_its_attempts_
 def test_row_140_a_machine_that_does_not_answer_loses_nothing(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
-    """Its workers train on meanwhile, and their events are taken."""
+    """Its workers train on meanwhile, and their events are taken. Only a warning says so."""
     server = start_server(
         *REMOTE, "limits.heartbeat_seconds=3", before="import arbor_core.dispatch.monitor as m; m.POLL_SECONDS=0.2"
     )
@@ -116,7 +116,40 @@ def test_row_140_a_machine_that_does_not_answer_loses_nothing(
     until(lambda: max(step_events(server, job.id)) == 60)
     os.kill(machine, signal.SIGCONT)
     assert server.wait(job.id).status == "succeeded"
-    assert not [event for event in events(server, job.id) if event.level != "info"]
+    warnings = [event.message for event in events(server, job.id) if event.level != "info"]
+    assert [text for text in warnings if "its machine does not answer" not in text] == []
+    check_the_rest(server, Seen(server.storage))
+
+
+@pytest.mark.slow
+def test_row_140_a_machine_that_stands_still_keeps_its_attempts_until_it_answers(
+    start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
+) -> None:
+    """Neither the job's hang nor its cancellation ends what nobody can see; then all goes on, or ends."""
+    server = start_server(
+        *REMOTE, "limits.heartbeat_seconds=2", before="import arbor_core.dispatch.monitor as m; m.POLL_SECONDS=0.2"
+    )
+    going_on, cancelled = (create(server, chat_rows, hyperparameters={**STEADY, "steps": 200}) for _ in range(2))
+    until(lambda: all(len(step_events(server, job.id)) > 3 for job in (going_on, cancelled)))
+    machine = node(server)
+    still = [pid for pid in processes(server.storage) if pid not in (server.process.pid, machine)]
+    for pid in (*still, machine):
+        os.kill(pid, signal.SIGSTOP)
+    for job in (going_on, cancelled):
+        until(lambda job=job: any("its machine does not answer" in text for text in messages(server, job.id)))
+    server.client.fine_tuning.jobs.cancel(cancelled.id)
+    rounds = server.log.count("cannot say which of 2 attempts live")
+    until(lambda: server.log.count("cannot say which of 2 attempts live") > rounds + 5)
+    for job in (going_on, cancelled):
+        assert server.client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    assert held(server) == 2
+    for pid in (machine, *still):
+        os.kill(pid, signal.SIGCONT)
+    assert server.wait(going_on.id).status == "succeeded"
+    assert server.wait(cancelled.id, "cancelled")
+    assert step_events(server, going_on.id) == list(range(1, 201))
+    for job in (going_on, cancelled):
+        assert not list(server.storage.glob(f"jobs/{job.id}/attempts/2"))
     check_the_rest(server, Seen(server.storage))
 
 
