@@ -45,6 +45,22 @@ ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0
 ATTEMPT_SECONDS = 300
 
 
+def write_plain_document(job: JobDir) -> None:
+    """The document of a job whose trainer needs neither a model, nor rows, nor a configuration."""
+    document = JobDocument(
+        storage="storage_test",
+        job_id=job.path.name,
+        trainer="x",
+        config={},
+        model=None,
+        model_name="m",
+        training_file=None,
+        seed=0,
+        created_at=0,
+    )
+    replace(job.document, encode(document))
+
+
 @dataclass
 class JobDirectory:
     """A job of an installed trainer.

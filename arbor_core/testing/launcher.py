@@ -17,14 +17,13 @@ import msgspec
 
 from arbor_core import plugins
 from arbor_core.config import convert
-from arbor_core.jobdir.documents import JobDocument, read_exit, write_order
+from arbor_core.jobdir.documents import read_exit, write_order
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import encode
 from arbor_core.types import AttemptOrder, Device, Launcher, Placement
 from arbor_core.worker.launchers import ConfiguredLauncher
 
+from .job_directory import write_plain_document
 from .sockets import beyond_loopback, descendants, listening
 from .trainer import check_light, check_misspelled
 
@@ -133,18 +132,7 @@ def attempt(
 
 def write_documents(files: AttemptDir, launcher: ConfiguredLauncher, entry: str) -> None:
     """What supervisor and ranks read."""
-    document = JobDocument(
-        storage="storage_test",
-        job_id="ftjob-x",
-        trainer="x",
-        config={},
-        model=None,
-        model_name="m",
-        training_file=None,
-        seed=0,
-        created_at=0,
-    )
-    replace(files.job.document, encode(document))
+    write_plain_document(files.job)
     order = AttemptOrder(files.path, (), {}, sys.executable, entry, "msgspec:Struct", "m")
     devices = tuple(Device(f"cpu:{rank}") for rank in range(RANKS))
     write_order(launcher.order(order, RANKS), Placement(devices, threads=1))

@@ -4,13 +4,12 @@ answers as the document says. `API_EXAMPLES=1000` looks longer and elsewhere eac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import schemathesis
-from api_requests import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
-from http_calls import BASE, JOBS, call, submit, supervised
-from live import LiveServer, launch
+from api_requests import EXAMPLES, KEY, Api, busy, cases, hold_the_device, labels, look, look_oddly
+from http_calls import BASE, JOBS, call, submit
+from live import LiveServer
 
 from arbor_core.server.app import ROUTE_MODULES
 
@@ -26,15 +25,14 @@ pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 180)
 
 def started(live: LiveServer, guarded: bool) -> Api:
     """Make the objects; a job that never ends holds the only device, so that no other begins."""
-    client = live.new_client(KEY, max_retries=20)
+    client = live.client
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = live.upload([row] * 10)
     done = [client.fine_tuning.jobs.create(model=BASE, training_file=rows) for _ in range(2)]
     models = [str(live.wait(job.id).fine_tuned_model) for job in done]
     for model in (BASE, *models):  # loaded before anything is measured by it
         client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}])
-    endless: Any = supervised(steps=1_000_000, step_seconds=0.5)
-    live.wait(client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=endless).id, "running")
+    hold_the_device(live, rows)
     waiting = client.fine_tuning.jobs.create(model=BASE, training_file=rows).id
     known = {"file_id": rows, "training_file": rows, "job_id": waiting, "model": models[0], "name": "mock"}
     known["upload_id"] = client.uploads.create(bytes=2, filename="a", mime_type="text/plain", purpose="fine-tune").id
@@ -46,18 +44,9 @@ def started(live: LiveServer, guarded: bool) -> Api:
 @pytest.fixture(scope="module", params=["open", "keys"])
 def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     guarded = request.param == "keys"
-    more = [f"auth.keys=[{KEY}]"] if guarded else []
-    live = launch(tmp_path_factory.mktemp("api"), "gpu.train=[0]", "limits.upload_idle_seconds=2", *more)
-    try:
+    key = KEY if guarded else None
+    with busy(tmp_path_factory.mktemp("api"), "limits.upload_idle_seconds=2", key=key) as live:
         yield started(live, guarded)
-        jobs = live.client.fine_tuning.jobs
-        for job in jobs.list(limit=100):
-            if job.status in ("validating_files", "queued", "running", "paused"):
-                jobs.cancel(job.id)
-                live.wait(job.id, "cancelled")
-        assert "Traceback" not in live.log
-    finally:
-        live.stop()
 
 
 @pytest.mark.parametrize(("label", "mode"), cases(OPERATIONS))

@@ -3,19 +3,21 @@ answers as the document says. `API_EXAMPLES=1000` looks longer and elsewhere eac
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
-from http_calls import Answer, call
+from http_calls import BASE, Answer, call, supervised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live import LiveServer
+from live import ENDED, LiveServer, launch
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 EXAMPLES = int(os.environ.get("API_EXAMPLES", "0"))
@@ -35,6 +37,35 @@ def labels(handlers: Iterable[Any]) -> list[str]:
     """What schemathesis calls the operations of route handlers."""
     paths = ((min(handler.http_methods), path) for handler in handlers for path in handler.paths)
     return sorted(f"{method} {re.sub(r':[a-z]+}', '}', path)}" for method, path in paths)
+
+
+@contextlib.contextmanager
+def busy(folder: Path, *overrides: str, key: str | None = None, strict: bool = True) -> Iterator[LiveServer]:
+    """A server with one device to train on, whose jobs are cancelled afterwards; its log must hold no traceback then.
+
+    Args:
+        key: The only one that it takes; None: it takes any.
+        strict: Its client checks answers against OpenAI's types, which do not have all methods of ours.
+    """
+    more = [f"auth.keys=[{key}]"] if key else []
+    live = launch(folder, "gpu.train=[0]", *more, *overrides)
+    jobs = live.new_client(KEY, max_retries=20, _strict_response_validation=strict).fine_tuning.jobs
+    try:
+        yield live
+        for job in jobs.list(limit=100):
+            if job.status not in ENDED:
+                jobs.cancel(job.id)
+                live.wait(job.id, "cancelled")
+        assert "Traceback" not in live.log
+    finally:
+        live.stop()
+
+
+def hold_the_device(live: LiveServer, rows: str) -> None:
+    """Start a job on a file that never ends, so that no other begins."""
+    endless: Any = supervised(steps=1_000_000, step_seconds=0.5)
+    job = live.new_client(KEY).fine_tuning.jobs.create(model=BASE, training_file=rows, method=endless)
+    live.wait(job.id, "running")
 
 
 @dataclass

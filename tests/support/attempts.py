@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 
 from arbor_core import AttemptOrder, Placement
-from arbor_core.jobdir.documents import JobDocument, write_order
+from arbor_core.jobdir.documents import write_order
 from arbor_core.jobdir.layout import AttemptDir
-from arbor_core.storage.atomic import replace
-from arbor_core.storage.codec import encode
+from arbor_core.testing.job_directory import write_plain_document
 from arbor_core.types import Device, Exit
 
 PLACEMENT = Placement((Device("cpu:0"),), threads=1)
@@ -32,18 +31,7 @@ def write_job_document(order: AttemptOrder, entry: str) -> None:
     """What the attempt's worker reads of its job."""
     order = msgspec.structs.replace(order, entry=entry, config_type="msgspec:Struct", base="m")
     write_order(order, PLACEMENT)
-    document = JobDocument(
-        storage="storage_x",
-        job_id="ftjob-x",
-        trainer="x",
-        config={},
-        model=None,
-        model_name="m",
-        training_file=None,
-        seed=0,
-        created_at=0,
-    )
-    replace(AttemptDir(order.dir).job.document, encode(document))
+    write_plain_document(AttemptDir(order.dir).job)
 
 
 def text_of(path: Path) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 import api_requests
 import pytest
 import schemathesis
-from api_requests import EXAMPLES, KEY, Api, cases, labels, look, look_oddly
+from api_requests import EXAMPLES, KEY, Api, busy, cases, hold_the_device, labels, look, look_oddly
 from arbor_grpo.api.routes import routes
 from grpo_http import GRPO, MODEL, item
-from http_calls import call, supervised
+from http_calls import call
 from hypothesis import settings
-from live import LiveServer, launch
+from live import LiveServer
 
 OPERATIONS = labels(routes(SimpleNamespace(changed=None)))  # type: ignore[arg-type]
 ENDING = ("checkpoint", "cancel", "terminate")
@@ -57,26 +57,16 @@ def learning(live: LiveServer, **trainer: Any) -> str:
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lessons]:
-    live = launch(tmp_path_factory.mktemp("any"), "gpu.train=[0]", f"auth.keys=[{KEY}]")
-    jobs = live.new_client(KEY, _strict_response_validation=False).fine_tuning.jobs  # `grpo` is no type of theirs
-    try:
+    with busy(tmp_path_factory.mktemp("any"), key=KEY, strict=False) as live:
         ended = learning(live, max_steps=1)
         ask(live, "step", job_id=ended, batch=[item(0), item(1)])
         assert live.wait(ended).status == "succeeded"
         row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-        endless: Any = supervised(steps=1_000_000, step_seconds=0.5)
-        live.wait(jobs.create(model=MODEL, training_file=live.upload([row] * 10), method=endless).id, "running")
+        hold_the_device(live, live.upload([row] * 10))
         schema = schemathesis.openapi.from_url(f"{live.url}/schema/openapi.json")
         found = Lessons(live, schema, guarded=True, known={"model": MODEL}, doomed={})
         found.ended = ended
         yield found
-        for job in jobs.list(limit=100):
-            if job.status in ("validating_files", "queued", "running", "paused"):
-                jobs.cancel(job.id)
-                live.wait(job.id, "cancelled")
-        assert "Traceback" not in live.log
-    finally:
-        live.stop()
 
 
 @pytest.mark.parametrize(("label", "mode"), cases(OPERATIONS))
