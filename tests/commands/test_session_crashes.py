@@ -6,7 +6,6 @@ Whoever dies: each command is executed once as far as anybody can tell, and what
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import time
@@ -22,13 +21,15 @@ from crash import (
     COMMAND_SERVER_ALWAYS,
     COMMAND_WORKERS,
     COMMAND_WORKERS_ALWAYS,
-    check_the_rest,
+    SMALL_SEGMENTS,
+    CrashClient,
     marked,
 )
-from http_calls import JOBS, Answer, call
+from http_calls import JOBS, call
 from live import ENDED, LiveServer
 from waiting import until
 
+from arbor_core.storage.synced_log import segments
 from arbor_core.testing.invariants import Seen, processes
 
 ROUNDS = 4
@@ -37,23 +38,12 @@ ADDED = [{"do": "add", "n": 3}, {"do": "checkpoint"}, {"do": "add", "n": -1}, {"
 
 
 @dataclass
-class Client:
-    """Has one job execute commands; a server that dies under it is started again, by `revive`, and asked once more."""
+class Client(CrashClient):
+    """Has one job execute commands."""
 
-    server: LiveServer
-    revive: Callable[[], LiveServer]
     job_id: str = ""
     number: int = 0
     told: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
-        deadline = time.monotonic() + 90
-        while True:
-            with suppress(OSError, http.client.HTTPException):
-                return call(self.server.url, method, path, body)
-            assert time.monotonic() < deadline, self.server.log
-            if self.server.process.poll() is not None:
-                self.server = self.revive()
 
     def good(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         answer = self.ask(method, f"/v1/mock/jobs/{self.job_id}/{path}", body)
@@ -118,32 +108,29 @@ class Client:
                 {"sum": before + 2}
             ]
             assert result == {"number": number, **wanted[0]}
-
-
-def finished(client: Client, seen: Seen) -> None:
-    client.check()
-    check_the_rest(client.server, seen)
+        kept = segments(self.server.storage / "jobs" / self.job_id / "results")
+        assert len(kept) <= 2, f"results that were acknowledged are kept: {kept}"
 
 
 @pytest.mark.parametrize("point", marked(COMMAND_SERVER_ALWAYS, COMMAND_SERVER))
 def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServer]) -> None:
-    first = start_server(env={"ARBOR_CRASH_AT": point})
+    first = start_server(env={"ARBOR_CRASH_AT": point, **SMALL_SEGMENTS})
     seen = Seen(first.storage)
-    client = Client(first, start_server)
+    client = Client(first, lambda: start_server(env=SMALL_SEGMENTS))
     client.play()
     assert client.server is not first, f"the server never came to {point}"
-    finished(client, seen)
+    client.finished(seen)
 
 
 @pytest.mark.parametrize("point", marked(COMMAND_WORKERS_ALWAYS, COMMAND_WORKERS))
 def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServer], tmp_path: Path) -> None:
     once = tmp_path / "died"
-    server = start_server(env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
+    server = start_server(env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once), **SMALL_SEGMENTS})
     seen = Seen(server.storage)
-    client = Client(server, start_server)
+    client = Client(server, lambda: start_server(env=SMALL_SEGMENTS))
     client.play()
     assert once.exists(), f"no process came to {point}"
-    finished(client, seen)
+    client.finished(seen)
 
 
 def test_both_killed_while_commands_wait(start_server: Callable[..., LiveServer]) -> None:
@@ -167,7 +154,7 @@ def test_both_killed_while_commands_wait(start_server: Callable[..., LiveServer]
     refused = client.ask("GET", f"/v1/mock/jobs/{client.job_id}/results?after=0")
     refused.error(400, "result_acknowledged", "number")
     client.finish()
-    finished(client, seen)
+    client.finished(seen)
 
 
 def test_the_way_over_http(start_server: Callable[..., LiveServer]) -> None:

@@ -7,7 +7,6 @@ job's end nothing is left that only served while it learned. Some points run alw
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import subprocess
@@ -15,14 +14,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chaos_checks import of_forgotten, of_lesson
-from chaos_rollouts import ENDED, GRPO, Told, by_ids, name_of
+from chaos_rollouts import GRPO, Told, by_ids, name_of
 from crash import (
     DIRECT,
     DIRECT_ALWAYS,
@@ -32,11 +30,11 @@ from crash import (
     SESSION_SERVER_ALWAYS,
     SESSION_WORKERS,
     SESSION_WORKERS_ALWAYS,
-    check_the_rest,
+    CrashClient,
     marked,
 )
-from http_calls import Answer, call
-from live import LiveServer
+from http_calls import call
+from live import ENDED, LiveServer
 
 from arbor_core.jobdir import checkpoints, groups, samples
 from arbor_core.rollouts.completion_ledger import Ledger
@@ -48,35 +46,24 @@ STEPS, SIZE = 4, 2
 
 
 @dataclass
-class Pupil:
-    """Teaches one job; a server that dies under it is started again, by `revive`, and asked once more."""
+class Pupil(CrashClient):
+    """Teaches one job."""
 
-    server: LiveServer
-    revive: Callable[[], LiveServer]
     job_id: str = ""
     told: Told = field(default_factory=Told)
     questions: int = 0
 
-    def ask(self, path: str, body: dict[str, Any]) -> Answer:
-        deadline = time.monotonic() + 90
-        while True:
-            with suppress(OSError, http.client.HTTPException):
-                answer = call(self.server.url, "POST", path, body)
-                if answer.status != 503:  # an engine that is starting
-                    return answer
-            assert time.monotonic() < deadline, self.server.log
-            if self.server.process.poll() is not None:
-                self.server = self.revive()
-
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
-        answer = self.ask(f"{GRPO}/{path}", {"job_id": self.job_id, **body})
+    def good(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self.ask("POST", path, body, again=(503,))  # an engine that is starting
         assert answer.status == 200, answer.body
         return dict(answer.json)
 
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        return self.good(f"{GRPO}/{path}", {"job_id": self.job_id, **body})
+
     def begin(self) -> None:
         config = {"num_generations": SIZE, "checkpoint_steps": 2, "max_group_age": 64}
-        answer = self.ask(f"{GRPO}/initialize", {"model": "mock/tiny", "trainer_config": config})
-        self.job_id = answer.json["job_id"]
+        self.job_id = self.good(f"{GRPO}/initialize", {"model": "mock/tiny", "trainer_config": config})["job_id"]
 
     def teach(self) -> None:
         """One group, by the ids of its completions or as text; the same request again changes nothing."""
@@ -84,7 +71,7 @@ class Pupil:
         self.questions += 1
         said = [{"role": "user", "content": f"question {self.questions}"}]
         body = {"model": self.job_id, "messages": said, "n": SIZE, "max_tokens": 8}
-        sampled = self.ask("/v1/chat/completions", body).json
+        sampled = self.good("/v1/chat/completions", body)
         group = {"batch_id": batch_id, "group": f"group {self.questions}", "rewards": by_ids(sampled)}
         first = self.post("rewards", **group)
         assert (first["batch_id"], first["matched"]) == (batch_id, SIZE)
@@ -106,7 +93,7 @@ class Pupil:
         assert name in answer["checkpoints"]
         self.told.names.add(name)
 
-    def lesson(self) -> None:
+    def play(self) -> None:
         """From the first question to the end, with a checkpoint that gets a name on the way."""
         self.begin()
         for number in range(STEPS):
@@ -133,22 +120,17 @@ class Pupil:
         assert sorted(sample["step"] for sample in page) == sorted([*range(1, STEPS + 1)] * SIZE)
 
 
-def finished(pupil: Pupil, seen: Seen) -> None:
-    pupil.check()
-    check_the_rest(pupil.server, seen)
-
-
 @pytest.mark.parametrize("point", marked(SESSION_SERVER_ALWAYS, SESSION_SERVER))
 def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServer]) -> None:
     first = start_server(env={"ARBOR_CRASH_AT": point})
     seen = Seen(first.storage)
     pupil = Pupil(first, start_server)
-    pupil.lesson()
+    pupil.play()
     if point.startswith("forgotten."):
         assert first.process.wait(60) == -signal.SIGKILL, f"the server never came to {point}"
         pupil.server = start_server()
     assert pupil.server is not first, f"the server never came to {point}"
-    finished(pupil, seen)
+    pupil.finished(seen)
 
 
 @pytest.mark.parametrize("point", marked(SESSION_WORKERS_ALWAYS, SESSION_WORKERS))
@@ -157,9 +139,9 @@ def test_a_trainer_that_dies_at(point: str, start_server: Callable[..., LiveServ
     server = start_server(env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
     seen = Seen(server.storage)
     pupil = Pupil(server, start_server)
-    pupil.lesson()
+    pupil.play()
     assert once.exists(), f"no process came to {point}"
-    finished(pupil, seen)
+    pupil.finished(seen)
 
 
 TWO_DEVICES = ("inference=mock_direct", "gpu.inference=[4,5]")
@@ -174,10 +156,10 @@ def test_a_trainer_that_sends_or_an_engine_that_fetches_dies_at(
     server = start_server(*TWO_DEVICES, env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
     seen = Seen(server.storage)
     pupil = Pupil(server, lambda: start_server(*TWO_DEVICES))
-    pupil.lesson()
+    pupil.play()
     assert once.exists(), f"no process came to {point}"
     assert not list(server.storage.glob("jobs/*/weights/*")), "policies are no files here"
-    finished(pupil, seen)
+    pupil.finished(seen)
 
 
 @pytest.mark.parametrize("point", marked([], DIRECT_SERVER))
@@ -185,9 +167,9 @@ def test_a_server_whose_engines_fetch_dies_at(point: str, start_server: Callable
     first = start_server(*TWO_DEVICES, env={"ARBOR_CRASH_AT": point})
     seen = Seen(first.storage)
     pupil = Pupil(first, lambda: start_server(*TWO_DEVICES))
-    pupil.lesson()
+    pupil.play()
     assert pupil.server is not first, f"the server never came to {point}"
-    finished(pupil, seen)
+    pupil.finished(seen)
 
 
 WRITING = """

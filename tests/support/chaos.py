@@ -25,6 +25,7 @@ from pathlib import Path
 
 from chaos_checks import digests, of_replays, read, supervisors, violations
 from chaos_clients import Clients, Kind, training_rows
+from chaos_commands import EXECUTING
 from chaos_rollouts import LEARNING, LEARNING_REAL
 from http_calls import JOBS
 from live import LiveServer, launch
@@ -47,6 +48,8 @@ MOCK: list[Kind] = [
 HANG = ("limits.engine_heartbeat_seconds=4", "limits.heartbeat_seconds=15", "limits.start_seconds=40")
 """What stands still is ended so soon; what works on a machine that others load is not."""
 OPTIONS = ("+trainer=sft", "inference=mock", "gpu.train=[0,1]", "threads=1", "limits.attempts=1000", *HANG)
+SEGMENTS = {"ARBOR_SEGMENT_BYTES": "2000"}
+"""Logs of inboxes and results have many segments."""
 PAUSE_SECONDS = 0.2
 """Mean time between two deeds."""
 PATIENCE = 120.0
@@ -62,11 +65,11 @@ class Chaos(Clients):
         seed: int,
         real: list[Kind] = REAL,
         mock: list[Kind] = MOCK,
-        learning: list[Kind] = LEARNING + LEARNING_REAL,
+        live: list[Kind] = LEARNING + LEARNING_REAL + EXECUTING,
         most: int = 7,
     ) -> None:
         super().__init__(seed)
-        self.folder, self.real, self.mock, self.learning, self.most = folder, real, mock, learning, most
+        self.folder, self.real, self.mock, self.live, self.most = folder, real, mock, live, most
         self.filling: threading.Thread | None = None
         tiny = folder / "models" / "tiny"
         subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
@@ -76,7 +79,7 @@ class Chaos(Clients):
 
     def start(self) -> LiveServer:
         models = f"models.dirs=[{self.folder / 'models'}]"
-        env = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+        env = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false", **SEGMENTS}
         return launch(self.folder, models, *OPTIONS, mock=False, env=env)
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
@@ -148,11 +151,11 @@ class Chaos(Clients):
     def deeds(self, disk: bool) -> list[tuple[float, Callable[[], object]]]:
         """What may happen next, and how likely it is."""
         create = lambda kinds: lambda: self.few() and self.create(self.draw.choice(kinds))  # noqa: E731
-        teach = lambda kinds: lambda: self.few() and self.teach(self.draw.choice(kinds))  # noqa: E731
+        play = lambda kinds: lambda: self.few() and self.play(self.draw.choice(kinds))  # noqa: E731
         return [
             *([(8, create(self.real))] if self.real else []),
             *([(6, create(self.mock))] if self.mock else []),
-            *([(8, teach(self.learning))] if self.learning else []),
+            *([(10, play(self.live))] if self.live else []),
             (5, lambda: self.ask_of_job("pause")),
             (12, lambda: self.ask_of_job("resume")),
             (1, lambda: self.ask_of_job("cancel")),
@@ -185,10 +188,11 @@ class Chaos(Clients):
             self.filling.join()
         self.let_engines_go_on()
         self.wait_for(self.all_ended, "the jobs")
-        told = {job_id: lesson.told for job_id, lesson in self.lessons.items()}
-        found = violations(self.server, self.ledger, self.counts, told)
-        for thread in (*self.slow, *self.lessons.values()):
-            thread.join(30)
+        for thread in (*self.slow, *self.job_clients.values()):
+            thread.join(PATIENCE)
+        found = violations(self.server, self.ledger, self.counts)
+        for client in self.job_clients.values():
+            found += client.violations(self.server.storage)
         assert self.server.stop() == 0
         found += self.ledger.faults
         try:
@@ -199,7 +203,7 @@ class Chaos(Clients):
         return found + list(of_replays(self.server.storage, self.counts))
 
     def all_ended(self) -> bool:
-        self.end_lessons()
+        self.end_live_jobs()
         for job_id in self.jobs("paused"):
             self.ask("POST", f"{JOBS}/{job_id}/resume")
         answer = self.ask("GET", "/health")

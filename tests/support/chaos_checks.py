@@ -71,14 +71,8 @@ def digests(storage: Path, job_id: str) -> Steps:
     return {step["step"]: told(step) for step in metrics(storage, job_id)}
 
 
-def violations(
-    server: LiveServer, ledger: Ledger, counts: Counter[str], lessons: dict[str, Told] | None = None
-) -> list[str]:
-    """What does not hold while the server still runs and every job has ended.
-
-    Args:
-        lessons: What the clients of learning jobs were told, by job.
-    """
+def violations(server: LiveServer, ledger: Ledger, counts: Counter[str]) -> list[str]:
+    """What does not hold while the server still runs and every job has ended."""
     storage = server.storage
     found = [*of_files(server, ledger)]
     for job_id, status in read(storage, "SELECT id, status FROM jobs"):
@@ -87,8 +81,6 @@ def violations(
     for job_id in ledger.jobs:
         if call(server.url, "GET", f"{JOBS}/{job_id}").status != 200:
             found.append(f"{job_id} was acknowledged and does not resolve")
-    for job_id, told_of in (lessons or {}).items():
-        found += of_lesson(storage, job_id, told_of, counts)
     return found + list(of_forgotten(storage))
 
 
@@ -160,7 +152,8 @@ def of_job(storage: Path, job_id: str, status: str, ledger: Ledger, counts: Coun
     """Its end and its steps."""
     ledger.saw(job_id, status)
     [(attempts,)] = read(storage, "SELECT attempt FROM jobs WHERE id=?", job_id)
-    ended_early = not attempts and "num_generations" in ledger.jobs.get(job_id, "")  # before anything was learned
+    live = any(name in ledger.jobs.get(job_id, "") for name in ("grpo", "_commands"))
+    ended_early = not attempts and live  # before anything was learned
     allowed = ("succeeded", "cancelled") if ended_early or job_id in ledger.cancelled else ("succeeded",)
     if job_id in ledger.jobs and status not in allowed:
         [(error,)] = read(storage, "SELECT error FROM jobs WHERE id=?", job_id)

@@ -13,6 +13,8 @@ from collections import Counter
 from typing import Any
 
 from chaos_checks import Ledger
+from chaos_commands import CommandClient
+from chaos_jobs import JobClient
 from chaos_rollouts import Lesson
 from http_calls import JOBS, MULTIPART, PURPOSE, Answer, call, form, raw_socket
 from live import ENDED, LiveServer
@@ -31,7 +33,8 @@ class Clients:
         self.counts: Counter[str] = Counter()
         self.ledger = Ledger()
         self.slow: list[threading.Thread] = []
-        self.lessons: dict[str, Lesson] = {}
+        self.job_clients: dict[str, JobClient] = {}
+        """Of jobs that learn from what clients send."""
         self.lossy = False
         """The disk is full now and then: completions may remain unknown."""
         self.rows = ""
@@ -63,7 +66,7 @@ class Clients:
         name, hyper = kind
         method = {"type": name, name: {"hyperparameters": hyper}}
         body = {"model": "tiny", "seed": 7, "method": method}
-        if "num_generations" not in hyper:
+        if not is_live(name):
             body["training_file"] = self.rows
         answer = self.ask("POST", JOBS, body)
         if answer is None or answer.status != 200:
@@ -73,20 +76,22 @@ class Clients:
         self.counts[f"{name} jobs created"] += 1
         return job_id
 
-    def teach(self, kind: Kind) -> None:
-        """Create a job that learns from rollouts, and teach it beside all that goes on."""
+    def play(self, kind: Kind) -> None:
+        """Create a job that learns from rollouts or executes commands, and a client of it beside all that goes on."""
         if job_id := self.create(kind):
-            size = kind[1]["num_generations"]
-            self.lessons[job_id] = Lesson(self, job_id, size, self.draw.randrange(1 << 30))
-            self.lessons[job_id].start()
+            seed = self.draw.randrange(1 << 30)
+            size = kind[1].get("num_generations")
+            client = Lesson(self, job_id, size, seed) if size else CommandClient(self, job_id, seed)
+            self.job_clients[job_id] = client
+            client.start()
 
-    def end_lessons(self) -> None:
-        """Have the learning jobs end well; one whose creation was not acknowledged has nobody who could end it."""
-        for lesson in self.lessons.values():
-            lesson.hurry.set()
+    def end_live_jobs(self) -> None:
+        """Have these jobs end well; one whose creation was not acknowledged has nobody who could end it."""
+        for client in self.job_clients.values():
+            client.hurry.set()
         for job_id in self.jobs():
             answer = self.ask("GET", f"{JOBS}/{job_id}")
-            if answer and answer.json["method"]["type"].endswith("grpo") and job_id not in self.lessons:
+            if answer and is_live(answer.json["method"]["type"]) and job_id not in self.job_clients:
                 self.ask("POST", f"{JOBS}/{job_id}/cancel")
 
     def jobs(self, *statuses: str) -> list[str]:
@@ -136,6 +141,11 @@ class Clients:
             while connection.recv(200):
                 time.sleep(0.02)
         self.counts["slow clients"] += 1
+
+
+def is_live(method: str) -> bool:
+    """Whether a job of this method learns from what clients send, and not from a file."""
+    return method.endswith(("grpo", "_commands"))
 
 
 def head(path: str, kind: str, raw: bytes) -> bytes:

@@ -6,20 +6,20 @@ is left at the end (`chaos_checks.of_lessons`).
 
 from __future__ import annotations
 
-import contextlib
-import json
-import random
-import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from http_calls import Answer, raw_socket
+from chaos_checks import of_lesson
+from chaos_jobs import REFUSED_LATE, RETRY_SECONDS, JobClient
+from http_calls import Answer
+from live import ENDED
 
 if TYPE_CHECKING:
     from chaos_clients import Clients, Kind
 
 GRPO = "/v1/fine_tuning/grpo"
-ENDED = ("succeeded", "failed", "cancelled")
 LEARNING: list[Kind] = [
     (
         "mock_grpo",
@@ -44,8 +44,6 @@ LEARNING_REAL: list[Kind] = [
 STEPS = (8, 25)
 """A lesson has so many steps at least and at most."""
 NAMES = ("best", "of-the-day", "v1.0")
-RETRY_SECONDS = 0.3
-REFUSED_LATE = "invalid_job_state"
 
 
 @dataclass
@@ -60,26 +58,22 @@ class Told:
     """Newest version of the policy that was answered."""
 
 
-class Lesson(threading.Thread):
+class Lesson(JobClient):
     """Teaches a job until it has made its steps, was cancelled by somebody, or `hurry` is set."""
 
     def __init__(self, clients: Clients, job_id: str, size: int, seed: int) -> None:
-        super().__init__(daemon=True)
-        self.clients, self.job_id, self.size = clients, job_id, size
-        self.draw = random.Random(seed)
+        super().__init__(clients, job_id, seed)
+        self.size = size
         self.steps = self.draw.randint(*STEPS)
         self.told = Told()
         self.sent = 0
-        self.hurry = threading.Event()
-        self.rest = threading.Event()
 
-    def run(self) -> None:
-        try:
-            while (status := self.post("status")) is None or status.json["status"] not in ENDED:
-                self.act(status)
-        except Exception as error:
-            self.fault(f"its client gave up: {type(error).__name__}: {error}")
-            raise
+    def work(self) -> None:
+        while (status := self.post("status")) is None or status.json["status"] not in ENDED:
+            self.act(status)
+
+    def violations(self, storage: Path) -> Iterator[str]:
+        return of_lesson(storage, self.job_id, self.told, self.clients.counts)
 
     def act(self, status: Answer | None) -> None:
         """One thing after a look at how the job stands."""
@@ -106,9 +100,6 @@ class Lesson(threading.Thread):
         if answer and not (answer.status == 400 and answer.json["error"]["code"] == REFUSED_LATE):
             self.fault(f"{path} was answered {answer.status}: {answer.body[:300]!r}")
         return None
-
-    def fault(self, text: str) -> None:
-        self.clients.ledger.faults.append(f"{self.job_id}: {text}")
 
     def name_checkpoint(self) -> None:
         name = self.draw.choice(NAMES)
@@ -138,7 +129,7 @@ class Lesson(threading.Thread):
         body["batch_id"] = batch_id
         manner = self.draw.random()
         if manner < 0.15:
-            self.hang_up(path, body)
+            self.hang_up(f"{GRPO}/{path}", {"job_id": self.job_id, **body})
         answer = self.delivered(path, body)
         if answer is None:
             return
@@ -162,15 +153,6 @@ class Lesson(threading.Thread):
                     self.fault(f"{path} of batch {body['batch_id']}: {answer.status}: {answer.body[:300]!r}")
                 return None
             self.rest.wait(RETRY_SECONDS)
-
-    def hang_up(self, path: str, body: dict[str, Any]) -> None:
-        """Send a group and wait for no answer."""
-        raw = json.dumps({"job_id": self.job_id, **body}).encode()
-        lines = (f"POST {GRPO}/{path} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
-        head = "\r\n".join((*lines, f"Content-Length: {len(raw)}", "", "")).encode()
-        with contextlib.suppress(OSError), raw_socket(self.clients.server.url) as connection:
-            connection.sendall(head + raw)
-            self.clients.counts["groups whose sender hung up"] += 1
 
 
 def name_of(completion: str, index: int) -> str:

@@ -6,11 +6,16 @@ of the code is missing here.
 
 from __future__ import annotations
 
+import http.client
 import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_calls import Answer, call
 from live import LiveServer
 
 from arbor_core.testing.invariants import Seen, check_invariants, processes
@@ -125,7 +130,16 @@ SESSION_WORKERS = [
     "result.event",
 ]
 COMMAND_SERVER_ALWAYS = ["results.acknowledged"]
-COMMAND_SERVER = ["inbox.written:2", "inbox.synced:3", "inbox.marked:4", "results.acknowledged:3", "job.finish"]
+COMMAND_SERVER = [
+    "inbox.written:2",
+    "inbox.synced:3",
+    "inbox.marked:4",
+    "inbox.rotated:2",
+    "results.acknowledged:3",
+    "results.dropped",
+    "results.dropped:4",
+    "job.finish",
+]
 COMMAND_WORKERS_ALWAYS = ["results.synced:3"]
 COMMAND_WORKERS = [
     "results.written",
@@ -133,6 +147,8 @@ COMMAND_WORKERS = [
     "results.synced",
     "results.marked",
     "results.marked:4",
+    "results.rotated",
+    "results.rotated:4",
     "checkpoint.renamed",
     "checkpoint.event",
     "weights.renamed",
@@ -140,6 +156,8 @@ COMMAND_WORKERS = [
     "metrics.event:3",
     "result.event",
 ]
+SMALL_SEGMENTS = {"ARBOR_SEGMENT_BYTES": "1"}
+"""Each record of an inbox or of results has a segment to itself."""
 RESULTS_ALWAYS = ["results.synced", "results.dropped"]
 RESULTS = [
     "results.written",
@@ -190,3 +208,39 @@ def check_the_rest(server: LiveServer, seen: Seen) -> None:
     gone(server.storage)
     seen.look()
     check_invariants(server.storage)
+
+
+PATIENCE = 120.0
+
+
+@dataclass
+class CrashClient:
+    """A client of a server that dies under it: it has the server started again by `revive`, and asks once more."""
+
+    server: LiveServer
+    revive: Callable[[], LiveServer]
+
+    def ask(self, method: str, path: str, body: Any = None, again: Collection[int] = ()) -> Answer:
+        """The answer to a request. `again`: statuses after which it is sent again."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                answer = call(self.server.url, method, path, body)
+                if answer.status not in again:
+                    return answer
+            assert time.monotonic() < deadline, self.server.log
+            if self.server.process.poll() is not None:
+                self.server = self.revive()
+
+    def play(self) -> None:
+        """From the first request to the end of a job."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What it was told holds."""
+        raise NotImplementedError
+
+    def finished(self, seen: Seen) -> None:
+        """Check everything, and stop the server."""
+        self.check()
+        check_the_rest(self.server, seen)
