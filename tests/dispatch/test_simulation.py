@@ -42,6 +42,26 @@ def test_a_simulated_job_pauses_for_another_and_is_cancelled(start_server, chat_
     assert step_events(server, low.id) == list(range(1, 41))
 
 
+def test_a_job_is_preempted_on_the_machine_where_that_makes_room(start_server, chat_rows):
+    """Two devices are free, each on a machine of its own: they do for nobody who needs two."""
+    server = start_server(*SIMULATED, "allocator=mock_nodes", "gpu.train=[0-7]", "gpu.inference=[8]")
+    long = {"steps": 999, "step_seconds": 0.05}
+    lows = [create(server, chat_rows, hyperparameters=long, extra_body={"num_gpus": 3}) for _ in range(2)]
+    until(lambda: all(step_events(server, low.id) for low in lows))
+    high = create(server, chat_rows, hyperparameters={"steps": 3}, extra_body={"num_gpus": 2, "priority": 5})
+    assert server.wait(high.id).status == "succeeded"
+    gave = [low.id for low in lows if any("gave its devices" in text for text in messages(server, low.id))]
+    assert len(gave) == 1
+    where = {}
+    for job_id in (high.id, *(low.id for low in lows)):
+        [first, *_] = [event.data["node"] for event in events(server, job_id) if "job started" in event.message]
+        where[job_id] = first
+    assert where[high.id] == where[gave[0]] and len(set(where.values())) == 2
+    for low in lows:
+        server.client.fine_tuning.jobs.cancel(low.id)
+        server.wait(low.id, "cancelled")
+
+
 def test_simulated_faults_end_the_attempt_and_not_the_server(start_server, chat_rows):
     server = start_server(*SIMULATED)
     crash = {"steps": 6, "checkpoint_steps": 2, "fault": "crash", "fault_step": 3}

@@ -62,18 +62,22 @@ class DirectBackend(MockBackend):
     sender = "arbor_mock.sender:LoopbackSender"
 
 
-def simulated_devices(settings: AllocatorSettings, node: str = "") -> PoolAllocator:
+DEVICES_OF_A_NODE = 4
+"""To train on, of each machine of the allocator `mock_nodes`."""
+
+
+def simulated_devices(settings: AllocatorSettings, node: Callable[[int], str] = lambda index: "") -> PoolAllocator:
     """An allocator of devices that are not there.
 
     Args:
-        node: The machine that those to train on belong to.
+        node: The machine that those to train on belong to, by index.
     """
     train = settings.train if settings.train is not None else range(GPUS)
     first = max(train, default=-1) + 1
     serve = settings.inference if settings.inference is not None else range(first, first + SERVING)
     return PoolAllocator(
         {
-            "train": [Device(f"mock:{index}", "mock", index, GPU_BYTES, node) for index in train],
+            "train": [Device(f"mock:{index}", "mock", index, GPU_BYTES, node(index)) for index in train],
             "engine": [Device(f"mock:{index}", "mock", index, GPU_BYTES) for index in serve],
         }
     )
@@ -129,7 +133,11 @@ def arbor_routes(services: Services) -> list[Any]:
 
 @hookimpl
 def arbor_allocators() -> Mapping[str, Callable[[AllocatorSettings], PoolAllocator]]:
-    return {"mock": simulated_devices, "mock_node": partial(simulated_devices, node=NODE)}
+    return {
+        "mock": simulated_devices,
+        "mock_node": partial(simulated_devices, node=lambda index: NODE),
+        "mock_nodes": partial(simulated_devices, node=lambda index: f"{NODE}-{index // DEVICES_OF_A_NODE}"),
+    }
 
 
 def simulated_executor(settings: ExecutorSettings) -> Executor:
