@@ -391,7 +391,7 @@ def test_the_kit_finds_a_scheduler_that_adds_up_what_is_free_on_all_nodes() -> N
             first = snapshot.queued[:1]
             return Plan(tuple(job.id for job in first if job.claim.bundles[0].count <= snapshot.free["train"]))
 
-    with pytest.raises(AssertionError, match=r"no node has enough .* see Snapshot.free_by_node"):
+    with pytest.raises(AssertionError, match=r"no node has enough .*see Snapshot\.free_by_node"):
         check_scheduler(OneMachine)
 
 
