@@ -34,8 +34,14 @@ class RowError(ValueError):
     """A line that cannot be used."""
 
     def __init__(self, line: int, reason: str, excerpt: str = "") -> None:
-        super().__init__(f"line {line}: {reason}" + (f": {excerpt}" if excerpt else ""))
+        super().__init__(f"line {line}: {followed(reason, excerpt)}")
         self.line, self.reason, self.excerpt = line, reason, excerpt
+
+
+def followed(reason: str, excerpt: str) -> str:
+    """A reason and the line that it is about."""
+    colon = "" if not excerpt or reason.endswith(".") else ":"
+    return f"{reason}{colon} {excerpt}".rstrip()
 
 
 def read_rows(path: Path, warn: Warn | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

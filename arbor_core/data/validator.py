@@ -19,7 +19,7 @@ from arbor_core.jobdir.documents import import_object
 from arbor_core.process.prctl import die_with_parent
 from arbor_core.types import JobFailed
 
-from .rows import MAX_REPORTED, RowError, excerpt_of, parse_lines, require_rows
+from .rows import MAX_REPORTED, RowError, excerpt_of, followed, parse_lines, require_rows
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
@@ -137,7 +137,7 @@ class Tally:
         found = []
         for kind in self.kinds:
             more = f" and {kind.count - 1:,} more" if kind.count > 1 else ""
-            found.append(f"line {kind.line}{more}: {kind.reason}" + (f": {kind.excerpt}" if kind.excerpt else ""))
+            found.append(f"line {kind.line}{more}: {followed(kind.reason, kind.excerpt)}")
         if self.others:
             found.append(f"and {self.others:,} line(s) with other faults")
         return "; ".join(found)

@@ -52,7 +52,7 @@ def test_quickstart_says_why_a_job_failed(server: LiveServer, tmp_path: Path) ->
     variables = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
     assert ran.returncode == 1
-    assert "line 1: 'messages' must be a list" in ran.stderr
+    assert "line 1 and 9 more: Invalid 'messages': Expected `array` of length >= 1. {" in ran.stderr
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

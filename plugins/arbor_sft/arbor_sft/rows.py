@@ -63,7 +63,7 @@ def _rendered(path: Path, chat: ChatFormat, param: str) -> Iterator[tuple[int, l
     except RowError as error:  # says its line itself
         raise _invalid(str(error), param) from None
     except ValueError as error:
-        raise _invalid(f"line {line}: {error}: {excerpt_of(row)}", param) from None
+        raise _invalid(str(RowError(line, str(error), excerpt_of(row))), param) from None
 
 
 def _invalid(reason: str, param: str) -> JobFailed:
