@@ -41,6 +41,5 @@ def test_no_command_and_no_result_is_lost(tmp_path: Path) -> None:
         assert chaos.run(20) == []
     finally:
         chaos.close()
-    assert chaos.counts["commands taken"] > 0
-    assert chaos.counts["results got"] >= chaos.counts["commands taken"]
-    assert chaos.counts["acknowledgements"] > 0
+    for done in ("commands taken", "results got", "acknowledgements", "jobs on commands checked"):
+        assert chaos.counts[done] > 0, f"no {done}: {chaos.counts}"
