@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from arbor_core.data.message_rules import Rules, known
+from arbor_core.data.message_rules import Rules, check_tools, known
 from arbor_core.data.message_rules import check as check_messages
 from arbor_core.data.messages import HINTS, Message, Tools, UserMessage
 from arbor_core.types import ConfigError
@@ -83,6 +83,7 @@ def check(request: ChatRequest) -> None:
     if request.store:
         raise refused("store", "This server keeps no completions.")
     check_messages(request.messages, "messages", Rules(strict=True))
+    check_tools([{"function": {"parameters": tool.function.parameters}} for tool in request.tools or ()], "tools")
 
 
 def read_chat(raw: bytes) -> ChatRequest:

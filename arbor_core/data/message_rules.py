@@ -52,10 +52,7 @@ def read_chat_data(values: Mapping[str, Any], rules: Rules, where: str = "") -> 
         message = f"'{inside}functions' is the former name of '{inside}tools': give only '{inside}tools'."
         raise ConfigError(message, path=f"{inside}functions", code="conflicting_parameters")
     for name in ("tools", "functions"):
-        tools = values.get(name)
-        if tools and not is_shallow(tools):
-            for index, tool in enumerate(tools):
-                check_depth(tool, f"{inside}{name}[{index}]")
+        check_tools(values.get(name), f"{inside}{name}")
     return found, frozenset(unknown)
 
 
@@ -136,6 +133,17 @@ def check_function(function: CalledFunction, where: str, rules: Rules) -> None:
         path = f"{where}.arguments"
         raise ConfigError(f"Invalid '{path}': Expected `str`, got `object`.", path=path, code="invalid_type")
     check_depth(function.arguments, f"{where}.arguments")
+
+
+def check_tools(tools: Sequence[Any] | None, where: str) -> None:
+    """Check what types cannot express of tools, as plain data.
+
+    Raises:
+        ConfigError: with the path of the tool at fault.
+    """
+    if tools and not is_shallow(tools):
+        for index, tool in enumerate(tools):
+            check_depth(tool, f"{where}[{index}]")
 
 
 def check_depth(value: Any, where: str) -> None:

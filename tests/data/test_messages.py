@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from random import Random
 from typing import Any
 
-import msgspec
 import pytest
 from message_cases import ANSWER, CALL, FUNCTION, REFUSED, REFUSED_IN_CHATS, TAKEN, TOOL, USER
+from mutations import ROWS, change
 
 from arbor_core.application.chat_request import read_chat
 from arbor_core.data.message_rules import canonical
 from arbor_core.data.rows import check_chat_row
-from arbor_core.types import ConfigError
+from arbor_core.types import ApiError, ConfigError
 
 
 def chat(case: dict[str, Any]) -> None:
-    read_chat(msgspec.json.encode({"model": "m", **case}))
+    read_chat(json.dumps({"model": "m", **case}).encode())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -77,3 +82,43 @@ def test_canonical_messages_have_no_nulls_and_no_former_names() -> None:
         "tools": [TOOL],
     }
     assert canonical({**row, "functions": []})["tools"] is None
+
+
+def refusal_of(read: Callable[[dict[str, Any]], object], case: dict[str, Any]) -> ConfigError | None:
+    """What a reader says of a conversation; whatever else it raises is a fault of its own."""
+    try:
+        read(case)
+    except ConfigError as error:
+        return error
+    except ApiError as error:
+        return ConfigError(str(error), path=error.param, code=error.code)
+    return None
+
+
+def row(case: dict[str, Any]) -> None:
+    try:
+        check_chat_row(case)
+        canonical(case)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+STRICTER = re.compile(r"\.id'|tool_call_id'|arguments'|Unknown parameter|Unsupported parameter")
+LEARNED = re.compile("no assistant message|it is empty")
+
+
+def test_whatever_is_wrong_with_a_conversation_both_say_so() -> None:
+    random, taken = Random(7), 0
+    for _ in range(1500):
+        case = deepcopy(random.choice(ROWS[:3]))
+        for _ in range(random.choice((1, 1, 2))):
+            change(case, random)
+        of_row, of_request = refusal_of(row, case), refusal_of(chat, case)
+        taken += of_row is None
+        if of_row is None and of_request is not None:
+            assert STRICTER.search(str(of_request)), f"{of_request}: {case}"
+        if of_request is None and of_row is not None:
+            assert LEARNED.search(str(of_row)), f"{of_row}: {case}"
+    assert 100 < taken < 1000

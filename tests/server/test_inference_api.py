@@ -203,6 +203,12 @@ def test_an_unknown_parameter_is_answered_with_the_nearest(server: LiveServer) -
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
 CALLS = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+def deep_tool(depth: int) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": {"a": json.loads("[" * depth + "]" * depth)}}}
+
+
 CHATS = {
     "row-122-empty": ({"messages": []}, "invalid_value", "messages"),
     "row-122-none": ({"messages": None}, "invalid_type", "messages"),
@@ -231,6 +237,8 @@ CHATS = {
     "row-123-21": ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
     "row-120-completion": ({"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
     "tools": ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+    "tools-deep": ({"tools": [deep_tool(70)]}, "invalid_value", "tools[0]"),
+    "tools-deeper": ({"tools": [deep_tool(900)]}, "invalid_value", "tools[0]"),
     "functions": ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
     "audio": ({"audio": {"voice": "alloy", "format": "mp3"}}, "unsupported_parameter", "audio"),
     "modalities": ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities[1]"),
