@@ -92,7 +92,10 @@ if TYPE_CHECKING:
     from .builtin.allocator import PoolAllocator
     from .config.compose import serve_settings
     from .crash_points import crash_point
-    from .data.chat_format import Chats, ChatText, Conversation
+    from .data.chat_format import Chats
+    from .data.conversation import ChatText, Conversation, LeftOutError, left_out
+    from .data.marks import Found, shape_of
+    from .data.message_form import THOUGHTS, UNSAID
     from .data.message_rules import canonical, canonical_message
     from .data.rows import RowError, check_chat_row, check_message, excerpt, excerpt_of, read_rows
     from .jobdir.checkpoints import MANIFEST, Manifest, manifest, newest_first
@@ -111,11 +114,17 @@ LAZY = {
     "serve_settings": "config.compose",
     "PoolAllocator": "builtin.allocator",
     "crash_point": "crash_points",
-    "ChatText": "data.chat_format",
+    "ChatText": "data.conversation",
     "Chats": "data.chat_format",
-    "Conversation": "data.chat_format",
     "canonical": "data.message_rules",
     "canonical_message": "data.message_rules",
+    "Conversation": "data.conversation",
+    "LeftOutError": "data.conversation",
+    "left_out": "data.conversation",
+    "Found": "data.marks",
+    "shape_of": "data.marks",
+    "THOUGHTS": "data.message_form",
+    "UNSAID": "data.message_form",
     "RowError": "data.rows",
     "check_chat_row": "data.rows",
     "check_message": "data.rows",
@@ -150,6 +159,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "MANIFEST",
+    "THOUGHTS",
+    "UNSAID",
     "Accepted",
     "Allocator",
     "AllocatorSettings",
@@ -183,6 +194,7 @@ __all__ = [
     "Exit",
     "FileRun",
     "FileWorkerRun",
+    "Found",
     "Group",
     "GroupsSkipped",
     "HyperparametersResolved",
@@ -192,6 +204,7 @@ __all__ = [
     "JobView",
     "Launcher",
     "Lease",
+    "LeftOutError",
     "LiveRun",
     "Manifest",
     "MessageEvent",
@@ -238,6 +251,7 @@ __all__ = [
     "fail",
     "hookimpl",
     "last_beat",
+    "left_out",
     "manifest",
     "newest_first",
     "open_run",
@@ -246,6 +260,7 @@ __all__ = [
     "read_rows",
     "replace",
     "serve_settings",
+    "shape_of",
     "short_address",
     "wake",
     "worker_env",

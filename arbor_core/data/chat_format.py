@@ -7,19 +7,20 @@ for both. The tokenizer is the caller's; no library of tokenizers is imported.
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
 import msgspec
 
-from arbor_core.storage.codec import check_depth
+from .conversation import ChatText, Conversation, LeftOutError, Span, left_out
+from .marks import Found, shape_of
+from .message_form import Message, MessageForm, find_form
 
-Message = dict[str, Any]
-Span = tuple[int, int]
+REMEMBERED = 10_000
+"""Shapes of messages."""
 
 
 class AddedToken(Protocol):
@@ -47,18 +48,6 @@ class Tokenizer(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class ChatText(msgspec.Struct, frozen=True):
-    """A rendered conversation.
-
-    `controls` is None where every control token in the text is the template's, so that it can be tokenised as it is.
-    Otherwise a message contains some too: these are the template's, and what lies between them is to be tokenised with
-    control tokens as text (`split_special_tokens`).
-    """
-
-    text: str
-    controls: tuple[Span, ...] | None = None
-
-
 class Piece(msgspec.Struct, frozen=True):
     """A part of a text from character `start` on. `token`: it is a control token, and no text to be tokenised."""
 
@@ -77,6 +66,9 @@ class Chats:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
+        self.forms: dict[tuple[str, bool], MessageForm] = {}
+        self.dropped: set[Hashable] = set()
+        """Shapes of messages that the template writes and drops when others follow."""
         self.knows_developer = "developer" in str(tokenizer.chat_template)
         self.tokens = {token.content: number for number, token in added.items() if token.special}
         self.strips = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
@@ -89,22 +81,29 @@ class Chats:
         Raises:
             ValueError: one of them is nested too deeply.
         """
-        return Conversation(self.control, [self.message(each) for each in messages], list(tools or []) or None)
+        given, tools = list(messages), list(tools or [])
+        prepared = [self.message(each, tools=bool(tools)) for each in given]
+        return Conversation(self.control, prepared, tools or None, given)
 
-    def message(self, given: Mapping[str, Any]) -> Message:
-        """A message as templates are written for: text content, tool arguments as objects, nothing that is null."""
-        message = {key: value for key, value in given.items() if value is not None and key not in HIDDEN_KEYS}
-        message["content"] = text_of(given)
+    def message(self, given: Mapping[str, Any], *, tools: bool = False) -> Message:
+        """A message in the form that the template takes, without what is null or empty.
+
+        Args:
+            tools: There are tools beside the messages.
+        """
+        message = self.form(tools).message(given)
         if given["role"] == "developer" and not self.knows_developer:
             message["role"] = "system"
         if given["role"] == "function":
             message["role"] = "tool"
-        calls = list(given.get("tool_calls") or [])
-        if call := given.get("function_call"):
-            calls.append({"type": "function", "function": call})
-        if calls:
-            message["tool_calls"] = [with_arguments(call) for call in calls]
         return message
+
+    def form(self, tools: bool) -> MessageForm:
+        """How the template takes messages; tried once. With tools a tokenizer may use another template."""
+        key = (str(self.tokenizer.chat_template), tools)
+        if key not in self.forms:
+            self.forms[key] = find_form(partial(self._apply, prompt=False), tools=tools)
+        return self.forms[key]
 
     def render(
         self,
@@ -113,24 +112,111 @@ class Chats:
         *,
         prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        marked: bool = False,
     ) -> str:
         """The first `count` messages as the template writes them, control tokens in them disguised: see `reveal`.
 
         Args:
             prompt: Whether the generation prompt follows.
             variables: Others for the template, by name.
+            marked: With `conversation.marks`.
 
         Raises:
             Exception: whatever the template raises; it is a stranger's code.
         """
-        rendered = self.tokenizer.apply_chat_template(
-            conversation.messages[:count],
-            tools=conversation.tools,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **(variables or {}),
+        messages = conversation.marks.messages if marked else conversation.messages
+        return self._apply(messages[:count], conversation.tools, prompt=prompt, variables=variables)
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        *,
+        prompt: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        # as a batch of one: an empty conversation is taken for none otherwise
+        (rendered,) = self.tokenizer.apply_chat_template(
+            [list(messages)], tools=tools, add_generation_prompt=prompt, tokenize=False, **(variables or {})
         )
         return str(rendered)
+
+    def check_said(
+        self,
+        conversation: Conversation,
+        messages: Iterable[int],
+        text: Found | str,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check that a text has what earlier messages say. Templates may drop earlier thoughts, so what it lacks counts
+        as lost where the text that ends with its message lacks it too.
+
+        Args:
+            messages: Their numbers.
+            text: The conversation as rendered, with its marks, or without where they tell nothing.
+
+        Raises:
+            LeftOutError: naming the first field that is lost.
+        """
+        for index in messages:
+            shape = (shape_of(conversation.messages[index]), bool(conversation.tools))
+            if shape in self.dropped or all(field.optional for field in left_out(conversation, index, text)):
+                continue
+            try:
+                own = self.render(conversation, index + 1, prompt=False, variables=variables)
+            except Exception:  # the template's: nothing excuses what is lost
+                own = ""
+            found = self.marked(conversation, own, index + 1, prompt=False, variables=variables)
+            for field in left_out(conversation, index, found or own):
+                if not field.optional:
+                    raise LeftOutError(conversation.field(index, field.path))
+            if len(self.dropped) < REMEMBERED:
+                self.dropped.add(shape)
+
+    def prompt(self, conversation: Conversation, variables: Mapping[str, Any] | None = None) -> ChatText:
+        """The prompt that asks for the next turn.
+
+        Raises:
+            LeftOutError: the template leaves out what the assistant said before.
+            Exception: whatever the template raises.
+        """
+        rendered = self.render(conversation, variables=variables)
+        if spoke := [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant"]:
+            found = self.marked(conversation, rendered, prompt=True, variables=variables)
+            self.check_said(conversation, spoke, found or rendered, variables)
+        return conversation.reveal(rendered)
+
+    def opening(self, tools: Sequence[Any] | None) -> str:
+        """What the generation prompt adds to a question; empty: the template rewrites the question."""
+        question = self.conversation([{"role": "user", "content": "Hi"}], None)
+        messages = question.messages
+        try:
+            prompt, plain = (self._apply(messages, tools, prompt=prompt) for prompt in (True, False))
+        except Exception:  # the template's
+            return ""
+        return prompt[len(plain) :] if prompt.startswith(plain) else ""
+
+    def marked(
+        self,
+        conversation: Conversation,
+        rendered: str,
+        count: int | None = None,
+        *,
+        prompt: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Found | None:
+        """The marks in the text that the template makes of the first `count` messages; None: they change the text, so
+        they tell nothing.
+
+        Args:
+            rendered: That text without marks.
+        """
+        try:
+            text = self.render(conversation, count, prompt=prompt, variables=variables, marked=True)
+        except Exception:  # the template's; it rendered the same without marks
+            return None
+        found = conversation.marks.find(text)
+        return found if found.text == rendered else None
 
     def encode(
         self, text: ChatText, cuts: Iterable[int] = (), *, offsets: bool = False
@@ -168,79 +254,3 @@ class Chats:
             bare = words.lstrip() if before and self.strips[before][1] else words
             yield Piece(end - len(bare), bare.rstrip() if after and self.strips[after][0] else bare)
             before = ""
-
-
-class Conversation:
-    """Messages and tools in which control tokens are disguised while the template runs (row 138): replaced by words
-    that nobody can guess, so that whatever control tokens the template puts out are its own.
-
-    Args:
-        control: Matches the control tokens.
-
-    Raises:
-        ValueError: a message or tool is nested too deeply.
-    """
-
-    def __init__(self, control: re.Pattern[str] | None, messages: list[Message], tools: list[Any] | None) -> None:
-        self.control, self.secret = control, secrets.token_hex(12)
-        self.found: list[str] = []
-        for name, values in (("messages", messages), ("tools", tools or ())):
-            for index, value in enumerate(values):
-                check_depth(value, f"{name}[{index}]")
-        self.messages: list[Message] = self._disguise(messages)
-        self.tools: list[Any] | None = self._disguise(tools)
-
-    def reveal(self, rendered: str) -> ChatText:
-        """The rendered text with the control tokens of the messages as they were written."""
-        if self.control is None or self.secret not in rendered:
-            return ChatText(rendered)
-        text, controls = "", []
-        at = 0
-        for match in self.control.finditer(rendered):
-            text += self.lift(rendered[at : match.start()])
-            controls.append((len(text), len(text) + len(match[0])))
-            text, at = text + match[0], match.end()
-        return ChatText(text + self.lift(rendered[at:]), tuple(controls))
-
-    def lift(self, rendered: str) -> str:
-        """A part of the rendered text as it was written."""
-        return re.sub(f"x{self.secret}n([0-9]+)x", lambda match: self.found[int(match[1])], rendered)
-
-    def _disguise(self, value: Any) -> Any:
-        """The same value with the control tokens of every string in it disguised."""
-        if isinstance(value, str):
-            return self.control.sub(self._word, value) if self.control else value
-        if isinstance(value, Mapping):
-            return {self._disguise(key): self._disguise(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._disguise(item) for item in value]
-        return value
-
-    def _word(self, match: re.Match[str]) -> str:
-        self.found.append(match[0])
-        return f"x{self.secret}n{len(self.found) - 1}x"
-
-
-HIDDEN_KEYS = ("weight", "function_call")
-"""Keys of a message that no template sees: `weight` is for the trainer, `function_call` becomes a tool call."""
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """A message's text: parts one after the other; a refusal where there is nothing else."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
-    return str(content or message.get("refusal") or "")
-
-
-def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object. A model may have written what is no JSON object, or one that is nested
-    too deeply: that stays text."""
-    function = dict(call.get("function") or {})
-    arguments = function.get("arguments")
-    try:
-        parsed = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        check_depth(parsed, "arguments")
-    except (ValueError, RecursionError):
-        parsed = None
-    return {**call, "function": {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}}

@@ -37,6 +37,10 @@ class FileCheck(msgspec.Struct, frozen=True):
     min_rows: int
     training_file: str
     validation_file: str | None = None
+    model_check: str | None = None
+    """`"package.module:function"`, of the trainer."""
+    model: str | None = None
+    """Where the weights are that the job starts from."""
 
 
 class Report(msgspec.Struct):
@@ -50,7 +54,7 @@ class Report(msgspec.Struct):
 def check(files: FileCheck) -> Report:
     """Check both files against what the trainer accepts."""
     report = Report()
-    check_row: RowCheck = import_object(files.check_row)
+    check_row = row_check(files)
     found = [("training_file", files.training_file, files.min_rows)]
     if files.validation_file:
         found.append(("validation_file", files.validation_file, 1))
@@ -61,6 +65,15 @@ def check(files: FileCheck) -> Report:
     except JobFailed as error:
         report.error = {"code": error.code, "message": str(error), "param": error.param}
     return report
+
+
+def row_check(files: FileCheck) -> RowCheck:
+    """What a row has to pass."""
+    check_row: RowCheck = import_object(files.check_row)
+    by_model: RowCheck | None = import_object(files.model_check)(files.model) if files.model_check else None
+    if by_model is None:
+        return check_row
+    return lambda row: [*(check_row(row) or ()), *(by_model(row) or ())]
 
 
 def check_file(path: Path, param: str, check_row: RowCheck, warnings: list[str]) -> int:

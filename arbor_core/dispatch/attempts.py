@@ -153,6 +153,10 @@ class Attempts:
         crash_point("attempt.ordered")
         return order, placement
 
+    def weights(self, job: Job) -> str:
+        """Folder or hub id of the weights that a job starts from."""
+        return self.models.locate(job.spec.model, job.spec.model_path)
+
     def write_desired(self, job: Job) -> None:
         """Tell the worker what is wanted of it: a level, so nothing old is ever replayed."""
         replace(self.dir(job).desired, job.instruction.encode(), durable=False)

@@ -60,6 +60,8 @@ class Validation:
             trainer.min_rows,
             str(self.files.path(job.training_file)),
             str(self.files.path(job.validation_file)) if job.validation_file else None,
+            trainer.model_check,
+            self.attempts.weights(job) if trainer.model_check else None,
         )
         python = self.attempts.python(trainer)
         report = self.validators.good.get((python, files))

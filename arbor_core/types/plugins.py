@@ -41,6 +41,10 @@ class Trainer:
         check_row: `"package.module:function"` that is called with each training row (a dict) and raises ValueError for
             a row the trainer cannot use; what it returns (None or texts) are warnings. Runs in a process of its own,
             before the job is queued.
+        model_check: `"package.module:function"` that looks at rows with the model's eyes, whatever its chat template
+            leaves out for one. Called with the folder or hub id of the weights that the job starts from, in the same
+            process, it returns what is called with each row that `check_row` takes, and answers as that does; None: it
+            has nothing to say.
         preload: Modules that a warm worker has imported already.
         prove: `"package.module:function"` that uses the preloaded libraries once, in a test fork.
         min_rows: Fewer rows fail the job.
@@ -62,6 +66,7 @@ class Trainer:
     entry: str
     methods: tuple[str, ...] = ()
     check_row: str = "arbor_core.data.rows:check_chat_row"
+    model_check: str | None = None
     preload: tuple[str, ...] = ()
     prove: str | None = None
     min_rows: int = 10

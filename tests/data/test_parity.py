@@ -17,7 +17,7 @@ from arbor_trl.chat import IGNORED, ChatFormat, Sample
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}"
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
 TEMPLATES = {
     "chatml": CHAT_TEMPLATE,
     "trimming": "<|begin|>{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}"

@@ -79,7 +79,9 @@ async def desk(tmp_path: Path, plugins: Plugins) -> AsyncIterator[Desk]:
     attempts = Attempts(jobs, files, models, executor, nobody, "storage_x", nobody, 1)
     ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     outcomes = Outcomes(jobs, nobody, ingest, executor, tmp_path, nobody)
-    trainers: Any = {"t": SimpleNamespace(python=None, preload=(), prove=None, check_row=None, min_rows=1)}
+    trainers: Any = {
+        "t": SimpleNamespace(python=None, preload=(), prove=None, check_row=None, model_check=None, min_rows=1)
+    }
     made = Dispatcher(
         jobs,
         attempts,

@@ -121,6 +121,26 @@ def test_every_checkpoint_and_both_kinds_of_model_answer_and_do_not_mix(real, tr
     assert len(set(alone.values())) >= 3
 
 
+def test_what_the_template_leaves_out_fails_the_job_before_it_is_queued(real):
+    models = real.storage.parent / "models"
+    shutil.copytree(models / "tiny", models / "content-only")
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (models / "content-only" / "chat_template.jinja").write_text(template)
+    call = {"id": "call_1", "type": "function", "function": {"name": "paint", "arguments": '{"color": "red"}'}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [*ROWS[:20], {"messages": [{"role": "user", "content": "Paint it"}, calling]}]
+    job = real.client.fine_tuning.jobs.create(
+        model="content-only",
+        training_file=real.upload(rows),
+        method={"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 1}}},
+    )
+    job = real.wait(job.id, seconds=300)
+    assert (job.status, job.error.code, job.error.param) == ("failed", "invalid_training_file", "training_file")
+    assert "line 21: the model's chat template leaves out messages[1].tool_calls[0].function.name" in job.error.message
+    events = real.client.fine_tuning.jobs.list_events(job.id, limit=100)
+    assert not [event.message for event in events if "queued" in event.message]
+
+
 def test_an_adapter_brings_the_end_of_turn_that_it_learned(real):
     job = real.wait(train(real, "elsewhere", lora={"r": 4}, max_steps=2).id, seconds=300)
     assert job.status == "succeeded", job.error

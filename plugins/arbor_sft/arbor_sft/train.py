@@ -76,6 +76,13 @@ def load_files(run: FileRun[SftConfig], chat: ChatFormat, longest: int) -> tuple
                 truncated=samples.truncated,
                 skipped=samples.skipped,
             )
+        if len(samples.lengths) > samples.rows:
+            tokens, learned = sum(samples.lengths), sum(sample.trained for sample in samples.kept)
+            run.message(
+                f"{param}: the model's chat template rewrites earlier turns, so {samples.rows} examples became "
+                f"{len(samples.lengths)} sequences of {tokens:,} tokens, of which {learned:,} are learned",
+                "warn",
+            )
         return samples
 
     validation = load(run.validation_file, "validation_file") if run.validation_file else None

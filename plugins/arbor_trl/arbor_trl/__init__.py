@@ -52,4 +52,6 @@ def trl_trainer(config: type[Struct], entry: str, **more: Any) -> Trainer:
         more: Further arguments of `Trainer`.
     """
     preload = (entry.partition(":")[0], *COMMON_MODELS)
+    if more.get("input", "file") == "file":
+        more = {"model_check": "arbor_trl.row_check:row_check", **more}
     return Trainer(config, entry, preload=preload, prove="arbor_trl.job:prove", adapter=trained_weights, **more)

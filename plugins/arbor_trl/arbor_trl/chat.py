@@ -1,24 +1,27 @@
 """Chat rows as tokens, with a loss on what the assistant said, for any chat template.
 
-A template is code, so what an assistant's turn looks like is found by rendering, not by parsing: the turn is what
-`messages[:i + 1]` adds to `messages[:i]` with a generation prompt. The prompt is then, to the letter, what an engine
-will send (`arbor_core.data.chat_format` prepares messages for both), and the answer ends with the token that stops it.
-
-Most templates render a conversation so that each turn is a prefix of the next, and the row becomes one sequence. Some
-rewrite earlier turns (they drop old reasoning, or move the system prompt to the last question); those rows become one
-sequence for each trained turn, each rendered as the engine will see it.
+What an engine would be sent and would have generated is found by `turns`. Most templates render a conversation so
+that each turn is a prefix of the next, and the row becomes one sequence. Some rewrite earlier turns (they drop old
+thoughts, or move the system prompt to the last question); those rows become a sequence for each of the turns that end
+one rendering, with all turns that it has as they were generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from arbor_core import UNSAID, Chats, ChatText, Conversation, LeftOutError, left_out
 
-from arbor_core import Chats, ChatText, Conversation
+from .turns import Turn, Turns
+
+if TYPE_CHECKING:  # row_check does without torch, which transformers imports
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -77,6 +80,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.chats = Chats(tokenizer)
         self.stops = sorted({*self.chats.tokens, *tokenizer.all_special_tokens})
+        longest_first = sorted(self.stops, key=len, reverse=True)
+        self.stop = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     @property
     def stop_ids(self) -> set[int]:
@@ -92,67 +97,85 @@ class ChatFormat:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return self.learned_ends(self.encode([self.turn(self.chats.conversation(messages, None), 1)]))
 
-    def render(self, row: dict[str, Any]) -> list[Rendered]:
+    def render(self, row: dict[str, Any], warn: Callable[[str], None] | None = None) -> list[Rendered]:
         """The texts to train on for one row.
 
+        Args:
+            warn: Called with each key of a thought that the template leaves out, and that is not learned.
+
         Raises:
+            LeftOutError: the template leaves out what an assistant said.
             ValueError: the template refuses the row, or its turns do not continue its generation prompt.
         """
         messages = row["messages"]
-        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
+        spoke = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [i for i in spoke if messages[i].get("weight", 1) != 0]
         # nothing later has a loss
         conversation = self.chats.conversation(messages[: trained[-1] + 1], row.get("tools"))
-        turns = [self.turn(conversation, i) for i in trained]
-        whole = turns[-1].text
-        if all(whole.startswith(turn.text) and not turn.close for turn in turns[:-1]):
-            return [Rendered(turns[-1].chat, tuple(turn.spans[0] for turn in turns), turns[-1].close)]
-        return turns
+        sequences = self._turns(conversation).sequences(trained)
+        for turn, spans in sequences:
+            for index, span in spans.items():
+                self._check(conversation, index, turn, span, warn)
+        context = sorted({i for i in spoke if i < trained[-1]}.difference(trained))
+        self.chats.check_said(conversation, context, sequences[-1][0].found or sequences[-1][0].text)
+        return [self._rendered(conversation, turn, list(spans.values())) for turn, spans in sequences]
 
     def turn(self, conversation: Conversation, index: int) -> Rendered:
-        """The message at an index, an assistant's, as the engine would have generated it."""
-        if index == 0:
-            raise ValueError("messages[0] is an assistant's and answers nothing: put a message before it, or weight 0")
-        before = self.text(conversation, index, prompt=True)
-        after = self.text(conversation, index + 1, prompt=False)
-        if not after.startswith(before):
-            raise ValueError(
-                "the model's chat template renders an assistant's turn otherwise than its generation prompt begins, so "
-                f"what to learn is unclear: it prompts with {before[-40:]!r} and renders "
-                f"{after[max(0, len(before) - 40) :][:80]!r}"
-            )
-        answer = after[len(before) :]
-        ends = [answer.rfind(word) + len(word) for word in self.stops if word in answer]
-        ended = bool(ends) and not answer[max(ends) :].strip()  # what follows, a line break, is never generated
-        if not ended and not self.tokenizer.eos_token:
-            raise ValueError("the model's chat template does not end a turn, and its tokenizer has no end token")
-        end = len(before) + max(ends) if ended else len(after)
-        span = (len(conversation.lift(before)), len(conversation.lift(after[:end])))
-        return Rendered(conversation.reveal(after), (span,), close=not ended)
+        """The message at an index, an assistant's, as the engine would have generated it.
 
-    def text(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
-        """The first messages as the template writes them, control tokens in them disguised."""
-        try:
-            return self.chats.render(conversation, count, prompt=prompt)
-        except (TemplateError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the model's chat template refuses it: {error}") from None
+        Raises:
+            LeftOutError: the template leaves out what an assistant said.
+            ValueError: the template refuses it, or the turn does not continue its generation prompt.
+        """
+        turn = self._turns(conversation).turn(index)
+        self._check(conversation, index, turn, (turn.begin, turn.end), None)
+        context = [i for i, message in enumerate(conversation.messages[:index]) if message["role"] == "assistant"]
+        self.chats.check_said(conversation, context, turn.found or turn.text)
+        return self._rendered(conversation, turn, [(turn.begin, turn.end)])
+
+    def _turns(self, conversation: Conversation) -> Turns:
+        return Turns(self.chats, conversation, self.stop, closable=bool(self.tokenizer.eos_token))
+
+    def _check(
+        self, conversation: Conversation, index: int, turn: Turn, span: Span, warn: Callable[[str], None] | None
+    ) -> None:
+        """Check that a message is in the text that is learned."""
+        for field in left_out(conversation, index, turn.found or turn.text, *span):
+            if field.path not in UNSAID:
+                raise LeftOutError(conversation.field(index, field.path))
+            if warn:
+                warn(conversation.field(index, field.path).rpartition(".")[2])
+
+    def _rendered(self, conversation: Conversation, turn: Turn, spans: list[Span]) -> Rendered:
+        text, edges = conversation.reveal_with(turn.text, [edge for span in spans for edge in span])
+        return Rendered(text, tuple(zip(edges[::2], edges[1::2], strict=True)), turn.close)
 
     def encode(self, texts: Sequence[Rendered]) -> list[Sample]:
         """Tokens and labels. Where a token would straddle the beginning of a turn, the text is cut there, as it is when
         an engine tokenises the prompt alone."""
         plain = [rendered.text for rendered in texts if rendered.chat.controls is None]
-        found = self.tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True) if plain else {}
-        whole = zip(found.get("input_ids", ()), found.get("offset_mapping", ()), strict=True)
-        encoded = [
-            next(whole) if one.chat.controls is None else self.chats.encode(one.chat, offsets=True) for one in texts
-        ]
-        return [self._labelled(one, *tokens) for one, tokens in zip(texts, encoded, strict=True)]
+        whole = iter((self.tokenizer(plain, add_special_tokens=False).encodings or ()) if plain else ())
+        return [self._sample(one, next(whole) if one.chat.controls is None else None) for one in texts]
 
-    def _labelled(self, rendered: Rendered, ids: list[int], extents: list[Span]) -> Sample:
+    def _sample(self, rendered: Rendered, encoding: Encoding | None) -> Sample:
+        """Tokens and labels of one text.
+
+        Args:
+            encoding: Of all of it; None: messages in it spell control tokens.
+        """
         cuts = [edge for span in rendered.spans for edge in span]
-        if not set(cuts) <= _edges(extents):
+        extents: Sequence[Span]
+        if encoding is not None:
+            ids, extents = encoding.ids, _Extents(encoding)
+        else:
+            ids, extents = self.chats.encode(rendered.chat, offsets=True)
+        if not all(_is_edge(extents, cut) for cut in cuts):
             ids, extents = self.chats.encode(rendered.chat, cuts, offsets=True)
-        inside = [any(start <= at and end <= stop for start, stop in rendered.spans) for at, end in extents]
-        labels = [token if learn else IGNORED for token, learn in zip(ids, inside, strict=True)]
+        labels = [IGNORED] * len(ids)
+        for begin, end in rendered.spans:
+            first = bisect_left(extents, begin, key=itemgetter(0))
+            last = max(first, bisect_right(extents, end, key=itemgetter(1)))
+            labels[first:last] = ids[first:last]
         if rendered.close:
             end = self.tokenizer.eos_token_id
             ids, labels = [*ids, end], [*labels, end]
@@ -160,9 +183,22 @@ class ChatFormat:
         return Sample(ids, labels)
 
 
-def _edges(extents: Sequence[Span]) -> set[int]:
-    """Where one token certainly ends and the next begins. Some tokenizers leave spaces out of the offsets, and do not
-    say which neighbour holds them; the characters of one letter's several bytes overlap."""
-    ends = [0, *(end for _, end in extents)]
-    starts = [*(start for start, _ in extents), ends[-1]]
-    return {end for end, start in zip(ends, starts, strict=True) if start == end}
+class _Extents(Sequence[Span]):
+    """The characters that each token covers, looked up when needed: a list of them takes as long as tokenising."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self.encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self.encoding)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.encoding.token_to_chars(index)
+
+
+def _is_edge(extents: Sequence[Span], cut: int) -> bool:
+    """Whether one token certainly ends at a character and the next begins there. Some tokenizers leave spaces out of
+    the offsets, and do not say which neighbour holds them; the characters of one letter's several bytes overlap."""
+    index = bisect_left(extents, cut, key=itemgetter(0))
+    before = extents[index - 1][1] if index else 0
+    return before == cut and (index == len(extents) or extents[index][0] == cut)

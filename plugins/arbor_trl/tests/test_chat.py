@@ -128,11 +128,11 @@ def test_tools_and_calls() -> None:
         msg("assistant", "No."),
     ]
     made, (sample,) = samples(t.TOOLS, messages, tools=tools)
-    assert learned(made, sample) == ["<call>weather(Rome)</call><|im_end|>", "No.<|im_end|>"]
+    assert learned(made, sample) == ["<call>weather(city=Rome)</call><|im_end|>", "No.<|im_end|>"]
     assert text(made, sample).startswith('<tools>[{"type": "function"')
     old = [msg("user", "Rain?"), {"role": "assistant", "function_call": call["function"]}]
     made, (sample,) = samples(t.TOOLS, old)
-    assert learned(made, sample) == ["<call>weather(Rome)</call><|im_end|>"]
+    assert learned(made, sample) == ["<call>weather(city=Rome)</call><|im_end|>"]
 
 
 def test_the_tiny_model_knows_tools() -> None:
@@ -143,12 +143,48 @@ def test_the_tiny_model_knows_tools() -> None:
     assert text(made, sample).count("Be brief.") == 1 and "weather" in text(made, sample)
 
 
-def test_an_answer_to_nothing_says_what_to_do() -> None:
+def test_an_answer_to_nothing() -> None:
     greeting = msg("assistant", "Welcome!")
+    row = [greeting, msg("user", "Hi"), msg("assistant", "Hello.")]
+    made, (sample,) = samples(CHAT_TEMPLATE, row)
+    assert learned(made, sample) == ["Welcome!<|im_end|>", "Hello.<|im_end|>"]
+    assert text(made, sample).startswith("<|im_start|>assistant\nWelcome!<|im_end|>\n<|im_start|>user")
     with pytest.raises(ValueError, match="answers nothing: put a message before it, or weight 0"):
-        samples(CHAT_TEMPLATE, [greeting, msg("user", "Hi"), msg("assistant", "Hello.")])
-    made, (sample,) = samples(CHAT_TEMPLATE, [{**greeting, "weight": 0}, msg("user", "Hi"), msg("assistant", "Hello.")])
+        samples(t.NO_PROMPT, row)
+    made, (sample,) = samples(t.NO_PROMPT, [{**greeting, "weight": 0}, *row[1:]])
     assert learned(made, sample) == ["Hello.<|im_end|>"]
+
+
+def test_the_prompt_is_what_is_sent_where_a_later_turn_changes_it() -> None:
+    """Mistral's templates write the system prompt before a question that comes last, and drop it after that."""
+    row = [msg("system", "Be kind."), msg("user", "Hi"), msg("assistant", "Hello!")]
+    made, (sample,) = samples(t.MISTRAL_V3, row)
+    assert text(made, sample) == "<s>[INST] Be kind.\n\nHi[/INST] Hello!</s>"
+    assert learned(made, sample) == [" Hello!</s>"]
+    prompt = made.tokenizer.apply_chat_template(row[:2], add_generation_prompt=True, tokenize=False)
+    assert text(made, sample).startswith(prompt)
+
+
+def test_a_thought_that_the_prompt_opens_is_closed() -> None:
+    """As DeepSeek-R1's distillations do, which never write thoughts."""
+    made, (sample,) = samples(t.FORCED_THINK, [msg("user", "2+2?"), msg("assistant", "4")])
+    assert text(made, sample) == "<|user|>2+2?<|im_end|><|assistant|><think>\n\n</think>\n\n4<|im_end|>"
+    assert learned(made, sample) == ["\n</think>\n\n4<|im_end|>"]
+    inline = msg("assistant", "<think>\nEasy.\n</think>\n\n4")
+    for answer in (msg("assistant", "4", reasoning_content="Easy."), inline):
+        made, (sample,) = samples(t.FORCED_THINK, [msg("user", "2+2?"), answer])
+        assert learned(made, sample) == ["Easy.\n</think>\n\n4<|im_end|>"]
+    made, found = samples(
+        t.FORCED_THINK, [msg("user", "A"), msg("assistant", "B"), msg("user", "C"), msg("assistant", "D")]
+    )
+    assert [learned(made, sample) for sample in found] == [["\n</think>\n\nB<|im_end|>"], ["\n</think>\n\nD<|im_end|>"]]
+    assert "<|assistant|>B<|im_end|>" in text(made, found[1]), "an engine sees earlier turns without thoughts"
+
+
+def test_a_second_end_is_the_conversations_and_not_the_turns() -> None:
+    """Phi 3 ends its texts, but not its turns, with the end token."""
+    made, (sample,) = samples(t.ENDS_TEXTS, TWO_TURNS)
+    assert learned(made, sample) == ["Hello!<|eot|>", "See you.<|eot|>"]
 
 
 def test_text_parts_and_developer() -> None:
@@ -167,7 +203,7 @@ def test_any_text_comes_back() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "words"),
     [
-        pytest.param(t.FORCED_THINK, TWO_TURNS, "otherwise than its generation prompt", id="prompt-differs"),
+        pytest.param(t.PROMPT_DIFFERS, TWO_TURNS, "otherwise than its generation prompt", id="prompt-differs"),
         pytest.param(t.ALTERNATING, [*TWO_TURNS], "refuses it: roles must alternate", id="refused"),
     ],
 )

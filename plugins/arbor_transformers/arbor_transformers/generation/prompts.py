@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from arbor_core import Chats
+from arbor_core import Chats, LeftOutError
 from arbor_core.engine import ApiError
 
 RESERVED = {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
@@ -54,7 +54,10 @@ class Prompts:
             raise ApiError(400, message, "invalid_value", "chat_template_kwargs")
         try:
             conversation = self.chats.conversation(messages, tools)
-            text = conversation.reveal(self.chats.render(conversation, variables=extras))
+            text = self.chats.prompt(conversation, extras)
+        except LeftOutError as error:
+            # the answer would not know of it
+            raise ApiError(400, f"{str(error)[0].upper()}{str(error)[1:]}.", "invalid_value", error.field) from None
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # Templates refuse conversations by raising, and fail in Python's ways on shapes they did not foresee.
             message = f"The model's chat template cannot render these messages: {error}"

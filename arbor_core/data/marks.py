@@ -1,0 +1,229 @@
+"""Marks: words in messages that nobody can guess, by which what was said is found in the text that a template makes.
+
+Chat templates are a stranger's code. They drop calls and thoughts without a word, trim, move and repeat. So messages
+are rendered a second time with marks beside the first and the last letters of their texts, after the name of each
+call, and within each text and key of its arguments. Marks are made of letters and digits, and lie within whitespace
+and tags at the ends of a text, so that templates that look at those (`'<think>' in content`,
+`content.startswith(...)`) decide as they do without. Where the text without its marks is not the text that is
+rendered without them, they tell nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from .message_form import UNSAID, Message
+
+EDGE = 60
+"""Longest tag at the ends of a text that marks leave alone."""
+TAGS = 8
+LEAD = re.compile(rf"(?:\s*<[^<>\n]{{1,{EDGE}}}>){{0,{TAGS}}}\s*")
+TAG = re.compile(rf"<[^<>\n]{{1,{EDGE}}}>")
+SECRET = secrets.token_hex(8)
+"""Of this process."""
+MARK = re.compile(f"x{SECRET}m([0-9]+)x")
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+class Field(msgspec.Struct, frozen=True):
+    """What a mark stands beside."""
+
+    message: int
+    path: str
+    """Within the message, as `tool_calls[0].function.arguments`."""
+    rest: str = ""
+    """What of the field follows the mark."""
+    opens: bool = False
+    """It stands at the beginning of the field."""
+
+    @property
+    def optional(self) -> bool:
+        """Whether a prompt may lack it: it is a thought, or may be one at the beginning of the content."""
+        return self.opens or self.path in UNSAID
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A rendered text without its marks, and where they were: positions in ascending order, and their numbers."""
+
+    text: str
+    at: list[int]
+    numbers: list[int]
+
+    def within(self, start: int, end: int) -> list[int]:
+        """The numbers of the marks from `start` to `end`, both included."""
+        return self.numbers[bisect_left(self.at, start) : bisect_right(self.at, end)]
+
+
+class Marks:
+    """The messages with marks.
+
+    Args:
+        messages: As templates are given them.
+    """
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.fields: list[Field] = []
+        self.of_message: list[range] = []
+        self.bare: list[tuple[int, str, str]] = []
+        """Texts without marks: message, path, text."""
+        self.messages: list[Message] = []
+        for index, message in enumerate(messages):
+            first = len(self.fields)
+            self.messages.append(self._message(index, message))
+            self.of_message.append(range(first, len(self.fields)))
+
+    def find(self, rendered: str) -> Found:
+        """Take the marks out of a text."""
+        parts, at, numbers = [], list[int](), list[int]()
+        position = before = 0
+        for match in MARK.finditer(rendered):
+            parts.append(rendered[before : match.start()])
+            position += match.start() - before
+            at.append(position)
+            numbers.append(int(match[1]))
+            before = match.end()
+        parts.append(rendered[before:])
+        return Found("".join(parts), at, numbers)
+
+    def missing(self, message: int, found: Found, start: int, end: int) -> list[Field]:
+        """The fields of a message of which a mark is not between two positions of a text, each once."""
+        there = set(found.within(start, end))
+        lost = [self.fields[number] for number in self.of_message[message] if number not in there]
+        for index, path, text in self.bare:
+            if index == message and not occurs(text, found.text[start:end]):
+                lost.append(Field(index, path))
+        return list({field.path: field for field in lost}.values())
+
+    def _message(self, index: int, message: Message) -> Message:
+        marked = dict(message)
+        for key in ("content", *UNSAID):
+            if isinstance(value := message.get(key), str):
+                marked[key] = self._text(index, key, value)
+            elif isinstance(value, list):
+                marked[key] = [{**part, "text": self._text(index, key, part["text"])} for part in value]
+        if calls := message.get("tool_calls"):
+            marked["tool_calls"] = [self._call(index, at, call) for at, call in enumerate(calls)]
+        return marked
+
+    def _text(self, index: int, path: str, text: str) -> str:
+        start, end = edges(text)
+        if start >= end:  # nothing but whitespace and tags
+            self.bare += [(index, path, text)] if text.strip() else []
+            return text
+        opening = self._mark(Field(index, path, opens=True))
+        return text[:start] + opening + text[start:end] + self._mark(Field(index, path, text[end:])) + text[end:]
+
+    def _call(self, index: int, at: int, call: Mapping[str, Any]) -> dict[str, Any]:
+        path = f"tool_calls[{at}].function"
+        function = dict(call["function"])
+        if isinstance(name := function.get("name"), str):
+            function["name"] = name + self._mark(Field(index, f"{path}.name"))
+        field = Field(index, f"{path}.arguments")
+        if isinstance(arguments := function.get("arguments"), str):
+            function["arguments"] = self._json(field, arguments)
+        else:
+            function["arguments"] = self._value(field, arguments)
+        return {**call, "function": function}
+
+    def _json(self, field: Field, text: str) -> str:
+        """A JSON text with a mark in each of its strings; another text with one at its end."""
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return text + self._mark(field) if text else text
+        return STRING.sub(lambda match: match[0][:-1] + self._mark(field) + '"', text)
+
+    def _value(self, field: Field, value: Any) -> Any:
+        if isinstance(value, str):
+            return value + self._mark(field)
+        if isinstance(value, Mapping):
+            return {f"{key}{self._mark(field)}": self._value(field, each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._value(field, each) for each in value]
+        return value
+
+    def _mark(self, field: Field) -> str:
+        self.fields.append(field)
+        return f"x{SECRET}m{len(self.fields) - 1}x"
+
+
+def edges(text: str) -> tuple[int, int]:
+    """Where the whitespace and tags end with which a text begins, and where those begin with which it ends; a few tags
+    at most."""
+    lead = LEAD.match(text)
+    start, end = lead.end() if lead else 0, len(text)
+    for _ in range(TAGS + 1):
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        opening = text.rfind("<", max(start, end - EDGE), end)
+        if not text.endswith(">", start, end) or opening < 0 or "\n" in text[opening:end]:
+            break
+        end = opening
+    return start, max(start, end)
+
+
+def shape_of(message: Message) -> Hashable:
+    """What of a message templates may look at, but for its words: which keys it has, how its content is made, and the
+    keys in the arguments of its calls."""
+    calls = tuple(_skeleton(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    return tuple(sorted(message)), content is None, bool(text.strip()), bool(TAG.search(text)), calls
+
+
+def _skeleton(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return tuple((key, _skeleton(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return frozenset(map(_skeleton, value))
+    return type(value).__name__
+
+
+def unsaid(index: int, message: Message, rendered: str) -> list[Field]:
+    """Like `Marks.missing`, by the texts themselves: for where marks tell nothing."""
+    lost: dict[str, Field] = {}
+    for path, text in _said(message):
+        *before, last = [part for part in TAG.split(text) if part.strip()] or [text]
+        if not occurs(last, rendered):
+            lost[path] = Field(index, path)
+        elif not all(occurs(part, rendered) for part in before):
+            lost.setdefault(path, Field(index, path, opens=True))
+    return list(lost.values())
+
+
+def _said(message: Message) -> Iterator[tuple[str, str]]:
+    """Each field of a message with each text in it."""
+    for key in ("content", *UNSAID):
+        value = message.get(key)
+        for text in [value] if isinstance(value, str) else [part["text"] for part in value or ()]:
+            yield key, text
+    for at, call in enumerate(message.get("tool_calls") or ()):
+        function = call["function"]
+        yield f"tool_calls[{at}].function.name", str(function.get("name") or "")
+        yield from ((f"tool_calls[{at}].function.arguments", text) for text in leaves(function.get("arguments")))
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Every text and key in a value; a JSON text is one value."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield str(key)
+            yield from leaves(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from leaves(each)
+    elif isinstance(value, str):
+        yield value
+
+
+def occurs(text: str, rendered: str) -> bool:
+    """Whether a text is found in a rendered one, trimmed or as JSON."""
+    bare = text.strip()
+    return any(form in rendered for form in (bare, json.dumps(bare, ensure_ascii=False)[1:-1], json.dumps(bare)[1:-1]))

@@ -1,0 +1,90 @@
+"""What the validator finds when it looks at rows with a model's chat template, in its own process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trl_templates as t
+from arbor_sft.tiny import tokenizer
+from arbor_trl.chat import ChatFormat, Rendered
+from arbor_trl.row_check import RowCheck
+
+from arbor_core.data.validator import FileCheck, Report
+
+QUESTION = {"role": "user", "content": "Weather in Lima?"}
+ANSWER = {"role": "assistant", "content": "It is 18."}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+PLAIN = {"messages": [QUESTION, ANSWER]}
+CALLING = {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+LEGACY = {"messages": [QUESTION, {"role": "assistant", "content": None, "function_call": CALL["function"]}]}
+THINKING = {"messages": [QUESTION, {**ANSWER, "reasoning_content": "Easy."}]}
+
+
+def validated(path: Path, template: str, rows: Sequence[Mapping[str, Any]]) -> Report:
+    """The report of a validator on rows for the tiny tokenizer with a template."""
+    model = tokenizer()
+    model.chat_template = template
+    model.save_pretrained(path / "model")
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check = FileCheck(
+        "arbor_core.data.rows:check_chat_row",
+        min_rows=1,
+        training_file=str(file),
+        model_check="arbor_trl.row_check:row_check",
+        model=str(path / "model"),
+    )
+    command = [sys.executable, "-m", "arbor_core.data.validator", msgspec.json.encode(check).decode()]
+    ran = subprocess.run(command, capture_output=True, timeout=300, check=True)
+    return msgspec.json.decode(ran.stdout, type=Report)
+
+
+def test_tool_calls_lost(tmp_path: Path) -> None:
+    """A job fails before it is queued, with the line and the key."""
+    error = validated(tmp_path, t.CHATML, [PLAIN, PLAIN, CALLING, PLAIN]).error
+    assert error is not None
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert error["message"].startswith("1 line(s)")
+    assert "line 3: the model's chat template leaves out messages[1].tool_calls[0].function.name" in error["message"]
+
+
+def test_thoughts_lost_are_a_warning(tmp_path: Path) -> None:
+    report = validated(tmp_path, t.CHATML, [PLAIN, THINKING, THINKING])
+    assert report.error is None
+    (warning,) = report.warnings
+    assert "the model's chat template leaves out reasoning_content, which is not learned (2 time(s)" in warning
+    assert "first at line 2" in warning
+
+
+def test_rows_of_a_shape_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tokenizer()
+    found.chat_template = t.HERMES
+    chat = ChatFormat(found)
+    rendered, render = [], chat.render
+
+    def counted(row: dict[str, Any], warn: Callable[[str], None] | None = None) -> list[Rendered]:
+        rendered.append(row)
+        return render(row, warn)
+
+    monkeypatch.setattr(chat, "render", counted)
+    check = RowCheck(chat)
+    answers = [{"messages": [QUESTION, {**ANSWER, "content": f"It is {degrees}."}]} for degrees in range(20)]
+    assert [list(check(row)) for row in (*answers, CALLING, LEGACY, CALLING)] == [[]] * 23
+    assert len(rendered) == 2
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    script = (
+        "import sys; from arbor_trl.row_check import row_check; found = row_check(sys.argv[1]); "
+        "print(found is not None, sys.modules.get('torch'))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert ran.stdout == "True None\n"
