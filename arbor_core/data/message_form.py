@@ -66,11 +66,13 @@ HIDDEN_KEYS = ("weight", "function_call", "tool_calls", *THOUGHTS)
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """A message's text: parts one after the other; a refusal where there is nothing else."""
-    content = message.get("content")
+    """A message's text: parts one after the other, and a refusal that is not among them."""
+    content, refusal = message.get("content"), str(message.get("refusal") or "")
     if isinstance(content, list):
-        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
-    return str(content or message.get("refusal") or "")
+        text = "".join(part.get("text") or part.get("refusal") or "" for part in content)
+    else:
+        text = str(content or "")
+    return text if refusal in text else f"{text}\n{refusal}" if text else refusal
 
 
 def calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -87,11 +89,13 @@ def thought_of(message: Mapping[str, Any]) -> str | None:
 
 
 def parsed(arguments: Any) -> Any:
-    """A call's arguments as an object. A model may have written what is no JSON object, or one that is nested too
-    deeply: that stays text."""
+    """A call's arguments as an object. What a model has written may be no JSON object, or one that is nested too deeply
+    or holds half a character (`\\ud800`), which no tokenizer takes: that stays text."""
     try:
         found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        check_depth(found, "arguments")
+        check_depth([[[[found]]]], "arguments")  # in a function of a call of a message
+        if isinstance(arguments, str) and "\\u" in arguments:
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments

@@ -51,8 +51,8 @@ def read_chat_data(values: Mapping[str, Any], rules: Rules, where: str = "") -> 
     if found.tools and found.functions:
         message = f"'{inside}functions' is the former name of '{inside}tools': give only '{inside}tools'."
         raise ConfigError(message, path=f"{inside}functions", code="conflicting_parameters")
-    for name in ("tools", "functions"):
-        check_tools(values.get(name), f"{inside}{name}")
+    check_tools(values.get("tools"), f"{inside}tools")
+    check_tools([{"function": each} for each in values.get("functions") or ()], f"{inside}functions")
     return found, frozenset(unknown)
 
 
@@ -132,7 +132,10 @@ def check_function(function: CalledFunction, where: str, rules: Rules) -> None:
     if rules.strict:
         path = f"{where}.arguments"
         raise ConfigError(f"Invalid '{path}': Expected `str`, got `object`.", path=path, code="invalid_type")
-    check_depth(function.arguments, f"{where}.arguments")
+    message = {
+        "tool_calls": [{"function": {"arguments": function.arguments}}]
+    }  # as deep as it will be, see `canonical`
+    check_depth(message, f"{where}.arguments")
 
 
 def check_tools(tools: Sequence[Any] | None, where: str) -> None:

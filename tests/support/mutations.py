@@ -34,6 +34,12 @@ ROWS: list[dict[str, Any]] = [
         "functions": [TOOL["function"]],
     },
 ]
+ARGUMENTS = [
+    *("{", "", "[1]", "NaN", '{"a": "\\ud800"}', '{"\\udfff": 1}', '{"a": 1e999}', '{"a": ' + "9" * 5000 + "}"),
+    *(f'{{"a": {"[" * depth}{"]" * depth}}}' for depth in (58, 62, 900)),
+    *({"a": json.loads("[" * depth + "]" * depth)} for depth in (57, 58, 59, 60, 62)),
+]
+"""Of calls; most are no faults, because a model may have written them."""
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 0.5, 10**30, -(2**63) - 1, 1e308, "", "x", "assistant", "\x00", "\U0001f600", "{}"),
     *([], {}, [None], ["x"], [[]], [{}], {"": None}, {"role": "user"}, {"type": "text"}, {"a": {"b": [1]}}, "x" * 3000),
@@ -89,7 +95,12 @@ def change(row: dict[str, Any], random: Random) -> None:
     """One place of a row is another value, gone, or somewhere else."""
     places = list(places_of(row)) or [({"messages": None}, "messages")]
     holder, key = random.choice(places)
-    kind = random.randrange(5)
+    kind = random.randrange(6)
+    called = [place for place in places if place[1] in ("arguments", "parameters")]
+    if kind == 5 and called:
+        holder, key = random.choice(called)
+        holder[key] = copy.deepcopy(random.choice(ARGUMENTS))
+        return
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):

@@ -69,12 +69,17 @@ def test_null_weight(tmp_path: Path, chat: ChatFormat) -> None:
         {"content": "", "refusal": "I cannot help with that."},
         {"content": [{"type": "refusal", "refusal": "I cannot help with that."}]},
         {"content": [{"type": "text", "text": "I cannot "}, {"type": "refusal", "refusal": "help with that."}]},
+        {"content": "I cannot help with that. Sorry.", "refusal": "I cannot help with that."},
+        {"content": "I cannot help with that.", "refusal": "Not ever."},
     ],
-    ids=["beside", "beside-nothing", "among", "after-text"],
+    ids=["beside", "beside-nothing", "among", "after-text", "in-text", "beside-text"],
 )
 def test_refusals(tmp_path: Path, chat: ChatFormat, answer: dict[str, Any]) -> None:
     row = {"messages": [USER, {"role": "assistant", **answer}]}
-    assert learned(tmp_path, chat, row).startswith("I cannot help with that.")
+    said = learned(tmp_path, chat, row)
+    assert said.startswith("I cannot help with that.")
+    assert said.count("I cannot") == 1
+    assert str(answer.get("refusal", "")) in said
 
 
 def test_legacy_functions(tmp_path: Path, chat: ChatFormat) -> None:
