@@ -1,6 +1,9 @@
 """How fast training files are checked, on one core: rows of 300 bytes, and rows of 4 kB of plain messages, of text with
 quotes and of calls.
 
+Once by the rules for messages alone (`mb_per_second`), and once with a look at what the tiny model's chat template
+makes of each row (`with_template`), as jobs are checked.
+
 The figure is megabytes a second of processor time, the best of several runs, because the machine is shared. `memory_mb`
 is what a process needs for a file of 200 MB beyond what it needs for one of 1 MB.
 """
@@ -16,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from arbor_sft import tiny
 
 from arbor_core.data.validator import FileCheck, check
 
 CHECK_ROW = "arbor_core.data.rows:check_chat_row"
+MODEL_CHECK = "arbor_trl.row_check:row_check"
 SIZE = 20 << 20
 RUNS = 5
 
@@ -64,8 +69,9 @@ def called() -> dict[str, Any]:
     return {"messages": turns * 3, "tools": tools}
 
 
-def speed(row: dict[str, Any], folder: Path) -> float:
+def speed(row: dict[str, Any], folder: Path, model: Path | None = None) -> float:
     """Megabytes a second."""
+    of_model = (MODEL_CHECK, str(model)) if model else (None, None)
     path = folder / "rows.jsonl"
     raw = json.dumps(row).encode() + b"\n"
     count = SIZE // len(raw)
@@ -73,7 +79,7 @@ def speed(row: dict[str, Any], folder: Path) -> float:
     best = float("inf")
     for _ in range(RUNS):
         start = time.process_time()
-        report = check(FileCheck(CHECK_ROW, 10, str(path)))
+        report = check(FileCheck(CHECK_ROW, 10, str(path), None, *of_model))
         best = min(best, time.process_time() - start)
         assert report.rows == {"training_file": count}, report
     return round(len(raw) * count / best / 1e6, 1)
@@ -97,9 +103,11 @@ def memory(megabytes: int, folder: Path) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        tiny.make(folder / "tiny")
         rows = {"small": small(), "talk": talk(), "quoted": quoted(), "called": called()}
         figures: dict[str, Any] = {
             "mb_per_second": {kind: speed(row, folder) for kind, row in rows.items()},
+            "with_template": {kind: speed(row, folder, folder / "tiny") for kind, row in rows.items()},
             "row_bytes": {kind: len(json.dumps(row)) for kind, row in rows.items()},
             "memory_mb": round(memory(200, folder) - memory(1, folder), 1),
         }

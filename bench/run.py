@@ -56,6 +56,8 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
         ("mb_per_second.small", "at least", 40),
         ("mb_per_second.talk", "at least", 200),
         ("mb_per_second.quoted", "at least", 200),
+        ("with_template.small", "at least", 40),
+        ("with_template.talk", "at least", 200),
         ("memory_mb", "at most", 5),
     ],
     "engine_batching": [],

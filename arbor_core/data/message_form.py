@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from arbor_core.storage.codec import check_depth
+from arbor_core.storage.codec import MAX_DEPTH, check_depth
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], Sequence[Any] | None], str]
@@ -93,7 +93,8 @@ def parsed(arguments: Any) -> Any:
     or holds half a character (`\\ud800`), which no tokenizer takes: that stays text."""
     try:
         found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        check_depth([[[[found]]]], "arguments")  # in a function of a call of a message
+        if not isinstance(arguments, str) or arguments.count("{") + arguments.count("[") >= MAX_DEPTH - 4:
+            check_depth([[[[found]]]], "arguments")  # in a function of a call of a message
         if isinstance(arguments, str) and "\\u" in arguments:
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):

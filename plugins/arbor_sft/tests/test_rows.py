@@ -25,6 +25,7 @@ from arbor_core import JobFailed
 from arbor_core.data.validator import FileCheck, Report, check
 
 CHECK_ROW = "arbor_core.data.rows:check_chat_row"
+MODEL_CHECK = "arbor_trl.row_check:row_check"
 PYTHON = re.compile(
     r"[A-Z][a-z]+Error|NoneType|object has no|not (subscriptable|iterable|hashable)|unhashable|sys\.|utf-8-sig"
 )
@@ -105,9 +106,9 @@ def test_empty_content(tmp_path: Path, chat: ChatFormat) -> None:
     assert learned(tmp_path, chat, row).startswith("It is 18.")
 
 
-def agrees(path: Path, chat: ChatFormat) -> Report:
+def agrees(path: Path, model: Path, chat: ChatFormat) -> Report:
     """What the validator says of a file. A trainer says the same, and neither says it in Python's words."""
-    report = check(FileCheck(CHECK_ROW, 10, str(path)))
+    report = check(FileCheck(CHECK_ROW, 10, str(path), None, MODEL_CHECK, str(model)))
     msgspec.json.encode(report)  # as it leaves its process
     said = " ".join([*report.warnings, report.error["message"] if report.error else ""])
     assert not PYTHON.search(said), said
@@ -115,7 +116,7 @@ def agrees(path: Path, chat: ChatFormat) -> Report:
         assert report.error["code"] in ("invalid_training_file", "invalid_n_examples"), report.error
     refused = refusal(path, chat)
     assert not PYTHON.search(refused), refused
-    assert report.error or not refused or ALSO_REFUSED.search(refused), f"the validator took it: {refused}"
+    assert report.error or not refused, f"the validator took it: {refused}"
     assert refused or not report.error or report.error["code"] == "invalid_n_examples", report.error
     return report
 
@@ -129,29 +130,25 @@ def refusal(path: Path, chat: ChatFormat) -> str:
     return ""
 
 
-ALSO_REFUSED = re.compile("chat template|answers nothing|no token to learn|are longer than")
-"""What only a trainer can tell, because it depends on the model."""
-
-
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_files_with_faults(tmp_path: Path, chat: ChatFormat, count: int) -> None:
+def test_files_with_faults(tmp_path: Path, tiny: Path, chat: ChatFormat, count: int) -> None:
     random, path = Random(count), tmp_path / "rows.jsonl"
     taken = 0
     for _ in range(count):
         raw = mutated(random)
         path.write_bytes(raw)
         try:
-            taken += agrees(path, chat).error is None
+            taken += agrees(path, tiny, chat).error is None
         except BaseException:
             (tmp_path / "at-fault.jsonl").write_bytes(raw)
             raise
     assert count / 10 < taken < count * 9 / 10, "most files have a fault, and some that nobody minds"
 
 
-def test_one_giant_line(tmp_path: Path, chat: ChatFormat) -> None:
+def test_one_giant_line(tmp_path: Path, tiny: Path, chat: ChatFormat) -> None:
     path = tmp_path / "rows.jsonl"
     line = json.dumps({"messages": [USER, ANSWER]}).encode()
     path.write_bytes(line + b"\n" + b'{"messages": "' + b"x" * (40 << 20) + b'"}\n' + line)
-    error = agrees(path, chat).error
+    error = agrees(path, tiny, chat).error
     assert error is not None
     assert "1 line(s) of the training file cannot be used: line 2: line too long" in error["message"]

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from arbor_core import canonical, shape_of
+from arbor_core import canonical, canonical_message, shape_of
 
 from .chat import ChatFormat
 
 REMEMBERED = 10_000
 """Shapes of rows."""
+PLAIN = {"role", "content", "name", "weight", "tool_call_id"}
+"""Keys of messages that are a text and little else, as nearly all are; a look at them has to be quick."""
 
 
 def row_check(model: str) -> Callable[[dict[str, Any]], Sequence[str]] | None:
@@ -49,19 +51,26 @@ class RowCheck:
         Raises:
             ValueError: the row cannot be trained on with this template.
         """
-        row = canonical(row)
-        shape = self._shape(row)
+        tools = bool(row.get("tools") or row.get("functions"))
+        shape = tools, tuple([self._shape(message, tools) for message in row["messages"]])
         if shape not in self.known:
             if len(self.known) >= REMEMBERED:
                 self.known.clear()
             lost: set[str] = set()
-            self.chat.render(row, lost.add)
+            self.chat.render(canonical(row), lost.add)
             self.known[shape] = tuple(
                 f"the model's chat template leaves out {key}, which is not learned" for key in sorted(lost)
             )
         return self.known[shape]
 
-    def _shape(self, row: Mapping[str, Any]) -> Hashable:
-        messages = [self.chat.chats.message(message, tools=bool(row.get("tools"))) for message in row["messages"]]
-        weights = tuple(message.get("weight", 1) for message in row["messages"])
-        return tuple((message["role"], shape_of(message)) for message in messages), weights, bool(row.get("tools"))
+    def _shape(self, message: Mapping[str, Any], tools: bool) -> Hashable:
+        """What of a message templates may look at; see `shape_of`, which of a text without tags only says that."""
+        content = message.get("content")
+        if type(content) is str and "<" not in content and content and not content.isspace():
+            if len(message) == 2:
+                return str(message["role"])
+            if message.keys() <= PLAIN:
+                kinds = tuple([(key, type(value)) for key, value in message.items()])
+                return message["role"], message.get("weight"), kinds
+        form = self.chat.chats.message(canonical_message(message), tools=tools)
+        return form["role"], message.get("weight"), shape_of(form)

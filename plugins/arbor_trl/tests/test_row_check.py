@@ -80,6 +80,21 @@ def test_rows_of_a_shape_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(rendered) == 2
 
 
+def test_rows_of_other_shapes_are_rendered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, rendered = ChatFormat(tokenizer()), []
+    monkeypatch.setattr(chat, "render", lambda row, warn: rendered.append(row) or [])
+    check = RowCheck(chat)
+    tool = {"type": "function", "function": {"name": "get_weather"}}
+    said = [QUESTION, {**QUESTION, "content": " "}, {**QUESTION, "content": "<b>"}, {**QUESTION, "name": "ann"}]
+    said += [{**QUESTION, "name": None}, {**QUESTION, "role": "system"}, {**QUESTION, "reasoning": "hm"}]
+    answers = [[ANSWER], [{**ANSWER, "weight": 0}, QUESTION, ANSWER], [{**ANSWER, "weight": 1}, QUESTION, ANSWER]]
+    rows = [{"messages": [one, *rest]} for one in said for rest in answers]
+    rows += [{"messages": [QUESTION, ANSWER], "tools": [tool]}]
+    for row in (*rows, *rows):
+        check(row)
+    assert len(rendered) == len(rows)
+
+
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     script = (
