@@ -60,6 +60,12 @@ AIMS: dict[str, list[tuple[str, str, float]]] = {
         ("with_template.talk", "at least", 200),
         ("memory_mb", "at most", 5),
     ],
+    "conversations": [
+        ("talk.seconds", "at most", 120),
+        ("trace.seconds", "at most", 150),
+        ("talk.twice", "at most", 2.5),
+        ("trace.twice", "at most", 2.5),
+    ],
     "engine_batching": [],
 }
 OPTIONS = {"simulation": ["--full"]}

@@ -9,18 +9,16 @@ one rendering, with all turns that it has as they were generated.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from arbor_core import UNSAID, Chats, ChatText, Conversation, LeftOutError, left_out
 
+from .token_spans import TokenSpans
 from .turns import Turn, Turns
 
 if TYPE_CHECKING:  # row_check does without torch, which transformers imports
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -79,6 +77,7 @@ class ChatFormat:
             raise ValueError("its tokenizer has no tokenizer.json (a fast tokenizer), which gives tokens their offsets")
         self.tokenizer = tokenizer
         self.chats = Chats(tokenizer)
+        self.spans = TokenSpans(self.chats)
         self.stops = sorted({*self.chats.tokens, *tokenizer.all_special_tokens})
         longest_first = sorted(self.stops, key=len, reverse=True)
         self.stop = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -153,52 +152,23 @@ class ChatFormat:
     def encode(self, texts: Sequence[Rendered]) -> list[Sample]:
         """Tokens and labels. Where a token would straddle the beginning of a turn, the text is cut there, as it is when
         an engine tokenises the prompt alone."""
-        plain = [rendered.text for rendered in texts if rendered.chat.controls is None]
-        whole = iter((self.tokenizer(plain, add_special_tokens=False).encodings or ()) if plain else ())
-        return [self._sample(one, next(whole) if one.chat.controls is None else None) for one in texts]
+        plain = iter(self.spans.ids([one.text for one in texts if one.chat.controls is None]))
+        return [self._sample(one, next(plain) if one.chat.controls is None else None) for one in texts]
 
-    def _sample(self, rendered: Rendered, encoding: Encoding | None) -> Sample:
+    def _sample(self, rendered: Rendered, whole: list[int] | None) -> Sample:
         """Tokens and labels of one text.
 
         Args:
-            encoding: Of all of it; None: messages in it spell control tokens.
+            whole: The tokens of all of it; None: messages in it spell control tokens.
         """
-        cuts = [edge for span in rendered.spans for edge in span]
-        extents: Sequence[Span]
-        if encoding is not None:
-            ids, extents = encoding.ids, _Extents(encoding)
-        else:
-            ids, extents = self.chats.encode(rendered.chat, offsets=True)
-        if not all(_is_edge(extents, cut) for cut in cuts):
-            ids, extents = self.chats.encode(rendered.chat, cuts, offsets=True)
-        labels = [IGNORED] * len(ids)
-        for begin, end in rendered.spans:
-            first = bisect_left(extents, begin, key=itemgetter(0))
-            last = max(first, bisect_right(extents, end, key=itemgetter(1)))
+        spans = None if whole is None else self.spans.by_controls(rendered.text, whole, rendered.spans)
+        if whole is None or spans is None:
+            whole, spans = self.spans.by_offsets(rendered.chat, rendered.spans)
+        ids, labels = whole, [IGNORED] * len(whole)
+        for first, last in spans:
             labels[first:last] = ids[first:last]
         if rendered.close:
             end = self.tokenizer.eos_token_id
             ids, labels = [*ids, end], [*labels, end]
         labels[:1] = [IGNORED]  # nothing precedes it
         return Sample(ids, labels)
-
-
-class _Extents(Sequence[Span]):
-    """The characters that each token covers, looked up when needed: a list of them takes as long as tokenising."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.encoding = encoding
-
-    def __len__(self) -> int:
-        return len(self.encoding)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.encoding.token_to_chars(index)
-
-
-def _is_edge(extents: Sequence[Span], cut: int) -> bool:
-    """Whether one token certainly ends at a character and the next begins there. Some tokenizers leave spaces out of
-    the offsets, and do not say which neighbour holds them; the characters of one letter's several bytes overlap."""
-    index = bisect_left(extents, cut, key=itemgetter(0))
-    before = extents[index - 1][1] if index else 0
-    return before == cut and (index == len(extents) or extents[index][0] == cut)

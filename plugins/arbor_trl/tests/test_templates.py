@@ -17,7 +17,7 @@ import pytest
 import trl
 import trl_templates as t
 from arbor_sft.tiny import CHAT_TEMPLATE, tokenizer
-from arbor_trl.chat import IGNORED, ChatFormat, Sample
+from arbor_trl.chat import IGNORED, ChatFormat, Rendered, Sample
 from transformers import PreTrainedTokenizerFast
 
 PACKAGED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -197,14 +197,24 @@ def test_all_that_was_said_is_learned_or_the_row_is_refused(name: str) -> None:
         tools = TOOLS if "call" in json.dumps(messages) else None
         unlearned: list[str] = []
         try:
-            samples = chat.encode(chat.render({"messages": messages, "tools": tools}, unlearned.append))
+            rendered = chat.render({"messages": messages, "tools": tools}, unlearned.append)
         except ValueError as error:
             if not REFUSALS.search(str(error)):
                 raise
             continue
         trained += 1
+        samples = chat.encode(rendered)
+        same_by_offsets(chat, rendered)
         check(chat, messages, tools, samples, unlearned, shape)
     assert trained >= 8, "most rows without calls can be trained with any template"
+
+
+def same_by_offsets(chat: ChatFormat, rendered: list[Rendered]) -> None:
+    """Parts of a text are found by control tokens where they are by the characters of each token."""
+    for each in rendered:
+        (ids,) = chat.spans.ids([each.text])
+        fast, slow = chat.spans.by_controls(each.text, ids, each.spans), chat.spans.by_offsets(each.chat, each.spans)
+        assert fast is None or (ids, fast) == slow
 
 
 def check(
