@@ -5,11 +5,13 @@ any other process it starts; `UnknownModelError` says that there is no such mode
 contract (`InferenceBackend`, `Engine`, `EngineNeeds`, `EngineSpec`, `Servable`, `Weights`).
 
 For the engine, inside its process, in the order of use: `end_with_parent`, `read_spec`, `routes`, `authorised`,
-`Progress`, `health`, `announce`. What it refuses is an `ApiError`, which `envelope` makes OpenAI's error object of;
-`NO_RETRY` and `RETRY_SOON` are its headers. `crash_point` names a place where tests let it die.
+`Progress`, `health`, `announce`. `read_chat_data` checks a conversation by the server's `Rules`. What it refuses is an
+`ApiError`, which `envelope` makes OpenAI's error object of; `NO_RETRY` and `RETRY_SOON` are its headers. `crash_point`
+names a place where tests let it die.
 """
 
 from arbor_core.crash_points import crash_point
+from arbor_core.data.message_rules import Rules, read_chat_data
 from arbor_core.inference.child import Progress, announce, authorised, end_with_parent, health, read_spec, routes
 from arbor_core.inference.process import EngineProcess
 from arbor_core.process.environment import clean_env
@@ -17,6 +19,7 @@ from arbor_core.types import (
     NO_RETRY,
     RETRY_SOON,
     ApiError,
+    ConfigError,
     Engine,
     EngineNeeds,
     EngineSpec,
@@ -31,12 +34,14 @@ __all__ = [
     "NO_RETRY",
     "RETRY_SOON",
     "ApiError",
+    "ConfigError",
     "Engine",
     "EngineNeeds",
     "EngineProcess",
     "EngineSpec",
     "InferenceBackend",
     "Progress",
+    "Rules",
     "Servable",
     "UnknownModelError",
     "Weights",
@@ -47,6 +52,7 @@ __all__ = [
     "end_with_parent",
     "envelope",
     "health",
+    "read_chat_data",
     "read_spec",
     "routes",
 ]

@@ -4,14 +4,21 @@ Ids are rows of the faults table.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
+from arbor_transformers.api.checks import check
+from arbor_transformers.api.requests import ChatRequest, parse
 from embedded import Running, World, make_adapter, make_tokenizer
+from message_cases import REFUSED, REFUSED_IN_CHATS, TAKEN
 from safetensors.torch import load_file, save_file
+
+from arbor_core.application.chat_request import read_chat
+from arbor_core.engine import ApiError, ConfigError
 
 TOKENIZER = make_tokenizer()
 USER = [{"role": "user", "content": "x"}]
@@ -84,12 +91,12 @@ CHAT = [
         "missing_required_parameter",
         "messages[1].tool_call_id",
     ),
-    ("row-122", {"messages": [{"role": "user", "content": [IMAGE]}]}, "invalid_value", "messages[0].content[0]"),
+    ("row-122", {"messages": [{"role": "user", "content": [IMAGE]}]}, "invalid_value", "messages[0].content[0].type"),
     ("row-122", {"messages": [{"role": "function", "name": "f", "content": "x"}]}, "invalid_value", "messages"),
     (
         "row-122",
         {"messages": [{"role": "assistant", "content": None, "tool_calls": ["f"]}]},
-        "invalid_value",
+        "invalid_type",
         "messages[0].tool_calls[0]",
     ),
     ("row-122", {"messages": "hi"}, "invalid_type", "messages"),
@@ -103,7 +110,7 @@ CHAT = [
         "tool_choice",
     ),
     ("row-126", {"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-    ("tools", {"tools": [{"type": "function"}]}, "invalid_value", "tools[0]"),
+    ("tools", {"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
     ("template", {"chat_template_kwargs": {"tokenize": True}}, "invalid_value", "chat_template_kwargs"),
     ("audio", {"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
     ("row-120", {"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
@@ -143,6 +150,25 @@ async def test_both_routes(engine: Running, route: str, change: dict[str, Any], 
 async def test_conversations(engine: Running, change: dict[str, Any], code: str, param: str) -> None:
     body = {"model": "base", "messages": USER, **change}
     assert await refused(engine, "/v1/chat/completions", body) == (code, param)
+
+
+@pytest.mark.parametrize("case", [*TAKEN.values(), *(case for case, _ in (REFUSED | REFUSED_IN_CHATS).values())])
+def test_an_engine_takes_what_the_server_takes(case: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "base", **case}).encode()
+    of_server = fault(lambda: read_chat(raw))
+    if of_server is None or of_server[0] != "unknown_parameter":  # the server passes none on but nulls
+        assert fault(lambda: check(parse(raw, ChatRequest), 1000)) == of_server
+
+
+def fault(read: Callable[[], object]) -> tuple[str, str | None] | None:
+    """Code and path of what is wrong."""
+    try:
+        read()
+    except ConfigError as error:
+        return error.code, error.path
+    except ApiError as error:
+        return error.code, error.param
+    return None
 
 
 @pytest.mark.parametrize(("change", "code", "param"), named(PLAIN))

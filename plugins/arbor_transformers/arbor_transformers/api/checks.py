@@ -1,11 +1,10 @@
 """What a request's types cannot say, checked before anything reaches the model. Numbers of rows: the faults table."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from arbor_core.engine import ApiError
+from arbor_core.engine import ApiError, ConfigError, Rules, read_chat_data
 
-from .requests import ChatRequest, CompletionRequest, Json, Request
+from .requests import ChatRequest, CompletionRequest, Request
 
 
 def check(request: Request, vocabulary: int) -> None:
@@ -108,82 +107,25 @@ def _check_chat(request: ChatRequest) -> None:
         raise ApiError(400, "Stored completions are not supported.", "unsupported_parameter", "store")
     if set(request.modalities or ["text"]) != {"text"}:
         raise ApiError(400, "Only the modality 'text' is supported.", "unsupported_parameter", "modalities")
-    _check_tools(request)
     if not request.messages:
         raise ApiError(
             400, "Invalid 'messages': empty array. Expected at least one message.", "empty_array", "messages"
         )
-    for i, turn in enumerate(request.messages):
-        _check_message(turn, f"messages[{i}]")
+    try:
+        read_chat_data({"messages": request.messages, "tools": request.tools}, Rules(strict=True))
+    except ConfigError as error:
+        raise ApiError(400, str(error), error.code, error.path) from None
+    _check_choice(request)
 
 
-def _check_tools(request: ChatRequest) -> None:
-    names = set()
-    for i, tool in enumerate(request.tools or []):
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if tool.get("type") != "function" or not isinstance(name, str):
-            message = f"Invalid 'tools[{i}]': expected a tool of type 'function' with a name."
-            raise ApiError(400, message, "invalid_value", f"tools[{i}]")
-        names.add(name)
+def _check_choice(request: ChatRequest) -> None:
     choice = request.tool_choice
     if isinstance(choice, dict):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, dict) else None
-        if name not in names:
+        if name not in [tool["function"]["name"] for tool in request.tools or ()]:
             raise ApiError(400, f"'tool_choice' names the unknown tool {name!r}.", "invalid_value", "tool_choice")
     if choice not in (None, "none", "auto"):
         message = "This engine cannot force a tool call: 'tool_choice' may be 'auto' or 'none'."
         code = "unsupported_parameter" if choice == "required" or isinstance(choice, dict) else "invalid_value"
         raise ApiError(400, message, code, "tool_choice")
-
-
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
-
-
-def _check_message(message: Json, path: str) -> None:
-    role = message.get("role")
-    if role is None:
-        raise ApiError(400, f"Missing required parameter: '{path}.role'.", "missing_required_parameter", f"{path}.role")
-    if not isinstance(role, str) or role not in ROLES:
-        expected = ", ".join(sorted(ROLES))
-        raise ApiError(
-            400, f"Invalid '{path}.role': {role!r}. Expected one of {expected}.", "invalid_value", f"{path}.role"
-        )
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        name = f"{path}.tool_call_id"
-        raise ApiError(400, f"Missing required parameter: '{name}'.", "missing_required_parameter", name)
-    calls = message.get("tool_calls")
-    _check_calls(calls, f"{path}.tool_calls")
-    content = message.get("content")
-    if content is None:
-        if role == "assistant" and (calls or message.get("refusal") or message.get("function_call")):
-            return
-        name = f"{path}.content"
-        raise ApiError(400, f"Missing required parameter: '{name}'.", "missing_required_parameter", name)
-    _check_content(content, f"{path}.content")
-
-
-def _check_content(content: Any, path: str) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        message = f"Invalid type for '{path}': expected a text or a list of parts."
-        raise ApiError(400, message, "invalid_type", path)
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            message = f"Invalid '{path}[{i}]': this model reads text parts only, but got {kind!r}."
-            raise ApiError(400, message, "invalid_value", f"{path}[{i}]")
-
-
-def _check_calls(calls: Any, path: str) -> None:
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        raise ApiError(400, f"Invalid type for '{path}': expected an array.", "invalid_type", path)
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            message = f"Invalid '{path}[{i}]': expected a call with a function's name and arguments."
-            raise ApiError(400, message, "invalid_value", f"{path}[{i}]")
