@@ -17,7 +17,7 @@ import msgspec
 
 from .conversation import ChatText, Conversation, LeftOutError, Span, left_out
 from .marks import Found, shape_of
-from .message_form import Message, MessageForm, find_form
+from .message_form import Message, MessageForm, find_form, tool_of
 
 REMEMBERED = 10_000
 """Shapes of messages."""
@@ -81,7 +81,7 @@ class Chats:
         Raises:
             ValueError: one of them is nested too deeply.
         """
-        given, tools = list(messages), list(tools or [])
+        given, tools = list(messages), [tool_of(tool) for tool in tools or ()]
         prepared = [self.message(each, tools=bool(tools)) for each in given]
         return Conversation(self.control, prepared, tools or None, given)
 

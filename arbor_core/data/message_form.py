@@ -88,6 +88,14 @@ def thought_of(message: Mapping[str, Any]) -> str | None:
     return next((message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key]), None)
 
 
+def tool_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool without what is null, of itself or of its function: tables write each key that some tool has."""
+    tool = {key: value for key, value in given.items() if value is not None}
+    if isinstance(function := tool.get("function"), Mapping):
+        tool["function"] = {key: value for key, value in function.items() if value is not None}
+    return tool
+
+
 def parsed(arguments: Any) -> Any:
     """A call's arguments as an object. What a model has written may be no JSON object, or one that is nested too deeply
     or holds half a character (`\\ud800`), which no tokenizer takes: that stays text."""

@@ -61,6 +61,8 @@ def test_null_weight(tmp_path: Path, chat: ChatFormat) -> None:
     row = {"messages": [{**USER, **nulls}, {**ANSWER, **nulls, "weight": 0}, {**USER, **nulls}, {**ANSWER, **nulls}]}
     plain = {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]}
     assert tokens(tmp_path, chat, row) == tokens(tmp_path, chat, plain)
+    table = [{**TOOL, "custom": None, "function": {**TOOL["function"], "description": None, "strict": None}}]
+    assert tokens(tmp_path, chat, {**row, "tools": table}) == tokens(tmp_path, chat, {**plain, "tools": [TOOL]})
 
 
 @pytest.mark.parametrize(
