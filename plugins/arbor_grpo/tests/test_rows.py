@@ -77,6 +77,25 @@ def test_messages_are_nested_so_deeply_and_no_deeper():
             chatting.read(told(levels))
 
 
+def test_what_the_template_leaves_out_is_rejected():
+    """Text of the policy, and of what came before."""
+    found = tokenizer()
+    found.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chatting = Reader(config(), ChatFormat(found), vocabulary=1000, longest=512)
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    calling, question = {"content": None, "tool_calls": [call]}, {"role": "user", "content": "a"}
+    told = {
+        "answer": ([question], calling),
+        r"messages\[1\]": ([question, {"role": "assistant", **calling}, question], {"content": "b"}),
+    }
+    for where, (messages, answer) in told.items():
+        group = Group(rollouts=(Rollout(reward=1, messages=messages, answer=answer),), version=0)
+        with pytest.raises(RejectedError, match=rf"leaves out {where}\.tool_calls\[0\]\.function\.name"):
+            chatting.read(group)
+
+
 def advantages(*groups: Group, **more: Any) -> list[float]:
     found = reader(**more)
     return [row.advantage for row in with_advantages([found.read(each) for each in groups], found.config)[0]]

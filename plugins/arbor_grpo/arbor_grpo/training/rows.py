@@ -14,7 +14,7 @@ import numpy as np
 from arbor_trl.chat import IGNORED, ChatFormat
 from numpy.typing import NDArray
 
-from arbor_core import Group, Rollout
+from arbor_core import Group, LeftOutError, Rollout
 from arbor_grpo import GrpoConfig
 
 Ids = NDArray[np.int32]
@@ -140,6 +140,9 @@ class Reader:
         try:
             conversation = self.chat.chats.conversation(messages, rollout.tools)
             (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages))])
+        except LeftOutError as error:
+            answer = f"messages[{len(rollout.messages)}]"
+            raise LeftOutError(error.field.replace(answer, "answer", 1)) from None
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"its messages are no messages of a chat: {error!r}") from None
         first = next((at for at, label in enumerate(sample.labels) if label != IGNORED), len(sample.ids))
