@@ -23,6 +23,7 @@ from .rows import MAX_REPORTED, RowError, excerpt_of, followed, parse_lines, req
 
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 3600
+REASON_CHARS = 400
 STACK = 200
 """Fewer levels than a trainer can read, which has more on its stack when it reads the same rows."""
 RowCheck = Callable[[dict[str, Any]], Iterable[str] | None]
@@ -135,6 +136,8 @@ class Tally:
             shown: The row or the beginning of its line.
         """
         self.count += 1
+        if len(reason) > REASON_CHARS:  # it repeats what is in the row
+            reason = reason[:REASON_CHARS] + "…"
         key = NUMBERS.sub("0", reason)
         kind = self._kinds.get(key)
         if kind is None and len(self._kinds) == MAX_REPORTED:

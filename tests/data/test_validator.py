@@ -94,6 +94,15 @@ def test_ten_different_faults_are_told(tmp_path: Path) -> None:
     assert said.endswith("; and 8 line(s) with other faults")
 
 
+def test_what_is_said_of_a_fault_is_short(tmp_path: Path) -> None:
+    long = "x" * 1_000_000
+    rows = [{"messages": [{"role": long, "content": "x"}]}, {**GOOD, long: 1}, {long: 1}]
+    found = report(tmp_path, rows)
+    assert found.error is not None
+    assert len(str(found.error["message"])) < 2000
+    assert len("".join(found.warnings)) < 1000
+
+
 def test_keys_that_nobody_reads_are_warned_of_once(tmp_path: Path) -> None:
     rows = [GOOD, *[{**GOOD, "source": "web"}] * 9, {"messages": [{**USER, "wieght": 0}, ANSWER]}]
     found = report(tmp_path, rows)

@@ -116,6 +116,7 @@ TAKEN: dict[str, Json] = {
         ],
     },
     "thoughts": {"messages": [USER, {**ANSWER, "reasoning_content": "Warm there.", "name": "clerk"}]},
+    "assistant-first": {"messages": [{"role": "assistant", "content": "Welcome!"}, USER, ANSWER]},
     "weight-0": {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1.0}]},
     "function-call": {
         "messages": [
