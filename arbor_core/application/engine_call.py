@@ -14,6 +14,8 @@ from arbor_core.inference.redaction import without_paths
 from arbor_core.models.fine_tuned import Resolved
 from arbor_core.types import NO_RETRY, RETRY_SOON, ApiError, Engine
 
+from .json_body import decoded
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -77,7 +79,8 @@ class EngineCall:
             yield engine
 
     def superseded(self) -> None:
-        """`resolved` is a newer policy than the one that the request was made for."""
+        """`resolved` is a newer policy than the one that the request was made for: the engine has it by this name."""
+        self.body = msgspec.json.encode(decoded(self.body) | {"model": self.resolved.name})
 
     def finished(self, raw: bytes) -> bytes:
         """What the client gets of a whole response: all of it."""

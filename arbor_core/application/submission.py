@@ -14,18 +14,25 @@ from arbor_core import ids
 from arbor_core.config.convert import merged, renamed, typed
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.files.repository import Files
-from arbor_core.inference.backends import Backends
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobs.records import JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.models import memory
 from arbor_core.models.catalog import Models, Start
-from arbor_core.models.fine_tuned import first_base
 from arbor_core.plugins import Plugins
-from arbor_core.types import Allocator, ApiError, ArborError, ConfigError, InputKind, Trainer, most_on_one_node
+from arbor_core.types import (
+    Allocator,
+    ApiError,
+    ArborError,
+    ConfigError,
+    InputKind,
+    TrainedWeights,
+    Trainer,
+    most_on_one_node,
+)
 
 from .requests import MAX_SEED, METHODS, CreateFineTuningJobRequest, check_suffix, hyperparameters_of, warnings
-from .servable import obstacle
+from .servable import ServableCheck
 
 SHOWN = ("n_epochs", "batch_size", "learning_rate_multiplier")
 """Hyperparameters that a job shows even when its author did not set them."""
@@ -51,7 +58,7 @@ class Submission:
     models: Models
     allocator: Allocator
     limits: LimitsConfig
-    backends: Backends
+    serving: ServableCheck
 
     def prepare(self, body: CreateFineTuningJobRequest, owner: str) -> tuple[NewJob, list[str]]:
         """The job that a request is for, and what its author should be warned of.
@@ -69,7 +76,8 @@ class Submission:
             message = "Missing required parameter: 'training_file'."
             raise ApiError(400, message, "missing_required_parameter", "training_file")
         start = self.models.trainable(body.model, owner, adapters=trainer.adapters)
-        unservable = self.check_servable(trainer, config, start.name, where)
+        trained = trainer.trained(config)
+        self.check_servable(trained, start.name, where)
         self.check_files(body, owner, trainer.input)
         self.check_devices(body.num_gpus)
         self.check_queue(self.jobs.count_waiting() + 1)
@@ -86,11 +94,11 @@ class Submission:
             devices=body.num_gpus,
             input=trainer.input,
             adapter_path=start.adapter,
-            trains_adapter=None if (trained := trainer.trained(config)) is None else trained.adapter is not None,
+            trains_adapter=trained.adapter is not None if trained else None,
         )
         shown = {key: config[key] for key in SHOWN if key in config} | given
         job = NewJob(owner, body.training_file or "", body.validation_file, body.metadata, shown, spec, body.priority)
-        return job, [*renamings, *warnings(body), *unservable, *self.device_warnings(spec)]
+        return job, [*renamings, *warnings(body), *self.device_warnings(spec)]
 
     def check_again(self, body: CreateFineTuningJobRequest, owner: str, input: InputKind) -> None:
         """Check what may have changed since `prepare`. Called in the transaction that creates the job, after its row is
@@ -143,28 +151,19 @@ class Submission:
             raise ConfigError(str(error), path=error.path, code=code) from None
         return dict(msgspec.to_builtins(config, enc_hook=str))
 
-    def check_servable(self, trainer: Trainer, config: Mapping[str, Any], model: str, where: str) -> list[str]:
-        """Refuse a job that learns from rollouts and whose policy no engine could load; of another one, a warning.
+    def check_servable(self, trained: TrainedWeights | None, model: str, where: str) -> None:
+        """Refuse a job whose result no engine could load, as far as its configuration tells.
 
         Args:
-            model: The base model.
+            trained: What it trains; None: not known.
+            model: What it begins with.
             where: The path of the configuration, for messages.
 
         Raises:
             ConfigError: with the key and its value.
         """
-        trained, servable = trainer.trained(config), self.backends.serves(model)
-        found = obstacle(trained, servable) if trained and servable else None
-        if trained is None or found is None:
-            return []
-        field, value, wanted = found
-        path = f"{where}.{trained.keys[field]}" if field in trained.keys else where
-        shown = "null" if value is None else f"'{value}'"
-        backend = self.backends.of(first_base(model)).name
-        text = f"the inference backend '{backend}' cannot serve it, which takes {wanted}"
-        if trainer.input != "file":
-            raise ConfigError(f"Invalid '{path}': {shown}: {text}.", path=path)
-        return [f"'{path}' is {shown}: {text}. The job trains, but no completions come from its model."]
+        if trained and (found := self.serving.refusal(model, trained, where)):
+            raise ConfigError(found[1], path=found[0])
 
     def check_files(self, body: CreateFineTuningJobRequest, owner: str, input: InputKind) -> None:
         """Refuse files that the job cannot learn from."""

@@ -47,6 +47,7 @@ from .file_service import FileService
 from .job_service import JobService
 from .model_service import ModelService
 from .opening import bring_up_to_date, keep_executor
+from .servable import ServableCheck
 from .status import ServerStatus
 from .submission import Submission, TrainerDefaults
 from .upload_service import UploadService
@@ -242,7 +243,7 @@ def wired(
         models,
         allocator,
         settings.limits,
-        chosen.backends,
+        ServableCheck(chosen.backends),
     )
     uploads, sessions = Uploads(files), OpenSessions(store, root)
     return Arbor(
@@ -296,7 +297,7 @@ def open_dispatcher(
     return Dispatcher(
         jobs,
         attempts,
-        Validation(jobs, files, attempts, executor, by_name),
+        Validation(jobs, files, attempts, executor, by_name, ServableCheck(chosen.backends)),
         Monitor(attempts, ingest, outcomes, executor, limits),
         by_name,
         chosen.scheduler,

@@ -145,7 +145,7 @@ class Attempts:
             bell=str(bell),
             room_seconds=self.settings.limits.room_seconds,
             handled=newest_policy(self.jobs.store, job.id)[0].handled,
-            sender=self.sender(job.spec.model) if job.spec.input == "rollouts" else "",
+            sender=self.sender(job.spec.model) if job.spec.input != "file" else "",
         )
         if trainer.ranks:
             order = self.launcher.order(order, len(placement.devices))

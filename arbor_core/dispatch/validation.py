@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ from arbor_core.data.validator import FileCheck, Report
 from arbor_core.files.repository import Files
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
-from arbor_core.process.environment import clean_env
+from arbor_core.process.output import last_words, output_of
 from arbor_core.types import Executor, MessageEvent, Trainer
 
 from .attempts import Attempts
+from .inspection import Inspections, Serving
 
 POLL_SECONDS = 1.0
 
@@ -26,11 +26,18 @@ class Validation:
     """The jobs that are in validation."""
 
     def __init__(
-        self, jobs: Jobs, files: Files, attempts: Attempts, executor: Executor, trainers: Mapping[str, Trainer]
+        self,
+        jobs: Jobs,
+        files: Files,
+        attempts: Attempts,
+        executor: Executor,
+        trainers: Mapping[str, Trainer],
+        serving: Serving,
     ) -> None:
         self.jobs, self.files, self.attempts = jobs, files, attempts
         self.executor, self.trainers = executor, trainers
-        self.validators = Validators()
+        turns = asyncio.Semaphore(PROCESSES)
+        self.validators, self.inspections = Validators(turns), Inspections(serving, turns)
         self.wakeups: dict[str, asyncio.Event] = {}
 
     def wake(self, job_id: str) -> None:
@@ -52,22 +59,7 @@ class Validation:
             return  # it may end at any moment, and nobody may be writing into its directory then
         await self.attempts.write_document(job)
         crash_point("job.document")
-        if job.spec.input != "file":
-            await self.jobs.transition(job, "queued", MessageEvent("Moving job to queued state"))
-            return
-        files = FileCheck(
-            trainer.check_row,
-            trainer.min_rows,
-            str(self.files.path(job.training_file)),
-            str(self.files.path(job.validation_file)) if job.validation_file else None,
-            trainer.model_check,
-            self.attempts.weights(job) if trainer.model_check else None,
-        )
-        python = self.attempts.python(trainer)
-        report = self.validators.good.get((python, files))
-        if report is None:
-            check = asyncio.ensure_future(self.validators.report(files, python))
-            report = await self._unless_cancelled(job, check)
+        report = await self._unless_cancelled(job, asyncio.ensure_future(self._report(job, trainer)))
         if report is None:
             return
         crash_point("job.validated")
@@ -75,9 +67,28 @@ class Validation:
         if report.error:
             await self._fail(job, JobError(**report.error), *warnings)
         else:
-            queued = MessageEvent("Files validated, moving job to queued state")
-            await self.jobs.transition(job, "queued", *warnings, queued)
+            done = "Files validated, moving" if job.spec.input == "file" else "Moving"
+            await self.jobs.transition(job, "queued", *warnings, MessageEvent(f"{done} job to queued state"))
         crash_point("job.queued")
+
+    async def _report(self, job: Job, trainer: Trainer) -> Report:
+        """What is found of a job's files, and of the modules that it trains."""
+        python = self.attempts.python(trainer)
+        report = Report()
+        if job.spec.input == "file":
+            files = FileCheck(
+                trainer.check_row,
+                trainer.min_rows,
+                str(self.files.path(job.training_file)),
+                str(self.files.path(job.validation_file)) if job.validation_file else None,
+                trainer.model_check,
+                self.attempts.weights(job) if trainer.model_check else None,
+            )
+            report = await self.validators.report(files, python)
+        if report.error or not self.inspections.needed(job.spec, trainer):
+            return report
+        found = await self.inspections.report(job.spec, trainer, python, self.attempts.weights(job))
+        return Report(report.rows, [*report.warnings, *found.warnings], found.error)
 
     async def _fail(self, job: Job, error: JobError, *before: MessageEvent) -> None:
         await self.attempts.end_idle(job, "failed", *before, MessageEvent(error.message, "error"), error=error)
@@ -102,21 +113,18 @@ class Validation:
             await asyncio.gather(work, return_exceptions=True)
 
 
-VALIDATORS = 2
-"""Files that are checked at the same time."""
+PROCESSES = 2
+"""Processes that check jobs at the same time."""
 
 
 REMEMBERED = 1000
 
 
-TRIES = 3
-
-
 class Validators:
     """Checks files, a few at a time. Stored files never change: those that were found good are not read again."""
 
-    def __init__(self) -> None:
-        self.turns = asyncio.Semaphore(VALIDATORS)
+    def __init__(self, turns: asyncio.Semaphore) -> None:
+        self.turns = turns
         self.good: dict[tuple[str, FileCheck], Report] = {}
 
     async def report(self, files: FileCheck, python: str) -> Report:
@@ -134,35 +142,9 @@ class Validators:
 
 
 async def validate(files: FileCheck, python: str) -> Report:
-    """Run the validator; one that is killed is no fault of the files and runs again."""
-    for _ in range(TRIES):
-        code, output, errors = await _validator(files, python)
-        if code == 0:
-            return msgspec.json.decode(output, type=Report)
-        if code != -signal.SIGKILL:
-            break
-    said = errors.decode(errors="replace").strip().splitlines()
-    reason = said[-1] if said else f"it ended with status {code}"
-    return Report(error={"code": "invalid_training_file", "message": f"The files could not be checked: {reason}"})
-
-
-async def _validator(files: FileCheck, python: str) -> tuple[int | None, bytes, bytes]:
-    """Exit status, output and errors of one run."""
-    process = await asyncio.create_subprocess_exec(
-        python,
-        "-m",
-        "arbor_core.data.validator",
-        msgspec.json.encode(files).decode(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=clean_env(),
-    )
-    try:
-        output, errors = await process.communicate()
-    except asyncio.CancelledError:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        raise
-    return process.returncode, output, errors
+    """Run the validator."""
+    code, output, errors = await output_of(python, "arbor_core.data.validator", files)
+    if code == 0:
+        return msgspec.json.decode(output, type=Report)
+    message = f"The files could not be checked: {last_words(code, errors)}"
+    return Report(error={"code": "invalid_training_file", "message": message})

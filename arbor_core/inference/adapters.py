@@ -88,7 +88,8 @@ class Adapters:
         except ArborError as error:
             log.warning("adapter %s: %s", weights.name, error)
             message = f"The model '{weights.name}' cannot be loaded: {without_paths(str(error), weights.path)}"
-            again = NO_RETRY if await engine.health() else RETRY_SOON  # the next request starts another engine
+            # what a sender has sent is sent again by the next attempt, and the next request starts another engine
+            again = NO_RETRY if weights.sent is None and await engine.health() else RETRY_SOON
             raise ApiError(503, message, "engine_unavailable", "model", again) from None
 
     async def ready(self, resolved: Resolved, newest: Newest, held: ExitStack) -> Resolved:

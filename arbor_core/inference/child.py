@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from arbor_core.crash_points import crash_point
 from arbor_core.process.prctl import PR_SET_PDEATHSIG, prctl
 from arbor_core.storage.atomic import replace
 from arbor_core.types import EngineSpec
@@ -45,12 +46,15 @@ def end_with_parent() -> None:
 
 def read_spec(path: str | Path) -> EngineSpec:
     """The specification, whose path is the process's first argument."""
+    crash_point("engine.starting")
     return msgspec.json.decode(Path(path).read_bytes(), type=EngineSpec, dec_hook=lambda type_, value: type_(value))
 
 
 def announce(spec: EngineSpec, port: int) -> None:
     """Say that the engine answers on a port of 127.0.0.1; the server sends requests from then on."""
+    crash_point("engine.loaded")
     replace(spec.dir / READY, json.dumps({"url": f"http://127.0.0.1:{port}"}).encode(), durable=False)
+    crash_point("engine.listening")
 
 
 class Routes(Protocol):

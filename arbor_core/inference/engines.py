@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,20 +17,16 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from msgspec.structs import replace
-
 from arbor_core.jobs.leases import LeaseEnd, LeaseHistory
 from arbor_core.models.fine_tuned import FullPolicy, Resolved
-from arbor_core.types import RETRY_SOON, Allocator, ApiError, ArborError, Bundle, Claim, Engine, EngineSpec, Lease
+from arbor_core.types import RETRY_SOON, Allocator, ApiError, ArborError, Engine
 
 from .adapters import Newest
 from .backends import Backends
 from .hanging import kill_when_it_hangs
-from .leasing import lease, lease_at_once
-from .process import EngineStoppedError
-from .redaction import refusal
 from .replicas import Conversations, next_number, started
 from .served_model import Key, ServedModel
+from .starting import EngineStarter, FailedStarts
 
 if TYPE_CHECKING:
     import aiohttp
@@ -40,9 +35,6 @@ log = logging.getLogger(__name__)
 
 LOAD_WAIT = 300.0
 """Seconds that a request waits for an engine to start."""
-FAILURE_SECONDS = 30.0
-"""Seconds for which a model that could not be served is not tried again: a client that insists would start a process
-with each request."""
 T = TypeVar("T")
 
 
@@ -74,16 +66,12 @@ class Engines:
         load_wait: float = LOAD_WAIT,
         history: LeaseHistory | None = None,
     ) -> None:
-        self.backends, self.allocator, self.root, self.newest = backends, allocator, root, newest
-        self.threads, self.history = threads, history
+        self.backends, self.root, self.newest = backends, root, newest
         self.idle_seconds, self.hang_seconds, self.load_wait = idle_seconds, hang_seconds, load_wait
         self.models: dict[Key, ServedModel] = {}
-        self.failed: dict[Key, tuple[float, Exception]] = {}
-        """Until when a start is not tried again, and why."""
-        self.alone: dict[tuple[str, str], float] = {}
-        """Until when no other engine is started beside those of a model, by its name and path."""
+        self.starter = EngineStarter(allocator, root, threads, history, self._end_idle, self._newest_full)
+        self.failures = FailedStarts(root)
         self.conversations = Conversations()
-        self.starts, self.released = 0, asyncio.Event()
         self.background: set[asyncio.Task[Any]] = set()
         self._session: aiohttp.ClientSession | None = None
         shutil.rmtree(root, ignore_errors=True)
@@ -149,7 +137,7 @@ class Engines:
             model.users -= 1
             model.used_at = time.monotonic()
             if model.users == 0:
-                self.released.set()
+                self.starter.released.set()
 
     async def _load(self, model: ServedModel, engine: Engine, resolved: Resolved, held: ExitStack) -> Resolved:
         """Load an adapter into an engine, or the newest weights; returns what is loaded."""
@@ -191,29 +179,26 @@ class Engines:
         if started(replicas)[0].needs.replicas == 1:
             return replicas[0]
         chosen = self.conversations.choose((resolved.base, resolved.base_path), conversation(), replicas)
-        waited = time.monotonic() >= self.alone.get((resolved.base, resolved.base_path), 0)
-        if waited and all(one.users for one in replicas) and len(replicas) < chosen.needs.replicas:
+        busy = all(one.users for one in replicas) and not self.failures.stays_alone(resolved.base, resolved.base_path)
+        if busy and len(replicas) < chosen.needs.replicas:
             self._open(resolved, replicas)
         return chosen
 
     def recover(self, resolved: Resolved) -> None:
         """Let engines of a model be started although they failed just before."""
-        where = (resolved.base, resolved.base_path)
-        self.failed = {key: entry for key, entry in self.failed.items() if key[:2] != where}
-        self.alone.pop(where, None)
+        self.failures.forget(resolved.base, resolved.base_path)
 
     def _open(self, resolved: Resolved, others: list[ServedModel]) -> ServedModel:
         """Begin to start an engine."""
         key = Key(resolved.base, resolved.base_path, next_number(others))
-        self.failed = {failed: entry for failed, entry in self.failed.items() if time.monotonic() < entry[0]}
-        if not others and key in self.failed:
-            raise refusal(key.name, key.path, self.root, self.failed[key][1])
+        if not others:
+            self.failures.check(key)
         try:
-            devices = self.allocator.inventory().get("engine", ())
+            devices = self.starter.allocator.inventory().get("engine", ())
             needs = self.backends.needs(resolved.family, key.path, devices)
         except ArborError as error:
             log.warning("engine of %s: %s", key.name, error)
-            raise refusal(key.name, key.path, self.root, error) from None
+            raise self.failures.refusal(key, error) from None
         backend = self.backends.of(resolved.family)
         model = ServedModel(
             key, backend, needs, lambda one: asyncio.create_task(self._start(one)), resolved.full, bool(others)
@@ -222,75 +207,25 @@ class Engines:
         return model
 
     async def _start(self, model: ServedModel) -> Engine:
-        """Lease devices and start an engine on them. A failure reaches every request that waits."""
-        key = model.key
+        """Start an engine. A failure reaches every request that waits."""
         try:
-            if model.full is None or not model.full.stored:
-                await model.backend.backend.find(model.full.path if model.full else key.path)
-            model.lease = await self._lease(model)
-            if self.history:
-                self.history.begin(model.lease)
-            engine = await self._begin(model, model.lease)
+            engine = await self.starter.start(model)
         except BaseException as error:
             self._drop(model)
             if isinstance(error, ArborError | OSError):
-                log.warning("engine of %s: %s", key.name, error)
-                raise self._refused(model, error) from None
+                log.warning("engine of %s: %s", model.key.name, error)
+                raise self.failures.add(model, error) from None
             raise
+        self.failures.started(model.key)
         model.ending = "died"  # if nobody ends it before
         model.watch = asyncio.create_task(self._watch(model, engine))
         return engine
-
-    def _refused(self, model: ServedModel, error: Exception) -> ApiError:
-        """The answer to those who wait for an engine that did not start."""
-        key, until = model.key, time.monotonic() + FAILURE_SECONDS
-        if model.extra:
-            self.alone[key[:2]] = until
-        elif not isinstance(error, EngineStoppedError) and not model.superseded():
-            self.failed[key] = (until, error)
-            return refusal(key.name, key.path, self.root, error)
-        message = f"'{key.name}' is loaded anew."  # the next request fares better
-        return ApiError(503, message, "engine_unavailable", "model", RETRY_SOON)
-
-    async def _lease(self, model: ServedModel) -> Lease:
-        """Devices for an engine. One that is not the first of its model makes nobody end, and does not wait.
-
-        Raises:
-            ArborError: there are none.
-        """
-        needs = model.needs
-        claim = Claim(f"engine:{model.key.name}", (Bundle("engine", needs.devices, needs.share),))
-        if not model.extra:
-            return await lease(self.allocator, claim, self._end_idle, self.released)
-        if found := await lease_at_once(self.allocator, claim):
-            return found
-        raise ArborError("no devices are free for another engine of it")
 
     async def _end_idle(self) -> None:
         """Stop the engine that nobody has used for longest."""
         idle = [one for one in self.models.values() if one.idle]
         if idle:
             await self.stop(min(idle, key=lambda one: one.used_at), "made_room")
-
-    async def _begin(self, model: ServedModel, lease: Lease) -> Engine:
-        """Start the process of an engine."""
-        self.starts += 1
-        model.dir = self.root / str(self.starts)
-        backend = model.backend.backend
-        spec = EngineSpec(
-            model=model.key.name,
-            path=model.key.path,
-            dir=model.dir,
-            devices=lease.of("engine"),
-            threads=self.threads,
-            token=secrets.token_urlsafe(24),
-            options=dict(model.backend.options),
-            share=model.needs.share,
-        )
-        if model.full is None:
-            return await backend.start(spec)
-        with model.reading_newest(lambda: self._newest_full(model)) as weights:
-            return await backend.start(replace(spec, path=weights.path, version=weights.version, sent=weights.sent))
 
     def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something to its end, whoever stops waiting for it."""
@@ -312,12 +247,7 @@ class Engines:
         """Forget a model's engine, and release its devices."""
         if self.models.get(model.key) is model:
             del self.models[model.key]
-        if model.lease:
-            if self.history:  # before anybody else gets the device
-                self.history.end(model.lease, model.ending)
-            self.allocator.release(model.lease)
-            model.lease = None
-        self.released.set()
+        self.starter.release(model)
 
     async def _disown(self, model: ServedModel, engine: Engine) -> None:
         """End an engine that must not answer again."""

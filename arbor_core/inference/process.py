@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ STOPPED = "Tt"
 """States of `/proc/<pid>/stat`."""
 
 
-class EngineStoppedError(ArborError):
-    """Somebody stopped the process of an engine while it started."""
+class EngineInterruptedError(ArborError):
+    """Somebody stopped or killed the process of an engine while it started."""
 
 
 class Health(msgspec.Struct):
@@ -65,7 +66,7 @@ class EngineProcess:
         Raises:
             ArborError: it ended or did not listen in time; the message carries the last line it wrote. Or its devices
                 are on another machine.
-            EngineStoppedError: it was stopped for `STOPPED_SECONDS`.
+            EngineInterruptedError: it was killed, or stopped for `STOPPED_SECONDS`.
         """
         if elsewhere := [device for device in spec.devices if device.node]:
             raise ArborError(
@@ -93,7 +94,7 @@ class EngineProcess:
             async with asyncio.timeout(seconds):
                 await listening(process, spec)
         except BaseException as error:
-            await terminate(process, 0 if isinstance(error, EngineStoppedError) else None)
+            await terminate(process, 0 if isinstance(error, EngineInterruptedError) else None)
             if isinstance(error, TimeoutError):
                 raise ArborError(f"the engine of '{spec.model}' did not start in {seconds:.0f} s") from None
             raise
@@ -167,15 +168,18 @@ async def listening(process: asyncio.subprocess.Process, spec: EngineSpec) -> No
     """Return when a process that starts says that it listens.
 
     Raises:
-        ArborError: it ended; EngineStoppedError: it is stopped.
+        ArborError: it ended; EngineInterruptedError: it was killed, or is stopped.
     """
     stopped = 0
     while not (spec.dir / READY).exists():
+        if process.returncode is not None and process.returncode < 0:
+            how = signal.strsignal(-process.returncode)
+            raise EngineInterruptedError(f"the engine of '{spec.model}' was killed while it started ({how})")
         if process.returncode is not None:
             raise ArborError(f"the engine of '{spec.model}' did not start: {last_line(spec.dir)}")
         stopped = stopped + 1 if state(process.pid) in STOPPED else 0  # counted: this server may be stopped too
         if stopped * POLL_SECONDS >= STOPPED_SECONDS:
-            raise EngineStoppedError(f"the engine of '{spec.model}' was stopped while it started and is killed")
+            raise EngineInterruptedError(f"the engine of '{spec.model}' was stopped while it started and is killed")
         await asyncio.sleep(POLL_SECONDS)
 
 

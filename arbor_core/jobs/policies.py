@@ -20,8 +20,11 @@ def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | 
     """Store what a trainer has published and handled; part of the caller's transaction.
 
     A later attempt that repeats steps of an earlier one reverts nothing: completions come from the newest version that
-    was ever published, and there are no new credits until the trainer has caught up. A version that no attempt had
-    reached before is progress and resets `crashes`, even of a job without checkpoints, whose attempts begin anew.
+    was ever published, and there are no new credits until the trainer has caught up. Of one that is published again the
+    later counts: what the earlier attempt had sent has ended with it, and of its files only some are kept.
+
+    A version that no attempt had reached before is progress and resets `crashes`, even of a job without checkpoints,
+    whose attempts begin anew.
     """
     version, folder, sent = 0, "", ""
     if isinstance(event, PolicyPublished):
@@ -31,7 +34,7 @@ def record_policy(db: sqlite3.Connection, job_id: str, event: PolicyPublished | 
         "UPDATE jobs SET crashes=0 WHERE id=? AND ?>ifnull((SELECT version FROM policies WHERE job_id=?), 0)",
         (job_id, version, job_id),
     )
-    newer = "excluded.version>version OR (excluded.version=version AND excluded.sent<>'')"  # the sender is another
+    newer = "excluded.dir<>'' AND excluded.version>=version"
     db.execute(
         "INSERT INTO policies(job_id,version,handled,dir,sent) VALUES(?,?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET"
         f" handled=max(handled,excluded.handled), dir=iif({newer},excluded.dir,dir),"

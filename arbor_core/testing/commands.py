@@ -13,6 +13,7 @@ from arbor_core.types import CheckpointEvent
 from .job_directory import JobDirectory
 from .reports import LAST_WORDS, check_cancel, check_checkpoints, check_paused, check_result
 from .rollouts import Attempt, check_named, running
+from .sending import FORGETFUL, check_sent_again
 
 
 def check_executing(make: Callable[[str], JobDirectory], commands: Sequence[bytes]) -> None:
@@ -84,7 +85,9 @@ def check_resumed(job: JobDirectory, commands: Sequence[bytes], expected: dict[i
 
 
 def check_killed(job: JobDirectory, commands: Sequence[bytes], expected: dict[int, bytes]) -> None:
-    """Killed, and asked to finish before it runs again: what was answered stands, and its effect is there again."""
+    """Killed, and asked to finish before it runs again: what was answered stands, and its effect is there again, as is
+    the policy that was sent."""
+    job.sender = FORGETFUL
     with running(job) as attempt:
         for number, payload in enumerate(commands[:-1], 1):
             job.command(number, payload)
@@ -97,6 +100,7 @@ def check_killed(job: JobDirectory, commands: Sequence[bytes], expected: dict[in
     now = job.results()
     assert told.items() <= now.items(), f"results that were told have changed: {told}, now {now}"
     check_same(job, expected, "it was killed")
+    check_sent_again(job)
     check_result(job)
 
 

@@ -95,8 +95,8 @@ class _Rank:
 
     def __init__(self, root: Path, rank: int) -> None:
         self.job_id, self.rank, self.world_size = "ftjob-check", rank, 2
-        self.dir, self.work = root, root / f"work-{rank}"
-        self.work.mkdir(parents=True)
+        self.dir, self.work = root, root / "work"
+        self.work.mkdir(exist_ok=True)
 
 
 class _Policy:

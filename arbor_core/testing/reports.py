@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+from arbor_core import plugins
 from arbor_core.jobdir import checkpoints
-from arbor_core.types import CheckpointEvent, ErrorEvent, MetricsEvent, PausedEvent, ResultEvent
+from arbor_core.jobdir.documents import read_document
+from arbor_core.types import CheckpointEvent, ErrorEvent, MetricsEvent, PausedEvent, ResultEvent, TrainedWeights
 
 from .job_directory import JobDirectory
 
 LAST_WORDS = (ResultEvent, ErrorEvent, PausedEvent)
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Number formats in the words of safetensors, and ours."""
 RESUMED_TOLERANCE = 1e-3
 """How far a resumed run's losses may be from an uninterrupted one's, relatively."""
 
@@ -46,7 +52,22 @@ def check_result(job: JobDirectory) -> ResultEvent:
         f"finish(adapter={last.adapter}), but there is {'an' if is_adapter else 'no'} adapter_config.json"
     )
     assert not (job.attempt_dir / "work").exists(), "the scratch directory outlives the attempt"
+    if said := plugins.load().get("trainers", job.trainer).trained(read_document(job.files).config):
+        check_stored(folder, said)
     return last
+
+
+def check_stored(folder: Path, said: TrainedWeights) -> None:
+    """Trained weights are stored in the number format that their trainer tells, if it does."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        dtypes |= {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+    found = {DTYPES.get(dtype, dtype) for dtype in dtypes}
+    assert said.dtype is None or found == {said.dtype}, (
+        f"the weights in {folder.name} are stored as {sorted(found)}, and 'adapter' tells the dtype {said.dtype}"
+    )
 
 
 def check_cancel(job: JobDirectory) -> None:

@@ -26,6 +26,7 @@ from .reports import (
     check_paused,
     check_result,
 )
+from .sending import FORGETFUL, check_sent_again
 
 STEPS = 3
 PAUSED_AFTER = 1
@@ -191,7 +192,9 @@ def check_published(job: JobDirectory, result: ResultEvent) -> None:
 
 
 def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
-    """Paused while no group comes, with a checkpoint; resumed, it makes the same steps as a run without a pause."""
+    """Paused while no group comes, with a checkpoint; resumed, it makes the same steps as a run without a pause, and
+    sends the policy again that was sent."""
+    job.sender = FORGETFUL
     with running(job) as attempt:
         for step in range(1, PAUSED_AFTER + 1):
             attempt.learn(step)
@@ -210,6 +213,7 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
         job.ask("finish")
         attempt.end("resumed and asked to finish")
     check_same([*before, *job.events(MetricsEvent)], whole.events(MetricsEvent))
+    check_sent_again(job)
     check_result(job)
     said = [event.type for event in job.events(*LAST_WORDS)]
     assert said == ["result"], f"the resumed run reported {said}; expected a result"

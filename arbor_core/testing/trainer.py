@@ -155,7 +155,13 @@ def check_misspelled(key: str, values: Mapping[str, Any], struct: type[msgspec.S
 
 def check_functions(trainer: Trainer) -> None:
     """What the trainer names is there. Its entry is looked for, not imported: only a worker imports it."""
-    for what, path in (("entry", trainer.entry), ("prove", trainer.prove), ("model_check", trainer.model_check)):
+    named = {
+        "entry": trainer.entry,
+        "prove": trainer.prove,
+        "model_check": trainer.model_check,
+        "inspect": trainer.inspect,
+    }
+    for what, path in named.items():
         if path is None:
             continue
         module, _, function = path.partition(":")

@@ -43,8 +43,8 @@ class Servable(Struct, frozen=True, kw_only=True):
     """Whether they take all weights of a model that was trained."""
     modules: tuple[str, ...] | None = None
     """Names of the modules, without those that hold them, that an adapter may change; None: any."""
-    not_modules: tuple[str, ...] = ()
-    """Of these, modules that it may not change."""
+    kinds: tuple[str, ...] | None = None
+    """Kinds of modules that it may change (`linear`, `embedding`, `convolution`, ...); None: any."""
     dtypes: tuple[str, ...] | None = None
     """Number formats of trained weights; None: any."""
 

@@ -24,10 +24,14 @@ class TrainedWeights(Struct, frozen=True, kw_only=True):
     """Kind of adapter (`lora`); None: all weights."""
     modules: tuple[str, ...] = ()
     """Names of the modules that the adapter changes; empty: not known."""
+    kinds: Mapping[str, str] = {}
+    """By each kind of module that the adapter changes (`linear`, `embedding`, `convolution`, ...) the name of one such
+    module; empty: not known."""
     dtype: str | None = None
     """Number format in which they are stored; None: not known, or any will do."""
     keys: Mapping[str, str] = {}
-    """The configuration's keys that say so, by the names above: `{"modules": "lora.target_modules"}`."""
+    """The configuration's keys that say so, by the names above: `{"modules": "lora.target_modules"}`. `modules` stands
+    for their kinds too."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,12 @@ class Trainer:
         simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
         adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights,
             or more of that as `TrainedWeights`. A job that trains all weights needs more memory, and its policy an
-            engine of its own; one whose result no engine could load is refused, or warned. None: not known.
+            engine of its own; one whose result no engine could load is refused. None: not known.
+        inspect: `"package.module:function"` that is called with a job's whole configuration and the directory (or hub
+            id) of its base model, and returns what `adapter` returned and the modules that are trained with their
+            kinds, as far as it can be known without the weights; it raises JobFailed for a configuration that the
+            model does not take. It runs in a process of its own before the job is queued, where engines take some
+            modules only and `adapter` did not say which are trained.
     """
 
     config: type[Struct]
@@ -77,6 +86,7 @@ class Trainer:
     simulated: bool = False
     adapter: Callable[[Mapping[str, Any]], bool | TrainedWeights] | None = None
     input: InputKind = "file"
+    inspect: str | None = None
 
     def __post_init__(self) -> None:
         if self.rollouts is not None:

@@ -274,3 +274,9 @@ class CommandRun(LiveRun[ConfigT_co], Protocol[ConfigT_co]):
         """`with run.publish(version) as folder:` write the policy into `folder`, as a PEFT adapter or as a model; from
         then on new completions are sampled from it. Versions only grow."""
         ...
+
+    def send_policy(self, version: int, weights: PolicyWeights) -> None:
+        """The same, in the way that the engines of the job's model want it: as files, or by their backend's `Sender`.
+        Every rank calls it at the same time. What was sent may end with the attempt: send the newest version again in
+        the next one, and write a checkpoint of that step, which serves while no attempt runs."""
+        ...

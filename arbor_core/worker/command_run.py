@@ -11,7 +11,7 @@ from pathlib import Path
 from arbor_core.jobdir.results import Results
 from arbor_core.process.resources import is_disk_full
 from arbor_core.process.wakeup import ANSWERED, wake
-from arbor_core.types import CheckpointRequest, Command, ConfigT, Desired
+from arbor_core.types import CheckpointRequest, Command, ConfigT, Desired, PolicyWeights
 
 from .inbox_reader import CommandFeed
 from .live_run import LiveWorkerRun
@@ -75,6 +75,9 @@ class CommandWorkerRun(LiveWorkerRun[ConfigT]):
 
     def publish(self, version: int) -> AbstractContextManager[Path]:
         return self.publishing(version, 0)
+
+    def send_policy(self, version: int, weights: PolicyWeights) -> None:
+        self.sending(version, 0, weights)
 
     @cached_property
     def behind(self) -> int:

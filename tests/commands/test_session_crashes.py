@@ -7,16 +7,20 @@ Whoever dies: each command is executed once as far as anybody can tell, and what
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crash import (
+    COMMAND_DIRECT,
+    COMMAND_DIRECT_ALWAYS,
     COMMAND_SERVER,
     COMMAND_SERVER_ALWAYS,
     COMMAND_WORKERS,
@@ -31,6 +35,9 @@ from waiting import until
 
 from arbor_core.storage.synced_log import segments
 from arbor_core.testing.invariants import Seen, processes
+
+tensor_file = pytest.importorskip("arbor_mock.train").tensor_file
+CHAT = "/v1/chat/completions"
 
 ROUNDS = 4
 ADDED = [{"do": "add", "n": 3}, {"do": "checkpoint"}, {"do": "add", "n": -1}, {"do": "publish"}]
@@ -98,6 +105,13 @@ class Client(CrashClient):
             self.ask("POST", f"/v1/mock/jobs/{self.job_id}/finish")
         assert job["status"] == "succeeded", job
 
+    def weights(self) -> str:
+        """The SHA-256 of the weights that the job's model answers with."""
+        asked = [{"role": "user", "content": "[mock: weights=1]"}]
+        answer = self.ask("POST", CHAT, {"model": self.job_id, "messages": asked}, again=(503,))
+        assert answer.status == 200, answer.body
+        return str(answer.json["choices"][0]["message"]["content"])
+
     def check(self) -> None:
         """Every command had its one effect."""
         per_round = len(ADDED) + 1
@@ -110,6 +124,14 @@ class Client(CrashClient):
             assert result == {"number": number, **wanted[0]}
         kept = segments(self.server.storage / "jobs" / self.job_id / "results")
         assert len(kept) <= 2, f"results that were acknowledged are kept: {kept}"
+
+
+def weights_after(rounds: int) -> str:
+    """The SHA-256 of the policy that the last of so many rounds has published."""
+    digest = ""
+    for number in (3, -1) * rounds:
+        digest = blake2b(f"{digest} {number}".encode(), digest_size=16).hexdigest()
+    return sha256(tensor_file(random.Random(digest))).hexdigest()
 
 
 @pytest.mark.parametrize("point", marked(COMMAND_SERVER_ALWAYS, COMMAND_SERVER))
@@ -155,6 +177,50 @@ def test_both_killed_while_commands_wait(start_server: Callable[..., LiveServer]
     refused.error(400, "result_acknowledged", "number")
     client.finish()
     client.finished(seen)
+
+
+DIRECT = ("inference=mock_direct", "gpu.inference=[4,5]")
+"""Policies come from the trainer's memory."""
+
+
+@pytest.mark.parametrize("point", marked(COMMAND_DIRECT_ALWAYS, COMMAND_DIRECT))
+def test_a_trainer_that_sends_or_an_engine_that_fetches_dies_at(
+    point: str, start_server: Callable[..., LiveServer], tmp_path: Path
+) -> None:
+    """What answers after each round is what that round has published."""
+    once = tmp_path / "died"
+    server = start_server(*DIRECT, env={"ARBOR_CRASH_BELOW": point, "ARBOR_CRASH_ONCE": str(once)})
+    seen = Seen(server.storage)
+    client = Client(server, lambda: start_server(*DIRECT))
+    client.begin()
+    for rounds in range(1, ROUNDS + 1):
+        client.send()
+        client.follow()
+        until(lambda rounds=rounds: client.weights() == weights_after(rounds))
+    client.finish()
+    assert once.exists(), f"no process came to {point}"
+    assert not list(server.storage.glob("jobs/*/weights/*")), "policies are no files here"
+    client.finished(seen)
+
+
+@pytest.mark.parametrize("chosen", [(), DIRECT], ids=["files", "sender"])
+def test_a_policy_is_served_however_often_its_job_is_paused(
+    chosen: tuple[str, ...], start_server: Callable[..., LiveServer]
+) -> None:
+    client = Client(start_server(*chosen), start_server)
+    client.begin()
+    client.send()
+    client.follow()
+    for _ in range(5):  # weights of four attempts are kept
+        for ask, status in (("pause", "paused"), ("resume", "running")):
+            assert client.ask("POST", f"{JOBS}/{client.job_id}/{ask}").status == 200
+            until(lambda status=status: client.ask("GET", f"{JOBS}/{client.job_id}").json["status"] == status)
+    assert client.weights() == weights_after(1)
+    client.ask("POST", f"{JOBS}/{client.job_id}/pause")
+    until(lambda: client.ask("GET", f"{JOBS}/{client.job_id}").json["status"] == "paused")
+    assert client.weights() == weights_after(1)
+    client.ask("POST", f"{JOBS}/{client.job_id}/resume")
+    client.finish()
 
 
 def test_the_way_over_http(start_server: Callable[..., LiveServer]) -> None:

@@ -80,12 +80,14 @@ async def desk(tmp_path: Path, plugins: Plugins) -> AsyncIterator[Desk]:
     ingest = Ingest(jobs, Observers(plugins), tmp_path, "arbor")
     outcomes = Outcomes(jobs, nobody, ingest, executor, tmp_path, nobody)
     trainers: Any = {
-        "t": SimpleNamespace(python=None, preload=(), prove=None, check_row=None, model_check=None, min_rows=1)
+        "t": SimpleNamespace(
+            python=None, preload=(), prove=None, check_row=None, model_check=None, min_rows=1, inspect=None
+        )
     }
     made = Dispatcher(
         jobs,
         attempts,
-        Validation(jobs, files, attempts, executor, trainers),
+        Validation(jobs, files, attempts, executor, trainers, nobody),
         Monitor(attempts, ingest, outcomes, executor, nobody),
         trainers,
         nobody,

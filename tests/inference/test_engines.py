@@ -20,7 +20,7 @@ from waiting import until_async
 
 from arbor_core import Device, PoolAllocator, UnknownModelError, Weights
 from arbor_core.engine import EngineProcess
-from arbor_core.inference import engines as engines_module
+from arbor_core.inference import starting
 from arbor_core.inference.hanging import hanging
 from arbor_core.inference.process import REF, end_engines, stalled_seconds
 from arbor_core.inference.redaction import without_paths
@@ -48,8 +48,8 @@ async def test_first_requests_share_one_start(make):
     engines = make(devices=4, load_seconds=0.2)
     found = await asyncio.gather(*(used(engines, ONE) for _ in range(20)))
     assert len(set(found)) == 1
-    assert engines.starts == 1
-    assert engines.allocator.free()["engine"] == 3
+    assert engines.starter.count == 1
+    assert engines.starter.allocator.free()["engine"] == 3
     assert await used(engines, TWO) is not found[0]
 
 
@@ -61,7 +61,7 @@ async def test_an_idle_engine_is_stopped_and_one_in_use_is_not(make):
     await engines.tick()
     assert engine.process.returncode is not None
     assert engines.models == {}
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
     assert not any(engines.root.iterdir())
     assert await used(engines, ONE) is not engine
 
@@ -78,7 +78,7 @@ async def test_the_next_request_after_a_death_starts_another(make, adapter):
     first = await used(engines, adapter)
     os.killpg(first.process.pid, signal.SIGKILL)
     await until_async(lambda: not engines.models)
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
     second = await used(engines, adapter)
     assert second is not first
     assert await loaded(second) == ["ft:one:x"]
@@ -135,7 +135,7 @@ async def test_an_engine_that_hangs_is_killed_though_nothing_was_asked_of_it(mak
                 await session.post(f"{first.url}/v1/completions", json=body)
     await until_async(lambda: not engines.models)
     assert first.process.returncode == -signal.SIGKILL
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
     assert await used(engines, adapter) is not first
 
 
@@ -174,7 +174,7 @@ async def test_two_starts_that_wait_both_get_their_turn(make):
     three = Resolved("three", "three", "/models/three")
     async with asyncio.timeout(30):
         await asyncio.gather(used(engines, ONE), used(engines, TWO), used(engines, three))
-    assert engines.starts == 3
+    assert engines.starter.count == 3
 
 
 async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading(make):
@@ -185,7 +185,7 @@ async def test_row_118_a_model_that_takes_long_to_load_is_answered_model_loading
     assert int(caught.value.headers["retry-after"]) > 0
     engines.load_wait = 60
     await used(engines, ONE)
-    assert engines.starts == 1
+    assert engines.starter.count == 1
 
 
 async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(make, monkeypatch):
@@ -195,13 +195,13 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_tried_at_once(mak
             await used(engines, ONE)
         assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
         assert caught.value.headers == {"x-should-retry": "false"}
-    assert engines.starts == 1
-    assert engines.allocator.free()["engine"] == 1
-    monkeypatch.setattr(engines_module, "FAILURE_SECONDS", 0)
-    engines.failed.clear()
+    assert engines.starter.count == 1
+    assert engines.starter.allocator.free()["engine"] == 1
+    monkeypatch.setattr(starting, "FAILURE_SECONDS", 0)
+    engines.failures.failed.clear()
     engines.backends.default.options["load_error"] = None
     await used(engines, ONE)
-    assert engines.starts == 2
+    assert engines.starter.count == 2
 
 
 async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monkeypatch):
@@ -221,7 +221,7 @@ async def test_a_model_that_is_not_there_is_a_404_and_takes_no_device(make, monk
     assert looked == ["/models/two"]
     assert await used(engines, ONE) is good
     monkeypatch.undo()
-    engines.failed.clear()
+    engines.failures.failed.clear()
     await used(engines, TWO)
 
 
@@ -233,10 +233,10 @@ async def test_without_a_device_to_serve_from_nothing_is_served(make):
 
 async def test_an_engine_does_not_start_here_with_a_device_that_is_elsewhere(make):
     engines = make()
-    engines.allocator = PoolAllocator({"engine": [Device("gpu-7", "mock", node="rack-3")]})
+    engines.starter.allocator = PoolAllocator({"engine": [Device("gpu-7", "mock", node="rack-3")]})
     with pytest.raises(ApiError, match="starts on the server's machine, and gpu-7 is on the node 'rack-3'"):
         await used(engines, ONE)
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
 
 
 async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
@@ -251,7 +251,7 @@ async def test_an_adapter_is_loaded_once(make, adapter, monkeypatch):
     monkeypatch.setattr(EngineProcess, "load_weights", counted)
     await asyncio.gather(*(used(engines, adapter) for _ in range(10)), used(engines, ONE))
     assert calls == ["ft:one:x"]
-    assert engines.starts == 1
+    assert engines.starter.count == 1
 
 
 async def test_adapters_beyond_the_limit_go_in_order_of_use(make, adapter):
@@ -309,7 +309,7 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_engine_alone(make, ad
     await used(engines, ONE)
     path.write_bytes(whole)
     await used(engines, adapter)
-    assert engines.starts == 1
+    assert engines.starter.count == 1
 
 
 async def test_a_request_that_gives_up_does_not_stop_the_start(make):
@@ -319,7 +319,7 @@ async def test_a_request_that_gives_up_does_not_stop_the_start(make):
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await used(engines, ONE)
-    assert engines.starts == 1
+    assert engines.starter.count == 1
     assert next(iter(engines.models.values())).users == 0
 
 
@@ -333,7 +333,7 @@ async def test_an_engine_that_starts_ends_within_seconds(make, end):
         await (engines.close() if end == "close" else engines.stop(next(iter(engines.models.values())), "idle"))
     await asyncio.gather(starting, return_exceptions=True)
     assert process_ref(int(process.partition(":")[0])) == ""
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
 
 
 async def test_an_engine_that_is_stopped_while_it_starts_is_killed_and_the_next_request_starts_another(
@@ -363,7 +363,7 @@ async def test_closing_ends_every_process_even_one_that_starts(make):
     await asyncio.gather(starting, return_exceptions=True)
     assert one.process.returncode is not None
     assert engines.models == {}
-    assert engines.allocator.free()["engine"] == 3
+    assert engines.starter.allocator.free()["engine"] == 3
 
 
 async def test_scratch_directories_of_an_earlier_server_are_gone(make, tmp_path):

@@ -95,13 +95,13 @@ async def test_another_engine_is_started_when_all_are_busy_and_requests_are_spre
     engines = make(devices=3, replicas=2)
     for _ in range(3):
         await used(engines, ONE)
-    assert engines.starts == 1, "one that is not busy is enough"
+    assert engines.starter.count == 1, "one that is not busy is enough"
     first, second = await both(engines)
     async with AsyncExitStack() as stack:
         for _ in range(8):
             await stack.enter_async_context(engines.using(ONE))
         assert [one.users for one in engines.replicas(ONE)] == [4, 4]
-    assert (engines.starts, engines.allocator.free()["engine"]) == (2, 1), "no more than two"
+    assert (engines.starter.count, engines.starter.allocator.free()["engine"]) == (2, 1), "no more than two"
     assert first.spec.devices != second.spec.devices
 
 
@@ -109,11 +109,11 @@ async def test_the_operator_may_say_how_many_and_a_busy_model_takes_nobodys_devi
     engines = make(devices=2, replicas=1, wanted={"o*": 3})
     await used(engines, TWO)
     async with engines.using(ONE), engines.using(ONE):
-        await until_async(lambda: engines.alone)
+        await until_async(lambda: engines.failures.alone)
         async with engines.using(ONE):
             assert [model.key.name for model in engines.models.values()] == ["two", "one"]
     assert await used(engines, TWO)
-    assert engines.starts == 2
+    assert engines.starter.count == 2
 
 
 async def test_the_death_of_one_engine_costs_only_its_own_requests(make: Any) -> None:
@@ -123,7 +123,7 @@ async def test_the_death_of_one_engine_costs_only_its_own_requests(make: Any) ->
     await until_async(lambda: len(engines.models) == 1)
     for _ in range(3):
         assert await used(engines, ONE) is second
-    assert engines.allocator.free()["engine"] == 1
+    assert engines.starter.allocator.free()["engine"] == 1
     third = (await both_again(engines))[1]
     assert third not in (first, second)
     assert sorted(key.replica for key in engines.models) == [0, 1]
@@ -139,7 +139,7 @@ async def test_engines_with_shares_share_a_device_and_idle_ones_make_room_for_a_
     engines = make(devices=1, share=0.4)
     one, two = await used(engines, ONE), await used(engines, TWO)
     assert one.spec.devices == two.spec.devices
-    assert (one.spec.share, engines.allocator.free()["engine"]) == (0.4, 0)
+    assert (one.spec.share, engines.starter.allocator.free()["engine"]) == (0.4, 0)
     await used(engines, Resolved("three", "three", "/models/three"))
     assert [model.key.name for model in engines.models.values()] == ["two", "three"]
 
@@ -151,7 +151,7 @@ async def test_two_engines_of_two_devices_and_a_share_serve_one_model(make: Any)
     assert first.spec.devices == second.spec.devices
     assert len(first.spec.devices) == 2
     await engines.close()
-    assert engines.allocator.free()["engine"] == 2
+    assert engines.starter.allocator.free()["engine"] == 2
 
 
 def adapter(folder: Path, version: int) -> Resolved:

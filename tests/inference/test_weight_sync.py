@@ -385,7 +385,7 @@ async def test_a_policy_that_is_published_faster_than_it_is_loaded_is_always_ser
     publisher.cancel()
     await asyncio.gather(publisher, *engines.background, return_exceptions=True)
     assert min(versions) > KEPT, "they were published faster than loaded"
-    assert engines.starts == 1
+    assert engines.starter.count == 1
     assert not [event.message for event in world.jobs.events(job.id, 5) if event.level == "error"]
 
 

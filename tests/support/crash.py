@@ -158,6 +158,9 @@ COMMAND_WORKERS = [
 ]
 SMALL_SEGMENTS = {"ARBOR_SEGMENT_BYTES": "1"}
 """Each record of an inbox or of results has a segment to itself."""
+COMMAND_DIRECT_ALWAYS = ["weights.sent:2"]
+COMMAND_DIRECT = ["weights.sent", "weights.fetched", "published.event:2", "checkpoint.renamed:2"]
+"""With engines that get policies from the memory of the trainer that executes commands."""
 RESULTS_ALWAYS = ["results.synced", "results.dropped"]
 RESULTS = [
     "results.written",
@@ -172,6 +175,19 @@ DIRECT_ALWAYS = ["weights.fetched"]
 DIRECT = ["weights.sent", "weights.sent:3", "weights.fetched:2", "published.event:2"]
 """With engines that get policies from the memory of their trainer: the trainer or an engine dies."""
 DIRECT_SERVER = ["events.taken:3", "ledger.written:2"]
+ENGINE_ALWAYS = ["engine.loaded"]
+ENGINE = [
+    "engine.starting",
+    "engine.listening",
+    "completion.begun",
+    "completion.token",
+    "completion.token:3",
+    "adapter.loading",
+    "adapter.loaded",
+    "weights.fetched",
+    "adapter.unloading",
+    "engine.stopping",
+]
 
 UPLOAD_POINTS_ALWAYS = [
     "upload.written",

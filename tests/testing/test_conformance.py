@@ -46,9 +46,9 @@ LAUNCHERS = list(INSTALLED.all("launchers"))
 COMMANDS = {
     "mock_commands": [
         b'{"do": "add", "n": 5}',
-        b'{"do": "checkpoint"}',
-        b'{"do": "subtract"}',
         b'{"do": "publish"}',
+        b'{"do": "subtract"}',
+        b'{"do": "checkpoint"}',
         b'{"do": "sum"}',
     ]
 }
@@ -329,6 +329,12 @@ def save(run, done):
     if last is None or last.step < done:
         with run.checkpoint(done) as folder:
             (folder / "done").write_text(str(done))
+
+class Policy:
+    module = None
+
+    def write(self, folder):
+        (folder / "policy").write_text("x")
 """
 SAVE, ANSWER = "save(run, done)", "run.result(command, b'done')"
 
@@ -372,6 +378,15 @@ def test_the_kit_finds_a_trainer_that_answers_otherwise_when_it_was_killed(
     job = executing("import os", "run.result(command, str(os.getpid()).encode())")
     with pytest.raises(AssertionError, match="after it was killed command 1 is answered"):
         command_checks.check_killed(job, [b"1", b"2", b"3"], {1: b"1", 2: b"2", 3: b"3"})
+
+
+def test_the_kit_finds_a_trainer_that_does_not_send_its_policy_again(
+    executing: Callable[[str, str], JobDirectory],
+) -> None:
+    job = executing("run.send_policy(done, Policy()) if done == 1 else None", f"{ANSWER}; {SAVE}")
+    sent = [b"1", b"2", b"3", b"4"]
+    with pytest.raises(AssertionError, match=r"sent the policies \[1\] and ended; the next one sent \[\]"):
+        command_checks.check_killed(job, sent, dict.fromkeys(range(1, len(sent) + 1), b"done"))
 
 
 def test_the_kit_finds_a_greedy_scheduler() -> None:

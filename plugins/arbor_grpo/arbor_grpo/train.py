@@ -79,7 +79,7 @@ def compose(run: RolloutRun[GrpoConfig]) -> Session:
     add_end_tokens(model, chat.turn_end() if chat else ())
     peft_config = adapter(run.config.lora) if run.config.lora and not run.adapter else None
     policy: Any = PeftModel.from_pretrained(model, run.adapter, is_trainable=True) if run.adapter else model
-    with lora_errors(run):
+    with lora_errors(run.config.lora):
         trainer = GroupTrainer(
             run,
             limits,

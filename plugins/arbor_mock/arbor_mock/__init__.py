@@ -59,7 +59,7 @@ class MockBackend:
 class DirectBackend(MockBackend):
     """The same, but policies come from the trainer's memory and not as files."""
 
-    sender = "arbor_mock.sender:LoopbackSender"
+    sender = "arbor_mock.sender:sender"
 
 
 DEVICES_OF_A_NODE = 4

@@ -1,6 +1,5 @@
 """The trainer that executes commands: it adds up numbers; the inbox, the results and the checkpoints are real."""
 
-import json
 import random
 import time
 from hashlib import blake2b
@@ -13,7 +12,15 @@ from arbor_core import Checkpoint, Command, CommandRun, JobFailed, JobStopped
 
 from .config import MockCommand, MockCommandsConfig
 from .grpo import WAIT_SECONDS, kill
-from .train import ADAPTER, STATE, strike, tensor_file
+from .train import STATE, strike, write_adapter
+
+
+class Published(msgspec.Struct, frozen=True):
+    """The policy that engines serve."""
+
+    version: int
+    """The number of the command that published it."""
+    digest: str
 
 
 class Executed(msgspec.Struct):
@@ -26,6 +33,7 @@ class Executed(msgspec.Struct):
     """Numbers that were added."""
     digest: str = ""
     """Stands for the parameters: a hash over the numbers."""
+    published: Published | None = None
 
 
 def train(run: CommandRun[MockCommandsConfig]) -> None:
@@ -53,6 +61,7 @@ class Executor:
         if self.last:
             self.executed = msgspec.json.decode((self.last.dir / STATE).read_bytes(), type=Executed)
             run.message(f"Resumed after command {self.executed.command}")
+            self.publish()  # what was sent may be gone
 
     def serve_requests(self) -> None:
         """Name the checkpoints that clients wait for; pause or stop where that is wanted."""
@@ -74,8 +83,9 @@ class Executor:
         self.executed.command = command.number
         self.run.result(command, msgspec.json.encode(answer))
         strike(self.run, command.number, kill)
-        if config.checkpoint_commands and command.number % config.checkpoint_commands == 0:
-            self.saved()
+        published = self.executed.published and self.executed.published.version == command.number
+        if published or (config.checkpoint_commands and command.number % config.checkpoint_commands == 0):
+            self.saved()  # a policy that was published is served from here while no attempt runs
 
     def answer(self, command: Command) -> dict[str, Any]:
         """Do what a command says; what it answers."""
@@ -88,8 +98,8 @@ class Executor:
         elif wanted.do == "checkpoint":  # of the commands before this one: it is not answered yet
             return {"step": self.saved().step}
         elif wanted.do == "publish":
-            with self.run.publish(command.number) as folder:
-                write(folder, self.run.model, self.executed)
+            self.executed.published = Published(command.number, self.executed.digest)
+            self.publish()
             return {"version": command.number}
         return {"sum": self.executed.sum}
 
@@ -97,25 +107,29 @@ class Executor:
         """A step of training, so to speak."""
         before = self.executed
         digest = blake2b(f"{before.digest} {number}".encode(), digest_size=16).hexdigest()
-        self.executed = Executed(before.command, before.sum + number, before.steps + 1, digest)
+        self.executed = Executed(before.command, before.sum + number, before.steps + 1, digest, before.published)
         loss = random.Random(digest).gauss(1.0, 0.02)
         self.run.metrics(self.executed.steps, self.executed.steps, digest, train_loss=loss)
+
+    def publish(self) -> None:
+        if policy := self.executed.published:
+            self.run.send_policy(policy.version, self)
+
+    module = None
+
+    def write(self, folder: Path | None) -> None:
+        """Write the policy, as a `PolicyWeights`."""
+        if folder and self.executed.published:
+            write_adapter(folder, self.run.model, self.executed.published.digest)
 
     def saved(self) -> Checkpoint:
         """The checkpoint after the last command that was answered, written if there is none."""
         if self.last is None or self.last.step != self.executed.command:
             with self.run.checkpoint(self.executed.command) as folder:
-                write(folder, self.run.model, self.executed)
+                write_adapter(folder, self.run.model, self.executed.digest)
+                (folder / STATE).write_bytes(msgspec.json.encode(self.executed))
             self.last = self.run.last_checkpoint()
         if self.last is None:
             text = f"The checkpoint after command {self.executed.command} cannot be read back"
             raise JobFailed(text, code="checkpoint_corrupted")
         return self.last
-
-
-def write(folder: Path, model: str, executed: Executed) -> None:
-    """A small adapter that any reader of safetensors can open, and what the trainer goes on from."""
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "r": 1}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    (folder / ADAPTER).write_bytes(tensor_file(random.Random(executed.digest)))
-    (folder / STATE).write_bytes(msgspec.json.encode(executed))

@@ -1,6 +1,5 @@
 """The trainer that learns from rollouts: steps are simulated; the inbox, the policies and the checkpoints are real."""
 
-import json
 import os
 import random
 import statistics
@@ -14,7 +13,7 @@ import msgspec
 from arbor_core import Checkpoint, JobFailed, JobStopped, Record, RolloutRun, Scored, StepInputs
 
 from .config import MockGrpoConfig
-from .train import ADAPTER, STATE, strike, tensor_file
+from .train import STATE, strike, write_adapter
 
 WAIT_SECONDS = 1.0
 """How long it waits for groups before it looks for other wishes. The bell ends the wait early."""
@@ -164,10 +163,8 @@ class Learner:
 
 
 def write(folder: Path, model: str, learned: Learned) -> None:
-    """A small adapter that any reader of safetensors can open, and what the trainer goes on from."""
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "r": 1}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    (folder / ADAPTER).write_bytes(tensor_file(random.Random(learned.digest)))
+    """A small adapter, and what the trainer goes on from."""
+    write_adapter(folder, model, learned.digest)
     (folder / STATE).write_bytes(msgspec.json.encode(learned))
 
 

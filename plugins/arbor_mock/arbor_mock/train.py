@@ -127,17 +127,22 @@ def measures(run: FileRun[MockConfig], plan: Schedule, step: int) -> dict[str, f
 
 
 def save(run: FileRun[MockConfig], step: int, values: dict[str, float]) -> Checkpoint:
-    """Write a checkpoint with a small adapter in it that any reader of safetensors can open."""
+    """Write a checkpoint with a small adapter in it."""
     metrics = {name: value for name, value in values.items() if name != "learning_rate"}
     with run.checkpoint(step, **metrics) as folder:
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.model, "r": 1}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-        (folder / ADAPTER).write_bytes(tensor_file(random.Random(f"{run.seed}/{step}/adapter")))
+        write_adapter(folder, run.model, f"{run.seed}/{step}/adapter")
         (folder / STATE).write_text(json.dumps({"step": step, "seed": run.seed}))
     found = run.last_checkpoint()
     if found is None:
         raise JobFailed(f"The checkpoint of step {step} cannot be read back", code="checkpoint_corrupted")
     return found
+
+
+def write_adapter(folder: Path, model: str, seed: str) -> None:
+    """Write a small adapter that any reader of safetensors can open."""
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "r": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    (folder / ADAPTER).write_bytes(tensor_file(random.Random(seed)))
 
 
 def tensor_file(numbers: random.Random) -> bytes:

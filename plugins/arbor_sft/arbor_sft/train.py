@@ -149,7 +149,7 @@ def compose(
         cuts = plan.evaluation(validation.lengths, layout, int(EVALUATION_ROWS * share), limits)
         evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
-    with lora_errors(run):
+    with lora_errors(run.config.lora):
         trainer = RunTrainer(
             run,
             lambda: reporting.metrics,

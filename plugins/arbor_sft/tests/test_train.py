@@ -14,6 +14,7 @@ import pytest
 import torch
 from arbor_sft import LoraSettings, SftConfig
 from arbor_sft.batches import tells_rows_apart
+from arbor_trl import trained_weights
 from arbor_trl.chat import Sample
 from arbor_trl.job import prove
 from peft import PeftModel
@@ -30,7 +31,9 @@ from arbor_core import (
     PausedEvent,
     ResultEvent,
 )
+from arbor_core.config.convert import merged
 from arbor_core.testing import device
+from arbor_core.testing.reports import check_stored
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2, "batch_size": 4, "n_epochs": 1}
 
@@ -395,6 +398,13 @@ def test_remaining_settings_reach_the_trainer(job: Any) -> None:
     ):
         seen.add(job(str(number), **{**base, **changes}).run().digest())
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize("values", [LORA, FULL], ids=["lora", "full"])
+def test_weights_are_stored_as_the_server_is_told(job: Any, values: dict[str, Any]) -> None:
+    """Also where they are computed in another number format."""
+    done = job(**{**values, "dtype": "bfloat16", "max_steps": 1}).run()
+    check_stored(done.result(), trained_weights(merged(DEFAULTS, values)))
 
 
 def test_warm_proof() -> None:

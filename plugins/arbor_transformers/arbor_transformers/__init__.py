@@ -22,8 +22,6 @@ from arbor_core.engine import (
     clean_env,
 )
 
-EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings")
-"""Modules that are no linear layers, in the architectures that transformers knows."""
 NOT_THERE = 4
 """Exit status of `arbor_transformers.hub`."""
 FIND_SECONDS = 30.0
@@ -72,7 +70,7 @@ class TransformersBackend:
 
     def serves(self, options: Mapping[str, Any]) -> Servable:
         """See `arbor_core.InferenceBackend.serves`: LoRA of linear layers, and all weights."""
-        return Servable(not_modules=EMBEDDINGS)
+        return Servable(kinds=("linear",))
 
     async def find(self, path: str) -> None:
         """See `arbor_core.InferenceBackend.find`: a directory at once, a hub id by a process that looks it up."""

@@ -33,14 +33,22 @@ class LoraSettings(Struct, frozen=True, forbid_unknown_fields=True):
     target_modules: str | list[str]
 
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output."""
+STORED_DTYPE = "float32"
+"""In which trained weights are stored, whatever they are computed in: small updates would be lost in bfloat16."""
+
+
 def trained_weights(config: Mapping[str, Any]) -> TrainedWeights:
-    """What a configuration trains: a LoRA adapter of modules by name or by a pattern, which tells no names, or all
-    weights."""
+    """What a configuration trains: a LoRA adapter of some modules, or all weights. Which modules of a model those are
+    that it names, or that match its pattern, `arbor_trl.inspection` finds out."""
     lora = config["lora"]
     modules = lora["target_modules"] if lora else ()
     return TrainedWeights(
         adapter="lora" if lora else None,
         modules=() if isinstance(modules, str) else tuple(modules),
+        kinds={"linear": ALL_LINEAR} if modules == ALL_LINEAR else {},
+        dtype=STORED_DTYPE,
         keys={"adapter": "lora", "modules": "lora.target_modules"},
     )
 
@@ -51,7 +59,12 @@ def trl_trainer(config: type[Struct], entry: str, **more: Any) -> Trainer:
     Args:
         more: Further arguments of `Trainer`.
     """
-    preload = (entry.partition(":")[0], *COMMON_MODELS)
+    shared: dict[str, Any] = {
+        "preload": (entry.partition(":")[0], *COMMON_MODELS),
+        "prove": "arbor_trl.job:prove",
+        "adapter": trained_weights,
+        "inspect": "arbor_trl.inspection:inspect",
+    }
     if more.get("input", "file") == "file":
-        more = {"model_check": "arbor_trl.row_check:row_check", **more}
-    return Trainer(config, entry, preload=preload, prove="arbor_trl.job:prove", adapter=trained_weights, **more)
+        shared["model_check"] = "arbor_trl.row_check:row_check"
+    return Trainer(config, entry, **{**shared, **more})

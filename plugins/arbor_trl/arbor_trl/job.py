@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from arbor_core import Checkpoint, Desired, JobFailed, JobStopped, Run
 
+from . import LoraSettings
 from .model import autocast, uses_cuda
 
 if is_deepspeed_available():  # accelerate would import it in the first step, after a warm process was forked
@@ -71,7 +72,7 @@ def trl_arguments(run: Run[Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def lora_errors(run: Run[Any]) -> Iterator[None]:
+def lora_errors(settings: LoraSettings | None) -> Iterator[None]:
     """Say that the adapter's settings are wrong where PEFT cannot use them.
 
     Raises:
@@ -80,7 +81,7 @@ def lora_errors(run: Run[Any]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # PEFT finds no such module
-        if run.config.lora is None:
+        if settings is None:
             raise
         raise JobFailed(f"lora: {error}", code="invalid_hyperparameters", param="hyperparameters") from error
 

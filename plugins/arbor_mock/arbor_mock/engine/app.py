@@ -40,11 +40,15 @@ class MockEngine:
     Args:
         spec: What to serve.
         options: How, and what is to go wrong.
+        weights: What the prompt `[mock: weights=1]` is answered with, where no adapter answers.
     """
 
-    def __init__(self, spec: EngineSpec, options: EngineOptions) -> None:
+    def __init__(self, spec: EngineSpec, options: EngineOptions, weights: str) -> None:
         self.spec, self.options = spec, options
         self.adapters: dict[str, str] = {}
+        """The SHA-256 of the tensors of each that is loaded."""
+        self.weights = weights
+        """The same of the model's own."""
         self.users: dict[str, int] = {}
         self.drained = asyncio.Condition()
         self.places = asyncio.Semaphore(options.max_running)
@@ -91,13 +95,14 @@ class MockEngine:
     async def load(self, request: web.Request) -> web.Response:
         """Load an adapter under a name; one of the same name is replaced."""
         given = msgspec.json.decode(await request.read(), type=LoadBody)
+        crash_point("adapter.loading")
         await asyncio.sleep(self.options.weights_seconds)
         path = await self.fetched(given.lora_path, given.sent)
         try:
-            check_adapter(Path(path))
+            self.adapters[given.lora_name] = check_adapter(Path(path))
         except (OSError, ValueError) as error:
             raise ApiError(400, f"{path} is no PEFT adapter: {error}", "invalid_adapter", "lora_path") from None
-        self.adapters[given.lora_name] = path
+        crash_point("adapter.loaded")
         return json_response({"status": "ok"})
 
     async def fetched(self, path: str, sent: dict[str, Any] | None) -> str:
@@ -115,6 +120,7 @@ class MockEngine:
     async def unload(self, request: web.Request) -> web.Response:
         """Forget an adapter; returns when the requests that run on it have finished."""
         name = msgspec.json.decode(await request.read(), type=dict[str, str])["lora_name"]
+        crash_point("adapter.unloading")
         if self.adapters.pop(name, None) is None:
             raise ApiError(404, f"No adapter '{name}' is loaded.", "model_not_found", "lora_name")
         async with self.drained:
@@ -127,7 +133,7 @@ class MockEngine:
         await asyncio.sleep(self.options.weights_seconds)
         try:
             path = await self.fetched(given.path, given.sent)
-            check_tensors(Path(path) / "model.safetensors")
+            self.weights = check_tensors(Path(path) / "model.safetensors")
         except (OSError, ValueError) as error:
             raise ApiError(400, f"{given.path} holds no weights: {error}", "invalid_weights", "path") from None
         self.version = given.version
@@ -151,6 +157,8 @@ class MockEngine:
             faults = faults_in(" ".join(text for text, _ in prompts))
         except BadFaultError as error:
             raise ApiError(400, f"[mock: ...]: {error}", "invalid_value") from None
+        if faults.get("weights"):
+            prompts = [(self.adapters.get(body.model, self.weights), read) for _, read in prompts]
         answers = self.answers(body, prompts, faults.get("logprob"))
         writer = shapes(body, answers, [read for _, read in prompts], body.n or 1)
         if faults.get("full"):
@@ -160,6 +168,7 @@ class MockEngine:
             return web.Response(status=int(status), text=page, content_type="text/html")
         async with self.place(body.model):
             writer.version = self.version
+            crash_point("completion.begun")
             if faults.get("hang"):
                 with self.hang():
                     await asyncio.Event().wait()
@@ -241,6 +250,7 @@ class MockEngine:
             sent = [0] * len(writer.answers)
             for count in range(max(len(one.tokens) for one in writer.answers)):
                 await response.write(b"".join(frames(writer, count, sent)))
+                crash_point("completion.token")
                 await pace.at(count + 1)
             await response.write(writer.last())
         except ApiError as error:

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 _FAULTS = re.compile(r"\[mock:([^\]]*)\]")
@@ -19,6 +20,7 @@ FAULTS = (
     "full",
     "status",
     "logprob",
+    "weights",
 )
 
 
@@ -127,18 +129,18 @@ def spelled(token: int) -> str:
     return chr(token) if token < 128 else f"bytes:\\x{token:02x}"
 
 
-def check_adapter(folder: Path) -> None:
-    """Make sure that a directory can be a PEFT adapter's.
+def check_adapter(folder: Path) -> str:
+    """Make sure that a directory can be a PEFT adapter's. Returns the SHA-256 of its tensors.
 
     Raises:
         ValueError, OSError: it cannot.
     """
     json.loads((folder / "adapter_config.json").read_bytes())
-    check_tensors(folder / "adapter_model.safetensors")
+    return check_tensors(folder / "adapter_model.safetensors")
 
 
-def check_tensors(path: Path) -> None:
-    """Make sure that a file can be one of safetensors.
+def check_tensors(path: Path) -> str:
+    """Make sure that a file can be one of safetensors. Returns its SHA-256.
 
     Raises:
         ValueError: its header is cut off or is not JSON.
@@ -148,3 +150,4 @@ def check_tensors(path: Path) -> None:
     if len(raw) < 8 or len(raw) < 8 + length:
         raise ValueError(f"{path.name} is cut off at {len(raw)} bytes")
     json.loads(raw[8 : 8 + length])
+    return sha256(raw).hexdigest()
