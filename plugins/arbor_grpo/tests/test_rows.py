@@ -96,6 +96,27 @@ def test_what_the_template_leaves_out_is_rejected():
             chatting.read(group)
 
 
+def test_a_thought_that_the_prompt_opens_is_not_closed_for_the_policy():
+    """As DeepSeek-R1's distillations do: whoever sends text has to say what was thought."""
+    found = tokenizer()
+    found.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    chatting = Reader(config(), ChatFormat(found), vocabulary=1000, longest=512)
+
+    def completion(answer: dict[str, Any]) -> str:
+        question = [{"role": "user", "content": "a"}]
+        (row,) = chatting.read(Group(rollouts=(Rollout(reward=1, messages=question, answer=answer),), version=0)).rows
+        return str(found.decode(row.completion))
+
+    thought = "It is\n</think>\n\nb<|im_end|>"
+    assert completion({"content": "It is\n</think>\n\nb"}) == thought
+    assert completion({"content": "b", "reasoning_content": "It is"}) == thought
+    with pytest.raises(RejectedError, match="opens a thought with <think>"):
+        completion({"content": "It is"})
+
+
 def advantages(*groups: Group, **more: Any) -> list[float]:
     found = reader(**more)
     return [row.advantage for row in with_advantages([found.read(each) for each in groups], found.config)[0]]

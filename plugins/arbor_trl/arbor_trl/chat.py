@@ -119,21 +119,25 @@ class ChatFormat:
         self.chats.check_said(conversation, context, sequences[-1][0].found or sequences[-1][0].text)
         return [self._rendered(conversation, turn, list(spans.values())) for turn, spans in sequences]
 
-    def turn(self, conversation: Conversation, index: int) -> Rendered:
+    def turn(self, conversation: Conversation, index: int, *, sampled: bool = False) -> Rendered:
         """The message at an index, an assistant's, as the engine would have generated it.
+
+        Args:
+            sampled: It is what a policy has sampled: a thought that the prompt opens is not closed for it.
 
         Raises:
             LeftOutError: the template leaves out what an assistant said.
             ValueError: the template refuses it, or the turn does not continue its generation prompt.
         """
-        turn = self._turns(conversation).turn(index)
+        turn = self._turns(conversation, sampled=sampled).turn(index)
         self._check(conversation, index, turn, (turn.begin, turn.end), None)
         context = [i for i, message in enumerate(conversation.messages[:index]) if message["role"] == "assistant"]
         self.chats.check_said(conversation, context, turn.found or turn.text)
         return self._rendered(conversation, turn, [(turn.begin, turn.end)])
 
-    def _turns(self, conversation: Conversation) -> Turns:
-        return Turns(self.chats, conversation, self.stop, closable=bool(self.tokenizer.eos_token))
+    def _turns(self, conversation: Conversation, *, sampled: bool = False) -> Turns:
+        closable = bool(self.tokenizer.eos_token)
+        return Turns(self.chats, conversation, self.stop, closable=closable, sampled=sampled)
 
     def _check(
         self, conversation: Conversation, index: int, turn: Turn, span: Span, warn: Callable[[str], None] | None

@@ -61,11 +61,20 @@ class Turns:
     Args:
         stops: Matches the tokens that may end a turn.
         closable: The tokenizer has an end token for turns that the template does not end.
+        sampled: The turn is what a policy has sampled: a thought that the prompt opens is not closed for it.
     """
 
-    def __init__(self, chats: Chats, conversation: Conversation, stops: re.Pattern[str] | None, closable: bool) -> None:
+    def __init__(
+        self,
+        chats: Chats,
+        conversation: Conversation,
+        stops: re.Pattern[str] | None,
+        closable: bool,
+        *,
+        sampled: bool = False,
+    ) -> None:
         self.chats, self.conversation = chats, conversation
-        self.stops, self.closable = stops, closable
+        self.stops, self.closable, self.sampled = stops, closable, sampled
         self.messages = conversation.messages
         self.tags = frozenset(TAGS.findall(str(chats.tokenizer.chat_template)))
         self.apart: set[Any] = set()
@@ -158,8 +167,9 @@ class Turns:
             return found
         if any(key in self.messages[index] for key in THOUGHTS):
             # the prompt rules thoughts out (Qwen3.5 without thinking): the rest can be learned
-            bare = Turns(self.chats, self.conversation.without_thought(index), self.stops, self.closable).turn(index)
-            return replace(bare, found=None)
+            other = self.conversation.without_thought(index)
+            bare = Turns(self.chats, other, self.stops, self.closable, sampled=self.sampled)
+            return replace(bare.turn(index), found=None)
         if index and not self.late and self._text(index, prompt=True) != before:
             self.late = True  # it writes the date, and midnight passed
             return self.turn(index)
@@ -215,6 +225,11 @@ class Turns:
         if not key and "content" in lost and isinstance(content, str) and closing in content:
             key, kept = "content", kept.lstrip("\n")
             thought = content[: content.rindex(closing)].lstrip().removeprefix(opening[1])
+        if not key and self.sampled:
+            raise ValueError(
+                f"its prompt opens a thought with {opening[1]} and the answer does not say how it went on: send it as "
+                f"reasoning_content, content with {closing} in it, or tokens"
+            )
         line = "\n" if "\n" in opening[0] else ""
         return f"{thought.strip(line or None)}{line}{closing}{line}{line}", kept, key
 

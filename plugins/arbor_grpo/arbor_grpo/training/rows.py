@@ -139,7 +139,7 @@ class Reader:
         messages = [*rollout.messages, {**rollout.answer, "role": "assistant"}]
         try:
             conversation = self.chat.chats.conversation(messages, rollout.tools)
-            (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages))])
+            (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages), sampled=True)])
         except LeftOutError as error:
             answer = f"messages[{len(rollout.messages)}]"
             raise LeftOutError(error.field.replace(answer, "answer", 1)) from None
