@@ -115,9 +115,8 @@ def check_message(message: Message, where: str, rules: Rules) -> None:
 
 def has_content(message: AssistantMessage) -> bool:
     """Whether a message has any content; the empty text counts."""
-    return any(
-        part is not None for part in (message.content, message.refusal, message.tool_calls, message.function_call)
-    )
+    given = message.content is not None or message.refusal is not None
+    return given or message.tool_calls is not None or message.function_call is not None
 
 
 def check_call(call: ToolCall, where: str, rules: Rules) -> None:
