@@ -101,13 +101,15 @@ def test_a_thought_that_the_prompt_opens_is_not_closed_for_the_policy():
     found = tokenizer()
     found.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     chatting = Reader(config(), ChatFormat(found), vocabulary=1000, longest=512)
 
     def completion(answer: dict[str, Any]) -> str:
         question = [{"role": "user", "content": "a"}]
-        (row,) = chatting.read(Group(rollouts=(Rollout(reward=1, messages=question, answer=answer),), version=0)).rows
+        rollout = Rollout(reward=1, messages=question, answer=answer)
+        (row,) = chatting.read(Group(rollouts=(rollout,), version=0)).rows
         return str(found.decode(row.completion))
 
     thought = "It is\n</think>\n\nb<|im_end|>"
