@@ -114,3 +114,18 @@ def test_every_turn_of_one_sequence_begins_where_its_prompt_ends() -> None:
     begins = [at + 1 for at, (a, b) in enumerate(pairwise(sample.labels)) if a == IGNORED and b != IGNORED]
     expected = [list(prompts.chat(messages[:count], None, {})) for count in (1, 3)]
     assert [sample.ids[:at] for at in begins] == expected
+
+
+@pytest.mark.parametrize("by", ["control tokens", "characters"])
+def test_turns_after_tokens_that_take_spaces_have_their_prompts(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end of turn that takes the line break after it does so in the sequence of several turns too."""
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": [AddedToken("<|eot|>", rstrip=True, special=True)]})
+    made.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|eot|>")
+    chat, prompts = ChatFormat(made), Prompts(made, len(made))
+    if by == "characters":
+        monkeypatch.setattr(chat.spans, "by_controls", lambda *_: None)
+    messages = [USER, {"role": "assistant", "content": "A"}, USER, {"role": "assistant", "content": "B"}]
+    (sample,) = chat.encode(chat.render({"messages": messages}))
+    begins = [at + 1 for at, (a, b) in enumerate(pairwise(sample.labels)) if a == IGNORED and b != IGNORED]
+    assert [sample.ids[:at] for at in begins] == [list(prompts.chat(messages[:count], None, {})) for count in (1, 3)]

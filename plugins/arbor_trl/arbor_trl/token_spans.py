@@ -77,20 +77,26 @@ class TokenSpans:
 
     def by_offsets(self, chat: ChatText, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
         """The tokens of a text and of parts of it, by the characters that they cover."""
-        cuts = [edge for span in spans for edge in span]
         extents: Sequence[Span]
         if chat.controls is None:
             (encoding,) = self.tokenizer([chat.text], add_special_tokens=False).encodings
             ids, extents = encoding.ids, _Extents(encoding)
         else:
             ids, extents = self.chats.encode(chat, offsets=True)
-        if not all(_is_edge(extents, cut) for cut in cuts):
-            ids, extents = self.chats.encode(chat, cuts, offsets=True)
+        cuts = [begin for begin, _ in spans if not _is_edge(extents, begin)]
+        cuts += [end for _, end in spans if not (_is_edge(extents, end) or self._ends_in_control(ids, extents, end))]
+        if cuts:
+            ids, extents = self.chats.encode(chat, [edge for span in spans for edge in span], offsets=True)
         tokens = []
         for begin, end in spans:
             first = bisect_left(extents, begin, key=itemgetter(0))
-            tokens.append((first, max(first, bisect_right(extents, end, key=itemgetter(1)))))
+            tokens.append((first, max(first, bisect_left(extents, end, key=itemgetter(0)))))
         return ids, tokens
+
+    def _ends_in_control(self, ids: list[int], extents: Sequence[Span], end: int) -> bool:
+        """Whether the last token that begins before a character is a control token: some take the spaces after them."""
+        last = bisect_left(extents, end, key=itemgetter(0)) - 1
+        return last >= 0 and ids[last] in self.controls
 
 
 class _Extents(Sequence[Span]):
