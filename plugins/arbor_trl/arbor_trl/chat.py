@@ -1,4 +1,4 @@
-"""Chat rows as tokens, with a loss on what the assistant said, for any chat template.
+"""Chat rows as tokens, with a loss on what the assistant said.
 
 What an engine would be sent and would have generated is found by `turns`. Most templates render a conversation so
 that each turn is a prefix of the next, and the row becomes one sequence. Some rewrite earlier turns (they drop old
