@@ -1,5 +1,6 @@
 """No fault point is forgotten: whatever the code names, some test lets a process die at. And those points that the
-matrices do not come to, because no job of theirs fails, is damaged or removes checkpoints."""
+matrices do not come to, because no job of theirs fails, is damaged or removes checkpoints (for resume points see
+worker/test_resume_points.py)."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ FAMILIES = {
     "forgotten.{name}": [f"forgotten.{name}" for name in LIVE],
 }
 """The names that each f-string may come to."""
-HERE = ["error.event", "withdrawn.event", "discarded.event", "skipped.event"]
+HERE = ["error.event", "withdrawn.event", "discarded.event", "skipped.event", "saved.event", "resume_point.renamed"]
 MATRICES = {
     "jobs": [*crash.SERVER_ALWAYS, *crash.SERVER, *crash.WORKERS_ALWAYS, *crash.WORKERS],
     "remote": [

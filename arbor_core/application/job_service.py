@@ -154,14 +154,19 @@ class JobService:
         rows = self.jobs.page(owner, limit + 1, objects.position(after, seq), metadata)
         return objects.FineTuningJobList([self.show(job) for job in rows[:limit]], has_more=len(rows) > limit)
 
-    def list_events(self, job: Job, limit: int, after: str | None = None) -> objects.FineTuningJobEventList:
+    def list_events(
+        self, job: Job, limit: int, after: str | None = None, *, superseded: bool = False
+    ) -> objects.FineTuningJobEventList:
         """A page of a job's events, newest first.
+
+        Args:
+            superseded: With the metrics of steps that a later attempt has made again. Without, each step is there once.
 
         Raises:
             ApiError: `after` is no event of the job.
         """
         before = objects.position(after, lambda event: self.jobs.event_seq(job.id, event))
-        rows = self.jobs.events(job.id, limit + 1, before)
+        rows = self.jobs.events(job.id, limit + 1, before, superseded=superseded)
         data = [objects.event_object(row) for row in rows[:limit]]
         return objects.FineTuningJobEventList(data, has_more=len(rows) > limit)
 

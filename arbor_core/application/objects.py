@@ -112,6 +112,8 @@ class FineTuningJobEvent(Struct):
     type: Literal["message", "metrics"]
     data: dict[str, Any]
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    superseded: bool | UnsetType = UNSET
+    """Arbor's: metrics of a step that a later attempt has made again."""
 
 
 class FineTuningJobEventList(Struct):
@@ -145,6 +147,8 @@ class Model(Struct):
     created: int
     owned_by: str
     object: Literal["model"] = "model"
+    parent: str | UnsetType = UNSET
+    """Arbor's: what the training of a fine-tuned model began with."""
 
 
 class ModelList(Struct):
@@ -192,7 +196,7 @@ def job_object(job: Job, organization: str) -> FineTuningJob:
         finished_at=job.finished_at,
         hyperparameters=job.hyperparameters,
         method={"type": spec.method, spec.method: {"hyperparameters": job.hyperparameters}},
-        model=spec.model,
+        model=spec.parent or spec.model,
         organization_id=organization,
         result_files=job.result_files,
         seed=spec.seed,
@@ -209,7 +213,10 @@ def job_object(job: Job, organization: str) -> FineTuningJob:
 
 def event_object(event: EventRow) -> FineTuningJobEvent:
     kind: Literal["message", "metrics"] = "metrics" if event.type == "metrics" else "message"
-    return FineTuningJobEvent(event.id, event.created_at, event.level, event.message, kind, event.data or {})
+    superseded = True if event.superseded else UNSET
+    return FineTuningJobEvent(
+        event.id, event.created_at, event.level, event.message, kind, event.data or {}, superseded=superseded
+    )
 
 
 def checkpoint_object(checkpoint: CheckpointRow) -> FineTuningJobCheckpoint:
@@ -224,7 +231,8 @@ def checkpoint_object(checkpoint: CheckpointRow) -> FineTuningJobCheckpoint:
 
 
 def model_object(model: Listed, organization: str) -> Model:
-    return Model(model.name, model.created_at, organization if model.fine_tuned else "base")
+    owner = organization if model.fine_tuned else "base"
+    return Model(model.name, model.created_at, owner, parent=model.parent or UNSET)
 
 
 def position(after: str | None, find: Callable[[str], PlaceT | None]) -> PlaceT | None:

@@ -80,7 +80,7 @@ ALL = SampleFilter()
 
 
 async def list_samples(job: JobDir, limit: int, after: str | None = None, wanted: SampleFilter = ALL) -> SampleList:
-    """A page of a job's sampled rollouts. A job that learns from files has none.
+    """A page of a job's samples. A job that learns from files has answers to its probes, if any.
 
     Args:
         after: The id of the last one of the page before.

@@ -31,6 +31,7 @@ from arbor_core.types import (
     most_on_one_node,
 )
 
+from .continuing import continuing
 from .requests import MAX_SEED, METHODS, CreateFineTuningJobRequest, check_suffix, hyperparameters_of, warnings
 from .servable import ServableCheck
 
@@ -76,6 +77,8 @@ class Submission:
             message = "Missing required parameter: 'training_file'."
             raise ApiError(400, message, "missing_required_parameter", "training_file")
         start = self.models.trainable(body.model, owner, adapters=trainer.adapters)
+        if fixed := self.fixed_by(start, trainer):
+            config = self.config_of(name, continuing(given, fixed, where, start.parent), where)
         trained = trainer.trained(config)
         self.check_servable(trained, start.name, where)
         self.check_files(body, owner, trainer.input)
@@ -94,6 +97,7 @@ class Submission:
             devices=body.num_gpus,
             input=trainer.input,
             adapter_path=start.adapter,
+            parent=start.parent,
             trains_adapter=trained.adapter is not None if trained else None,
         )
         shown = {key: config[key] for key in SHOWN if key in config} | given
@@ -150,6 +154,13 @@ class Submission:
             code = "invalid_value" if error.code.endswith("_below_min_value") else error.code
             raise ConfigError(str(error), path=error.path, code=code) from None
         return dict(msgspec.to_builtins(config, enc_hook=str))
+
+    def fixed_by(self, start: Start, trainer: Trainer) -> Mapping[str, Any]:
+        """What the adapter that a job begins with fixes of its configuration."""
+        maker = self.jobs.get(start.maker) if start.adapter and start.maker else None
+        if maker is None or start.adapter is None or trainer.continued is None:
+            return {}
+        return trainer.continued(self.models.root / start.adapter, maker.spec.config)
 
     def check_servable(self, trained: TrainedWeights | None, model: str, where: str) -> None:
         """Refuse a job whose result no engine could load, as far as its configuration tells.

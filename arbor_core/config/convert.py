@@ -70,6 +70,12 @@ def renamed(values: Mapping[str, Any], type_: type, where: str = "") -> tuple[di
     return found, warnings
 
 
+def stored(values: Mapping[str, Any], type_: type) -> dict[str, Any]:
+    """The configuration of a job that may be of an earlier version: keys under their present names, and what those mean
+    that there were none of (`former_values` of the struct)."""
+    return {**getattr(type_, "former_values", {}), **renamed(values, type_)[0]}
+
+
 def typed(values: Any, type_: type[T], where: str) -> T:
     """Plain values as a struct.
 

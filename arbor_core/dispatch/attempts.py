@@ -16,6 +16,7 @@ from typing import Any
 from arbor_core.config.settings import ServeConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
+from arbor_core.jobdir import resume_points
 from arbor_core.jobdir.cleanup import sweep
 from arbor_core.jobdir.documents import JobDocument, object_path, read_document, write_order
 from arbor_core.jobdir.layout import AttemptDir, JobDir
@@ -28,7 +29,7 @@ from arbor_core.process.wakeup import wake
 from arbor_core.storage.atomic import replace
 from arbor_core.storage.background import in_thread
 from arbor_core.storage.codec import encode
-from arbor_core.types import AttemptOrder, Executor, Lease, MessageEvent, Placement, Status, Trainer
+from arbor_core.types import TERMINAL, AttemptOrder, Executor, Lease, MessageEvent, Placement, Status, Trainer
 from arbor_core.worker.launchers import ConfiguredLauncher
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class Attempts:
         if writing := self.writing.get(job.id):
             await asyncio.wait({writing})
         await in_thread(sweep, self.dir(job))
+        if to in TERMINAL:
+            await in_thread(resume_points.forget, self.dir(job).resume_points)
         return await self.jobs.transition(job, to, *events, **changes)
 
     def _write_document(self, job: Job) -> None:

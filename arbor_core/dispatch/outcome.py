@@ -14,7 +14,7 @@ from typing import Any
 from arbor_core.config.settings import LimitsConfig
 from arbor_core.crash_points import crash_point
 from arbor_core.files.repository import Files
-from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir import checkpoints, resume_points
 from arbor_core.jobdir.cleanup import reconciled, sweep
 from arbor_core.jobdir.failure_notes import DEVICE_LOST, OUT_OF_MEMORY, read_note
 from arbor_core.jobdir.layout import AttemptDir, JobDir, checkpoint_path
@@ -28,6 +28,7 @@ from arbor_core.process.resources import is_disk_full, public_text, resource_sho
 from arbor_core.storage.background import in_thread
 from arbor_core.storage.event_log import tail
 from arbor_core.types import (
+    TERMINAL,
     CheckpointWithdrawn,
     ErrorEvent,
     Executor,
@@ -140,6 +141,8 @@ class Outcomes:
             reason: Why the lease ends; None: what became of the job.
         """
         also = changes.pop("also", None)
+        if status in TERMINAL:
+            await in_thread(resume_points.forget, JobDir.of(self.root, job.id).resume_points)
 
         def give_back(db: sqlite3.Connection) -> None:
             end_leases(db, job.id, reason or status)

@@ -18,7 +18,7 @@ from .layout import CHECKPOINT_REQUESTS, CHECKPOINTS, LEDGER, WEIGHTS, AttemptDi
 log = logging.getLogger(__name__)
 LIVE = (WEIGHTS, LEDGER, CHECKPOINT_REQUESTS)
 """Folders of a job's directory that nobody needs after its end."""
-ROOMS = (".", CHECKPOINTS, f"{CHECKPOINTS}/{checkpoints.NAMED}", WEIGHTS, CHECKPOINT_REQUESTS)
+ROOMS = (".", CHECKPOINTS, "resume", f"{CHECKPOINTS}/{checkpoints.NAMED}", WEIGHTS, CHECKPOINT_REQUESTS)
 """Folders of a job's directory, beside those of its attempts, in which files and directories are replaced."""
 
 

@@ -51,6 +51,11 @@ class JobDir:
         return self.path / CHECKPOINTS
 
     @property
+    def resume_points(self) -> Path:
+        """`<step>-<attempt>/`: what only the next attempt goes on from."""
+        return self.path / "resume"
+
+    @property
     def weights(self) -> Path:
         """`<version>-<attempt>/`: policies for engines."""
         return self.path / WEIGHTS

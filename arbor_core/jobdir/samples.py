@@ -1,9 +1,10 @@
 """The sampled rollouts of a job, for people to read: what was sampled, how it was scored, and what became of it.
 
 `<job>/samples/` is a segment log (`storage/segment_log.py`) that the trainer's rank 0 writes and nothing is computed
-from. A record is a group of the inbox, once it was trained on or skipped; its header holds the group's position in the
-inbox and the step. Long texts lose their middle, and the oldest segments are removed: 16 MB are kept, also after the
-job's end. Nothing is synced: a power failure may cost the last records, a killed process costs none.
+from. A record is a group of the inbox, once it was trained on or skipped, or what a checkpoint answers to the job's
+probes; its header holds the group's position in the inbox and the step. Long texts lose their middle, and the oldest
+segments are removed: 16 MB are kept, also after the job's end. Nothing is synced: a power failure may cost the last
+records, a killed process costs none.
 
 A trainer that goes on from a checkpoint handles groups again. It writes their records once: those whose position is in
 the log already, or lies before all that is left of it, are passed over.
@@ -29,7 +30,7 @@ from arbor_core.storage.segment_log import (
     records,
     segments,
 )
-from arbor_core.types import Record, Rollout, Scored
+from arbor_core.types import UNNUMBERED, Record, Rollout, Scored
 
 FORMAT = RecordFormat("QI", checked=True)
 """Position in the inbox, and the step; 0: none."""
@@ -40,6 +41,8 @@ TEXT_CHARACTERS = 8_000
 GROUP_CHARACTERS = 200_000
 """Rollouts of a group beyond it are left out; each counts as `ROLLOUT_CHARACTERS` at least."""
 ROLLOUT_CHARACTERS = 200
+PROBES = 1 << 63
+"""Answers to probes have positions from here on, by the step: no inbox is so long."""
 NAMES = 100
 """Chat completions of a rollout that are named."""
 MARK = " [...] "
@@ -134,6 +137,25 @@ def sampled(
     )
 
 
+def probed(name: str, step: int, answers: Sequence[tuple[str, str]]) -> SampledGroup:
+    """What is kept of the answers that a checkpoint gives to the job's probes, each a prompt and its completion."""
+    rollouts = []
+    for number, (_, completion) in enumerate(answers):
+        text, cut = shortened(completion)
+        rollouts.append(SampledRollout(prompt=number, trajectory=number, completion=text, cut=cut))
+    return SampledGroup(
+        position=PROBES + step,
+        step=step,
+        version=step,
+        id=UNNUMBERED,
+        label=f"probe:{name}",
+        size=len(rollouts),
+        prompts=tuple(shortened(prompt)[0] for prompt, _ in answers),
+        rollouts=tuple(rollouts),
+        at=time.time(),
+    )
+
+
 def sampled_rollout(rollout: Rollout, score: Scored, prompt: int, completion: Answer, *, cut: bool) -> SampledRollout:
     """What is kept of a rollout. Tokens are counted here where they are known, and told by the trainer where not."""
     tokens = rollout.messages is None and rollout.answer is None
@@ -220,7 +242,8 @@ class SampleLog:
         positions.append(last)
         self.before = frozenset().union(*positions)
         """Positions of the groups that an earlier attempt has written down."""
-        self.forgotten = max(positions[0], default=0) if there and there[0][0] > 0 else 0
+        groups = {position for position in positions[0] if position < PROBES}
+        self.forgotten = max(groups, default=0) if there and there[0][0] > 0 else 0
         """Groups before this position were written down too: those that are not in the log any more were removed. They
         are written nearly in the order of their positions, far nearer than a segment is long."""
         self.log = SegmentLog("samples", folder)

@@ -26,12 +26,14 @@ from arbor_core.types import (
     MessageEvent,
     MetricsEvent,
     PolicyPublished,
+    ResumePointWritten,
 )
 
 from .feed import note_change
 from .policies import name_checkpoint, record_policy
 from .records import Job, to_json
 
+SUPERSEDE = "UPDATE events SET superseded=1 WHERE job_id=? AND step=? AND attempt<? AND superseded=0"
 PUBLIC = (MessageEvent, MetricsEvent, CheckpointEvent, CheckpointWithdrawn)
 """Kinds of an attempt's events that clients see."""
 
@@ -42,7 +44,7 @@ def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], mode
     Args:
         model: Name of the job's model; a checkpoint's is this with `:ckpt-step-N`.
     """
-    add_events(db, job.id, [event for event in events if isinstance(event, PUBLIC)])
+    add_events(db, job.id, [event for event in events if isinstance(event, PUBLIC)], job.attempt)
     for event in events:
         if isinstance(event, HyperparametersResolved):
             hyperparameters = {**job.hyperparameters, **event.hyperparameters}
@@ -50,35 +52,43 @@ def apply_events(db: sqlite3.Connection, job: Job, events: Sequence[Event], mode
             note_change(db, job.id, "job")
         elif isinstance(event, CheckpointEvent):
             add_checkpoint(db, job.id, event, f"{model}:ckpt-step-{event.step}")
+        elif isinstance(event, ResumePointWritten):
+            note_progress(db, job.id, event.step)
         elif isinstance(event, PolicyPublished | GroupsSkipped):
             record_policy(db, job.id, event)
         elif isinstance(event, CheckpointDiscarded | CheckpointWithdrawn):
             remove_checkpoint(db, job.id, event.dir)
 
 
-def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event]) -> None:
-    """Append events to a job's list. Their times never decrease, though a clock may be set back."""
+def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event], attempt: int = 0) -> None:
+    """Append events to a job's list. Their times never decrease, though a clock may be set back. Metrics supersede
+    those of the same step that an earlier attempt has reported.
+
+    Args:
+        attempt: That reports them; 0: the server.
+    """
     last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
     seq, newest = (last[0] or 0), (last[1] or 0)
     for event in events:
         seq += 1
         newest = max(newest, int(event.at or time.time()))
-        kind = "metrics" if isinstance(event, MetricsEvent) else "message"
+        kind, step = ("metrics", event.step) if isinstance(event, MetricsEvent) else ("message", None)
+        if step is not None:
+            db.execute(SUPERSEDE, (job_id, step, attempt))
+        data = to_json(event.data or None)
         db.execute(
-            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data) VALUES(?,?,?,?,?,?,?,?)",
-            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, to_json(event.data or None)),
+            "INSERT INTO events(job_id,seq,id,created_at,level,type,message,data,step,attempt)"
+            " VALUES(?,?,?,?,?,?,?,?,?,?)",
+            (job_id, seq, ids.new("ftevent-"), newest, event.level, kind, event.message, data, step, attempt),
         )
     if events:
         note_change(db, job_id, "events")
 
 
 def metrics_by_step(store: Store, job_id: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The metrics of each step, by step; where several events have the same metric of one, the last value. There may be
-    millions: they are sorted by SQLite, and read as they are wanted."""
-    sql = (
-        "SELECT json_extract(data,'$.step') AS step, data FROM events WHERE job_id=? AND type='metrics'"
-        " ORDER BY step, seq"
-    )
+    """The metrics of each step, by step, of the newest attempt that made it; where several of its events have the same
+    metric of one, the last value. There may be millions: they are sorted by SQLite, and read as they are wanted."""
+    sql = "SELECT step, data FROM events WHERE job_id=? AND step IS NOT NULL AND superseded=0 ORDER BY step, seq"
     for step, rows in groupby(store.each(sql, job_id), key=itemgetter("step")):
         metrics: dict[str, Any] = {}
         for row in rows:
@@ -103,12 +113,17 @@ def add_checkpoint(db: sqlite3.Connection, job_id: str, event: CheckpointEvent, 
     )
     if event.name:
         name_checkpoint(db, job_id, event.name, event.step, event.dir, event.metadata)
+    note_progress(db, job_id, event.step)
+    note_change(db, job_id, "checkpoints")
+
+
+def note_progress(db: sqlite3.Connection, job_id: str, step: int) -> None:
+    """A job can go on after this step: if none of its attempts had got as far, what died before does not count."""
     db.execute(
         "UPDATE jobs SET crashes=iif(:step>furthest,0,crashes), furthest=max(furthest,:step),"
         " progress=max(progress,:step) WHERE id=:id",
-        {"step": event.step, "id": job_id},
+        {"step": step, "id": job_id},
     )
-    note_change(db, job_id, "checkpoints")
 
 
 def remove_checkpoint(db: sqlite3.Connection, job_id: str, folder: str) -> None:

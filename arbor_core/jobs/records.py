@@ -43,6 +43,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     """The adapter that it starts from: its path in the storage directory."""
     trains_adapter: bool | None = None
     """What its trainer said of the configuration (`Trainer.adapter`); None: nothing."""
+    parent: str | None = None
+    """Public name of the fine-tuned model that it trains further; None: a base model, `model`."""
 
     @property
     def trains_all(self) -> bool:
@@ -116,6 +118,8 @@ class EventRow(msgspec.Struct, frozen=True):
     type: str
     message: str
     data: dict[str, Any] | None
+    superseded: int = 0
+    """1: metrics of a step that a later attempt has made again."""
 
 
 class CheckpointRow(msgspec.Struct, frozen=True):

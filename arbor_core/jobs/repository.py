@@ -283,14 +283,18 @@ class Jobs:
         name, metadata = request.name, request.metadata
         await self._write(lambda db: name_checkpoint(db, job_id, name, last.step, last.dir, metadata), job_id)
 
-    def events(self, job_id: str, limit: int, before: int | None = None) -> list[EventRow]:
-        """Events newest first, older than `before` (a `seq`)."""
-        sql = "SELECT * FROM events WHERE job_id=? AND seq<? ORDER BY seq DESC LIMIT ?"
-        return [event_from_row(row) for row in self.store.read(sql, job_id, before or 1 << 60, limit)]
+    def events(self, job_id: str, limit: int, before: int | None = None, *, superseded: bool = False) -> list[EventRow]:
+        """Events newest first, older than `before` (a `seq`).
+
+        Args:
+            superseded: With the metrics of steps that a later attempt has made again.
+        """
+        sql = "SELECT * FROM events WHERE job_id=? AND seq<? AND superseded<=? ORDER BY seq DESC LIMIT ?"
+        return [event_from_row(row) for row in self.store.read(sql, job_id, before or 1 << 60, superseded, limit)]
 
     def events_after(self, job_id: str, seq: int, limit: int) -> list[EventRow]:
-        """Events oldest first, newer than `seq`."""
-        sql = "SELECT * FROM events WHERE job_id=? AND seq>? ORDER BY seq LIMIT ?"
+        """Events oldest first, newer than `seq`, without those that are superseded."""
+        sql = "SELECT * FROM events WHERE job_id=? AND seq>? AND superseded=0 ORDER BY seq LIMIT ?"
         return [event_from_row(row) for row in self.store.read(sql, job_id, seq, limit)]
 
     def event_seq(self, job_id: str, event_id: str) -> int | None:

@@ -17,7 +17,7 @@ from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.storage.database import Store
 from arbor_core.types import ApiError, Weights
 
-from .fine_tuned import JOB, FineTunedModels, Kind, Resolved, first_base
+from .fine_tuned import JOB, WITH_PARENT, FineTunedModels, Kind, Resolved, first_base
 
 PREFIXES = ("openai/", "arbor:", "local:", "huggingface/")
 """What other clients put before a model's name; it means nothing here."""
@@ -38,6 +38,10 @@ class Start(msgspec.Struct, frozen=True):
     """Where those weights are in the storage directory; None: it is a base model."""
     adapter: str | None = None
     """Where the adapter on it is in the storage directory that is trained further."""
+    parent: str | None = None
+    """Public name of the fine-tuned model that is trained further; None: a base model is."""
+    maker: str | None = None
+    """The job that has trained it."""
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -46,6 +50,8 @@ class Listed(msgspec.Struct, frozen=True):
     name: str
     created_at: int
     fine_tuned: bool
+    parent: str | None = None
+    """What its training began with: a base model, or another fine-tuned one."""
 
 
 class Models:
@@ -110,13 +116,13 @@ class Models:
             self.base(name)
             return Start(name, None)
         if made.kind == "full":
-            return Start(made.name, made.path or None)
+            return Start(made.name, made.path or None, None, made.name, made.job_id)
         if not adapters:
             message = (
                 f"Model '{name}' is an adapter, and this method cannot train one further: use its base, '{made.base}'."
             )
             raise ApiError(400, message, "unsupported_model", "model")
-        return Start(made.base, made.base_path or None, made.path)
+        return Start(made.base, made.base_path or None, made.path, made.name, made.job_id)
 
     def list(self, owner: str) -> list[Listed]:
         """Base models by name, then this owner's policies in training and fine-tuned models, newest first."""
@@ -124,11 +130,11 @@ class Models:
         for folder in reversed(self.config.dirs):
             found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if is_model(path)]
             bases |= {str(path.relative_to(folder)): int(path.stat().st_mtime) for path in found}
-        rows = self.store.read("SELECT * FROM models WHERE owner=? AND deleted=0 ORDER BY seq DESC", owner)
+        rows = self.store.read(f"{WITH_PARENT} WHERE m.owner=? AND m.deleted=0 ORDER BY m.seq DESC", owner)
         return [
             *(Listed(name, created, False) for name, created in sorted(bases.items()) if _BASE.fullmatch(name)),
             *(Listed(job_id, created, True) for job_id, created in self.jobs.policies(owner)),
-            *(Listed(row["name"], row["created_at"], True) for row in rows),
+            *(Listed(row["name"], row["created_at"], True, row["parent"]) for row in rows),
         ]
 
     def get(self, name: str, owner: str) -> Listed:
@@ -140,7 +146,7 @@ class Models:
         if created := dict(self.jobs.policies(owner)).get(name):
             return Listed(name, created, True)
         if made := self.jobs.find(name, owner):
-            return Listed(name, made.created_at, True)
+            return Listed(name, made.created_at, True, self.jobs.parent(made))
         path = Path(self.base(name))
         return Listed(name, int(path.stat().st_mtime) if path.is_absolute() else 0, False)
 

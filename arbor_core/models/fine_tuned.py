@@ -23,6 +23,10 @@ from arbor_core.types import TERMINAL, ApiError, InputKind, Status, Weights
 JOB = "ftjob-"
 """What the ids of jobs begin with; no base model is called so."""
 Kind = Literal["adapter", "full"]
+WITH_PARENT = """
+    SELECT m.*, coalesce(json_extract(j.spec, '$.parent'), m.base) AS parent
+    FROM models m JOIN jobs j ON j.id=m.job_id"""
+"""The rows of `models`, each with the model that its job began with."""
 
 
 class ModelRow(msgspec.Struct, frozen=True):
@@ -166,6 +170,11 @@ class FineTunedModels:
         """The newest policy of a job, also after its end, whoever it belongs to."""
         job = self._maker(job_id)
         return self._policy(job) if job and job.spec.input != "file" else None
+
+    def parent(self, model: ModelRow) -> str:
+        """What the training of a model began with: a base model, or another fine-tuned one."""
+        row = self.store.one("SELECT json_extract(spec, '$.parent') AS parent FROM jobs WHERE id=?", model.job_id)
+        return row["parent"] if row and row["parent"] else model.base
 
     def policies(self, owner: str) -> list[tuple[str, int]]:
         """Ids of the jobs that learn from rollouts now, and when they were created; newest first."""

@@ -17,6 +17,12 @@ class Page(Struct):
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 20
 
 
+class EventPage(Page):
+    """Query of a job's events; `superseded`: with the metrics of steps that a later attempt has made again."""
+
+    superseded: bool = False
+
+
 class CheckpointPage(Struct):
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 10

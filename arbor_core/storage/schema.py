@@ -164,6 +164,36 @@ ALTER TABLE policies ADD COLUMN sent TEXT NOT NULL DEFAULT '';
 """What a sender returned of the policy, as JSON; empty: it is a directory under `weights`."""
 
 
+STEPS = """
+ALTER TABLE events ADD COLUMN step INTEGER;
+ALTER TABLE events ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE events ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX events_of_steps ON events(job_id, step) WHERE step IS NOT NULL
+"""
+"""`step` is that of metrics. They are superseded where a later attempt has made the step again."""
+
+
+def steps(db: sqlite3.Connection) -> None:
+    """Mark the metrics of steps that were made again. Which attempt an event is from was not kept: a new one has begun
+    where steps go back."""
+    for statement in STEPS.split(";"):
+        db.execute(statement)
+    sql = "SELECT job_id, seq, json_extract(data,'$.step') FROM events WHERE type='metrics' ORDER BY job_id, seq"
+    job, before, attempt, newest = "", 0, 1, dict[int, int]()
+    for job_id, seq, step in db.execute(sql).fetchall():
+        if step is None:
+            continue
+        if job_id != job:
+            job, before, attempt, newest = job_id, 0, 1, {}
+        attempt += step < before
+        before = step
+        if newest.setdefault(step, attempt) < attempt:
+            earlier = "UPDATE events SET superseded=1 WHERE job_id=? AND step=? AND seq<?"
+            db.execute(earlier, (job_id, step, seq))
+            newest[step] = attempt
+        db.execute("UPDATE events SET step=?, attempt=? WHERE job_id=? AND seq=?", (step, attempt, job_id, seq))
+
+
 SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     FIRST,
     REPEATS,
@@ -176,6 +206,7 @@ SCHEMA: tuple[str | Callable[[sqlite3.Connection], None], ...] = (
     INPUT,
     lease_history,
     SENDERS,
+    steps,
 )
 """Each makes a database of the version before into one of its own (the first is 1). What was released never changes."""
 

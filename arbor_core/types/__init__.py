@@ -45,6 +45,7 @@ from .events import (
     PausedEvent,
     PolicyPublished,
     ResultEvent,
+    ResumePointWritten,
     decode_event,
 )
 from .jobs import PROTOCOL, TERMINAL, Desired, InputKind, JobView, Status
@@ -148,6 +149,7 @@ __all__ = [
     "Record",
     "Result",
     "ResultEvent",
+    "ResumePointWritten",
     "Rollout",
     "RolloutConfig",
     "RolloutRun",

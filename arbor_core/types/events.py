@@ -22,6 +22,7 @@ EventType = Literal[
     "checkpoint",
     "withdrawn",
     "discarded",
+    "saved",
     "published",
     "skipped",
     "resolved",
@@ -116,6 +117,12 @@ class CheckpointDiscarded(Event, tag="discarded", kw_only=True):
     dir: str
 
 
+class ResumePointWritten(Event, tag="saved", kw_only=True):
+    """Training can go on after this step should it be interrupted."""
+
+    step: int
+
+
 class PolicyPublished(Event, tag="published", kw_only=True):
     """A new version of the policy is there, from which completions are sampled from now on."""
 
@@ -175,6 +182,7 @@ KINDS: tuple[type[Event], ...] = (
     CheckpointEvent,
     CheckpointWithdrawn,
     CheckpointDiscarded,
+    ResumePointWritten,
     PolicyPublished,
     GroupsSkipped,
     HyperparametersResolved,

@@ -60,6 +60,9 @@ class Trainer:
             which clients send while it runs, and which it answers (a `CommandRun`).
         rollouts: The former name of `input="rollouts"`; goes with the next release.
         adapters: It can start from an adapter that another job has trained (`run.adapter`).
+        continued: Called in the server with the directory of that adapter and the configuration of the job that has
+            trained it: what it fixes of this job's. That stands in place of the defaults, and a request that says
+            otherwise is refused. None: nothing.
         simulated: It trains nothing and needs no device. With ARBOR_MOCK_GPU=1 the server prefers it to others.
         adapter: Called in the server with a job's whole configuration: whether it trains an adapter, else all weights,
             or more of that as `TrainedWeights`. A job that trains all weights needs more memory, and its policy an
@@ -83,6 +86,7 @@ class Trainer:
     ranks: bool = True
     rollouts: bool | None = None
     adapters: bool = False
+    continued: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] | None = None
     simulated: bool = False
     adapter: Callable[[Mapping[str, Any]], bool | TrainedWeights] | None = None
     input: InputKind = "file"

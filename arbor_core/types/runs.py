@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -29,6 +29,8 @@ class Checkpoint(Struct, frozen=True):
     step: int
     dir: Path
     metrics: dict[str, float] = field(default_factory=dict)
+    resume_only: bool = False
+    """Written by `write_resume_point`: no model, and gone when the job has ended."""
 
 
 class CheckpointRequest(Struct, frozen=True):
@@ -110,8 +112,18 @@ class Run(Protocol[ConfigT_co]):
         """
         ...
 
+    def write_resume_point(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> bool:
+        """Write what training can go on from should it be interrupted, by a function that fills a folder. It is no
+        model, only the newest is kept, and it goes with the next checkpoint. Metrics of the step come before it.
+
+        Returns:
+            False: the disk had no room for it, and the one before stays.
+        """
+        ...
+
     def last_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, to resume from. Newer ones are withdrawn: no longer offered as models.
+        """The newest checkpoint or resume point that is whole, to resume from. Newer checkpoints are withdrawn: no
+        longer offered as models.
 
         Raises:
             JobFailed: `checkpoint_corrupted`: there are some, and none is whole.
@@ -120,6 +132,15 @@ class Run(Protocol[ConfigT_co]):
 
     def keep_checkpoints(self, count: int) -> None:
         """Delete all checkpoints but the newest `count` and those with names, and stop offering them as models."""
+        ...
+
+    def report_probes(self, name: str, step: int, answers: Sequence[tuple[str, str]]) -> None:
+        """Keep what the checkpoint of a step answers to the job's probes, each a prompt and its completion, with the
+        job's samples, for people to read. Once for each step; as samples, left out where there is no room on the disk.
+
+        Args:
+            name: Of the checkpoint.
+        """
         ...
 
     @property
@@ -154,6 +175,10 @@ class FileRun(Run[ConfigT_co], Protocol[ConfigT_co]):
     def training_file(self) -> Path: ...
     @property
     def validation_file(self) -> Path | None: ...
+    def give_name(self, name: str, step: int, metadata: Mapping[str, Any]) -> None:
+        """Give the checkpoint of a step a name, in place of another that had it: it is kept, and `<job id>:<name>` is
+        its model."""
+        ...
 
 
 class LiveRun(Run[ConfigT_co], Protocol[ConfigT_co]):

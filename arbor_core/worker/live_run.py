@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.checkpoint_requests import answered, asked
 from arbor_core.jobdir.documents import import_object
 from arbor_core.jobdir.weights import publishing
-from arbor_core.types import CheckpointEvent, CheckpointRequest, ConfigT, PolicyPublished, PolicyWeights, Sender
+from arbor_core.types import CheckpointRequest, ConfigT, PolicyPublished, PolicyWeights, Sender
 
 from .run import WorkerRun
 
@@ -30,19 +29,7 @@ class LiveWorkerRun(WorkerRun[ConfigT]):
         return asked(self.job_files)
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
-        folder = checkpoints.give_name(self.checkpoints_dir, request.name, step)
-        crash_point("name_checkpoint.linked")
-        said = checkpoints.manifest(folder)
-        named = CheckpointEvent(
-            f"Checkpoint '{request.name}' is that of step {step}",
-            step=step,
-            dir=folder.name,
-            metrics=said.metrics if said else {},
-            name=request.name,
-            metadata=request.metadata,
-        )
-        self.emit(named)
-        crash_point("name_checkpoint.told")
+        self.give_name(request.name, step, request.metadata)
         answered(self.job_files, request.name)
         crash_point("name_checkpoint.answered")
 

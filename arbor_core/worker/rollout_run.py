@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arbor_core.jobdir.documents import read_desired
-from arbor_core.jobdir.samples import SampleLog, sampled
+from arbor_core.jobdir.samples import sampled
 from arbor_core.types import (
     CheckpointRequest,
     ConfigT,
@@ -29,8 +29,6 @@ class RolloutWorkerRun(LiveWorkerRun[ConfigT]):
     """A run with an inbox of groups."""
 
     feed: Feed | None = field(init=False, default=None)
-    samples: SampleLog | None = field(init=False, default=None)
-    samples_missed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,15 +72,8 @@ class RolloutWorkerRun(LiveWorkerRun[ConfigT]):
         decode: Callable[[list[int]], str] | None = None,
         error: str | None = None,
     ) -> None:
-        if self.rank:
-            return
-        try:
-            self.samples = self.samples or SampleLog(self.job_files.samples)
-            self.samples.add(sampled(record, step, scored, decode, error))
-        except OSError as failure:
-            if not self.samples_missed:
-                self.message(f"Sampled rollouts are left out while they cannot be written: {failure.strerror}", "warn")
-            self.samples_missed = True
+        if self.rank == 0:
+            self.keep_samples(lambda: sampled(record, step, scored, decode, error))
 
     def asked_checkpoints(self) -> list[CheckpointRequest]:
         return super().asked_checkpoints() if self.catching_up.done else []  # clients have been answered a newer policy

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from arbor_core.config.convert import renamed
+from arbor_core.config.convert import stored
 from arbor_core.crash_points import crash_point
-from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir import checkpoints, resume_points
 from arbor_core.jobdir.documents import (
     JobDocument,
     import_object,
@@ -27,6 +27,7 @@ from arbor_core.jobdir.documents import (
 )
 from arbor_core.jobdir.heartbeat import Heartbeat
 from arbor_core.jobdir.layout import AttemptDir
+from arbor_core.jobdir.samples import SampledGroup, SampleLog, probed
 from arbor_core.process.resources import (
     DISK_FULL_ERRNOS,
     FIRST_WAIT_SECONDS,
@@ -56,6 +57,7 @@ from arbor_core.types import (
     Placement,
     PolicyPublished,
     ResultEvent,
+    ResumePointWritten,
     StepInputs,
 )
 
@@ -77,6 +79,8 @@ class WorkerRun(Generic[ConfigT]):
     rank: int = 0
     world_size: int = 1
     log: EventLog | None = field(init=False, default=None)
+    samples: SampleLog | None = field(init=False, default=None)
+    samples_missed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.files = AttemptDir(self.order.dir)
@@ -184,12 +188,43 @@ class WorkerRun(Generic[ConfigT]):
         with checkpoints.writing(self.checkpoints_dir / name, step, self.attempt, metrics) as folder:
             yield folder
         self.emit(CheckpointEvent(f"Checkpoint created at step {step}", step=step, dir=name, metrics=metrics))
+        resume_points.forget(self.job_files.resume_points, step)
+
+    def write_resume_point(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> bool:
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        try:
+            resume_points.write(self.job_files.resume_points, step, self.attempt, metrics, write)
+        except OSError as error:
+            if not is_disk_full(error, self.dir):
+                raise
+            return False
+        self.emit(ResumePointWritten(f"Training can go on after step {step}", step=step))
+        return True
+
+    def give_name(self, name: str, step: int, metadata: Mapping[str, Any]) -> None:
+        """Give the newest checkpoint of a step a name, in place of another that had it."""
+        folder = checkpoints.give_name(self.checkpoints_dir, name, step)
+        crash_point("name_checkpoint.linked")
+        said = checkpoints.manifest(folder)
+        named = CheckpointEvent(
+            f"Checkpoint '{name}' is that of step {step}",
+            step=step,
+            dir=folder.name,
+            metrics=said.metrics if said else {},
+            name=name,
+            metadata=dict(metadata),
+        )
+        self.emit(named)
+        crash_point("name_checkpoint.told")
 
     def last_checkpoint(self) -> Checkpoint | None:
         found, withdrawals = checkpoints.newest_whole(self.checkpoints_dir)
+        resumable = resume_points.newest(self.job_files.resume_points)
         for event in withdrawals if self.rank == 0 else ():  # the other ranks find the same, and leave it to this one
             self.emit(event)
             checkpoints.set_aside(self.checkpoints_dir / event.dir)  # after the event: what is offered is there
+        if resumable and resumable.step > (found.step if found else -1):
+            return resumable
         if found is None and (withdrawals or checkpoints.aside(self.checkpoints_dir)):
             names = ", ".join(path.name for path in checkpoints.aside(self.checkpoints_dir))
             text = f"No checkpoint of the job is whole (damaged: {names}). Create the job again to start anew"
@@ -200,6 +235,20 @@ class WorkerRun(Generic[ConfigT]):
         for folder in checkpoints.superseded(self.checkpoints_dir, count):
             self.emit(CheckpointDiscarded(f"Checkpoint {folder.name} removed", dir=folder.name))
             shutil.rmtree(folder)  # after the event: what is offered is there
+
+    def report_probes(self, name: str, step: int, answers: Sequence[tuple[str, str]]) -> None:
+        if self.rank == 0:
+            self.keep_samples(lambda: probed(name, step, answers))
+
+    def keep_samples(self, make: Callable[[], SampledGroup]) -> None:
+        """Write something down for people to read, or leave it out where there is no room."""
+        try:
+            self.samples = self.samples or SampleLog(self.job_files.samples)
+            self.samples.add(make())
+        except OSError as failure:
+            if not self.samples_missed:
+                self.message(f"Samples are left out while they cannot be written: {failure.strerror}", "warn")
+            self.samples_missed = True
 
     def stop_if_asked(self) -> None:
         if self.rank == 0:
@@ -236,7 +285,7 @@ def open_run(attempt_dir: Path, kind: type[RunT]) -> RunT:
     document, order = read_document(attempt.job), read_order(attempt)
     config_type = import_object(order.config_type)
     return kind(
-        config=msgspec.convert(renamed(document.config, config_type)[0], config_type),
+        config=msgspec.convert(stored(document.config, config_type), config_type),
         document=document,
         order=order,
         placement=read_placement(attempt),

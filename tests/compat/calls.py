@@ -74,7 +74,9 @@ def standing(server: LiveServer, job_id: str) -> dict[str, Any]:
 def shown(server: LiveServer, job_id: str) -> dict[str, Any]:
     """All that a server tells of a job; events and checkpoints oldest first."""
     path = f"{JOBS}/{job_id}"
-    events = get(server, f"{path}/events?limit=1000")
+    events = get(server, f"{path}/events?limit=1000&superseded=true")
+    for event in events["data"]:
+        event.pop("superseded", None)  # a step that was made again after it was shown
     checkpoints = get(server, f"{path}/checkpoints?limit=1000")
     assert not events["has_more"]
     return {"job": get(server, path), "events": events["data"][::-1], "checkpoints": checkpoints["data"][::-1]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arbor_core import MessageEvent, MetricsEvent
 from arbor_core.jobs.events import metrics_by_step
-from arbor_core.jobs.records import JobSpec, NewJob
+from arbor_core.jobs.records import EventRow, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
 
@@ -51,4 +51,33 @@ async def test_metrics_of_a_long_job_are_not_in_memory_at_once(tmp_path: Path) -
         assert [row.seq for row in rows] == list(range(seen + 1, seen + len(rows) + 1))
         seen, pages = rows[-1].seq, pages + 1
     assert pages == 5
+    store.close()
+
+
+async def test_steps_that_a_later_attempt_makes_again_are_superseded(tmp_path: Path) -> None:
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
+    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    other = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    for attempt, made in enumerate(([1, 2, 3, 4], [3, 4], [4, 5]), 1):
+        begun = await jobs.transition(job, job.status, attempt=attempt)
+        assert begun
+        events = [MetricsEvent(step=n, total_steps=9, values={"train_loss": n + attempt / 10}) for n in made]
+        more = MetricsEvent(step=made[0], total_steps=9, values={"valid_loss": 7.0})  # of the same attempt
+        job = await jobs.ingest(begun, [*events, more], begun.offset, "m") or job
+    await jobs.ingest(other, [MetricsEvent(step=4, total_steps=9, values={})], other.offset, "m")
+
+    def losses(rows: list[EventRow]) -> list[tuple[int, float]]:
+        return [(row.data["step"], row.data["train_loss"]) for row in rows if row.data and "train_loss" in row.data]
+
+    once = [(1, 1.1), (2, 2.1), (3, 3.2), (4, 4.3), (5, 5.3)]
+    assert losses(jobs.events(job.id, 100)[::-1]) == once
+    assert losses(jobs.events_after(job.id, 0, 100)) == once
+    every = jobs.events(job.id, 100, superseded=True)[::-1]
+    assert losses(every) == [(1, 1.1), (2, 2.1), (3, 3.1), (4, 4.1), (3, 3.2), (4, 4.2), (4, 4.3), (5, 5.3)]
+    assert [row.seq for row in every] == list(range(1, len(every) + 1))
+    assert [row.superseded for row in every if row.data and "train_loss" in row.data] == [0, 0, 1, 1, 0, 1, 0, 0]
+    assert [(step, found["train_loss"]) for step, found in metrics_by_step(store, job.id)] == once
+    assert [found.get("valid_loss") for _, found in metrics_by_step(store, job.id)] == [7.0, None, 7.0, 7.0, None]
     store.close()

@@ -129,3 +129,22 @@ def test_what_jobs_learn_from_is_taken_over(tmp_path: Path) -> None:
         found = dict(db.execute("SELECT id, json_extract(spec,'$.input') FROM jobs").fetchall())
         assert found == {"file": "file", "rollouts": "rollouts", "none": "file"}
         assert not db.execute("SELECT 1 FROM jobs WHERE json_extract(spec,'$.rollouts') IS NOT NULL").fetchall()
+
+
+def test_steps_that_were_made_again_are_marked(tmp_path: Path) -> None:
+    """Steps that go back belong to another attempt; two events of one step in a row are of the same."""
+    path = tmp_path / "arbor.db"
+    told = [("a", 1), ("a", 2), ("a", 3), ("a", 2), ("a", 3), ("a", 3), ("b", 2), ("a", None)]
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{FIRST} PRAGMA user_version=1;")
+        for seq, (job, step) in enumerate(told, 1):
+            data = f'{{"step":{step}}}' if step else None
+            values = (job, seq, f"e{seq}", 1, "info", "metrics" if step else "message", "", data)
+            columns = "job_id,seq,id,created_at,level,type,message,data"
+            db.execute(f"INSERT INTO events({columns}) VALUES(?,?,?,?,?,?,?,?)", values)
+        db.commit()
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        found = db.execute("SELECT step, attempt, superseded FROM events ORDER BY seq").fetchall()
+    assert found[:4] == [(1, 1, 0), (2, 1, 1), (3, 1, 1), (2, 2, 0)]
+    assert found[4:] == [(3, 2, 0), (3, 2, 0), (2, 1, 0), (None, 0, 0)]

@@ -52,12 +52,12 @@ def end_elsewhere(model: Path, copy: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": tokenizer.eos_token_id}))
 
 
-def train(server: LiveServer, model: str = "tiny", **hyperparameters):
+def train(server: LiveServer, model: str = "tiny", *, validated: bool = True, **hyperparameters):
     options = {"n_epochs": 12, "batch_size": 10, "learning_rate": 3e-3, **hyperparameters}
     return server.client.fine_tuning.jobs.create(
         model=model,
         training_file=server.upload(ROWS),
-        validation_file=server.upload(ROWS[:12]),
+        validation_file=server.upload(ROWS[:12]) if validated else None,
         seed=7,
         method={"type": "supervised", "supervised": {"hyperparameters": options}},
     )
@@ -99,6 +99,35 @@ def test_hyperparameters_are_resolved_and_reported(real, trained):
     shown = trained[0].hyperparameters
     assert (shown.n_epochs, shown.batch_size, shown.learning_rate_multiplier) == (12, 10, 1.0)
     assert trained[0].trained_tokens > 1000
+
+
+def test_continue_an_adapter(real, trained):
+    """On the rows that it was validated with: it begins where the adapter has ended, and what comes of it is served."""
+    first, create = trained[1], real.client.fine_tuning.jobs.create
+    rows = real.upload(ROWS[:12])
+
+    def further(model: str, **hyperparameters):
+        options = {"n_epochs": 2, "batch_size": 12, "learning_rate": 1e-4, **hyperparameters}
+        method = {"type": "supervised", "supervised": {"hyperparameters": options}}
+        return create(model=model, training_file=rows, validation_file=rows, seed=3, method=method)
+
+    second = real.wait(further(first.fine_tuned_model).id)
+    assert second.status == "succeeded", second.error
+    assert second.model == first.fine_tuned_model
+    before, after = metrics(real, first.id, "valid_loss"), metrics(real, second.id, "train_loss")
+    assert after[0] == pytest.approx(before[-1], rel=1e-4)
+    assert after[-1] < after[0]
+    third = real.wait(further(second.fine_tuned_model, lora={"r": 8}, n_epochs=1).id)
+    before, after = metrics(real, second.id, "valid_loss"), metrics(real, third.id, "train_loss")
+    assert after[0] == pytest.approx(before[-1], rel=1e-4)
+    lineage = [third.fine_tuned_model]
+    while parent := getattr(real.client.models.retrieve(lineage[-1]), "parent", None):
+        lineage.append(parent)
+    assert lineage == [third.fine_tuned_model, second.fine_tuned_model, first.fine_tuned_model, "tiny"]
+    assert ask(real.client, third.fine_tuned_model, "color 3", temperature=0).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="has 8") as refused:
+        further(first.fine_tuned_model, lora={"r": 16})
+    assert refused.value.param == "method.supervised.hyperparameters.lora.r"
 
 
 def test_every_checkpoint_and_both_kinds_of_model_answer_and_do_not_mix(real, trained):
@@ -191,10 +220,10 @@ def test_streaming_says_the_same_and_log_probabilities_add_up(real, trained):
 
 
 def test_checkpoints_that_are_not_kept_are_not_offered(real):
-    job = train(real, lora=None, max_steps=6, checkpoint_steps=2, keep_checkpoints=2)
+    job = train(real, validated=False, lora=None, max_steps=6, checkpoint_steps=2, keep_checkpoints=2)
     job = real.wait(job.id, seconds=300)
     assert [point.step_number for point in real.client.fine_tuning.jobs.checkpoints.list(job.id)] == [6, 4]
-    assert len(list((real.storage / "jobs" / job.id / "checkpoints").iterdir())) == 2
+    assert len(list((real.storage / "jobs" / job.id / "checkpoints").glob("*-*"))) == 2
     with pytest.raises(openai.NotFoundError):
         ask(real.client, f"{job.fine_tuned_model}:ckpt-step-2", "color 1")
 

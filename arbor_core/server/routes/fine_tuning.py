@@ -84,11 +84,11 @@ def asks(action: str, desired: Desired, summary: str) -> HTTPRouteHandler:
 @get(
     JOB + "/events",
     operation_id="listFineTuningEvents",
-    opt=described("List a job's events, newest first.", query=schemas.Page, scopes=TRAIN),
+    opt=described("List a job's events, newest first.", query=schemas.EventPage, scopes=TRAIN),
 )
 async def list_events(request: AnyRequest, job_id: str, arbor: Arbor, owner: str) -> objects.FineTuningJobEventList:
-    job, page = arbor.job_service.find(job_id, owner), query(request, schemas.Page)
-    return arbor.job_service.list_events(job, page.limit, page.after)
+    job, page = arbor.job_service.find(job_id, owner), query(request, schemas.EventPage)
+    return arbor.job_service.list_events(job, page.limit, page.after, superseded=page.superseded)
 
 
 @get(

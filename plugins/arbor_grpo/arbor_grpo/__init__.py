@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from arbor_trl import Attention, Auto, Count, Dtype, LoraSettings, Positive, trl_trainer
+from arbor_trl import (
+    FORMER_VALUES,
+    Attention,
+    Auto,
+    Count,
+    Dtype,
+    LoraSettings,
+    Positive,
+    Probes,
+    Seconds,
+    TrainingVersion,
+    trl_trainer,
+)
 from msgspec import Meta
 
 from arbor_core import RolloutConfig, Trainer, hookimpl
@@ -65,6 +77,11 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
     publish_steps: Count
     checkpoint_steps: Count | None
     keep_checkpoints: Count | None
+    probes: Probes
+    resume_seconds: Seconds | None
+    training_version: TrainingVersion
+
+    former_values: ClassVar[Mapping[str, Any]] = FORMER_VALUES
 
     def __post_init__(self) -> None:
         """Raises ValueError for keys that contradict one another."""
@@ -109,9 +126,7 @@ class GrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields
 @hookimpl
 def arbor_trainers() -> Mapping[str, Trainer]:
     """`grpo`, by that name."""
-    grpo = trl_trainer(
-        GrpoConfig, "arbor_grpo.train:train", methods=("grpo",), min_rows=0, input="rollouts", adapters=True
-    )
+    grpo = trl_trainer(GrpoConfig, "arbor_grpo.train:train", methods=("grpo",), min_rows=0, input="rollouts")
     return {"grpo": grpo}
 
 

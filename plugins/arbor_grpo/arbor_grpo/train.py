@@ -6,21 +6,16 @@ from typing import Any
 
 from arbor_trl.budget import budget
 from arbor_trl.chat import ChatFormat
-from arbor_trl.job import last_step, lora_errors, parameter_counts, process_group, set_up, trl_arguments
-from arbor_trl.model import (
-    adapter,
-    adapter_end_tokens,
-    add_end_tokens,
-    context,
-    load_model,
-    load_tokenizer,
-)
+from arbor_trl.job import lora_errors, parameter_counts, process_group, set_up, trl_arguments
+from arbor_trl.model import add_end_tokens, begin, context, load_model, load_tokenizer
+from arbor_trl.result import finish
+from arbor_trl.steps import IdleSteps
+from arbor_trl.vocabulary import Padding, Vocabulary
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig as TrlConfig
 
-from arbor_core import JobFailed, RolloutRun
+from arbor_core import RolloutRun
 
 from . import GrpoConfig
 from .training.publishing import Publisher
@@ -58,43 +53,38 @@ def train(run: RolloutRun[GrpoConfig]) -> None:
     except FinishRequested:
         run.message(f"Training ends after step {session.step}, as asked")
     session.conclude()
-    if run.rank == 0:
-        finish(run, session.step, session.progress.tokens)
+    policy = session.trainer.accelerator.unwrap_model(session.trainer.model)
+    finish(run, session.step, session.progress.tokens, policy)
 
 
 def compose(run: RolloutRun[GrpoConfig]) -> Session:
     """TRL's trainer, and what gives it batches."""
-    if run.adapter and run.config.lora is None:
-        raise JobFailed(
-            "lora is null, but the model is an adapter, which can only be trained as one: leave lora out",
-            code="invalid_hyperparameters",
-            param="hyperparameters",
-        )
     tokenizer, model = load_tokenizer(run), load_model(run)
     limits = budget(run, model)
-    chat = chat_format(run, tokenizer)
+    chat, vocabulary = chat_format(run, tokenizer), Vocabulary.of(model, tokenizer)
     longest = min(run.config.max_length or context(model, tokenizer), context(model, tokenizer))
-    # the tokens that ended a turn for the adapter that training begins with, and the one that ends a turn of text
-    add_end_tokens(model, adapter_end_tokens(run.adapter) if run.adapter else ())
+    policy, new_adapter = begin(run, model)
     add_end_tokens(model, chat.turn_end() if chat else ())
-    peft_config = adapter(run.config.lora) if run.config.lora and not run.adapter else None
-    policy: Any = PeftModel.from_pretrained(model, run.adapter, is_trainable=True) if run.adapter else model
     with lora_errors(run.config.lora):
         trainer = GroupTrainer(
             run,
             limits,
+            vocabulary.padding,
             model=policy,
             reward_funcs=no_reward,
             args=arguments(run, longest),
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=tokenizer,
-            peft_config=peft_config,
+            peft_config=new_adapter,
         )
-    reader = Reader(run.config, chat, int(model.config.get_text_config().vocab_size), longest)
+    reader = Reader(run.config, chat, vocabulary, longest)
     session = Session(run, reader, trainer, Publisher(run, trainer, tokenizer))
     trainer.source = session
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Padding(vocabulary, model))
     trainer.add_callback(Reporting(run, session))
+    if run.config.training_version > 1:
+        trainer.add_callback(IdleSteps())
     run.resolved(learning_rate=learning_rate(run.config))
     run.message(f"{parameter_counts(trainer.policy)}: {run.config.groups_per_step} groups a step, waiting for them")
     return session
@@ -173,8 +163,3 @@ def learning_rate(config: GrpoConfig) -> float:
     if config.learning_rate != "auto":
         return config.learning_rate
     return ADAPTER_RATE if config.lora else FULL_RATE
-
-
-def finish(run: RolloutRun[GrpoConfig], step: int, tokens: int) -> None:
-    """Name the last step's checkpoint as the job's model."""
-    run.finish(last_step(run, step), tokens, adapter=run.config.lora is not None)

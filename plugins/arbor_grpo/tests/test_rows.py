@@ -11,6 +11,7 @@ from arbor_grpo.training.intake import StepGroups
 from arbor_grpo.training.rows import Reader, RejectedError, shaped, with_advantages
 from arbor_sft.tiny import tokenizer
 from arbor_trl.chat import ChatFormat
+from arbor_trl.vocabulary import Vocabulary
 from grpo_jobs import floats, group, rollout
 
 from arbor_core.config.convert import merged, typed
@@ -24,7 +25,7 @@ def config(**more: Any) -> GrpoConfig:
 
 
 def reader(**more: Any) -> Reader:
-    return Reader(config(**more), None, vocabulary=200, longest=more.get("max_length") or 64)
+    return Reader(config(**more), None, vocabulary=Vocabulary(tokenizer(), 200), longest=more.get("max_length") or 64)
 
 
 def one(**more: Any) -> Group:
@@ -35,8 +36,8 @@ def one(**more: Any) -> Group:
     ("bad", "why"),
     [
         (Group(rollouts=(), version=0), "no rollouts"),
-        (Group(rollouts=(rollout(0, [1], [200], 1.0),), version=0), "model knows 200"),
-        (Group(rollouts=(rollout(0, [-1], [3], 1.0),), version=0), "go from -1"),
+        (Group(rollouts=(rollout(0, [1], [200], 1.0),), version=0), "embedding: that has 200"),
+        (Group(rollouts=(rollout(0, [-1], [3], 1.0),), version=0), "token -1 .no token"),
         (Group(rollouts=(rollout(0, [], [3], 1.0),), version=0), "prompt is empty"),
         (one(logprobs=floats([-1.0])), "1 log-probabilities for 2"),
         (one(logprobs=floats([-1.0, float("nan")])), "not all finite"),
@@ -70,7 +71,7 @@ def told(levels: int) -> Group:
 
 def test_messages_are_nested_so_deeply_and_no_deeper():
     """However deep the trainer itself is when it reads them."""
-    chatting = Reader(config(), ChatFormat(tokenizer()), vocabulary=1000, longest=64)
+    chatting = Reader(config(), ChatFormat(tokenizer()), vocabulary=Vocabulary(tokenizer(), 1000), longest=64)
     assert chatting.read(told(MAX_DEPTH)).rows[0].tokens
     for levels in (MAX_DEPTH + 1, 600, 5000):
         with pytest.raises(RejectedError, match=r"rollout 0: messages\[0\] is nested too deeply: more than 64 levels"):
@@ -83,7 +84,7 @@ def test_what_the_template_leaves_out_is_rejected():
     found.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    chatting = Reader(config(), ChatFormat(found), vocabulary=1000, longest=512)
+    chatting = Reader(config(), ChatFormat(found), vocabulary=Vocabulary(found, 1000), longest=512)
     call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
     calling, question = {"content": None, "tool_calls": [call]}, {"role": "user", "content": "a"}
     told = {
@@ -104,7 +105,7 @@ def test_a_thought_that_the_prompt_opens_is_not_closed_for_the_policy():
         "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    chatting = Reader(config(), ChatFormat(found), vocabulary=1000, longest=512)
+    chatting = Reader(config(), ChatFormat(found), vocabulary=Vocabulary(found, 1000), longest=512)
 
     def completion(answer: dict[str, Any]) -> str:
         question = [{"role": "user", "content": "a"}]

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from arbor_trl import Attention, Auto, Count, Dtype, LoraSettings, Positive, Share, trl_trainer
+from arbor_trl import (
+    FORMER_VALUES,
+    Attention,
+    Auto,
+    Count,
+    Dtype,
+    LoraSettings,
+    Positive,
+    Probes,
+    Seconds,
+    Share,
+    TrainingVersion,
+    trl_trainer,
+)
 from msgspec import Meta, Struct
 
 from arbor_core import Trainer, hookimpl
@@ -32,8 +45,14 @@ class SftConfig(Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Dtype
     attention: Attention
     eval_steps: Count | None
+    early_stopping_patience: Count | None
     checkpoint_steps: Count | None
     keep_checkpoints: Count | None
+    probes: Probes
+    resume_seconds: Seconds | None
+    training_version: TrainingVersion
+
+    former_values: ClassVar[Mapping[str, Any]] = {**FORMER_VALUES, "early_stopping_patience": None}
 
 
 @hookimpl

@@ -58,6 +58,10 @@ class Plan:
     tokens: int
     """Tokens of all steps, without padding."""
 
+    def tokens_of(self, steps: int, lengths: Sequence[int]) -> int:
+        """Tokens of the first steps, without padding."""
+        return sum(lengths[row] for step in self.steps[:steps] for rows in step for row in rows)
+
     @property
     def micro_batches(self) -> list[Rows]:
         return [rows for step in self.steps for rows in step]

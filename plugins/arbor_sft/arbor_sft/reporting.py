@@ -5,36 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from arbor_trl.chat import Sample
-from arbor_trl.job import agreed_stop
+from arbor_trl.job import agreed, agreed_stop
+from arbor_trl.probes import answer_probes
 from arbor_trl.reporting import StepReporter, digest_of
 from arbor_trl.saving import CheckpointMixin
+from arbor_trl.steps import ScheduleMixin
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
-from arbor_core import FileRun, JobStopped
+from arbor_core import Checkpoint, FileRun, JobStopped
 
 from . import SftConfig
 from .plan import Plan, Rows
+from .selection import BEST, FILE, Selection
 
 Collated = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
-class RunTrainer(CheckpointMixin, SFTTrainer):
-    """TRL's trainer, whose checkpoints are the run's.
+class RunTrainer(CheckpointMixin, ScheduleMixin, SFTTrainer):
+    """TRL's trainer, whose checkpoints are the run's, and whose rates are Arbor's.
 
     Args:
-        metrics: Those of the step that is saved.
+        reporting: Knows what belongs to the step that is saved.
         options: `SFTTrainer`'s.
     """
 
-    def __init__(self, run: FileRun[SftConfig], metrics: Callable[[], Mapping[str, float]], **options: Any) -> None:
+    def __init__(self, run: FileRun[SftConfig], reporting: Reporting, **options: Any) -> None:
         super().__init__(**options)
-        self.run, self._checkpoint_metrics = run, metrics
+        self.run, self.reporting = run, reporting
 
     def checkpoint_metrics(self) -> Mapping[str, float]:
-        return self._checkpoint_metrics()
+        return self.reporting.metrics
+
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        return {FILE: msgspec.json.encode(self.reporting.selection)} if self.reporting.evaluation else {}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Report the step, and save what it leaves; in this order, because an attempt that goes on after it does not
+        report it again. transformers calls it at the end of an epoch too."""
+        super()._maybe_log_save_evaluate(*args, **options)
+        saved = self.saved_step == self.state.global_step
+        if not saved and agreed(self.resume_clock.is_due(), self.run, self.accelerator):
+            self.save_resume_point()
 
 
 class Evaluation:
@@ -78,6 +93,9 @@ class Reporting(StepReporter):
         self.metrics: dict[str, float] = {}
         self.valid: dict[str, float] = {}
         self.stop: JobStopped | None = None
+        self.selection = Selection()
+        self.probed = -1
+        """The step whose policy has answered the probes."""
         self.accuracy = 0.0
 
     def on_step_end(
@@ -92,7 +110,40 @@ class Reporting(StepReporter):
         self.valid = {}
         if self.evaluation and self.trainer and (self.checkpoint_due(step) or self.evaluation_due(step)):
             self.valid = self.evaluation(self.trainer)
+            self.select(step, self.valid["valid_loss"], control)
         return control
+
+    def select(self, step: int, loss: float, control: TrainerControl) -> None:
+        """Note an evaluation; end training after a checkpoint where it is one in vain too many."""
+        patience = self.run.config.early_stopping_patience
+        self.selection.note(step, loss, saved=self.checkpoint_due(step))
+        if step < self.total and self.selection.ends(patience):
+            self.run.message(
+                f"Training ends after step {step}: {patience} evaluations in a row found no validation loss below "
+                f"{self.selection.lowest:.4g}"
+            )
+            control.should_save = control.should_training_stop = True
+
+    def resume(self, last: Checkpoint) -> None:
+        """Go on after a checkpoint."""
+        path = last.dir / FILE
+        if path.is_file():
+            self.selection = msgspec.json.decode(path.read_bytes(), type=Selection)
+        if not last.resume_only:
+            self.name_best(last.step)  # the attempt before may not have come to it
+
+    def name_best(self, step: int) -> None:
+        """Give the checkpoint of this step its name, if it is the best so far."""
+        if self.run.rank == 0 and self.selection.best is not None and self.selection.best_step == step:
+            self.run.give_name(BEST, step, {"valid_loss": self.selection.best})
+            if self.trainer and self.trainer.state.global_step == step:  # not when an attempt catches up with the name
+                self.answer_probes(BEST, step)
+
+    def answer_probes(self, name: str, step: int) -> None:
+        """Have the present policy answer the job's probes, as the checkpoint of this name."""
+        if self.trainer and self.run.rank == 0 and self.probed != step:
+            self.probed = step
+            answer_probes(self.run, self.trainer, name, step)
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.run.config.checkpoint_steps
@@ -125,6 +176,7 @@ class Reporting(StepReporter):
         self.run.metrics(state.global_step, self.total, digest, **self.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.name_best(state.global_step)
         if self.run.rank == 0 and self.run.config.keep_checkpoints:
             self.run.keep_checkpoints(self.run.config.keep_checkpoints)
         if self.stop:

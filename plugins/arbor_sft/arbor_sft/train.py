@@ -7,12 +7,14 @@ from pathlib import Path
 
 from arbor_trl.budget import Budget, budget
 from arbor_trl.chat import ChatFormat
-from arbor_trl.job import last_step, lora_errors, parameter_counts, process_group, set_up, trl_arguments
-from arbor_trl.model import adapter, add_end_tokens, context, load_model, load_tokenizer, unavailable, uses_cuda
+from arbor_trl.job import lora_errors, parameter_counts, process_group, set_up, trl_arguments
+from arbor_trl.model import add_end_tokens, begin, context, load_model, load_tokenizer, unavailable, uses_cuda
+from arbor_trl.result import finish
+from arbor_trl.steps import IdleSteps
+from arbor_trl.vocabulary import Padding, Vocabulary
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TrlConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from arbor_core import FileRun, JobFailed
 
@@ -36,23 +38,41 @@ def train(run: FileRun[SftConfig]) -> None:
         JobStopped: the job is to pause (its checkpoint is written) or was cancelled.
     """
     set_up(run)
+    check_patience(run)
     tokenizer = load_tokenizer(run)
     chat = chat_format(run, tokenizer)
     model = load_model(run)
+    vocabulary = Vocabulary.of(model, tokenizer)
     training, validation = load_files(run, chat, context(model, tokenizer))
+    for param, samples in (("training_file", training), ("validation_file", validation)):
+        vocabulary.check_rows(param, ((sample.line, sample.ids) for sample in samples.kept) if samples else ())
     add_end_tokens(model, chat.learned_ends(training.kept))
     layout = choose_layout(run, model, training)
     limits = budget(run, model)
     schedule = make_plan(run, training, layout, limits)
-    trainer = compose(run, model, tokenizer, training, validation, schedule, layout)
+    trainer = compose(run, model, vocabulary, training, validation, schedule, layout)
     run.message(
         f"{parameter_counts(trainer.model_wrapped)}: {training.rows} examples ({sum(training.lengths):,} tokens), "
         f"{validation.rows if validation else 0} for validation, {len(schedule.steps)} steps of {schedule.parts} "
         "micro-batches"
     )
-    resume(run, trainer, len(schedule.steps))
-    if run.rank == 0:
-        run.finish(last_step(run, len(schedule.steps)), schedule.tokens, adapter=run.config.lora is not None)
+    steps = train_from_last(run, trainer, len(schedule.steps))
+    finish(run, steps, schedule.tokens_of(steps, training.lengths), trainer.accelerator.unwrap_model(trainer.model))
+
+
+def check_patience(run: FileRun[SftConfig]) -> None:
+    """Refuse to stop early for want of progress that nobody measures.
+
+    Raises:
+        JobFailed: `invalid_hyperparameters`.
+    """
+    if run.config.early_stopping_patience and run.validation_file is None:
+        raise JobFailed(
+            "early_stopping_patience looks at the validation loss, and the job has no validation_file: give one, or "
+            "leave it out",
+            code="invalid_hyperparameters",
+            param="hyperparameters",
+        )
 
 
 def chat_format(run: FileRun[SftConfig], tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
@@ -133,37 +153,39 @@ def make_plan(run: FileRun[SftConfig], training: Samples, layout: Layout, limits
 def compose(
     run: FileRun[SftConfig],
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
     training: Samples,
     validation: Samples | None,
     schedule: Plan,
     layout: Layout,
-) -> SFTTrainer:
+) -> RunTrainer:
     """TRL's trainer over the plan: an item of its data set is a micro-batch, by row numbers."""
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     packed = layout == "packed"
     evaluation = None
     if validation:
         limits, share = budget(run, model), run.micro_batch_share
         limits = replace(limits, tokens=int(limits.tokens * share))
         cuts = plan.evaluation(validation.lengths, layout, int(EVALUATION_ROWS * share), limits)
-        evaluation = Evaluation(cuts, Collate(validation.kept, pad, packed))
+        evaluation = Evaluation(cuts, Collate(validation.kept, vocabulary.padding, packed))
     reporting = Reporting(run, schedule, training.kept, evaluation)
+    policy, new_adapter = begin(run, model)
     with lora_errors(run.config.lora):
         trainer = RunTrainer(
             run,
-            lambda: reporting.metrics,
-            model=model,
+            reporting,
+            model=policy,
             args=arguments(run, schedule),
             train_dataset=Dataset.from_dict({"rows": schedule.micro_batches}),
-            data_collator=Collate(training.kept, pad, packed),
-            processing_class=tokenizer,
-            callbacks=[reporting],
-            peft_config=adapter(run.config.lora) if run.config.lora else None,
+            data_collator=Collate(training.kept, vocabulary.padding, packed),
+            processing_class=vocabulary.tokenizer,
+            callbacks=[Padding(vocabulary, model), reporting],
+            peft_config=new_adapter,
         )
     # TRL's loss divides by the step's tokens itself, whatever the model's forward accepts.
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
+    if run.config.training_version > 1:
+        trainer.add_callback(IdleSteps())
     reporting.trainer = trainer
     return trainer
 
@@ -199,11 +221,18 @@ def learning_rate(config: SftConfig) -> float:
     return base * rate_multiplier(config)
 
 
-def resume(run: FileRun[SftConfig], trainer: SFTTrainer, total: int) -> None:
-    """Train from the newest checkpoint to the end; nothing is left to do if that is the last step's."""
+def train_from_last(run: FileRun[SftConfig], trainer: RunTrainer, total: int) -> int:
+    """Train from the newest checkpoint to the end; nothing is left to do if that is the last step's. Returns how many
+    steps were made in all."""
     last = run.last_checkpoint()
-    if last and last.step >= total:
-        return
+    if last:
+        trainer.reporting.resume(last)
+    ends = trainer.reporting.selection.ends(run.config.early_stopping_patience)
+    if last and (last.step >= total or (ends and not last.resume_only)):
+        return last.step
     if last:
         run.message(f"Resuming after step {last.step} of {total}", step=last.step)
     trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
+    steps = int(trainer.state.global_step)
+    trainer.reporting.answer_probes("result", steps)
+    return steps

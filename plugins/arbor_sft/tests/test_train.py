@@ -104,7 +104,7 @@ def test_full_weights(job: Any) -> None:
     assert [m["step"] for m in metrics if "valid_loss" in m] == [5, 8, 10, 15, 16, 20, 24]
     assert [m["step"] for m in metrics if "full_valid_loss" in m] == [8, 16, 24]
     assert all(0 <= m["train_mean_token_accuracy"] <= 1 for m in metrics)
-    assert [event.step for event in made.events(CheckpointEvent)] == [8, 16, 24]
+    assert [event.step for event in made.events(CheckpointEvent) if not event.name] == [8, 16, 24]
     assert made.events(CheckpointEvent)[-1].data["metrics"]["full_valid_loss"] == metrics[-1]["valid_loss"]
     result = made.event(ResultEvent)
     assert (result.step, result.adapter) == (24, False)
@@ -183,7 +183,7 @@ def test_two_ranks(job: Any) -> None:
     assert two.start(ranks=2).wait() == 0, two.log()
     for name in ("train_loss", "train_mean_token_accuracy", "grad_norm", "valid_loss"):
         assert two.curve(name) == pytest.approx(one.curve(name), rel=1e-4)
-    assert [event.step for event in two.events(CheckpointEvent)] == [3, 4]
+    assert [event.step for event in two.events(CheckpointEvent) if not event.name] == [3, 4]
     shutil.rmtree(two.result())
     assert two.start(ranks=2).wait() == 0, two.log()
     assert two.curve() == two.curve(attempt=1)[3:]

@@ -109,6 +109,14 @@ def agreed_stop(run: Run[Any], accelerator: Accelerator | None) -> JobStopped | 
     return None if strongest == "run" else JobStopped(strongest)
 
 
+def agreed(mine: bool, run: Run[Any], accelerator: Accelerator) -> bool:
+    """What rank 0 has decided, on every rank."""
+    if run.world_size == 1:
+        return mine
+    decision = torch.tensor([mine], dtype=torch.int32, device=accelerator.device)
+    return bool(accelerator.gather(decision)[0])
+
+
 def last_step(run: Run[Any], step: int) -> Checkpoint:
     """The checkpoint of the last step.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,6 +83,25 @@ def context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Longest sequence the model takes, in tokens."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found or min(tokenizer.model_max_length, DEFAULT_CONTEXT))
+
+
+def begin(run: Run[Any], model: PreTrainedModel) -> tuple[Any, LoraConfig | None]:
+    """What is trained, for TRL: the adapter that the job goes on with, on `model`; or `model`, and the settings of a
+    new adapter if there is to be one. Generation ends at the tokens at which that adapter's did, too.
+
+    Raises:
+        JobFailed: `invalid_hyperparameters`: all weights are to be trained, but the job begins with an adapter.
+    """
+    if run.adapter is None:
+        return model, adapter(run.config.lora) if run.config.lora else None
+    if run.config.lora is None:
+        raise JobFailed(
+            "lora is null, but the model is an adapter, which can only be trained as one: leave lora out",
+            code="invalid_hyperparameters",
+            param="hyperparameters",
+        )
+    add_end_tokens(model, adapter_end_tokens(run.adapter))
+    return PeftModel.from_pretrained(model, run.adapter, is_trainable=True), None
 
 
 def adapter(settings: LoraSettings) -> LoraConfig:

@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from arbor_core import Run
 
 from .model import write_end_tokens
+
+WRITING_SHARE = 0.02
+"""Most of the time of a job that resume points may take."""
+
+
+class ResumeClock:
+    """When the next resume point is due.
+
+    Args:
+        seconds: At least so long after the one before, or after a checkpoint; 0: always; None: never.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.written_at, self.took = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """Whether one is to be written now. Ranks may disagree: one of them decides."""
+        if not self.seconds:
+            return self.seconds is not None
+        return time.monotonic() - self.written_at >= max(self.seconds, self.took / WRITING_SHARE)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A checkpoint or a resume point is written while the block runs."""
+        began = time.monotonic()
+        yield
+        self.written_at = time.monotonic()
+        self.took = self.written_at - began
 
 
 class CheckpointMixin:
@@ -24,6 +56,22 @@ class CheckpointMixin:
 
     run: Run[Any]
     folder: Path | None = None
+    resume_only = False
+    """What is written is a resume point."""
+    saved_step = -1
+    """The step whose checkpoint or resume point was written last."""
+
+    @cached_property
+    def resume_clock(self) -> ResumeClock:
+        return ResumeClock(self.run.config.resume_seconds)
+
+    def save_resume_point(self) -> None:
+        """Write what training can go on from after the present step; every rank calls it."""
+        self.resume_only = True
+        try:
+            self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
+        finally:
+            self.resume_only = False
 
     def checkpoint_metrics(self) -> Mapping[str, float]:
         """The metrics of the step that is saved."""
@@ -51,6 +99,11 @@ class CheckpointMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint of the present step; every rank calls it."""
+        with self.resume_clock.writing():
+            self._write_checkpoint(model, trial)
+        self.saved_step = self.state.global_step  # type: ignore[attr-defined]
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
         step = trainer.state.global_step
         name = f"checkpoint-{step}"  # transformers' name for it in an output directory
@@ -70,13 +123,19 @@ class CheckpointMixin:
             shutil.rmtree(folder / name)
             self._complete(folder, scratch)
 
-        if alone:
+        if self.resume_only:
+            self._write_resume_point(step, write if alone else lambda folder: self._complete(folder, scratch))
+        elif alone:
             self.run.write_checkpoint(step, write, **self.checkpoint_metrics())
         elif self.run.rank == 0:
             with self.run.checkpoint(step, **self.checkpoint_metrics()) as folder:
                 self._complete(folder, scratch)
         if self.run.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
+
+    def _write_resume_point(self, step: int, write: Callable[[Path], None]) -> None:
+        if self.run.rank == 0 and not self.run.write_resume_point(step, write, **self.checkpoint_metrics()):
+            self.run.message(f"The disk has no room for a resume point at step {step}: it is left out", "warn")
 
     def _complete(self, folder: Path, scratch: Path) -> None:
         """Put beside what rank 0 saved what the others did, and what transformers does not know of."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from arbor_trl.chat import IGNORED, ChatFormat
+from arbor_trl.vocabulary import Vocabulary
 from numpy.typing import NDArray
 
 from arbor_core import Group, LeftOutError, Rollout
@@ -78,13 +79,13 @@ class Reader:
 
     Args:
         chat: Tokenises rollouts that are text; None: the model has no chat template.
-        vocabulary: Token ids are below it.
+        vocabulary: The tokens that the model can read.
         longest: Tokens of the longest sequence.
     """
 
     config: GrpoConfig
     chat: ChatFormat | None
-    vocabulary: int
+    vocabulary: Vocabulary
     longest: int
 
     def read(self, group: Group) -> GroupRows:
@@ -113,8 +114,8 @@ class Reader:
         if not len(prompt):
             raise ValueError("its prompt is empty, so nothing predicts the first token")
         for part in (prompt, completion):
-            if len(part) and not 0 <= part.min() <= part.max() < self.vocabulary:
-                raise ValueError(f"token ids go from {part.min()} to {part.max()}, the model knows {self.vocabulary}")
+            if len(part) and (fault := self.vocabulary.fault((int(part.min()), int(part.max())))):
+                raise ValueError(fault)
         learned = np.zeros_like(sampled) if rollout.truncated and self.config.mask_truncated_completions else sampled
         room = max(0, self.longest - len(prompt))
         cut = len(completion) > room
@@ -245,9 +246,11 @@ def with_advantages(groups: Sequence[GroupRows], config: GrpoConfig) -> tuple[li
     for group, rewards_of_group in zip(groups, shaped_rewards, strict=True):
         mean = statistics.fmean(rewards_of_group.values()) if rewards_of_group else 0.0
         scale = {"group": list(rewards_of_group.values()), "batch": rewards.all}.get(config.scale_rewards)
+        # the mean of equal rewards may be another number than these, by rounding
+        equal = config.training_version > 1 and len(set(rewards_of_group.values())) == 1
         divisor = 1.0 if scale is None else deviation(scale) + SCALE_FLOOR
         for row, key in zip(group.rows, group.trajectory_of, strict=True):
             given = group.trajectories[key].advantage
-            advantage = given if given is not None else (rewards_of_group[key] - mean) / divisor
+            advantage = given if given is not None else 0.0 if equal else (rewards_of_group[key] - mean) / divisor
             rows.append(Row(**{**vars(row), "advantage": advantage}))
     return rows, rewards

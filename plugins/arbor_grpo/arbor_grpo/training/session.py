@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from accelerate.utils import broadcast_object_list
+from arbor_trl.probes import answer_probes
 
 from arbor_core import Checkpoint, CheckpointRequest, JobStopped, Record, RolloutRun, Scored, StepInputs
 from arbor_grpo import GrpoConfig
@@ -55,6 +56,8 @@ class Requests(msgspec.Struct):
     """`pause` or `cancel`."""
     finish: bool = False
     checkpoints: tuple[CheckpointRequest, ...] = ()
+    resume_point: bool = False
+    """It is time for one."""
 
 
 class FinishRequested(Exception):
@@ -71,6 +74,10 @@ class Session:
         self.progress = Progress()
         self.saved = self.published = -1
         """Steps whose checkpoint is written, whose weights are out."""
+        self.resumable = 0
+        """The step that another attempt could go on after."""
+        self.probed = -1
+        """The step whose policy has answered the probes."""
         self.inputs: StepInputs | None = None
         """What the step's batch was made of."""
         self.unreported: list[tuple[Record, list[Row]]] = []
@@ -90,7 +97,8 @@ class Session:
     def resume(self, last: Checkpoint) -> None:
         """Go on after a checkpoint."""
         self.progress = progress_of(last)
-        self.saved, self.reported = last.step, dict(last.metrics)
+        self.resumable, self.reported = last.step, dict(last.metrics)
+        self.saved = -1 if last.resume_only else last.step
         self.trainer.load_reference(last.dir)
 
     def checkpoint_metrics(self) -> Mapping[str, float]:
@@ -177,9 +185,12 @@ class Session:
         if requests.stop == "cancel":
             raise JobStopped("cancel")
         every = self.run.config.checkpoint_steps
-        due = bool(every) and self.step // int(every or 1) > max(0, self.saved) // int(every or 1)
+        due = bool(every) and self.step // int(every or 1) > max(self.resumable, self.saved) // int(every or 1)
         if requests.checkpoints or due or requests.stop:
             self.save()
+        elif requests.resume_point:
+            self.trainer.save_resume_point()
+            self.resumable = self.step
         self.name_checkpoint(requests.checkpoints)
         if requests.stop == "pause":
             raise JobStopped("pause")
@@ -192,13 +203,21 @@ class Session:
             stop = None
         except JobStopped as error:
             stop = str(error.desired)
-        return Requests(stop, self.run.desired() == "finish", tuple(self.run.asked_checkpoints()))
+        resume_point = self.step > max(self.resumable, self.saved) and self.trainer.resume_clock.is_due()
+        return Requests(stop, self.run.desired() == "finish", tuple(self.run.asked_checkpoints()), resume_point)
 
     def name_checkpoint(self, requests: tuple[CheckpointRequest, ...]) -> None:
         """Give this step's checkpoint the names that clients want."""
         for request in requests:
             if self.run.rank == 0:
                 self.run.name_checkpoint(request, self.step)
+                self.answer_probes(request.name)
+
+    def answer_probes(self, name: str) -> None:
+        """Have the present policy answer the job's probes, as the checkpoint of this name."""
+        if self.probed != self.step:
+            self.probed = self.step
+            answer_probes(self.run, self.trainer, name, self.step)
 
     def save(self) -> None:
         """Write the checkpoint of this step, if there is none yet."""
@@ -247,3 +266,5 @@ class Session:
             self.publish()
         self.save()
         self.name_checkpoint(tuple(self.of_rank_0(self.run.asked_checkpoints() if self.run.rank == 0 else ())))
+        if self.run.rank == 0:
+            self.answer_probes("result")

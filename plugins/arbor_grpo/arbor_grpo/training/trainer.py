@@ -23,7 +23,8 @@ Steps
   while TRL accumulates over batches of equal size. TRL's division by their number is switched off.
 - Each micro-batch's loss is weighted by its rows or tokens, so that the sum is the loss of the step, whatever the cut.
 - Rows that cannot move a weight (no token to learn, or advantage 0 where nothing else matters) count in the mean and do
-  not run. Where none can, one row runs with a zero mask: the step is that of a zero gradient.
+  not run. Where no row has anything to teach none runs, and the optimizer is left alone, its momentum and weight decay
+  included. Jobs with `training_version` 1 run one row with a zero mask: their step is that of a zero gradient.
 - Ranks run micro-batches of as many rows each; rows that one lacks are padded with rows of a zero mask.
 - The threshold of `top_entropy_quantile` is that of the whole batch, not of a micro-batch.
 - The auxiliary loss of mixtures of experts is its mean over the rows that run; TRL adds it once for each micro-batch.
@@ -41,7 +42,7 @@ Shape suffixes: B, rows; P, columns of prompts; C, columns of completions; T = P
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ from accelerate.utils import DistributedType
 from arbor_trl.budget import Budget
 from arbor_trl.partition import Sizes, cut
 from arbor_trl.saving import CheckpointMixin
+from arbor_trl.steps import ScheduleMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
@@ -93,18 +95,19 @@ class BatchSource(Protocol):
     def checkpoint_files(self) -> Mapping[str, bytes]: ...
 
 
-class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
+class GroupTrainer(CheckpointMixin, ScheduleMixin, SharedPromptsTrainer):
     """Trains on the rows of `source`, which is set before training.
 
     Args:
+        padding: The id to pad with.
         options: `GRPOTrainer`'s.
     """
 
     source: BatchSource
 
-    def __init__(self, run: RolloutRun[GrpoConfig], limits: Budget, **options: Any) -> None:
+    def __init__(self, run: RolloutRun[GrpoConfig], limits: Budget, padding: int, **options: Any) -> None:
         super().__init__(lambda text: run.message(text, "warn"), **options)
-        self.run, self.limits = run, limits
+        self.run, self.limits, self.padding = run, limits, padding
         if run.config.importance_sampling_mode:
             self.use_vllm = True  # TRL applies the ratio of `importance_sampling_mode` only then
         self.current_gradient_accumulation_steps = 1  # TRL divides its losses by it
@@ -155,9 +158,9 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
         """The next groups as a batch; what happens between batches happens in here, while it waits for them."""
         rows = self.source.next_rows()
         self.count, self.tokens = len(rows), sum(row.tokens for row in rows)
-        batch = tensors(rows, self._tokenizer.pad_token_id, self.accelerator.device)
+        batch = tensors(rows, self.padding, self.accelerator.device)
         found = sizes(rows)
-        learned = [number for number, row in enumerate(rows) if self.matters(row)]
+        learned = self.running_rows(rows)
         if learned and self.shares is None:
             self.shares = self.can_share(select(batch, [*learned[:2]]))
         self.parts, self.running = self.cut(found, learned), len(learned)
@@ -167,6 +170,14 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
             if self.beta != 0.0:
                 batch["ref_per_token_logps"] = self.reference(batch)
         return batch
+
+    def running_rows(self, rows: Sequence[Row]) -> list[int]:
+        """The numbers of those that run through the model; none where no row teaches anything. Entropies and the load
+        of experts alone are no reason for a step."""
+        teaching = any(row.tokens > 0 and (row.advantage != 0 or self.beta != 0.0) for row in rows)
+        if not teaching and self.run.config.training_version > 1:
+            return []
+        return [number for number, row in enumerate(rows) if self.matters(row)]
 
     def matters(self, row: Row) -> bool:
         """Whether the row can move a weight. Others count in the normaliser and do not run through the model."""
@@ -180,7 +191,8 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
         most = self.run.config.micro_batch_size
         most_rows, share = None if most == "auto" else most, self.run.micro_batch_share
         if not learned:
-            return [[None]]  # a loss of 0: the optimizer's step is that of a zero gradient
+            # of version 1, a loss of 0: the optimizer's step is that of a zero gradient
+            return [[None]] if self.run.config.training_version == 1 else []
         if self.run.world_size == 1:
             parts = cut(found.take(learned), self.limits, most_rows, shared=bool(self.shares), share=share)
             return [[learned[i] for i in rows] for rows in parts]
@@ -231,11 +243,15 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The gradient of the whole batch, micro-batch by micro-batch; returns the batch's loss."""
+        """The gradient of the whole batch, micro-batch by micro-batch; returns the batch's loss. There is none where no
+        row teaches anything."""
         model.train()
         if self._step % self.num_iterations == 0:
             self.batch = self._generate_and_score_completions(inputs)
         self.batch_ready_at = time.perf_counter()
+        self._step += 1
+        if not self.parts:
+            return torch.zeros((), device=self.accelerator.device)
         if self.top_entropy_quantile < 1.0:
             self.batch["entropy_mask"] = self.highest_entropies()
         step_metrics = metrics.StepMetrics(self._metrics["train"], self.importance_sampling_level)
@@ -243,7 +259,6 @@ class GroupTrainer(CheckpointMixin, SharedPromptsTrainer):
         for number, rows in enumerate(self.parts):
             loss += self.micro_step(model, rows, step_metrics, last=number == len(self.parts) - 1)
         step_metrics.combine(self.accelerator)
-        self._step += 1
         return loss
 
     def micro_step(self, model: Any, rows: RowNumbers, step_metrics: metrics.StepMetrics, *, last: bool) -> Tensor:
