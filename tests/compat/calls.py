@@ -34,7 +34,7 @@ def options(name: str, root: Path) -> dict[str, Any]:
     return {"overrides": ["gpu.train=[0]", "threads=1", f"models.dirs=[{root / 'models'}]"], "mock": False}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60, pause: float = 0.02) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180, pause: float = 0.02) -> Any:
     """The first thing a condition says that counts as true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
