@@ -134,8 +134,9 @@ class Session:
         return Sent(number)
 
     async def _settled(self, number: int) -> None:
-        """Return when it is certain that a command on the disk is executed. While nobody has asked the job to end, it
-        is: the trainer looks into the inbox after it has heard of that. Otherwise it may have looked before.
+        """Return when it is certain that a command on the disk is executed, once all before it have come. While nobody
+        has asked the job to end, it is: the trainer looks into the inbox after it has heard of that. Otherwise it may
+        have looked before.
 
         Raises:
             ApiError: 400: the job has ended without it; 409: nobody knows yet.

@@ -14,6 +14,7 @@ import json
 import re
 import secrets
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,16 @@ class Found(msgspec.Struct, frozen=True):
     text: str
     at: list[int]
     numbers: list[int]
+    places: dict[int, list[int]] = msgspec.field(default_factory=dict)
+    """Where each mark was."""
+
+    def __post_init__(self) -> None:
+        for place, number in zip(self.at, self.numbers, strict=True):
+            self.places.setdefault(number, []).append(place)
+
+    def has(self, number: int, start: int, end: int) -> bool:
+        """Whether a mark was from `start` to `end`, both included."""
+        return any(start <= place <= end for place in self.places.get(number, ()))
 
     def within(self, start: int, end: int) -> list[int]:
         """The numbers of the marks from `start` to `end`, both included."""
@@ -71,8 +82,8 @@ class Marks:
     def __init__(self, messages: Sequence[Message]) -> None:
         self.fields: list[Field] = []
         self.of_message: list[range] = []
-        self.bare: list[tuple[int, str, str]] = []
-        """Texts without marks: message, path, text."""
+        self.bare: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        """The texts without marks of each message: path, text."""
         self.messages: list[Message] = []
         for index, message in enumerate(messages):
             first = len(self.fields)
@@ -94,11 +105,10 @@ class Marks:
 
     def missing(self, message: int, found: Found, start: int, end: int) -> list[Field]:
         """The fields of a message of which a mark is not between two positions of a text, each once."""
-        there = set(found.within(start, end))
-        lost = [self.fields[number] for number in self.of_message[message] if number not in there]
-        for index, path, text in self.bare:
-            if index == message and not occurs(text, found.text[start:end]):
-                lost.append(Field(index, path))
+        lost = [self.fields[number] for number in self.of_message[message] if not found.has(number, start, end)]
+        if bare := self.bare.get(message):
+            part = found.text[start:end]
+            lost += [Field(message, path) for path, text in bare if not occurs(text, part)]
         return list({field.path: field for field in lost}.values())
 
     def _message(self, index: int, message: Message) -> Message:
@@ -115,7 +125,8 @@ class Marks:
     def _text(self, index: int, path: str, text: str) -> str:
         start, end = edges(text)
         if start >= end:  # nothing but whitespace and tags
-            self.bare += [(index, path, text)] if text.strip() else []
+            if text.strip():
+                self.bare[index].append((path, text))
             return text
         opening = self._mark(Field(index, path, opens=True))
         return text[:start] + opening + text[start:end] + self._mark(Field(index, path, text[end:])) + text[end:]

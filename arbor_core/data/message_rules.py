@@ -15,6 +15,7 @@ from arbor_core.config.convert import explained
 from arbor_core.storage.codec import MAX_DEPTH, too_deep
 from arbor_core.types import ConfigError
 
+from .message_form import THOUGHTS
 from .messages import HINTS, KNOWN, AssistantMessage, CalledFunction, ChatData, Message, ToolCall, ToolMessage
 
 
@@ -87,7 +88,9 @@ def check(messages: Sequence[Message], where: str, rules: Rules) -> None:
 def is_plain(message: AssistantMessage) -> bool:
     """Whether a message is a text and nothing else, like nearly all, so that no rule is left to check."""
     content, calls = message.content, message.tool_calls or message.function_call
-    return type(content) is str and content != "" and message.weight is None and not calls
+    if type(content) is not str or content == "" or message.weight is not None or calls:
+        return False
+    return message.reasoning is None and message.thinking is None
 
 
 def check_message(message: Message, where: str, rules: Rules) -> None:
@@ -107,10 +110,21 @@ def check_message(message: Message, where: str, rules: Rules) -> None:
     if rules.learned and message.weight != 0 and not message.says_something:
         text = f"Invalid '{where}.content': it is empty, so there is nothing to learn; with a weight of 0 it may be."
         raise ConfigError(text, path=f"{where}.content")
+    check_thoughts(message, where)
     for index, call in enumerate(message.tool_calls or ()):
         check_call(call, f"{where}.tool_calls[{index}]", rules)
     if message.function_call:
         check_function(message.function_call, f"{where}.function_call", rules)
+
+
+def check_thoughts(message: AssistantMessage, where: str) -> None:
+    """Thoughts stand under one name, or say the same under each."""
+    thoughts = {key: text for key in THOUGHTS if (text := getattr(message, key))}
+    for key in list(thoughts)[1:]:
+        first = next(iter(thoughts))
+        if thoughts[key] != thoughts[first]:
+            text = f"'{where}.{key}' is another name of '{where}.{first}', and they differ: give only one of them."
+            raise ConfigError(text, path=f"{where}.{key}", code="conflicting_parameters")
 
 
 def has_content(message: AssistantMessage) -> bool:

@@ -26,6 +26,7 @@ class CommandWorkerRun(LiveWorkerRun[ConfigT]):
 
     executed: int | None = field(init=False, default=None)
     """The last command that was executed, as far as the trainer has said; None: it has not begun."""
+    gap_told: bool = field(init=False, default=False)
 
     @cached_property
     def feed(self) -> CommandFeed:
@@ -95,5 +96,16 @@ class CommandWorkerRun(LiveWorkerRun[ConfigT]):
         wanted = super().desired()
         if wanted == "finish" and self.rank == 0:
             taken = self.feed.taken
-            return "run" if (self.executed or 0) < taken or self.feed.has(taken + 1) else wanted
+            if (self.executed or 0) < taken or self.feed.has(taken + 1):
+                return "run"
+            self._tell_of_gap(taken + 1)
         return wanted
+
+    def _tell_of_gap(self, missing: int) -> None:
+        """Say once which commands are not executed, because one before them never came."""
+        later = sorted(number for number in self.feed.places if number > missing)
+        if later and not self.gap_told:
+            self.gap_told = True
+            shown = ", ".join(map(str, later[:10]))
+            text = f"Command {missing} never came: {len(later)} after it are not executed ({shown})"
+            self.message(text, "warn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from random import Random
@@ -14,6 +15,7 @@ from message_cases import ANSWER, CALL, FUNCTION, REFUSED, REFUSED_IN_CHATS, TAK
 from mutations import ROWS, change
 
 from arbor_core.application.chat_request import read_chat
+from arbor_core.data.marks import Marks
 from arbor_core.data.message_rules import canonical
 from arbor_core.data.rows import check_chat_row
 from arbor_core.types import ApiError, ConfigError
@@ -122,3 +124,22 @@ def test_whatever_is_wrong_with_a_conversation_both_say_so() -> None:
         if of_request is None and of_row is not None:
             assert LEARNED.search(str(of_row)), f"{of_row}: {case}"
     assert 100 < taken < 1000
+
+
+def test_thoughts_under_two_names_are_the_same_or_refused() -> None:
+    def row(**thoughts: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **thoughts}]}
+
+    check_chat_row(row(reasoning_content="c", reasoning="c"))
+    with pytest.raises(ConfigError, match=r"'messages\[1\].thinking' is another name of") as refused:
+        check_chat_row(row(reasoning_content="c", thinking="d"))
+    assert refused.value.code == "conflicting_parameters"
+
+
+def test_looking_for_what_was_said_takes_time_in_line_with_the_messages() -> None:
+    messages: list[dict[str, Any]] = [{"role": "assistant", "content": "a"}] * 20_000
+    marks = Marks(messages)
+    found = marks.find("".join(message["content"] for message in marks.messages))
+    began = time.process_time()
+    assert not any(marks.missing(index, found, 0, len(found.text)) for index in range(len(messages)))
+    assert time.process_time() - began < 5  # it takes 0.1; with the square of the messages it took minutes

@@ -50,6 +50,19 @@ def test_it_is_asked_to_finish_when_all_that_came_is_executed(job: JobDirectory)
     ended(run)
 
 
+def test_it_says_which_commands_are_not_executed_because_one_before_them_never_came(job: JobDirectory) -> None:
+    run = opened(job)
+    job.command(1, b"1")
+    job.command(3, b"3")
+    job.command(5, b"5")
+    (first,) = run.commands(0, 0)
+    run.result(first, b"")
+    job.ask("finish")
+    assert [run.desired(), run.desired()] == ["finish", "finish"]
+    assert run.files.events.read_text().count("Command 2 never came: 2 after it are not executed (3, 5)") == 1
+    ended(run)
+
+
 def test_no_checkpoint_is_wanted_of_less_than_clients_were_told(job: JobDirectory) -> None:
     run = opened(job)
     job.command(1, b"1")
