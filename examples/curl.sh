@@ -1,5 +1,6 @@
 #!/bin/sh
 # Fine-tune and chat with nothing but curl: sh examples/curl.sh data.jsonl [MODEL]
+# A model of random weights that has learned ten rows answers with any bytes: max_tokens keeps that short.
 # Needs a running server (arbor-serve). ARBOR_URL and OPENAI_API_KEY are respected.
 set -eu
 data=$1
@@ -27,7 +28,9 @@ get "$url/fine_tuning/jobs/$job/events?limit=5"
 echo
 
 tuned=$(get "$url/fine_tuning/jobs/$job" | field fine_tuned_model)
-post "$url/chat/completions" --data '{"model": "'"$tuned"'", "messages": [{"role": "user", "content": "Hello"}]}'
+post "$url/chat/completions" --data '{"model": "'"$tuned"'", "messages": [{"role": "user", "content": "Hello"}],
+    "max_tokens": 16}'
 echo
 post --no-buffer "$url/chat/completions" \
-    --data '{"model": "'"$tuned"'", "messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+    --data '{"model": "'"$tuned"'", "messages": [{"role": "user", "content": "Hello"}],
+    "max_tokens": 16, "stream": true}'

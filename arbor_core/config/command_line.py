@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hydra.errors import CompactHydraException, HydraException, OverrideParseException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from arbor_core.plugins import RESERVED
@@ -28,7 +29,7 @@ def as_overrides(words: Iterable[str]) -> list[str]:
 def complaint(error: BaseException) -> str:
     """One of COMPLAINTS, in one line."""
     if not isinstance(error, OverrideParseException):
-        return plain_words(str(error) or str(error.__cause__))
+        return plain_words(str(error) or str(error.__cause__), keys_beside(error))
     if "auth." in error.override:  # no key on a terminal or in a log
         return "cannot read 'auth.keys=...': check its brackets and quotes"
     return f"cannot read '{error.override}': {error.message.partition(' See ')[0].splitlines()[0]}"
@@ -44,15 +45,31 @@ def open_ended(word: str) -> str:
     return f"++{word}" if word.startswith(unknown) else word
 
 
-def plain_words(message: str) -> str:
-    """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work."""
+def keys_beside(error: BaseException) -> list[str]:
+    """The keys of the group inside which Hydra found no such key; none where the group itself is not there."""
+    group = getattr(error.__cause__, "parent_node", None)
+    if not isinstance(group, DictConfig) or group._get_parent() is None:
+        return []
+    return [str(key) for key in group]
+
+
+def plain_words(message: str, beside: Sequence[str] = ()) -> str:
+    """Hydra's complaint in one line, with the nearest key or group instead of advice that would not work.
+
+    Args:
+        beside: The keys of the group that has no key of that name.
+    """
     line = " ".join(message.split()).partition(" Config search path:")[0]
     if key := re.match(r"Could not override '([^']+)'", line):
         if key[1] == "trainer":
             return "a method is chosen with a plus sign: +trainer=NAME"
-        name = key[1].removeprefix("trainer.")
-        known = list(key_paths(ServeConfig))
-        close = difflib.get_close_matches(name, known, n=1)
+        group, _, name = key[1].rpartition(".")
+        if f"{group}.".startswith("trainer."):  # which keys there are depends on the trainer
+            close = [f"{group}.{near}" for near in difflib.get_close_matches(name, beside, n=1)]
+            if not beside and group == "trainer":
+                return f"no key '{key[1]}' without a method: choose it with +trainer=NAME"
+        else:
+            close = difflib.get_close_matches(key[1], list(key_paths(ServeConfig)), n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see them all with: arbor-serve --cfg job"
         return f"no key '{key[1]}'; {hint}"
     if group := re.search(r"Could not find '(\w+)/([^']+)'.*Available options in '\w+': (.*)", line):

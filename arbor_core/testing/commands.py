@@ -64,8 +64,7 @@ def check_resumed(job: JobDirectory, commands: Sequence[bytes], expected: dict[i
     with running(job) as attempt:
         job.command(1, commands[0])
         until_answered(attempt, 1)
-        job.ask("pause")
-        attempt.end("asked to pause")
+        attempt.paused()
     check_paused(job)
     saved = [event.dir for event in job.events(CheckpointEvent)]
     assert saved, "paused without a checkpoint"

@@ -43,6 +43,8 @@ from .hardware import device
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 """One thread and none that spins: the same numbers each time, on a machine that has other work to do."""
 ATTEMPT_SECONDS = 300
+STOP_SECONDS = 120
+"""How long a trainer that waits for clients may take to pause, or to write a checkpoint."""
 
 
 def write_plain_document(job: JobDir) -> None:

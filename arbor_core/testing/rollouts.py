@@ -13,10 +13,11 @@ from contextlib import contextmanager
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.groups import read
+from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PolicyPublished, ResultEvent, Rollout
 
 from .hardware import device
-from .job_directory import ATTEMPT_SECONDS, JobDirectory
+from .job_directory import ATTEMPT_SECONDS, STOP_SECONDS, JobDirectory
 from .reports import (
     LAST_WORDS,
     RESUMED_TOLERANCE,
@@ -33,6 +34,11 @@ PAUSED_AFTER = 1
 SIZE = {"num_generations": 2, "groups_per_step": 2, "max_staleness": 1, "max_group_age": 1}
 """Of the groups that are made up here. One that was sampled before any step comes too late after the second."""
 POLL_SECONDS = 0.05
+PAUSE_HINT = (
+    "in the loop that waits for clients call run.stop_if_asked(); when it raises JobStopped, write a checkpoint if "
+    "its `desired` is 'pause', and let it pass"
+)
+FINISH_HINT = "loop until run.desired() is 'finish', then write a checkpoint and call run.finish"
 
 
 def check_learning(make: Callable[[str], JobDirectory]) -> None:
@@ -72,13 +78,14 @@ class Attempt:
     def __init__(self, job: JobDirectory, process: subprocess.Popen[bytes]) -> None:
         self.job, self.process = job, process
 
-    def until(self, come: Callable[[], bool], what: str) -> None:
-        """Wait until something has been reported."""
-        deadline = time.monotonic() + ATTEMPT_SECONDS
+    def until(self, come: Callable[[], bool], what: str, patience: float | None = None) -> None:
+        """Wait until something has been reported, for ATTEMPT_SECONDS or those of `patience`."""
+        seconds = ATTEMPT_SECONDS if patience is None else patience
+        deadline = time.monotonic() + seconds
         while not come():
             ended = self.process.poll()
             assert ended is None or come(), f"{what}: the worker ended with status {ended} instead:\n{self.job.log}"
-            assert time.monotonic() < deadline, f"{what}: nothing of it in {ATTEMPT_SECONDS} seconds:\n{self.job.log}"
+            assert time.monotonic() < deadline, f"{what}: nothing of it in {seconds} seconds:\n{self.job.log}"
             time.sleep(POLL_SECONDS)
 
     def learn(self, step: int) -> None:
@@ -95,9 +102,19 @@ class Attempt:
         """Groups in the inbox."""
         return sum(1 for _ in read(self.job.files.inbox, 0))
 
-    def end(self, what: str) -> None:
-        """Wait for the worker."""
-        status = self.process.wait(ATTEMPT_SECONDS)
+    def paused(self) -> None:
+        """Ask a worker that waits for clients to pause, and wait until it has."""
+        self.job.ask("pause")
+        self.end("asked to pause", PAUSE_HINT, STOP_SECONDS)
+
+    def end(self, what: str, hint: str = FINISH_HINT, patience: float | None = None) -> None:
+        """Wait for the worker, for ATTEMPT_SECONDS or those of `patience`."""
+        seconds = ATTEMPT_SECONDS if patience is None else patience
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log = self.job.log
+            raise AssertionError(f"{what}, the worker still runs after {seconds} seconds: {hint}:\n{log}") from None
         assert status == 0, f"{what}, the worker ended with status {status}:\n{self.job.log}"
 
 
@@ -141,8 +158,11 @@ def check_to_the_end(job: JobDirectory) -> None:
 def check_named(attempt: Attempt) -> None:
     """Whoever asks for a checkpoint gets one, though no group comes."""
     job = attempt.job
+    beat = job.files.attempt(job.attempts).heartbeat
+    attempt.until(lambda: last_beat(beat) is not None, "the trainer waits for clients, with run.groups or run.commands")
     job.request_checkpoint("first", why="conformance")
-    attempt.until(lambda: any(e.name == "first" for e in job.events(CheckpointEvent)), "the checkpoint 'first'")
+    what = "the checkpoint 'first' (of each run.asked_checkpoints() write one, then call run.name_checkpoint)"
+    attempt.until(lambda: any(e.name == "first" for e in job.events(CheckpointEvent)), what, STOP_SECONDS)
     event = next(event for event in job.events(CheckpointEvent) if event.name == "first")
     said = event.metadata
     assert said == {"why": "conformance"}, f"the checkpoint's metadata came back as {said}: hand on the request itself"
@@ -198,8 +218,7 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
     with running(job) as attempt:
         for step in range(1, PAUSED_AFTER + 1):
             attempt.learn(step)
-        job.ask("pause")
-        attempt.end("asked to pause")
+        attempt.paused()
     check_paused(job)
     saved = [event.step for event in job.events(CheckpointEvent)]
     assert saved[-1:] == [PAUSED_AFTER], f"paused after step {PAUSED_AFTER}, with checkpoints of {saved}"

@@ -263,12 +263,18 @@ def test_settings_without_a_command_line():
         ("gpu.train=[", "cannot read 'gpu.train=['"),
         ("launcher=accelerate", "there is no launcher 'accelerate' yet"),
         ("+trainer=mokc", "did you mean 'mock'?"),
+        (
+            "+trainer=mock trainer.learning_rat=3",
+            "no key 'trainer.learning_rat'; did you mean 'trainer.learning_rate'?",
+        ),
+        ("+trainer=mock trainer.port=3", "no key 'trainer.port'; see them all"),
+        ("trainer.steps=3", "no key 'trainer.steps' without a method: choose it with +trainer=NAME"),
         ("storage=${nowhere}", "nowhere"),
     ],
 )
 def test_a_mistake_in_settings_is_named_in_plain_words(word, says):
     with pytest.raises(ArborError) as caught:
-        compose.serve_settings(word)
+        compose.serve_settings(*word.split())
     assert says in str(caught.value) and "secret" not in str(caught.value)
 
 

@@ -191,8 +191,12 @@ def test_tutorial_shows_the_example_plugin() -> None:
     sources = "\n".join(path.read_text() for path in plugin.rglob("*.*") if path.suffix in (".py", ".yaml", ".toml"))
     shown = [block for language in ("toml", "yaml") for block in blocks_of(tutorial, language)]
     python = [block for block in blocks_of(tutorial, "python") if "..." not in block]
-    shown += [block for block in python if any(word in block for word in ("Config", "services", "spec", "lora"))]
-    assert len(shown) == 10
+    shown += [
+        block
+        for block in python
+        if any(word in block for word in ("Config", "services", "spec", "lora", "stop.desired"))
+    ]
+    assert len(shown) == 11
     for block in shown:
         assert flush(block) in flush(sources)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,25 +125,19 @@ def test_plugin_executes_commands_through_the_api(site: str, start_server: Calla
 
     losses = [loss(number) for number in (1, 2, 3, 3)]
     assert losses[0] > losses[1] > losses[2] == losses[3]
-    client.fine_tuning.jobs.cancel(job)
-    server.wait(job, "cancelled")
+    client.post(f"/bigram/{job}/finish", cast_to=dict[str, Any])
+    ended = server.wait(job)
+    assert ended.status == "succeeded", ended.error
+    assert ended.fine_tuned_model in [model.id for model in client.models.list().data]
+    assert ended.trained_tokens == 3 * len("^tea")
 
 
 def test_engine_of_the_plugin_conforms(site: str) -> None:
-    check = """
-from pathlib import Path
-from arbor_bigram import EchoBackend
-from arbor_core.testing import check_backend, check_policies
-
-def write(folder: Path):
-    (folder / "adapter_config.json").write_text("{}")
-
-options = {"prefix": "You said: "}
-check_backend(EchoBackend, "any", options=options, refuses=False)
-check_policies(EchoBackend, "any", write, options=options)
-print("conforms")
-"""
-    assert run([sys.executable, "-c", check], PYTHONPATH=site) == "conforms\n"
+    """As docs/plugins.md has it checked."""
+    page = (EXAMPLES.parent / "docs" / "plugins.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (check,) = [block for block in blocks if "check_backend(" in block]
+    assert run([sys.executable, "-c", f"{check}\nprint('conforms')"], PYTHONPATH=site) == "conforms\n"
 
 
 def test_plugin_learns_from_rewards_through_the_api(site: str, start_server: Callable[..., LiveServer]) -> None:

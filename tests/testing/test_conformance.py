@@ -372,6 +372,27 @@ def test_the_kit_finds_a_trainer_that_answers_too_little(executing: Callable[[st
         command_checks.check_to_the_end(job, [b"1", b"2", b"3"])
 
 
+def test_the_kit_says_what_a_trainer_that_cannot_be_paused_has_to_do(
+    executing: Callable[[str, str], JobDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_checks, "STOP_SECONDS", 3)
+    job = executing("run.stop_if_asked = lambda: None", ANSWER)
+    with pytest.raises(AssertionError, match=r"asked to pause, the worker still runs .* call run\.stop_if_asked\(\)"):
+        command_checks.check_resumed(job, [b"1", b"2", b"3"], {})
+
+
+def test_the_kit_says_what_a_trainer_that_names_no_checkpoints_has_to_do(
+    executing: Callable[[str, str], JobDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_checks, "STOP_SECONDS", 3)
+    job = executing("run.asked_checkpoints = lambda: []", ANSWER)
+    job.command(1, b"1")
+    with rollout_checks.running(job) as attempt:
+        command_checks.until_answered(attempt, 1)
+        with pytest.raises(AssertionError, match=r"'first' \(of each run\.asked_checkpoints\(\) write one"):
+            rollout_checks.check_named(attempt)
+
+
 def test_the_kit_finds_a_trainer_that_answers_otherwise_when_it_was_killed(
     executing: Callable[[str, str], JobDirectory],
 ) -> None:

@@ -1,6 +1,6 @@
 """The way to the trainer that learns on command: a text goes in, its loss comes back."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from litestar import post
@@ -25,4 +25,9 @@ def routes(services):
             return msgspec.json.decode(result.payload)
         raise ApiError(504, f"Text {data.number} waits for the job to run: send it again.", "result_pending")
 
-    return [learn]
+    @post("/v1/bigram/{job_id:str}/finish", status_code=200, opt={"scopes": ("train",)})
+    async def finish(job_id: str, owner: str) -> dict[str, Any]:
+        """End with what was learned, once the texts that came before this are counted."""
+        return await services.ask(job_id, owner, "finish")
+
+    return [learn, finish]
