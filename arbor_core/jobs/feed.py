@@ -86,6 +86,7 @@ class Feed:
             GapError: some of them are gone, or there can be none.
         """
         sql = "SELECT seq, job_id, owner, what FROM changes WHERE seq>? ORDER BY seq LIMIT ?"
+        after = self._within(after)
         rows = self.store.read(sql, after, limit)
         gap = rows[0]["seq"] != after + 1 if rows else after > self.newest  # numbers follow one another
         if gap:
@@ -124,9 +125,14 @@ class Feed:
             if not others and self.waiting.get(job_id or "") is others:
                 del self.waiting[job_id or ""]
 
+    def _within(self, after: int) -> int:
+        """A number that SQLite can hold, before or after all changes if the given one is."""
+        return max(-1, min(after, self.newest + 1))
+
     def _has_changed(self, after: int, job_id: str | None) -> bool:
         """Whether it has, or may have: a number whose next change is gone, or that was never given, is no place to wait
         at."""
+        after = self._within(after)
         first = self.store.read("SELECT seq FROM changes WHERE seq>? ORDER BY seq LIMIT 1", after)
         if first[0]["seq"] != after + 1 if first else after > self.newest:
             return True

@@ -192,7 +192,7 @@ async def test_a_reader_that_comes_too_late_is_told(store: Store, monkeypatch: p
     (kept,) = store.read("SELECT count(*) FROM changes")
     assert 10 <= kept[0] <= 14
     assert [change.seq for change in jobs.feed.page(newest - 10).changes] == list(range(newest - 9, newest + 1))
-    for number in (0, newest - 20, newest + 1):
+    for number in (0, newest - 20, newest + 1, -1, 1 << 63, -1 << 63):
         with pytest.raises(GapError):
             jobs.feed.page(number)
         await asyncio.wait_for(jobs.feed.wait(number, 60, "ftjob-another"), 30)  # it may have changed
