@@ -57,7 +57,8 @@ def untraced() -> Iterator[None]:
 async def test_a_thousand_running_attempts_cost_the_event_loop_little(tmp_path: Path, refs: list[str]) -> None:
     limits: Any = SimpleNamespace(heartbeat_seconds=600.0, start_seconds=600.0)
     executor, unused = LocalExecutor(ExecutorSettings("cold", tmp_path / "run")), SimpleNamespace()
-    monitor = Monitor(unused, unused, unused, executor, limits)  # type: ignore[arg-type]
+    ingest = SimpleNamespace(jobs=SimpleNamespace(add_event=None))
+    monitor = Monitor(unused, ingest, unused, executor, limits)  # type: ignore[arg-type]
     for number, ref in enumerate(refs):
         files = AttemptDir(tmp_path / f"ftjob-{number}" / "attempts" / "1")
         assert files.claim(ref) == ref

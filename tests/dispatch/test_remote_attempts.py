@@ -56,7 +56,8 @@ def test_row_141_it_outlives_the_server_and_is_found_again_by_one_with_this_exec
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
-    job = create(server, chat_rows, hyperparameters=STEADY)
+    slow = {**STEADY, "step_seconds": 0.25}  # it trains on until two servers have been started
+    job = create(server, chat_rows, hyperparameters=slow)
     until(lambda: len(step_events(server, job.id)) > 3)
     machine = node(server)
     server.stop(signal.SIGKILL)

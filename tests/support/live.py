@@ -33,7 +33,7 @@ class LiveServer:
         return self.log_file.read_text(errors="replace")
 
     def new_client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
-        options = {"max_retries": 0, "timeout": 60, "_strict_response_validation": True, **options}
+        options = {"max_retries": 0, "timeout": 180, "_strict_response_validation": True, **options}
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
         self.clients.append(client)
         return client
