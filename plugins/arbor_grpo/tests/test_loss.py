@@ -255,8 +255,7 @@ def test_a_step_without_anything_to_learn_is_a_step(job):
     trainer = session.trainer
     loss, gradients = step(trainer)
     assert loss == 0
-    assert gradients
-    assert all(float(g.abs().max()) == 0 for g in gradients.values())
+    assert not gradients, "nothing ran, and the optimizer moves nothing"
     assert session.measured["frac_reward_zero_std"] == 1
     assert not [values for values in trainer._metrics["train"].values() if values], "of nothing that ran"
 
