@@ -10,7 +10,7 @@ import msgspec
 
 from .environment import clean_env
 
-TRIES = 3
+TRIES = 10
 
 
 async def output_of(python: str, module: str, argument: Any) -> tuple[int | None, bytes, bytes]:
