@@ -128,23 +128,26 @@ def _close_forgotten(db: sqlite3.Connection, device: str, pool: str) -> None:
             _close(db, "id=?", row, "unknown")
 
 
-def end(db: sqlite3.Connection, lease_id: str, reason: LeaseEnd) -> None:
-    """End the history of a lease; part of the caller's transaction."""
-    _close(db, "lease=?", lease_id, reason)
+def end(db: sqlite3.Connection, lease_id: str, reason: LeaseEnd, at: float | None = None) -> None:
+    """End the history of a lease; part of the caller's transaction. `at`: None: now."""
+    _close(db, "lease=?", lease_id, reason, at)
 
 
-def _close(db: sqlite3.Connection, where: str, value: str, reason: LeaseEnd) -> None:
+def _close(db: sqlite3.Connection, where: str, value: str, reason: LeaseEnd, at: float | None = None) -> None:
     sql = f"UPDATE lease_history SET ended_at=max(began_at,?), reason=? WHERE ended_at IS NULL AND {where}"  # noqa: S608
-    db.execute(sql, (time.time(), reason, value))
+    db.execute(sql, (time.time() if at is None else at, reason, value))
 
 
 class LeaseHistory:
     """The history of leases that are not in the database themselves: those of engines. What it is told is written in
-    this order, and nobody waits for it; where that fails, on a full disk, a lease is missing or ends as `unknown`."""
+    this order, and nobody waits for it. Where that fails, on a full disk, a lease is missing, and an end is written
+    with what comes next."""
 
     def __init__(self, store: Store) -> None:
         """End what an earlier server has left open."""
         self.store = store
+        self.ends: dict[str, tuple[LeaseEnd, float]] = {}
+        """Of leases, by id: why and when they ended, while that is not written."""
         if store.one(f"SELECT 1 FROM lease_history WHERE {LEFT_OPEN} LIMIT 1"):  # noqa: S608 - our words
             self._write(close_left_open)
 
@@ -152,10 +155,26 @@ class LeaseHistory:
         self._write(lambda db: begin(db, lease))
 
     def end(self, lease: Lease, reason: LeaseEnd) -> None:
-        self._write(lambda db: end(db, lease.id, reason))
+        self.ends[lease.id] = reason, time.time()
+        self._write(lambda db: None)
 
     def _write(self, change: Callable[[sqlite3.Connection], Any]) -> None:
-        self.store.submit(change).add_done_callback(report)
+        """Make a change, after the ends that are not written."""
+
+        def changed(db: sqlite3.Connection) -> list[str]:
+            ends = list(self.ends.items())
+            for lease_id, (reason, at) in ends:
+                end(db, lease_id, reason, at)
+            change(db)
+            return [lease_id for lease_id, _ in ends]
+
+        self.store.submit(changed).add_done_callback(self._written)
+
+    def _written(self, outcome: Future[list[str]]) -> None:
+        report(outcome)
+        if not outcome.cancelled() and not outcome.exception():
+            for lease_id in outcome.result():
+                self.ends.pop(lease_id, None)
 
 
 def close_left_open(db: sqlite3.Connection) -> None:

@@ -173,3 +173,24 @@ def test_the_history_begins_with_what_running_jobs_hold(tmp_path: Path) -> None:
     change(store, end_leases, "job-1", "succeeded")
     assert history(store, held=True) == []
     store.close()
+
+
+def test_an_end_that_a_full_disk_has_refused_is_written_with_what_comes_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, first = LeaseHistory(store), lease("e", "engine:one", "engine", "gpu-0")
+    known.begin(first)
+    change(store, lambda db: None)
+    with monkeypatch.context() as full:
+
+        def refuse(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        full.setattr(leases, "end", refuse)
+        known.end(first, "idle")
+        change(store, lambda db: None)
+    assert history(store) == [("engine:one", "gpu-0", None)]
+    known.begin(lease("f", "engine:two", "engine", "gpu-1"))
+    change(store, lambda db: None)
+    assert history(store) == [("engine:two", "gpu-1", None), ("engine:one", "gpu-0", "idle")]
+    assert known.ends == {}
