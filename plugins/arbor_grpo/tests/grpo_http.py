@@ -90,22 +90,30 @@ def kill_worker(job: Job) -> None:
 
 def signal_worker(job: Job, number: signal.Signals) -> None:
     """A signal for the trainer's process, when it has begun."""
-    pattern = f"jobs/{job.id}/attempts/"
-
-    def workers() -> list[int]:
-        """The processes that have the newest attempt's log open."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                names = [os.readlink(one) for one in (folder / "fd").iterdir()]
-            except OSError:
-                continue
-            if any(pattern in name and name.endswith("events.jsonl") for name in names):
-                found.append(int(folder.name))
-        return found
-
-    for pid in until(workers):
+    for pid in until(lambda: workers(job)):
         os.kill(pid, number)
+
+
+def workers(job: Job) -> list[int]:
+    """The processes that have the newest attempt's log open."""
+    pattern = f"jobs/{job.id}/attempts/"
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            names = [os.readlink(one) for one in (folder / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(pattern in name and name.endswith("events.jsonl") for name in names):
+            found.append(int(folder.name))
+    return found
+
+
+def stopped(job: Job) -> bool:
+    """Whether every process of the trainer's stands still."""
+    found = workers(job)
+    return bool(found) and all(
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in found
+    )
 
 
 def stop(server: LiveServer) -> None:
@@ -130,4 +138,5 @@ __all__ = [
     "launch",
     "signal_worker",
     "stop",
+    "stopped",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop
+from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop, stopped
 from http_calls import Answer
 from live import LiveServer
 from waiting import until
@@ -80,10 +80,9 @@ def test_a_checkpoint_of_a_job_that_dies_for_good_is_refused(server: LiveServer)
 
 
 def test_a_checkpoint_that_is_asked_for_in_the_last_step_is_the_result(server: LiveServer) -> None:
-    job = created(server, max_steps=1)
-    job.until("running")
-    signal_worker(job, signal.SIGSTOP)
+    job = created(server, max_steps=1, fault="hang", fault_step=1)
     job.step()
+    until(lambda: stopped(job))  # after its only step, before it is done
     asking = Asking(job, "checkpoint", checkpoint_name="best", metadata={"a": 1})
     until((job.dir / "asked" / "best.json").exists)
     signal_worker(job, signal.SIGCONT)
