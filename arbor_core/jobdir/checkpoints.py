@@ -126,6 +126,14 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointWithdr
     return None, withdrawals
 
 
+def whole_of(folder: Path, step: int) -> Checkpoint | None:
+    """The newest checkpoint of a step under `folder` that is whole."""
+    for path in newest_first(folder):
+        if _order(path)[0] == step and not fault(path) and (said := manifest(path)):
+            return Checkpoint(said.step, path, said.metrics)
+    return None
+
+
 def withdrawal(folder: Path, reason: str) -> CheckpointWithdrawn:
     """Tells that a checkpoint is damaged and not offered any more. To be written before it is set aside."""
     text = f"checkpoint {folder.name} is not used: {reason}. What is left of it is kept as {folder.name}{DAMAGED}"

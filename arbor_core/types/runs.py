@@ -130,6 +130,10 @@ class Run(Protocol[ConfigT_co]):
         """
         ...
 
+    def checkpoint_of(self, step: int) -> Checkpoint | None:
+        """The newest checkpoint of a step; None: there is none that is whole."""
+        ...
+
     def keep_checkpoints(self, count: int) -> None:
         """Delete all checkpoints but the newest `count` and those with names, and stop offering them as models."""
         ...

@@ -231,6 +231,9 @@ class WorkerRun(Generic[ConfigT]):
             raise JobFailed(text, code="checkpoint_corrupted")
         return found
 
+    def checkpoint_of(self, step: int) -> Checkpoint | None:
+        return checkpoints.whole_of(self.checkpoints_dir, step)
+
     def keep_checkpoints(self, count: int) -> None:
         for folder in checkpoints.superseded(self.checkpoints_dir, count):
             self.emit(CheckpointDiscarded(f"Checkpoint {folder.name} removed", dir=folder.name))

@@ -114,9 +114,12 @@ class Reporting(StepReporter):
         return control
 
     def select(self, step: int, loss: float, control: TrainerControl) -> None:
-        """Note an evaluation; end training after a checkpoint where it is one in vain too many."""
+        """Note an evaluation. With patience the best policy is to be the result, so it is saved. Training ends where
+        one evaluation too many was in vain."""
         patience = self.run.config.early_stopping_patience
-        self.selection.note(step, loss, saved=self.checkpoint_due(step))
+        due = self.checkpoint_due(step) or (patience is not None and self.selection.is_lower(loss))
+        control.should_save |= due
+        self.selection.note(step, loss, saved=due)
         if step < self.total and self.selection.ends(patience):
             self.run.message(
                 f"Training ends after step {step}: {patience} evaluations in a row found no validation loss below "
@@ -129,8 +132,11 @@ class Reporting(StepReporter):
         path = last.dir / FILE
         if path.is_file():
             self.selection = msgspec.json.decode(path.read_bytes(), type=Selection)
-        if not last.resume_only:
-            self.name_best(last.step)  # the attempt before may not have come to it
+        best = self.selection.best_step
+        if best and self.run.checkpoint_of(best) is None:
+            self.run.message(f"The best checkpoint so far, that of step {best}, is damaged: the next one is it", "warn")
+            self.selection.best, self.selection.best_step = None, 0
+        self.name_best(best)  # the attempt before may not have come to it, or have named one that is damaged
 
     def name_best(self, step: int) -> None:
         """Give the checkpoint of this step its name, if it is the best so far."""
@@ -138,6 +144,22 @@ class Reporting(StepReporter):
             self.run.give_name(BEST, step, {"valid_loss": self.selection.best})
             if self.trainer and self.trainer.state.global_step == step:  # not when an attempt catches up with the name
                 self.answer_probes(BEST, step)
+
+    def result(self, last: int) -> int:
+        """The step whose checkpoint is the job's result, when the last step is made. Its policy answers the probes, if
+        it has not done so as the best one."""
+        patience = self.run.config.early_stopping_patience
+        step = self.selection.result(last, patience)
+        if patience and self.selection.best is None:
+            self.run.message("No evaluation found a finite validation loss: the last checkpoint is the result", "warn")
+        elif patience:
+            self.run.message(
+                f"The result is the checkpoint of step {step}, whose validation loss of {self.selection.best:.4g} is "
+                "the lowest"
+            )
+        if self.trainer and self.trainer.state.global_step == step:  # not when an attempt only catches up
+            self.answer_probes("result", step)
+        return step
 
     def answer_probes(self, name: str, step: int) -> None:
         """Have the present policy answer the job's probes, as the checkpoint of this name."""

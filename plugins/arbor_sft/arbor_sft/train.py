@@ -31,7 +31,8 @@ EVALUATION_ROWS = 32
 
 @process_group()
 def train(run: FileRun[SftConfig]) -> None:
-    """Train `run.model` on `run.training_file`; the last checkpoint is the result.
+    """Train `run.model` on `run.training_file`. The last checkpoint is the result, the best one where
+    `early_stopping_patience` is set.
 
     Raises:
         JobFailed: the model or the data cannot be used, or the loss diverged.
@@ -57,7 +58,8 @@ def train(run: FileRun[SftConfig]) -> None:
         "micro-batches"
     )
     steps = train_from_last(run, trainer, len(schedule.steps))
-    finish(run, steps, schedule.tokens_of(steps, training.lengths), trainer.accelerator.unwrap_model(trainer.model))
+    tokens = schedule.tokens_of(steps, training.lengths)
+    finish(run, trainer.reporting.result(steps), tokens, trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_patience(run: FileRun[SftConfig]) -> None:
@@ -233,6 +235,4 @@ def train_from_last(run: FileRun[SftConfig], trainer: RunTrainer, total: int) ->
     if last:
         run.message(f"Resuming after step {last.step} of {total}", step=last.step)
     trainer.train(resume_from_checkpoint=str(last.dir) if last else None)
-    steps = int(trainer.state.global_step)
-    trainer.reporting.answer_probes("result", steps)
-    return steps
+    return int(trainer.state.global_step)

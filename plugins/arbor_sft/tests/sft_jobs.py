@@ -32,6 +32,8 @@ ENV = {
     "HF_HUB_OFFLINE": "1",  # else each question to a hub that is not there is asked again and again
 }
 DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml"))) | {"dtype": "float32"}
+PATIENCE = 180
+"""Seconds that an attempt may take, on a machine that has other work to do."""
 FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
 
 
@@ -146,7 +148,7 @@ class Cold:
         return self.process.poll() is not None
 
     def wait(self) -> int:
-        return self.process.wait(120)
+        return self.process.wait(PATIENCE)
 
     def kill(self) -> None:
         self.process.kill()
@@ -180,12 +182,12 @@ class Fork:
         return self.code is not None
 
     def wait(self) -> int:
-        for _ in polls(120):
+        for _ in polls(PATIENCE):
             if self.ended():
                 assert self.code is not None
                 return self.code
         self.kill()
-        raise AssertionError("the attempt did not end within 120 s")
+        raise AssertionError(f"the attempt did not end within {PATIENCE} s")
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -194,11 +196,11 @@ class Fork:
 
 def until(worker: Worker, job: Job, kind: type[Event], count: int = 1) -> None:
     """Wait until the running attempt has reported `count` events of a kind."""
-    for _ in polls(60):
+    for _ in polls(PATIENCE):
         if len(job.events(kind)) >= count:
             return
         assert not worker.ended(), job.log()
-    raise AssertionError(f"no {kind.__name__} within 60 s: {job.log()}")
+    raise AssertionError(f"no {kind.__name__} within {PATIENCE} s: {job.log()}")
 
 
 def polls(seconds: float) -> Iterator[None]:

@@ -117,17 +117,18 @@ def agreed(mine: bool, run: Run[Any], accelerator: Accelerator) -> bool:
     return bool(accelerator.gather(decision)[0])
 
 
-def last_step(run: Run[Any], step: int) -> Checkpoint:
-    """The checkpoint of the last step.
+def result_of(run: Run[Any], step: int) -> Checkpoint:
+    """The checkpoint of the step whose model is the job's result.
 
     Raises:
         JobFailed: `checkpoint_lost`.
     """
-    found = run.last_checkpoint()
-    if found is None or found.step != step:
-        newest = f"that of step {found.step}" if found else "none"
+    newest = run.last_checkpoint()
+    found = newest if newest and newest.step == step else run.checkpoint_of(step)
+    if found is None:
+        whole = f"that of step {newest.step}" if newest else "none"
         raise JobFailed(
-            f"the checkpoint of the last step, {step}, is lost; the newest whole one is {newest}",
+            f"the checkpoint of step {step}, the result, is lost; the newest whole one is {whole}",
             code="checkpoint_lost",
         )
     return found

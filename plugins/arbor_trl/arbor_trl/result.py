@@ -1,4 +1,4 @@
-"""The end of every job on TRL: its last checkpoint is opened once, as an engine will, before it is named the result."""
+"""The end of every job on TRL: a checkpoint is opened once, as an engine will, before it is named the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from arbor_core import Checkpoint, JobFailed, Run
 
-from .job import last_step
+from .job import result_of
 from .model import autocast, load_model, uses_cuda
 
 PROBE = "Hello"
@@ -28,10 +28,10 @@ class UnusableError(ValueError):
 
 
 def finish(run: Run[Any], step: int, tokens: int, policy: nn.Module | None = None) -> None:
-    """Name the checkpoint of the last step as the job's model, if it answers.
+    """Name the checkpoint of a step as the job's model, if it answers.
 
     Args:
-        tokens: That were trained on.
+        tokens: That the job was trained on, in all its steps.
         policy: What was trained, which nobody needs any more: its memory is used to open the checkpoint. None: an
             earlier attempt has trained it.
 
@@ -40,7 +40,7 @@ def finish(run: Run[Any], step: int, tokens: int, policy: nn.Module | None = Non
     """
     if run.rank:
         return  # one of the ranks says it
-    checkpoint = last_step(run, step)
+    checkpoint = result_of(run, step)
     try:
         check(run, checkpoint, policy)
     except torch.OutOfMemoryError:  # an engine may have more
