@@ -186,7 +186,7 @@ async def test_a_job_that_is_cancelled_while_its_document_is_written_ends_after_
 
     def slow(path: Path, content: bytes) -> None:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         written(path, content)
 
     monkeypatch.setattr(attempts_module, "replace", slow)

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from chaos_checks import supervisors
-from http_calls import FILE, JOBS, MULTIPART, PURPOSE, Answer, call, form, settled, submit, supervised
-from jobs import events, lease_ends, step_events
+from http_calls import FILE, JOBS, MULTIPART, PATIENCE, PURPOSE, Answer, call, form, settled, submit, supervised
+from jobs import events, hanging, lease_ends, step_events, stopped
 from live import LiveServer
 from waiting import until
 
@@ -35,9 +35,9 @@ def test_row_92_server_and_trainer_die_together(
 ) -> None:
     server = start_server()
     file = server.upload(chat_rows)
-    plan = supervised(steps=40, step_seconds=0.05, checkpoint_steps=5)
+    plan = supervised(**hanging(7, steps=40, checkpoint_steps=5))
     job = submit(server, file, method=plan, metadata={"kept": "yes"}).json["id"]
-    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
+    until(lambda: stopped(server, job) and list(server.client.fine_tuning.jobs.checkpoints.list(job)))
     seen = step_events(server, job)
     server.process.kill()
     for supervisor in supervisors(server.storage):
@@ -144,16 +144,16 @@ def test_row_88_what_to_lower(config: dict[str, Any], said: str) -> None:
 
 @contextlib.contextmanager
 def no_descriptors(server: LiveServer) -> Iterator[http.client.HTTPConnection]:
-    """A connection to a server that can open nothing more."""
+    """A connection to a server that can open nothing more: what it has open stays, and every number below the limit is
+    taken as long as it lives."""
     pid, (_, host) = server.process.pid, server.url.split("//")
-    connection = http.client.HTTPConnection(host, timeout=30)
+    connection = http.client.HTTPConnection(host, timeout=PATIENCE)
     connection.request("GET", "/health")
     connection.getresponse().read()
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    looks = [{int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()} for _ in range(10)]
-    lasting = set.intersection(*looks)  # a look may come upon a file that is just being read
-    lowest_free = next(number for number in range(len(lasting) + 1) if number not in lasting)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    standard = [number for number in range(3) if Path(f"/proc/{pid}/fd/{number}").exists()]
+    assert standard == [0, 1, 2]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(standard), limits[1]))
     try:
         yield connection
     finally:

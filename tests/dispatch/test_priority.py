@@ -11,7 +11,7 @@ import pytest
 from http_calls import submit, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import create, held, lease_ends, messages, step_events
+from jobs import create, go_on, hanging, held, lease_ends, messages, step_events, stopped
 from msgspec import structs
 from waiting import until
 
@@ -294,15 +294,21 @@ def test_no_job_starves_however_many_urgent_ones_come(priority, devices, ticks, 
     asyncio.run(simulate())
 
 
+def make_room(server, job_id):
+    """Let a job that hangs go on when it was told to pause for a more urgent one."""
+    until(lambda: (server.storage / "jobs" / job_id / "desired").read_text() == "pause")
+    go_on(server, job_id)
+
+
 def test_an_urgent_job_takes_the_device_and_gives_it_back(start_server, chat_rows):
     server = start_server("scheduler=priority", "gpu.train=[0]")
-    low = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
-    until(lambda: len(step_events(server, low.id)) > 3)
+    low = create(server, chat_rows, hyperparameters=hanging(5, steps=60))
+    until(lambda: stopped(server, low.id))
     high = create(server, chat_rows, extra_body={"priority": 10})
     assert high.model_extra["priority"] == 10
+    make_room(server, low.id)
     assert server.wait(high.id).status == "succeeded"
-    between = len(step_events(server, low.id))
-    assert 3 < between < 60
+    assert step_events(server, low.id) == [1, 2, 3, 4, 5]
     low = server.wait(low.id)
     assert low.status == "succeeded" and "priority" not in low.model_extra
     assert step_events(server, low.id) == list(range(1, 61))  # none lost, none twice
@@ -315,9 +321,10 @@ def test_an_urgent_job_takes_the_device_and_gives_it_back(start_server, chat_row
 def test_what_the_user_asks_of_a_job_that_makes_room_is_done(start_server, chat_rows):
     server = start_server("scheduler=priority", "gpu.train=[0]")
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
-    low = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05})
-    until(lambda: len(step_events(server, low.id)) > 3)
-    high = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05}, extra_body={"priority": 1})
+    low = create(server, chat_rows, hyperparameters=hanging(5, steps=60))
+    until(lambda: stopped(server, low.id))
+    high = create(server, chat_rows, hyperparameters={"steps": 9999, "step_seconds": 0.05}, extra_body={"priority": 1})
+    make_room(server, low.id)
     server.wait(high.id, "running")
     assert server.wait(low.id, "queued")
     assert client.fine_tuning.jobs.pause(low.id).status == "paused"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from crash import REMOTE, check_the_rest
 from http_calls import call
-from jobs import create, events, held, messages, step_events
+from jobs import create, events, hanging, held, messages, step_events, stopped
 from live import LiveServer
 from waiting import until
 
@@ -77,8 +77,8 @@ def test_row_139_a_machine_that_dies_takes_its_attempts_along_and_they_are_tried
 ) -> None:
     server = start_server(*REMOTE)
     seen = Seen(server.storage)
-    job = create(server, chat_rows, hyperparameters=STEADY)
-    until(lambda: len(step_events(server, job.id)) > 12)
+    job = create(server, chat_rows, hyperparameters=hanging(13, **STEADY))
+    until(lambda: stopped(server, job.id))
     os.kill(node(server), signal.SIGKILL)
     assert server.wait(job.id).status == "succeeded"
     assert any(
@@ -92,8 +92,8 @@ def test_row_139_a_machine_that_dies_while_no_server_runs_has_lost_its_attempts_
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
-    job = create(server, chat_rows, hyperparameters=STEADY)
-    until(lambda: len(step_events(server, job.id)) > 12)
+    job = create(server, chat_rows, hyperparameters=hanging(13, **STEADY))
+    until(lambda: stopped(server, job.id))
     machine = node(server)
     server.stop(signal.SIGKILL)
     os.kill(machine, signal.SIGKILL)

@@ -199,7 +199,7 @@ class JobsMachine(RuleBasedStateMachine):
 
     @rule()
     def wait(self) -> None:
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while not self.quiet():
             assert time.monotonic() < deadline, f"{self.known} came to {self.statuses()}\n{WORLD.server.log[-3000:]}"
             time.sleep(0.05)
@@ -249,4 +249,4 @@ TestJobs.settings = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-TestJobs.pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 180)
+TestJobs.pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 400)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from live import LiveServer
-from waiting import until
+from waiting import state_of, until
 
 from arbor_core.process.lifecycle import process_ref
 from arbor_core.testing.invariants import check_invariants, processes
@@ -69,6 +69,24 @@ def supervisor_of(server: LiveServer, job_id: str) -> int:
     with sqlite3.connect(server.storage / "arbor.db") as db:
         ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job_id,)).fetchone()[0]
     return int(ref.split(":")[0]) if ref else 0
+
+
+def hanging(step: int, **hyperparameters: Any) -> dict[str, Any]:
+    """Hyperparameters of a job whose trainer stops at the end of a step until it is told to `go_on`: whatever is done
+    to it meanwhile, it is there. No later attempt does it again."""
+    return {**hyperparameters, "fault": "hang", "fault_step": step}
+
+
+def stopped(server: LiveServer, job_id: str) -> bool:
+    """Whether a process of a job stands still."""
+    return any(state_of(pid) == "T" for pid in processes(server.storage / "jobs" / job_id))
+
+
+def go_on(server: LiveServer, job_id: str) -> None:
+    """Let the processes of a job that stand still go on."""
+    for pid in processes(server.storage / "jobs" / job_id):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
