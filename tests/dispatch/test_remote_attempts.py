@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from crash import REMOTE, check_the_rest
 from http_calls import call
-from jobs import create, events, hanging, held, messages, step_events, stopped
+from jobs import create, events, go_on, hanging, held, messages, step_events, stopped
 from live import LiveServer
 from waiting import until
 
@@ -57,15 +57,15 @@ def test_row_141_it_outlives_the_server_and_is_found_again_by_one_with_this_exec
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
     server = start_server(*REMOTE)
-    slow = {**STEADY, "step_seconds": 0.25}  # it trains on until two servers have been started
-    job = create(server, chat_rows, hyperparameters=slow)
-    until(lambda: len(step_events(server, job.id)) > 3)
+    job = create(server, chat_rows, hyperparameters=hanging(5, **STEADY))
+    until(lambda: stopped(server, job.id))
     machine = node(server)
     server.stop(signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"1 job\(s\) run with executor=mock_node, which executor=local cannot find"):
         start_server()
     again = start_server(*REMOTE)
     assert node(again) == machine
+    go_on(again, job.id)
     assert again.wait(job.id).status == "succeeded"
     assert step_events(again, job.id) == list(range(1, 61))
     assert not list(again.storage.glob(f"jobs/{job.id}/attempts/2"))

@@ -249,4 +249,4 @@ TestJobs.settings = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-TestJobs.pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 400)
+TestJobs.pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 900)
