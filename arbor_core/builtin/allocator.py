@@ -12,6 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 from arbor_core import ids
 from arbor_core.types import (
@@ -27,6 +28,9 @@ from arbor_core.types import (
 )
 
 log = logging.getLogger(__name__)
+Room = list[tuple[Device, float]]
+"""Devices, and the share of each that is left."""
+share_of = itemgetter(1)
 ROUNDING = 1e-9
 """What shares may come to more than 1 because they are floating-point numbers: 0.1 ten times is not exactly 1."""
 
@@ -71,12 +75,14 @@ class PoolAllocator:
                 nodes[device.node] += device.id not in self.held[pool]
         return free
 
-    def _room(self) -> dict[str, dict[Device, float]]:
+    def _room(self) -> dict[str, Room]:
         """The devices of each pool, and the share of each that is not leased."""
-        room = empty(self.pools)
-        for pool, devices in room.items():
+        room = {}
+        for pool, devices in self.pools.items():
             held = self.held[pool]
-            devices.update({device: 1 - math.fsum(held[device.id].values()) for device in devices if device.id in held})
+            room[pool] = [
+                (device, 1 - math.fsum(held[device.id].values()) if device.id in held else 1.0) for device in devices
+            ]
         return room
 
     def restore(self, lease: Lease) -> None:
@@ -165,19 +171,17 @@ def check_claim(claim: Claim) -> None:
             )
 
 
-def empty(pools: Mapping[str, Sequence[Device]]) -> dict[str, dict[Device, float]]:
+def empty(pools: Mapping[str, Sequence[Device]]) -> dict[str, Room]:
     """The devices of each pool as they are when nobody holds anything."""
-    return {pool: dict.fromkeys(devices, 1.0) for pool, devices in pools.items()}
+    return {pool: [(device, 1.0) for device in devices] for pool, devices in pools.items()}
 
 
-def choose(
-    bundles: Sequence[Bundle], room: Mapping[str, Mapping[Device, float]]
-) -> tuple[tuple[Device, ...], ...] | None:
+def choose(bundles: Sequence[Bundle], room: Mapping[str, Room]) -> tuple[tuple[Device, ...], ...] | None:
     """Devices for each bundle, those of one bundle on one node: the fullest node that has enough comes first, so that
     large bundles find room on the others, and on it the fullest devices. No two bundles share a device.
 
     Args:
-        room: The share of each device that is left, by pool.
+        room: The devices of each pool, and the share of each that is left.
 
     Returns:
         None: they do not fit.
@@ -185,15 +189,15 @@ def choose(
     if not bundles:
         return ()
     bundle, pool = bundles[0], pool_for(bundles[0].role)
-    left = room.get(pool, {})
-    nodes: dict[str, list[Device]] = {}
-    for device, share in left.items():
+    nodes: dict[str, Room] = {}
+    for device, share in room.get(pool, ()):
         if bundle.kind in (None, device.kind) and bundle.share <= share + ROUNDING:
-            nodes.setdefault(device.node, []).append(device)
-    for fitting in sorted(nodes.values(), key=lambda devices: (min(left[device] for device in devices), len(devices))):
+            nodes.setdefault(device.node, []).append((device, share))
+    for fitting in sorted(nodes.values(), key=lambda devices: (min(map(share_of, devices)), len(devices))):
         if len(fitting) >= bundle.count:
-            chosen = tuple(sorted(fitting, key=lambda device: left[device])[: bundle.count])
-            others = {device: share for device, share in left.items() if device not in chosen}
+            chosen = tuple(device for device, _ in sorted(fitting, key=share_of)[: bundle.count])
+            taken = {device.id for device in chosen}
+            others = [one for one in room[pool] if one[0].id not in taken]
             further = choose(bundles[1:], {**room, pool: others})
             if further is not None:
                 return (chosen, *further)
