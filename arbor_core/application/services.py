@@ -129,10 +129,13 @@ class ServerServices:
         until = time.monotonic() + seconds
         number = self.arbor.jobs.feed.newest
         pending = None if job.status == "succeeded" else self._ask_for(job, request)
+        told: tuple[int, int] | None = None
         while pending and job.status != "succeeded":
+            answered = not pending.exists()
             job = self.jobs.find(job_id, owner)  # before its checkpoints: after its end there are no more
+            told = told or (self._log_end(job) if answered else None)
             there = {one.name: one for one in self.checkpoints(job_id, owner)}
-            if name in there and not pending.exists():
+            if name in there and told and (job.status != "running" or (job.attempt, job.offset) >= told):
                 return there[name]
             if job.status in TERMINAL - {"succeeded"}:
                 message = f"Job {job_id} has ended ({job.status}): there is no checkpoint '{name}'."
@@ -143,6 +146,12 @@ class ServerServices:
             number = await self.changed(job_id, owner, POLL_SECONDS, number)
         await self._name_last(job, request)
         return next(one for one in self.checkpoints(job_id, owner) if one.name == name)
+
+    def _log_end(self, job: Job) -> tuple[int, int]:
+        """A job's attempt, and where its log ends now: what has answered a request stands before that. Until the server
+        has taken it, another checkpoint may have the name."""
+        log = self.arbor.dispatcher.attempts.dir(job).attempt(job.attempt).events
+        return job.attempt, log.stat().st_size if log.exists() else 0
 
     async def _name_last(self, job: Job, request: CheckpointRequest) -> None:
         """Give a name to the last checkpoint of a job that has succeeded."""

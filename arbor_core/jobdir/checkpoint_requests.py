@@ -66,6 +66,9 @@ def sizes(job: JobDir) -> dict[str, int]:
     return found
 
 
-def answered(job: JobDir, name: str) -> None:
-    """Forget a request: its checkpoint was reported."""
-    (job.checkpoint_requests / f"{name}.json").unlink(missing_ok=True)
+def answered(job: JobDir, request: CheckpointRequest) -> None:
+    """Forget a request: its checkpoint was reported. Another one, which took its place meanwhile, stays."""
+    path = job.checkpoint_requests / f"{request.name}.json"
+    with suppress(FileNotFoundError):
+        if msgspec.json.decode(path.read_bytes(), type=CheckpointRequest) == request:
+            path.unlink()

@@ -30,7 +30,7 @@ class LiveWorkerRun(WorkerRun[ConfigT]):
 
     def name_checkpoint(self, request: CheckpointRequest, step: int) -> None:
         self.give_name(request.name, step, request.metadata)
-        answered(self.job_files, request.name)
+        answered(self.job_files, request)
         crash_point("name_checkpoint.answered")
 
     @contextmanager

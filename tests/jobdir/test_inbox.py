@@ -231,11 +231,27 @@ def test_published_versions_are_whole_and_few(tmp_path: Path) -> None:
 
 
 def test_asked_checkpoints_are_answered_in_order(tmp_path: Path) -> None:
-    for name in ("best", "a.b-c_1"):
-        checkpoint_requests.ask(JobDir(tmp_path), CheckpointRequest(name, {"score": 1}))
-    assert [request.name for request in checkpoint_requests.asked(JobDir(tmp_path))] == ["best", "a.b-c_1"]
-    checkpoint_requests.answered(JobDir(tmp_path), "best")
-    assert [request.metadata for request in checkpoint_requests.asked(JobDir(tmp_path))] == [{"score": 1}]
+    job = JobDir(tmp_path)
+    for seconds, name in enumerate(("best", "a.b-c_1"), 1):
+        path = checkpoint_requests.ask(job, CheckpointRequest(name, {"score": 1}))
+        os.utime(path, (seconds, seconds))  # a file system's clock may be coarse
+    best, other = checkpoint_requests.asked(job)
+    assert (best.name, other.name) == ("best", "a.b-c_1")
+    checkpoint_requests.answered(job, best)
+    assert checkpoint_requests.asked(job) == [other]
+
+
+def test_a_request_that_takes_the_place_of_another_is_answered_too(tmp_path: Path) -> None:
+    """A checkpoint takes its time: it answers the request that it was written for."""
+    job = JobDir(tmp_path)
+    checkpoint_requests.ask(job, CheckpointRequest("best", {"score": 1}))
+    [first] = checkpoint_requests.asked(job)
+    checkpoint_requests.ask(job, CheckpointRequest("best", {"score": 2}))
+    checkpoint_requests.answered(job, first)
+    [second] = checkpoint_requests.asked(job)
+    assert second.metadata == {"score": 2}
+    checkpoint_requests.answered(job, second)
+    assert checkpoint_requests.asked(job) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", ".hidden", "x" * 65, "a\0b", "ü", "a\n"])
