@@ -18,6 +18,7 @@ import msgspec
 from .conversation import ChatText, Conversation, LeftOutError, Span, left_out
 from .marks import Found, shape_of
 from .message_form import Message, MessageForm, find_form, tool_of
+from .text_search import tags_in
 
 REMEMBERED = 10_000
 """Shapes of messages."""
@@ -83,7 +84,7 @@ class Chats:
         """
         given, tools = list(messages), [tool_of(tool) for tool in tools or ()]
         prepared = [self.message(each, tools=bool(tools)) for each in given]
-        return Conversation(self.control, prepared, tools or None, given)
+        return Conversation(self.control, prepared, tools or None, given, tags_in(str(self.tokenizer.chat_template)))
 
     def message(self, given: Mapping[str, Any], *, tools: bool = False) -> Message:
         """A message in the form that the template takes, without what is null or empty.
@@ -169,7 +170,7 @@ class Chats:
             found = self.marked(conversation, own, index + 1, prompt=False, variables=variables)
             for field in left_out(conversation, index, found or own):
                 if not field.optional:
-                    raise LeftOutError(conversation.field(index, field.path))
+                    raise LeftOutError(conversation.field(index, field.path), changed=field.changed)
             if len(self.dropped) < REMEMBERED:
                 self.dropped.add(shape)
 

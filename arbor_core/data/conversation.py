@@ -35,11 +35,11 @@ class ChatText(msgspec.Struct, frozen=True):
 
 
 class LeftOutError(ValueError):
-    """A template leaves out what the assistant said."""
+    """A template leaves out what the assistant said, or changes it."""
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"the model's chat template leaves out {field}")
-        self.field = field
+    def __init__(self, field: str, *, changed: bool = False) -> None:
+        super().__init__(f"the model's chat template {'changes' if changed else 'leaves out'} {field}")
+        self.field, self.changed = field, changed
 
 
 class Conversation:
@@ -49,6 +49,7 @@ class Conversation:
     Args:
         control: Matches the control tokens.
         given: The messages as they came, for errors.
+        tags: Matches the tags that the template may rewrite.
 
     Raises:
         ValueError: a message or tool is nested too deeply.
@@ -60,8 +61,9 @@ class Conversation:
         messages: list[Message],
         tools: list[Any] | None,
         given: Sequence[Mapping[str, Any]],
+        tags: re.Pattern[str] | None = None,
     ) -> None:
-        self.control, self.secret, self.given = control, secrets.token_hex(12), given
+        self.control, self.secret, self.given, self.tags = control, secrets.token_hex(12), given, tags
         self.found: list[str] = []
         for name, values in (("messages", messages), ("tools", tools or ())):
             for index, value in enumerate(values):
@@ -72,7 +74,7 @@ class Conversation:
     @cached_property
     def marks(self) -> Marks:
         """The messages once more, with marks."""
-        return Marks(self.messages)
+        return Marks(self.messages, self.tags)
 
     @cached_property
     def word(self) -> re.Pattern[str]:
@@ -148,4 +150,4 @@ def left_out(
     """
     if isinstance(text, Found):
         return conversation.marks.missing(index, text, start, len(text.text) if end is None else end)
-    return unsaid(index, conversation.messages[index], text[start:end])
+    return unsaid(index, conversation.messages[index], text[start:end], conversation.tags)

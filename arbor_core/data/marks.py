@@ -4,8 +4,9 @@ Chat templates are a stranger's code. They drop calls and thoughts without a wor
 are rendered a second time with marks beside the first and the last letters of their texts, after the name of each
 call, and within each text and key of its arguments. Marks are made of letters and digits, and lie within whitespace
 and tags at the ends of a text, so that templates that look at those (`'<think>' in content`,
-`content.startswith(...)`) decide as they do without. Where the text without its marks is not the text that is
-rendered without them, they tell nothing.
+`content.startswith(...)`) decide as they do without. Before a mark stands what it belongs to, to the letter, or the
+template has changed it. Where the text without its marks is not the text that is rendered without them, they tell
+nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from typing import Any
 import msgspec
 
 from .message_form import UNSAID, Message
+from .text_search import EDGE, TAG, forms_of, has_number, occurs, pieces
 
-EDGE = 60
-"""Longest tag at the ends of a text that marks leave alone."""
 TAGS = 8
 LEAD = re.compile(rf"(?:\s*<[^<>\n]{{1,{EDGE}}}>){{0,{TAGS}}}\s*")
-TAG = re.compile(rf"<[^<>\n]{{1,{EDGE}}}>")
 SECRET = secrets.token_hex(8)
 """Of this process."""
 MARK = re.compile(f"x{SECRET}m([0-9]+)x")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+NUMBER = re.compile(r"-?[0-9][0-9.eE+-]*|true|false")
+WORD = re.compile(r"\w+")
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -43,6 +44,10 @@ class Field(msgspec.Struct, frozen=True):
     """What of the field follows the mark."""
     opens: bool = False
     """It stands at the beginning of the field."""
+    text: str = ""
+    """What ends with `rest`; of content and thoughts without whitespace at the ends."""
+    changed: bool = False
+    """It is there, but in other words."""
 
     @property
     def optional(self) -> bool:
@@ -77,13 +82,17 @@ class Marks:
 
     Args:
         messages: As templates are given them.
+        tags: Matches the tags that the template may rewrite.
     """
 
-    def __init__(self, messages: Sequence[Message]) -> None:
+    def __init__(self, messages: Sequence[Message], tags: re.Pattern[str] | None = None) -> None:
+        self.tags = tags
         self.fields: list[Field] = []
         self.of_message: list[range] = []
         self.bare: dict[int, list[tuple[str, str]]] = defaultdict(list)
         """The texts without marks of each message: path, text."""
+        self.numbers: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        """The numbers and truth values in the arguments of each message's calls: path, JSON."""
         self.messages: list[Message] = []
         for index, message in enumerate(messages):
             first = len(self.fields)
@@ -104,12 +113,47 @@ class Marks:
         return Found("".join(parts), at, numbers)
 
     def missing(self, message: int, found: Found, start: int, end: int) -> list[Field]:
-        """The fields of a message of which a mark is not between two positions of a text, each once."""
-        lost = [self.fields[number] for number in self.of_message[message] if not found.has(number, start, end)]
+        """The fields of a message of which a mark, or what belongs to it, is not between two positions of a text, each
+        once."""
+        lost: dict[str, Field] = {}
+        for number in self.of_message[message]:
+            field = self.fields[number]
+            if not found.has(number, start, end):
+                lost[field.path] = field
+            elif not self._is_whole(number, found, start, end):
+                lost.setdefault(field.path, msgspec.structs.replace(field, changed=True))
         if bare := self.bare.get(message):
             part = found.text[start:end]
-            lost += [Field(message, path) for path, text in bare if not occurs(text, part)]
-        return list({field.path: field for field in lost}.values())
+            lost |= {path: Field(message, path) for path, text in bare if not occurs(text, part)}
+        if numbers := self.numbers.get(message):
+            begin, stop = self._extent(message, found, start, end)
+            for path, value in numbers:
+                if not has_number(value, found.text, begin, stop):
+                    lost.setdefault(path, Field(message, path))
+        return list(lost.values())
+
+    def _is_whole(self, number: int, found: Found, start: int, end: int) -> bool:
+        """Whether the template has what belongs to a mark, between two positions of a text, as it was."""
+        field = self.fields[number]
+        if not field.text:
+            return True
+        places = [place for place in found.places[number] if start <= place <= end]
+        tail = field.rest.rstrip()
+        for text, rest in zip(forms_of(field.text), forms_of(tail), strict=True):
+            if any(found.text.endswith(text, start, place + len(rest)) for place in places):
+                return True
+        part = found.text[start:end]
+        if "]." in field.path:  # arguments have other ways to escape quotes
+            return all(word in part for word in WORD.findall(field.text))
+        return all(occurs(piece, part) for piece in pieces(field.text, self.tags))
+
+    def _extent(self, message: int, found: Found, start: int, end: int) -> tuple[int, int]:
+        """From the first mark of a message to the next one of another, between two positions of a text."""
+        own = [at for number in self.of_message[message] for at in found.places.get(number, ()) if start <= at <= end]
+        if not own:
+            return start, end
+        following = bisect_right(found.at, max(own))
+        return min(own), min(end, found.at[following]) if following < len(found.at) else end
 
     def _message(self, index: int, message: Message) -> Message:
         marked = dict(message)
@@ -129,36 +173,42 @@ class Marks:
                 self.bare[index].append((path, text))
             return text
         opening = self._mark(Field(index, path, opens=True))
-        return text[:start] + opening + text[start:end] + self._mark(Field(index, path, text[end:])) + text[end:]
+        closing = self._mark(Field(index, path, text[end:], text=text.strip()))
+        return text[:start] + opening + text[start:end] + closing + text[end:]
 
     def _call(self, index: int, at: int, call: Mapping[str, Any]) -> dict[str, Any]:
         path = f"tool_calls[{at}].function"
         function = dict(call["function"])
         if isinstance(name := function.get("name"), str):
-            function["name"] = name + self._mark(Field(index, f"{path}.name"))
-        field = Field(index, f"{path}.arguments")
+            function["name"] = self._marked(index, f"{path}.name", name)
         if isinstance(arguments := function.get("arguments"), str):
-            function["arguments"] = self._json(field, arguments)
+            function["arguments"] = self._json(index, f"{path}.arguments", arguments)
         else:
-            function["arguments"] = self._value(field, arguments)
+            function["arguments"] = self._value(index, f"{path}.arguments", arguments)
         return {**call, "function": function}
 
-    def _json(self, field: Field, text: str) -> str:
+    def _json(self, index: int, path: str, text: str) -> str:
         """A JSON text with a mark in each of its strings; another text with one at its end."""
         try:
             json.loads(text)
         except (ValueError, RecursionError):
-            return text + self._mark(field) if text else text
-        return STRING.sub(lambda match: match[0][:-1] + self._mark(field) + '"', text)
+            return self._marked(index, path, text) if text else text
+        self.numbers[index] += [(path, word) for word in NUMBER.findall(STRING.sub(" ", text))]
+        return STRING.sub(lambda match: f'"{self._marked(index, path, match[0][1:-1])}"', text)
 
-    def _value(self, field: Field, value: Any) -> Any:
+    def _value(self, index: int, path: str, value: Any) -> Any:
         if isinstance(value, str):
-            return value + self._mark(field)
+            return self._marked(index, path, value)
         if isinstance(value, Mapping):
-            return {f"{key}{self._mark(field)}": self._value(field, each) for key, each in value.items()}
+            return {self._marked(index, path, key): self._value(index, path, each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self._value(field, each) for each in value]
+            return [self._value(index, path, each) for each in value]
+        if isinstance(value, int | float):
+            self.numbers[index].append((path, json.dumps(value)))
         return value
+
+    def _marked(self, index: int, path: str, text: str) -> str:
+        return text + self._mark(Field(index, path, text=text.lstrip()))
 
     def _mark(self, field: Field) -> str:
         self.fields.append(field)
@@ -197,11 +247,11 @@ def _skeleton(value: Any) -> Hashable:
     return type(value).__name__
 
 
-def unsaid(index: int, message: Message, rendered: str) -> list[Field]:
+def unsaid(index: int, message: Message, rendered: str, tags: re.Pattern[str] | None) -> list[Field]:
     """Like `Marks.missing`, by the texts themselves: for where marks tell nothing."""
     lost: dict[str, Field] = {}
     for path, text in _said(message):
-        *before, last = [part for part in TAG.split(text) if part.strip()] or [text]
+        *before, last = pieces(text, tags)
         if not occurs(last, rendered):
             lost[path] = Field(index, path)
         elif not all(occurs(part, rendered) for part in before):
@@ -232,9 +282,3 @@ def leaves(value: Any) -> Iterator[str]:
             yield from leaves(each)
     elif isinstance(value, str):
         yield value
-
-
-def occurs(text: str, rendered: str) -> bool:
-    """Whether a text is found in a rendered one, trimmed or as JSON."""
-    bare = text.strip()
-    return any(form in rendered for form in (bare, json.dumps(bare, ensure_ascii=False)[1:-1], json.dumps(bare)[1:-1]))

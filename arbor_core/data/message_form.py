@@ -140,7 +140,9 @@ class _Trial:
         self.tools = [{"type": "function", "function": function}] if tools else None
 
     def text(self, form: MessageForm) -> bool:
-        return self.said in self._rendered(form, {"content": self.said})
+        """Whether content is found, and its parts not in Python's notation."""
+        rendered = self._rendered(form, {"content": self.said})
+        return self.said in rendered and f"'text': '{self.said}" not in rendered
 
     def calls(self, form: MessageForm) -> bool:
         """Whether a call without text is found whole, and not in Python's notation or as text within text."""

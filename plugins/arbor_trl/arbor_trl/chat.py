@@ -145,7 +145,7 @@ class ChatFormat:
         """Check that a message is in the text that is learned."""
         for field in left_out(conversation, index, turn.found or turn.text, *span):
             if field.path not in UNSAID:
-                raise LeftOutError(conversation.field(index, field.path))
+                raise LeftOutError(conversation.field(index, field.path), changed=field.changed)
             if warn:
                 warn(conversation.field(index, field.path).rpartition(".")[2])
 

@@ -48,7 +48,8 @@ CONTROL = re.compile(
     r"|</?s>|</?(?:start_of_turn|end_of_turn|end_of_utterance)>"
 )
 REFUSALS = re.compile(
-    r"leaves out messages\[\d+\]\.(content|refusal|(tool_calls\[\d\]\.function|function_call)\.(name|arguments))$"
+    r"(leaves out|changes) messages\[\d+\]\."
+    r"(content|refusal|(tool_calls\[\d\]\.function|function_call)\.(name|arguments))$"
     r"|refuses it: |otherwise than its generation prompt begins|answers nothing"
 )
 
@@ -264,3 +265,57 @@ def test_templates_without_a_place_for_thoughts_say_so() -> None:
     unlearned: list[str] = []
     ChatFormat(prepared(t.CHATML)).render({"messages": SHAPES["reasoning"](Words())}, unlearned.append)
     assert unlearned == ["reasoning_content"]
+
+
+def writes(content: str = "{{ m.content }}", value: str = "{{ v }}") -> str:
+    """A template that writes contents and the values of arguments in these ways."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + content + "{% for c in m.tool_calls or [] %}"
+        "<call>{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}=" + value + " {% endfor %})"
+        "</call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+CHANGING = {
+    "replace": writes("{{ m.content | replace('secret', '') }}"),
+    "drop sentences": writes("{% for s in m.content.split('.') if 'secret' not in s %}{{ s }}.{% endfor %}"),
+    "lower": writes("{{ m.content | lower }}"),
+    "title": writes("{{ m.content | title }}"),
+    "strip tags": writes("{{ m.content | striptags }}"),
+    "escape": writes("{{ m.content | e }}"),
+    "words": writes("{{ m.content.split() | join(' ') }}"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_a_template_changes_is_refused(name: str) -> None:
+    """Also where its beginning and its end are as they were."""
+    chat = ChatFormat(prepared(CHANGING[name]))
+    answer = "It is <b>here</b>. A secret &\n  Here it is."
+    messages = [user(Words()), {"role": "assistant", "content": answer}]
+    with pytest.raises(ValueError, match=r"template (changes|leaves out) messages\[1\]\.content$"):
+        chat.render({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    "value", ["{% if v is string %}{{ v }}{% endif %}", "{{ v or '' }}", "{{ v if v is not boolean else '' }}"]
+)
+def test_numbers_and_truth_values_are_looked_for(value: str) -> None:
+    """`6` is no `60`, and `1` is none of the numbers of messages after it."""
+    function = {"name": "go", "arguments": json.dumps({"to": "60", "far": 0, "fast": False, "times": [6, 1.5]})}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    row = {"messages": [{"role": "user", "content": "0 6 1.5 false"}, call, user(Words()), said(Words())]}
+    row["messages"][2]["content"] += "0 6 1.5 False"
+    with pytest.raises(ValueError, match=r"leaves out messages\[1\]\.tool_calls\[0\]\.function\.arguments$"):
+        ChatFormat(prepared(writes(value=value))).render({**row, "tools": TOOLS})
+    for whole in (writes(), writes(value="{{ v | tojson }}"), t.ARGUMENTS_AS_TEXT, t.HERMES):
+        ChatFormat(prepared(whole)).render({**row, "tools": TOOLS})
+
+
+@pytest.mark.parametrize("content", ["{{ m.content | trim }}", "{{ m.content | tojson }}", "It said: {{ m.content }}"])
+def test_texts_may_be_trimmed_quoted_and_introduced(content: str) -> None:
+    chat = ChatFormat(prepared(writes(content)))
+    answer = ' It is <b>here</b>.\n  "A" secret & é\n'
+    (sample,) = chat.encode(chat.render({"messages": [user(Words()), {"role": "assistant", "content": answer}]}))
+    (text,) = [text for _, text in learned(chat, sample)]
+    assert answer.strip() in text or json.dumps(answer.strip(), ensure_ascii=False)[1:-1] in text

@@ -143,7 +143,7 @@ class Reader:
             (sample,) = self.chat.encode([self.chat.turn(conversation, len(rollout.messages), sampled=True)])
         except LeftOutError as error:
             answer = f"messages[{len(rollout.messages)}]"
-            raise LeftOutError(error.field.replace(answer, "answer", 1)) from None
+            raise LeftOutError(error.field.replace(answer, "answer", 1), changed=error.changed) from None
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"its messages are no messages of a chat: {error!r}") from None
         first = next((at for at, label in enumerate(sample.labels) if label != IGNORED), len(sample.ids))
