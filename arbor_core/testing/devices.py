@@ -27,7 +27,7 @@ from arbor_core.types import (
 
 ROUNDS = 300
 MOST_JOBS, MOST_DEVICES = 8, 8
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 
 
 def check_scheduler(factory: Callable[[], Scheduler], *, rounds: int = ROUNDS) -> None:

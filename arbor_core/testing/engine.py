@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 TOKEN = "a-token-of-the-check"  # noqa: S105 - not a secret
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 HEALTH_SECONDS = 10.0
 
 

@@ -20,7 +20,7 @@ from .hardware import device
 from .job_directory import JobDirectory
 
 T = TypeVar("T")
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 0.05
 SILENCE_SECONDS = 1.0
 """How long to look whether an attempt that was ended still writes; its steps are much shorter."""

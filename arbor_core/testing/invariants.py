@@ -32,7 +32,7 @@ from arbor_core.worker.replay import reported
 SHOWN = ("message", "metrics", "checkpoint", "withdrawn")
 """Events of a run that its followers see."""
 
-ENDING_SECONDS = 30.0
+ENDING_SECONDS = 120.0
 """How long processes may take to see that their server is gone, on a busy machine."""
 
 

@@ -35,7 +35,7 @@ async def at_once(arbor: Arbor, *requests: Coroutine[Any, Any, Any]) -> list[str
     """Have all requests come to the point where they wait for the database, in this order; then go on. Returns the code
     of each error."""
     go = threading.Event()
-    held = asyncio.create_task(arbor.store.write(lambda _: go.wait(30)))
+    held = asyncio.create_task(arbor.store.write(lambda _: go.wait(120)))
     tasks = [asyncio.create_task(request) for request in requests]
     await asyncio.sleep(0)
     go.set()

@@ -60,9 +60,9 @@ def test_row_64_the_client_retries_by_itself(
     client = server.new_client(max_retries=10)
     with ThreadPoolExecutor(1) as pool:
         creating = pool.submit(client.fine_tuning.jobs.create, model=BASE, training_file=uploaded)
-        assert server.process.wait(30) == -signal.SIGKILL
+        assert server.process.wait(120) == -signal.SIGKILL
         again = start_server(f"port={port}")
-        job = creating.result(60)
+        job = creating.result(170)
     assert [found.id for found in again.client.fine_tuning.jobs.list().data] == [job.id]
     assert again.wait(job.id).status == "succeeded"
 

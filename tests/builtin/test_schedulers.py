@@ -78,7 +78,7 @@ async def test_a_claim_waits_for_all_its_bundles_and_holds_none_meanwhile():
     await asyncio.sleep(0)
     assert allocator.free() == {"train": 1, "engine": 0}
     allocator.release(first)
-    lease = await asyncio.wait_for(waiting, 5)
+    lease = await asyncio.wait_for(waiting, 60)
     assert [device.id for device in lease.of("engine:base")] == ["e0"]
     allocator.release(lease)
     allocator.release(lease)
@@ -123,7 +123,7 @@ async def test_the_devices_of_a_bundle_are_on_one_node():
     waiting = asyncio.create_task(allocator.acquire(claim("waits", 2)))
     await asyncio.sleep(0)
     allocator.release(large)
-    assert {device.node for device in (await asyncio.wait_for(waiting, 5)).of("train")} == {"b"}
+    assert {device.node for device in (await asyncio.wait_for(waiting, 60)).of("train")} == {"b"}
 
 
 async def test_bundles_are_spread_over_nodes_in_whatever_way_they_fit():

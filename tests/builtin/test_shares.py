@@ -81,13 +81,13 @@ async def test_two_engines_of_0_4_share_a_device_and_a_third_waits() -> None:
     assert not third.done()
     assert pool.free()["engine"] == 0
     pool.release(first)
-    assert (await asyncio.wait_for(third, 5)).of("engine") == second.of("engine")
+    assert (await asyncio.wait_for(third, 60)).of("engine") == second.of("engine")
 
 
 async def test_ten_tenths_fill_a_device_although_they_are_floating_point_numbers() -> None:
     pool = allocator(1)
     for _ in range(10):
-        await asyncio.wait_for(pool.acquire(Claim("x", (Bundle("engine", 1, 0.1),))), 5)
+        await asyncio.wait_for(pool.acquire(Claim("x", (Bundle("engine", 1, 0.1),))), 60)
     assert math.fsum(pool.held["engine"]["e0"].values()) == pytest.approx(1)
 
 

@@ -73,7 +73,7 @@ class Client(CrashClient):
 
     def follow(self) -> None:
         """Wait until everything is answered. What was told before is told again as it was."""
-        deadline, first = time.monotonic() + 90, max(self.told, default=0)
+        deadline, first = time.monotonic() + 120, max(self.told, default=0)
         after = first
         while after < self.number:
             assert time.monotonic() < deadline, self.server.log
@@ -99,7 +99,7 @@ class Client(CrashClient):
 
     def finish(self) -> None:
         self.ask("POST", f"/v1/mock/jobs/{self.job_id}/finish")
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 120
         while (job := self.ask("GET", f"{JOBS}/{self.job_id}").json)["status"] not in ENDED:
             assert time.monotonic() < deadline, (job, self.server.log)
             self.ask("POST", f"/v1/mock/jobs/{self.job_id}/finish")

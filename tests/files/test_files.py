@@ -192,7 +192,7 @@ async def test_row_29_expiry_is_nobodys_fault(files: Files, caplog: pytest.LogCa
 async def test_row_29_a_job_may_be_faster_than_expiry(files: Files) -> None:
     old, jobs, go = await add_expired(files, "you"), Jobs(files.store), threading.Event()
     spec = JobSpec(trainer="t", method="supervised", config={}, model="m", model_path="m", seed=1)
-    held = asyncio.create_task(files.store.write(lambda _: go.wait(30)))
+    held = asyncio.create_task(files.store.write(lambda _: go.wait(120)))
     creating = asyncio.create_task(jobs.create(NewJob("you", old, None, None, {}, spec)))
     expiring = asyncio.create_task(files.expire())
     await asyncio.sleep(0)  # all three wait for the writer, in this order

@@ -196,7 +196,7 @@ def test_row_20_a_client_that_goes_away(server: LiveServer) -> None:
             b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n"
             b"content-type: multipart/form-data; boundary=XX\r\n\r\n" + form(PURPOSE, FILE)[:-12]
         )
-        incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 10
+        incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 120
         while not any(incoming.iterdir()):
             assert time.monotonic() < deadline, "the upload has not begun"
             time.sleep(0.01)
@@ -238,7 +238,7 @@ def test_row_21_a_client_that_sends_a_byte_now_and_then(small: LiveServer, path:
         )
         began = time.monotonic()
         while not select.select([connection], [], [], 0.02)[0]:  # until it answers
-            assert time.monotonic() - began < 20, "the upload is still open"
+            assert time.monotonic() - began < 120, "the upload is still open"
             connection.sendall(b"x")
         answer = received(connection)
     assert answer.startswith(b"HTTP/1.1 408")

@@ -294,7 +294,7 @@ def test_a_server_that_is_killed_leaves_the_parts_or_the_file(
         upload = begin(server)
         parts = [send(server, upload, content).json["id"] for content in (b"abc", b"def")]
         complete(server, upload, *parts)
-    assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
+    assert server.process.wait(120) == -signal.SIGKILL, f"the server never came to {point}"
     again = start_server()
     assert not list((again.storage / "files" / ".incoming").iterdir())
     assert set(parts) >= kept(again) or len(parts) < 2

@@ -213,6 +213,11 @@ async def version_of(engine: EngineProcess, model: str) -> int:
         return int((await answer.json())["choices"][0]["policy_version"])
 
 
+async def serves(engine: EngineProcess, *names: str) -> bool:
+    """Whether an engine has these adapters loaded and no others."""
+    return await loaded(engine) == [*names]
+
+
 async def test_a_version_is_loaded_when_it_is_published_and_an_old_one_goes_when_nobody_runs_on_it(
     world: World, live: WeightSync
 ) -> None:
@@ -227,14 +232,10 @@ async def test_a_version_is_loaded_when_it_is_published_and_an_old_one_goes_when
         assert await loaded(engine) == [f"{job.id}-a1-s1", f"{job.id}-a1-s2"]
         async with live.engines.using(first):  # a request that was a little late
             assert await loaded(engine) == [f"{job.id}-a1-s1", f"{job.id}-a1-s2"]
-    async with asyncio.timeout(20):
-        while await loaded(engine) != [f"{job.id}-a1-s2"]:
-            await asyncio.sleep(0.01)
+    await until_async(lambda: serves(engine, f"{job.id}-a1-s2"))
     await world.jobs.transition(job, "cancelled")
     await live.tick()
-    async with asyncio.timeout(20):
-        while await loaded(engine):
-            await asyncio.sleep(0.01)
+    await until_async(lambda: serves(engine))
     assert live.loaded() == set()
 
 
@@ -367,9 +368,9 @@ async def test_a_policy_that_is_published_faster_than_it_is_loaded_is_always_ser
             live.published(job.id)
             await asyncio.sleep(0.02)
 
-    async def ask() -> int:
+    async def ask() -> None:
         last = 0
-        for _ in range(4):
+        while last <= KEPT:  # until those that were there at first are gone
             promised = world.models.resolve(job.id, "me")
             async with engines.serving(promised) as (engine, found):
                 assert isinstance(engine, EngineProcess)
@@ -377,14 +378,12 @@ async def test_a_policy_that_is_published_faster_than_it_is_loaded_is_always_ser
                 version = await version_of(engine, job.id) if full else found.version
             assert version >= promised.version >= last
             last = version
-        return last
 
     publisher = asyncio.create_task(publish())
     await until_async(lambda: world.models.resolve(job.id, "me").version > 0)
-    versions = await asyncio.gather(*(ask() for _ in range(4)))
+    await asyncio.gather(*(ask() for _ in range(4)))
     publisher.cancel()
     await asyncio.gather(publisher, *engines.background, return_exceptions=True)
-    assert min(versions) > KEPT, "they were published faster than loaded"
     assert engines.starter.count == 1
     assert not [event.message for event in world.jobs.events(job.id, 5) if event.level == "error"]
 

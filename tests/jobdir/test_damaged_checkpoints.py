@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from http_calls import JOBS, call
-from jobs import create, events, offered, pause, supervisor_of
+from jobs import create, events, hanging, offered, pause, stopped, supervisor_of
 from live import LiveServer
 from openai import NotFoundError
 from waiting import until
@@ -36,7 +36,8 @@ def test_row_94_a_damaged_checkpoint_is_withdrawn_until_it_is_trained_again(
 ) -> None:
     server = start_server("gpu.train=[0]")
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"
-    job = create(server, chat_rows, hyperparameters={"steps": 60, "step_seconds": 0.05, "checkpoint_steps": 10}).id
+    job = create(server, chat_rows, hyperparameters=hanging(23, steps=60, checkpoint_steps=10)).id
+    until(lambda: stopped(server, job))
     name = until(lambda: offered(server, job).get(20))
     pause(server, job)
     newest = max(offered(server, job))

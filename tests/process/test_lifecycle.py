@@ -24,7 +24,7 @@ def test_what_outlives_its_supervisor_is_ended(tmp_path: Path) -> None:
     assert supervisor.stdout is not None
     stray = int(supervisor.stdout.readline())
     ref = process_ref(supervisor.pid)
-    supervisor.communicate("go on\n", timeout=10)
+    supervisor.communicate("go on\n", timeout=120)
     with subprocess.Popen(SLEEP, cwd=tmp_path) as other:
         assert process_ref(stray)
         kill_session(ref)
@@ -49,7 +49,7 @@ def test_what_left_the_session_of_one_that_lives_is_ended_with_it() -> None:
         assert all(map(lives, ranks))
         kill_session(process_ref(leader.pid))
         assert not any(map(lives, ranks))
-        assert leader.wait(10) == -signal.SIGKILL
+        assert leader.wait(120) == -signal.SIGKILL
 
 
 def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
@@ -65,7 +65,7 @@ def test_row_113_a_session_that_was_given_to_another_is_left_alone() -> None:
             kill_session(ref)
         assert foreign.poll() is None
         kill_session(f"{pid}:{start}:{boot}")
-        assert foreign.wait(10) == -signal.SIGKILL
+        assert foreign.wait(120) == -signal.SIGKILL
     finally:
         foreign.kill()
         foreign.wait()

@@ -80,7 +80,7 @@ class Pupil(CrashClient):
         self.told.groups[batch_id] = tuple(name_of(sampled["id"], choice["index"]) for choice in sampled["choices"])
 
     def credit(self) -> int:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             offered = set(self.post("status")["pending_batch_ids"])
             assert not offered & self.told.groups.keys(), "a batch id that was used is offered again"
@@ -100,7 +100,7 @@ class Pupil(CrashClient):
             self.teach()
             if number == 1:
                 self.name("half-way")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while (status := self.post("status"))["groups"]["handled"] < STEPS:
             assert time.monotonic() < deadline, (status, self.server.log)
         while (status := self.post("terminate"))["status"] not in ENDED:
@@ -127,7 +127,7 @@ def test_a_server_that_dies_at(point: str, start_server: Callable[..., LiveServe
     pupil = Pupil(first, start_server)
     pupil.play()
     if point.startswith("forgotten."):
-        assert first.process.wait(60) == -signal.SIGKILL, f"the server never came to {point}"
+        assert first.process.wait(120) == -signal.SIGKILL, f"the server never came to {point}"
         pupil.server = start_server()
     assert pupil.server is not first, f"the server never came to {point}"
     pupil.finished(seen)

@@ -13,8 +13,9 @@ import pytest
 from chaos_rollouts import GRPO, by_ids
 from disks import fill
 from http_calls import JOBS, Answer, call
-from jobs import check_and_stop, until
+from jobs import check_and_stop, go_on, hanging, stopped
 from live import LiveServer
+from waiting import until
 
 from arbor_core.jobdir import groups
 
@@ -96,12 +97,13 @@ def test_a_group_for_which_there_is_no_room_is_refused_and_taken_later(server: L
 
 
 def test_a_policy_for_which_there_is_no_room_pauses_the_job(server: LiveServer, small_disk: Path) -> None:
-    job = Pupil(server, checkpoint_steps=1, step_seconds=1.0)
-    job.until("running")
+    job = Pupil(server, checkpoint_steps=1, **hanging(1))
     assert job.post("step", batch=text(), batch_id=0).status == 200
+    until(lambda: stopped(server, job.id))
     job.handled(1)
     assert job.post("step", batch=text(), batch_id=1).status == 200
     ballast = fill(small_disk)
+    go_on(server, job.id)
     until(lambda: not (job.dir / "attempts" / "1" / "work").exists())
     assert job.post("status").json["status"] == "running", "it cannot even say that it is paused"
     ballast.unlink()

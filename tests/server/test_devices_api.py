@@ -78,6 +78,7 @@ def test_an_engine_that_dies_or_makes_room(start_server: Callable[..., LiveServe
 
 
 def test_pages_of_leases(server: LiveServer, chat_rows: list[dict[str, Any]]) -> None:
+    server.cancel_all()  # what other tests have left
     for _ in range(3):
         server.wait(create(server, chat_rows, hyperparameters={"steps": 1}).id)
     whole = [lease["id"] for lease in leases(server, limit=3)]

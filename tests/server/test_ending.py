@@ -77,8 +77,9 @@ def test_row_114_what_outlives_the_server_is_told_so(start_server: Callable[...,
 def test_row_114_what_ends_in_time_is_whole(start_server: Callable[..., LiveServer]) -> None:
     server = start_server()
     post(server, CHAT, asked("start the engine"))
-    stream = begin(server, CHAT, *json_of(asked(LONG, stream=True, max_tokens=20)))
-    until(lambda: engine_health(server)["running"] == 1)
+    stream = begin(server, CHAT, *json_of(asked(LONG, stream=True, max_tokens=40)))
+    while b"data: " not in stream.recv(1 << 16, socket.MSG_PEEK):
+        pass
     server.process.send_signal(signal.SIGTERM)
     status, body = read(stream)
     events = frames(body)

@@ -15,11 +15,12 @@ import pytest
 from completions import CHAT, MODEL, PLAIN, asked, engine_health, frames, post
 from http_calls import call, raw_socket
 from live import LiveServer, engine_dir, launch, process_of
-from waiting import until
+from waiting import has_ended, until
 
 HELLO = [{"role": "user", "content": "hello wörld out there"}]
 SCHEMAS = json.loads((Path(__file__).parents[1] / "fixtures" / "openai-schemas.json").read_text())["$defs"]
-FREED_SECONDS = 2.0
+FREED_SECONDS = 20.0
+"""Half as long as the answers take that their clients leave."""
 
 
 def conforms(value: Any, name: str) -> None:
@@ -448,7 +449,7 @@ def test_engines_end_with_the_server(start_server: Callable[..., LiveServer]) ->
         live.client.chat.completions.create(model=MODEL, messages=HELLO)
         process = process_of(engine_dir(live))
         live.stop(number)
-        until(lambda process=process: not Path(f"/proc/{process}").exists() or zombie(process))
+        until(lambda process=process: has_ended(process))
 
 
 def test_an_engine_that_cannot_start_is_answered_at_once(start_server: Callable[..., LiveServer]) -> None:
@@ -457,7 +458,3 @@ def test_an_engine_that_cannot_start_is_answered_at_once(start_server: Callable[
         answer = post(live, CHAT, asked("x", stream=stream))
         assert "not these weights" in answer.error(503, "engine_unavailable")["message"]
         assert answer.headers["x-should-retry"] == "false"
-
-
-def zombie(process: int) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

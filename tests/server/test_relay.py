@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
+from waiting import until_async
 
 from arbor_core.application.engine_call import EngineCall, failure
 from arbor_core.models.fine_tuned import Resolved
@@ -59,16 +61,20 @@ async def test_what_was_cut_off_is_not_passed_on() -> None:
 
 
 class SlowEngines:
-    """Engines that take their time, and then cannot."""
+    """Engines that take their time, and then cannot.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Args:
+        wait: How long that is.
+    """
+
+    def __init__(self, wait: Callable[[], Awaitable[object]]) -> None:
+        self.wait = wait
         self.cancelled = False
 
     @asynccontextmanager
     async def serving(self, _: Resolved, conversation: Any) -> AsyncIterator[Any]:
         try:
-            await asyncio.sleep(self.seconds)
+            await self.wait()
         except asyncio.CancelledError:
             self.cancelled = True
             raise
@@ -87,7 +93,8 @@ def scope() -> Any:
 async def test_a_stream_that_waits_gets_comments_and_its_error_in_band(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
     client = Client()
-    await relay(SlowEngines(0.2))(scope(), client.receive, client.send)
+    engines = SlowEngines(lambda: until_async(lambda: client.body.count(b": ping") >= 3))
+    await relay(engines)(scope(), client.receive, client.send)
     assert client.messages[0]["status"] == 200
     *comments, error, done, end = client.body.split(b"\n\n")
     assert len(comments) >= 3
@@ -129,19 +136,19 @@ async def test_whatever_breaks_an_open_stream_is_said_in_it(monkeypatch: pytest.
 async def test_an_error_before_the_first_byte_has_its_status(stream: bool) -> None:
     client = Client()
     with pytest.raises(ApiError) as caught:
-        await relay(SlowEngines(0), stream)(scope(), client.receive, client.send)
+        await relay(SlowEngines(partial(asyncio.sleep, 0)), stream)(scope(), client.receive, client.send)
     assert caught.value.status == 503
     assert client.messages == []
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_goes_is_not_worked_for(stream: bool) -> None:
-    client, engines = Client(), SlowEngines(60)
+    client, engines = Client(), SlowEngines(asyncio.Event().wait)
     answering = asyncio.create_task(relay(engines, stream)(scope(), client.receive, client.send))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     client.gone.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         await answering
     assert engines.cancelled
     assert client.messages == []

@@ -301,10 +301,11 @@ def test_requests_of_one_key_are_limited_and_not_those_of_another(start_server: 
 
 
 def test_completions_at_a_time_are_limited(start_server: Callable[..., LiveServer]) -> None:
-    server = start_server("auth.keys=[one,two]", "limits.inference_requests=1", "engine.token_seconds=0.02")
+    server = start_server("auth.keys=[one,two]", "limits.inference_requests=1")
     one, two = server.new_client("one"), server.new_client("two")
     asked: dict[str, Any] = {**ASKED, "max_tokens": 400}
-    stream = one.chat.completions.create(**asked, stream=True)
+    long = [{"role": "user", "content": "[mock: token_seconds=1] " + "word " * 100}]
+    stream = one.chat.completions.create(**{**asked, "messages": long}, stream=True)
     next(iter(stream))
     with pytest.raises(openai.RateLimitError) as caught:
         one.chat.completions.create(**{**asked, "max_tokens": 1})

@@ -17,6 +17,7 @@ from arbor_core.storage.background import in_background, in_thread
 from arbor_core.storage.database import BATCH, Store
 
 MANY = 5 * BATCH
+PATIENCE = 120.0
 
 
 @pytest.fixture
@@ -35,10 +36,26 @@ def change(what: str, seconds: float = 0.0) -> Callable[[sqlite3.Connection], ob
     return run
 
 
+def asking(store: Store, there: list[str]) -> Callable[[sqlite3.Connection], object]:
+    """A request's change, which notes in `there` what its transaction has changed when that is committed."""
+
+    def run(db: sqlite3.Connection) -> None:
+        def look(sql: str) -> None:
+            if sql == "COMMIT" and not there:
+                db.set_trace_callback(None)
+                there.extend(done(store))
+
+        db.execute("INSERT INTO done VALUES('request')")
+        db.set_trace_callback(look)
+
+    return run
+
+
 async def held(store: Store) -> threading.Event:
-    """Keep the writer busy until the event is set: what is written meanwhile waits."""
+    """Keep the writer busy until the event is set: what is written meanwhile waits. The last commit was a quick one."""
     begun, go_on = threading.Event(), threading.Event()
-    store._writer.submit(lambda: begun.set() or go_on.wait(30))
+    store._writer.submit(lambda: begun.set() or go_on.wait(PATIENCE))
+    store._commit_seconds = 0.0
     await until_async(begun.is_set)
     return go_on
 
@@ -52,11 +69,11 @@ async def test_a_request_waits_for_few_of_those_in_the_background(store: Store) 
         go_on = await held(store)
         others = [asyncio.create_task(store.write(change("other", 0.001))) for _ in range(MANY)]
         await asyncio.sleep(0)
-    request = asyncio.create_task(store.write(change("request")))
+    there: list[str] = []
+    request = asyncio.create_task(store.write(asking(store, there)))
     await asyncio.sleep(0)
     go_on.set()
     await request
-    there = done(store)
     assert there[0] == "request"
     assert len(there) < BATCH, "its commit waited for a whole batch of others"
     await asyncio.gather(*others)
@@ -65,16 +82,16 @@ async def test_a_request_waits_for_few_of_those_in_the_background(store: Store) 
 
 async def test_a_request_that_comes_during_a_transaction_joins_it(store: Store) -> None:
     go_on = await held(store)
-    requests: list[asyncio.Future[object]] = []
+    requests, there = list[asyncio.Future[object]](), list[str]()
     loop, first = asyncio.get_running_loop(), threading.Event()
 
     def ask() -> None:
-        requests.append(asyncio.ensure_future(store.write(change("request"))))
+        requests.append(asyncio.ensure_future(store.write(asking(store, there))))
         loop.call_soon(first.set)
 
     def begin(db: sqlite3.Connection) -> None:
         loop.call_soon_threadsafe(ask)
-        assert first.wait(30)
+        assert first.wait(PATIENCE)
 
     async with in_background():
         others = [asyncio.create_task(store.write(begin))]
@@ -83,8 +100,8 @@ async def test_a_request_that_comes_during_a_transaction_joins_it(store: Store) 
     go_on.set()
     await until_async(lambda: requests)
     await requests[0]
-    assert done(store)[0] == "request"
-    assert len(done(store)) < BATCH
+    assert there[0] == "request"
+    assert len(there) < BATCH
     await asyncio.gather(*others)
 
 
@@ -101,7 +118,7 @@ async def test_those_in_the_background_get_on_however_many_requests_there_are(st
 
     clients = [asyncio.create_task(client()) for _ in range(4)]
     go_on.set()
-    await asyncio.wait_for(ended, 30)
+    await asyncio.wait_for(ended, PATIENCE)
     await asyncio.gather(*clients)
 
 
@@ -122,11 +139,11 @@ async def test_a_change_that_fails_among_others_fails_alone(store: Store) -> Non
 async def test_no_request_waits_for_a_thread_of_the_background() -> None:
     go_on = threading.Event()
     async with in_background():
-        waiting = [asyncio.create_task(in_thread(go_on.wait, 30)) for _ in range(2 * background.THREADS)]
+        waiting = [asyncio.create_task(in_thread(go_on.wait, PATIENCE)) for _ in range(2 * background.THREADS)]
         await asyncio.sleep(0)
         outside = asyncio.get_running_loop().run_in_executor(None, threading.current_thread)
-        assert not (await asyncio.wait_for(outside, 10)).name.startswith("background")
-        assert (await asyncio.wait_for(asyncio.to_thread(threading.get_ident), 10)) != threading.get_ident()
+        assert not (await asyncio.wait_for(outside, PATIENCE / 2)).name.startswith("background")
+        assert (await asyncio.wait_for(asyncio.to_thread(threading.get_ident), PATIENCE / 2)) != threading.get_ident()
         go_on.set()
         assert all(await asyncio.gather(*waiting))
     assert not background.is_background()

@@ -110,7 +110,7 @@ async def test_a_wakeup_arrives_however_deep_its_folder_is(tmp_path, depth):
     woken = asyncio.Queue()
     listener = WakeupSocket(folder / "bell", woken.put_nowait)
     wake(folder / "bell", "ftjob-1")
-    assert await asyncio.wait_for(woken.get(), 5) == "ftjob-1"
+    assert await asyncio.wait_for(woken.get(), 120) == "ftjob-1"
     listener.close()
     wake(folder / "bell", "ftjob-1")  # nobody listens: nothing happens
     wake(None, "ftjob-1")

@@ -21,7 +21,7 @@ UNREAD = ("engines", "run", "lock", "worker.log")
 
 def wait(server: LiveServer, job_id: str, status: str) -> dict[str, Any]:
     """The job object, once it has a status. The stock client refuses `paused`, and jobs without a training file."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while (job := call(server.url, "GET", f"{JOBS}/{job_id}").json)["status"] != status:
         assert time.monotonic() < deadline, job
         time.sleep(0.03)

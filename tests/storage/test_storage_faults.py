@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from disks import fill
 from http_calls import FILE, PURPOSE, post
-from jobs import check_and_stop, events, step_events, train
+from jobs import check_and_stop, events, go_on, hanging, step_events, stopped, train
 from live import ENDED, LiveServer
 from waiting import until
 
@@ -30,15 +30,19 @@ def test_row_24_a_full_disk_delays_everything_and_loses_nothing(
 ) -> None:
     server = start_server("limits.free_bytes=0", storage=small_disk)
     client = server.new_client(_strict_response_validation=False)
-    job = train(server, chat_rows, steps=60, step_seconds=0.05, checkpoint_steps=10)
-    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
+    job = train(server, chat_rows, **hanging(12, steps=60, step_seconds=0.05, checkpoint_steps=10))
+    until(lambda: stopped(server, job) and 12 in step_events(server, job))
     ballast = fill(small_disk)
     refused = post(server, PURPOSE, ("file", b"{}" * 100_000, "rows.jsonl"))
     refused.error(507, "insufficient_storage")
     assert refused.headers["x-should-retry"] == "false"
     log = next(server.storage.glob("jobs/*/attempts/1/worker.log"))
     until(lambda: no_room_left(small_disk) and client.fine_tuning.jobs.retrieve(job))
-    until(waits_for_room(log.parent / "heartbeat"))
+    heartbeat = log.parent / "heartbeat"
+    before = heartbeat.stat().st_mtime_ns
+    go_on(server, job)
+    until(lambda: heartbeat.stat().st_mtime_ns != before)
+    until(waits_for_room(heartbeat))
     assert client.fine_tuning.jobs.retrieve(job).status == "running", log.read_text()
     ballast.unlink()
     assert server.wait(job).status == "succeeded", server.log
@@ -68,9 +72,10 @@ def test_row_95_a_checkpoint_that_finds_no_room_pauses_the_job(
 ) -> None:
     server = start_server("limits.free_bytes=0", "limits.room_seconds=0.3", storage=small_disk)
     client = server.new_client(_strict_response_validation=False)
-    job = train(server, chat_rows, steps=30, step_seconds=0.05, checkpoint_steps=10)
-    until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job)))
+    job = train(server, chat_rows, **hanging(12, steps=30, checkpoint_steps=10))
+    until(lambda: stopped(server, job) and 12 in step_events(server, job))
     ballast = fill(small_disk)
+    go_on(server, job)
     log = next(server.storage.glob("jobs/*/attempts/1/worker.log"))
     until(lambda: "DiskFullError" in log.read_text() or no_room_for_words(server, job))
     ballast.unlink()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chaos_rollouts import Told
 
 Steps = dict[int, str]
-FORGET_SECONDS = 60.0
+FORGET_SECONDS = 120.0
 
 
 @dataclass

@@ -210,7 +210,7 @@ def marked(always: list[str], rest: list[str]) -> list[Any]:
     return [*always, *(pytest.param(name, marks=pytest.mark.crash) for name in rest)]
 
 
-def gone(storage: Path, seconds: float = 20) -> None:
+def gone(storage: Path, seconds: float = 120) -> None:
     """Wait until no process works on the directory any more."""
     deadline = time.monotonic() + seconds
     while left := processes(storage):

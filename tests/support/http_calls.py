@@ -91,7 +91,7 @@ def stored(server: LiveServer) -> set[str]:
 
 def settled(server: LiveServer) -> set[str]:
     """What is stored once no upload is under way."""
-    incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + 10
+    incoming, deadline = server.storage / "files" / ".incoming", time.monotonic() + PATIENCE
     while any(incoming.iterdir()):
         assert time.monotonic() < deadline, f"left behind: {list(incoming.iterdir())}"
         time.sleep(0.01)

@@ -63,7 +63,7 @@ class LiveServer:
         for job in jobs:
             asking = urllib.request.Request(f"{self.url}/v1/fine_tuning/jobs/{job}/cancel", method="POST")
             urllib.request.urlopen(asking).close()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         for job in jobs:
             while self._status(job) not in ENDED:
                 assert time.monotonic() < deadline, f"job {job} was not cancelled\n{self.log}"
@@ -80,7 +80,7 @@ class LiveServer:
         self.clients.clear()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 def engine_dir(server: LiveServer) -> Path:

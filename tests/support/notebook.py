@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from omegaconf import OmegaConf
 
 from arbor_core import ArborError, open_system, serve_settings
 
+TASKS = "/proc/self/task"
+PATIENCE = 60.0
 ROW = {"messages": [{"role": "user", "content": "color?"}, {"role": "assistant", "content": "green"}]}
 
 
@@ -38,7 +41,7 @@ def state() -> dict[str, Any]:
     os.umask(umask)
     return {
         "threads": sorted(thread.name for thread in threading.enumerate()),
-        "tasks": len(os.listdir("/proc/self/task")),
+        "tasks": len(os.listdir(TASKS)),
         "children": children,
         "descriptors": descriptors(),
         "signals": {str(number): id(signal.getsignal(number)) for number in signal.valid_signals()},
@@ -104,6 +107,9 @@ async def notebook(folder: Path) -> None:
         while thread.is_alive():
             await asyncio.sleep(0.02)
         thread.join()
+    deadline = time.monotonic() + PATIENCE
+    while len(os.listdir(TASKS)) > before["tasks"] and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)  # a thread that was joined is the kernel's for a moment longer
     after = state()
     if GlobalHydra.instance().is_initialized():
         after["composed"] = OmegaConf.to_container(hydra.compose("serve"))

@@ -82,7 +82,7 @@ class Client:
     def until(self, job: str, condition: Callable[[Any], bool]) -> None:
         """Wait for a condition; a job that has ended meanwhile meets every one."""
         client = self.server.new_client(_strict_response_validation=False)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not condition(found := client.fine_tuning.jobs.retrieve(job)) and found.status not in ENDED:
             assert time.monotonic() < deadline, f"{job} is still {found.status}\n{self.server.log}"
             time.sleep(0.02)
@@ -93,7 +93,7 @@ def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -
     client = server.new_client(_strict_response_validation=False)
     listed = {job.id for job in client.fine_tuning.jobs.list(limit=50)}
     assert jobs <= listed
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while waiting := [job for job in client.fine_tuning.jobs.list(limit=50) if job.status not in ENDED]:
         for job in waiting:
             if job.status == "paused":
@@ -128,7 +128,7 @@ def server_dies(
     client = Client(server)
     with suppress(openai.APIConnectionError):
         client.play(chat_rows)
-    assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
+    assert server.process.wait(120) == -signal.SIGKILL, f"the server never came to {point}"
     seen = Seen(server.storage)
     again = start_server("gpu.train=[0,1]", *options)
     bring_to_an_end(again, client.files, client.jobs)
@@ -172,7 +172,7 @@ def test_a_job_that_is_cancelled_although_its_server_died_at(
     server = start_server("gpu.train=[0,1]", env={"ARBOR_CRASH_AT": point})
     with suppress(openai.APIConnectionError):
         Client(server).create(chat_rows)
-    assert server.process.wait(30) == -signal.SIGKILL, f"the server never came to {point}"
+    assert server.process.wait(120) == -signal.SIGKILL, f"the server never came to {point}"
     with closing(sqlite3.connect(server.storage / "arbor.db")) as db, db:
         [(job,)] = db.execute("UPDATE jobs SET desired='cancel' RETURNING id").fetchall()
     seen = Seen(server.storage)

@@ -139,7 +139,7 @@ def test_readme_snippet_runs(server: LiveServer, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(row * 10)
     assert "http://127.0.0.1:7453" in snippet
     snippet = snippet.replace("http://127.0.0.1:7453", server.url)
-    ran = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=150)
     assert ran.returncode == 0, ran.stderr
     assert {"Good", "morning!"} & set(ran.stdout.split())
 

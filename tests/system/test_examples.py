@@ -31,7 +31,7 @@ def data(tmp_path: Path, chat_rows: list[dict[str, Any]]) -> Path:
 def run(command: list[str], input_: str = "", **variables: str) -> str:
     """What a command prints; it must succeed."""
     ran = subprocess.run(
-        command, input=input_, capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
+        command, input=input_, capture_output=True, text=True, env={**os.environ, **variables}, timeout=150
     )
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     return ran.stdout
@@ -51,7 +51,7 @@ def test_quickstart_says_why_a_job_failed(server: LiveServer, tmp_path: Path) ->
     path.write_text('{"messages": []}\n' * 10)
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), str(path), "mock/tiny"]
     variables = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=150)
     assert ran.returncode == 1
     assert "line 1 and 9 more: Invalid 'messages': Expected `array` of length >= 1. {" in ran.stderr
 

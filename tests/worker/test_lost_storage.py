@@ -49,7 +49,7 @@ def supervised(order: AttemptOrder, tmp_path: Path) -> Iterator[tuple[subprocess
 
 
 def ends_with_one_line(process: subprocess.Popen[str], worker: int) -> str:
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert not process_ref(worker), "its worker lives on"
     [line] = said.splitlines()
     assert "no storage for 1 s" in line
@@ -88,7 +88,7 @@ def test_an_attempt_on_a_full_disk_goes_on_and_tells_its_end_when_there_is_room(
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(4)
         ballast.unlink()
-        process.wait(30)
+        process.wait(120)
     found = ended(order)
     assert found is not None
     assert found.code == -9
@@ -147,6 +147,7 @@ def test_a_worker_on_a_full_disk_waits_for_room(run: WorkerRun[Any], monkeypatch
 
 
 def test_a_fault_that_passes_loses_nothing(run: WorkerRun[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run.room_seconds = 600.0
     left = failing(run, monkeypatch, errno.EIO, errno.EIO, 0)
     run.emit(CheckpointEvent(step=1, dir="1-1"))
     assert left == [0]

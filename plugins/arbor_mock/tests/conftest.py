@@ -56,7 +56,7 @@ class JobFolder:
 
     def run(self) -> int:
         """One attempt from beginning to end; returns its exit status."""
-        return self.start().wait(60)
+        return self.start().wait(120)
 
     def events(self, kind: type[EventT] = Event, attempt: int | None = None) -> list[EventT]:
         log = self.dir / "attempts" / str(attempt or self.attempts) / "events.jsonl"

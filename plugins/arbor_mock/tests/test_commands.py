@@ -96,7 +96,7 @@ def test_it_waits_for_the_command_that_is_missing(executing):
     send(waiting, add(1))
     until(lambda: answers(waiting) == {1: {"sum": 1}, 2: {"sum": 3}})
     waiting.desire("pause")
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert [event.step for event in waiting.events(CheckpointEvent)] == [2]
     waiting.desire("finish")
     send(waiting, add(4), first=4)  # whoever asks to finish has given up on the third

@@ -14,6 +14,7 @@ import pytest
 from arbor_core import ArborError, Weights
 
 MODEL = "mock/tiny"
+PATIENCE = 120.0
 HELLO = [{"role": "user", "content": "hello wörld out there"}]
 
 
@@ -40,7 +41,7 @@ async def texts(chunks, into):
 
 async def until(engine, **expected):
     """Wait until health shows these numbers."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not expected.items() <= (await health(engine)).items():
             await asyncio.sleep(0.01)
 
@@ -173,7 +174,7 @@ async def test_unloading_waits_for_those_that_run(engine, adapter):
     live = await engine()
     await live.load_weights(Weights("ft:one", str(adapter)))
     async with client_of(live) as client:
-        slow = [{"role": "user", "content": "[mock: token_seconds=0.05] one two three four"}]
+        slow = [{"role": "user", "content": "[mock: token_seconds=0.2] one two three four"}]
         running = asyncio.create_task(client.chat.completions.create(model="ft:one", messages=slow))
         await until(live, running=1)
         await live.unload("ft:one")
@@ -238,7 +239,7 @@ async def test_the_process_dies_when_told(engine):
 async def test_the_process_ends_with_its_parent(engine):
     live = await engine()
     live.process.stdin.close()
-    assert "exit status 0" in await asyncio.wait_for(live.wait(), 10)
+    assert "exit status 0" in await asyncio.wait_for(live.wait(), PATIENCE)
 
 
 async def test_sigterm_tells_a_stream_why_it_ends(engine):
@@ -252,7 +253,7 @@ async def test_sigterm_tells_a_stream_why_it_ends(engine):
         with pytest.raises(openai.APIError) as caught:
             await texts(chunks, [])
         assert caught.value.code == "engine_unavailable"
-    await asyncio.wait_for(live.wait(), 10)
+    await asyncio.wait_for(live.wait(), PATIENCE)
 
 
 async def test_an_engine_that_cannot_start_says_why(engine):

@@ -91,7 +91,7 @@ def test_skipping_gives_credits_back_without_a_step(grpo):
     until(lambda: len(handled(waiting)) == 2)
     assert handled(waiting)[-1] == 2
     waiting.desire("finish")
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert waiting.events(ResultEvent)[0].step == 1
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_is_named_while_no_group_comes(grpo):
     until(lambda: any(event.name for event in waiting.events(CheckpointEvent)))
     assert (waiting.dir / "checkpoints" / "named" / "best").resolve().name == "0-1"
     waiting.desire("finish")
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
 
 
 def test_a_killed_job_learns_the_same_as_one_that_was_not(grpo):
@@ -151,7 +151,7 @@ def test_a_paused_job_keeps_its_place(grpo):
     process = paused.start()
     until(lambda: len(paused.events(MetricsEvent)) > 2)
     paused.desire("pause")
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     step = paused.events(MetricsEvent)[-1].step
     assert paused.events(CheckpointEvent)[-1].step == step
     paused.desire("finish")

@@ -67,7 +67,7 @@ def test_a_paused_job_goes_on_where_it_stopped(job):
     process = paused.start()
     until(lambda: len(paused.events(MetricsEvent)) > 2)
     paused.desire("pause")
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     stopped_at = paused.events(CheckpointEvent)[-1].step
     assert paused.events(PausedEvent)
     assert stopped_at == paused.events(MetricsEvent)[-1].step
@@ -145,7 +145,7 @@ def test_a_hang_ignores_everything_but_sigkill(job):
     assert stopped()
     assert process.poll() is None
     process.kill()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
 
 
 def test_an_unreadable_row_fails_the_job(job):

@@ -134,7 +134,7 @@ async def test_without_a_hub_a_model_that_is_not_here_is_none(
     began = time.monotonic()
     with pytest.raises(UnknownModelError, match=says):
         await TransformersBackend().find("org/known")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
     assert asked == []
 
 
