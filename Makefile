@@ -30,6 +30,8 @@ endif
 export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export TOKENIZERS_PARALLELISM := false
+# A thousand processes begin: each of them would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo demo-grpo test test-all slow test-minimal clients crash short-chaos lint format chaos bench docs clean
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import server_process
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -22,7 +22,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 class LiveServer:
     """A server process of the test's own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | server_process.Forked
     url: str
     storage: Path
     log_file: Path
@@ -115,16 +115,9 @@ def launch(
     variables.pop("ARBOR_MOCK_GPU", None)
     if mock:
         variables["ARBOR_MOCK_GPU"] = "1"
-    program = ["-m", "arbor_core", "serve"]
-    if before:
-        program = ["-c", f"{before}; from arbor_core.cli.serve import serve; serve()"]
     with log_file.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, *program, "port=0", f"storage={storage / 'data'}", *overrides],
-            stdout=subprocess.PIPE,
-            stderr=output,
-            env=variables,
-        )
+        arguments = ["port=0", f"storage={storage / 'data'}", *overrides]
+        process = server_process.start(arguments, variables, output, before)
     assert process.stdout is not None
     line = process.stdout.readline().decode()
     if not line.startswith("arbor: listening on "):
