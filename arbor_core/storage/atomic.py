@@ -23,6 +23,8 @@ from arbor_core.crash_points import crash_point
 
 TEMPORARY = ".tmp"
 """How the name of a file or directory ends that is not whole yet."""
+_in_hand: set[str] = set()
+"""Names of temporary files that threads of this process are writing."""
 
 
 def replace(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -61,9 +63,11 @@ def replace_link(path: Path, target: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what processes that were killed left directly in a folder. Nobody may be writing there."""
+    """Remove what processes that were killed left directly in a folder. No other process may be writing there."""
     with contextlib.suppress(FileNotFoundError):
         for entry in list(os.scandir(folder)):
+            if entry.name in _in_hand:
+                continue
             if entry.name.endswith(TEMPORARY) and entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             elif entry.name.endswith(TEMPORARY):
@@ -83,6 +87,7 @@ def _put(path: Path, write: Callable[[Path], None], move: Callable[[Path, Path],
     """Write a temporary file, then move it to its place. Its name is this thread's own: no other process has one with
     this number, and a thread writes one file at a time."""
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}{TEMPORARY}")
+    _in_hand.add(temporary.name)
     try:
         write(temporary)
         crash_point("file.written")
@@ -91,6 +96,7 @@ def _put(path: Path, write: Callable[[Path], None], move: Callable[[Path, Path],
     finally:
         with contextlib.suppress(OSError):  # it has moved, or the first error says more
             temporary.unlink()
+        _in_hand.discard(temporary.name)
 
 
 def _write(path: Path, content: bytes, *, durable: bool) -> None:

@@ -50,6 +50,13 @@ def test_a_file_is_created_once(tmp_path: Path) -> None:
     assert names(tmp_path) == {"keeper"}
 
 
+def test_what_this_process_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".left.123.tmp").touch()
+    monkeypatch.setattr("arbor_core.storage.atomic.crash_point", lambda _: remove_temporary(tmp_path))
+    replace(tmp_path / "asked", b"a checkpoint")
+    assert names(tmp_path) == {"asked"}
+
+
 def test_a_link_is_replaced(tmp_path: Path) -> None:
     for target in ("2-1", "4-1"):
         replace_link(tmp_path / "best", Path("..") / target)
