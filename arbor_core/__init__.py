@@ -6,11 +6,11 @@ A plugin is a module named under the entry-point group `arbor` with functions ma
 `arbor_core.testing`. See docs/plugins.md.
 
 For trainers: `FileRun`, `RolloutRun`, `CommandRun` and the nouns of `arbor_core.types`, training rows (`read_rows`,
-`check_chat_row`), conversations on their way to tokens (`Chats`). For executors, which run attempts elsewhere or
-otherwise: the environments of their processes (`clean_env`, `worker_env`) and sockets (`short_address`); the worker's
-side of a job directory (`open_run`, `explain`, `fail`), its files (`AttemptDir`, `last_beat`, `manifest`,
-`newest_first`, `replace`) and its server's bell (`wake`); places where tests let a process die (`crash_point`). For
-schedulers: the ways to place a claim on free devices (`placements`).
+`check_chat_row`), conversations on their way to tokens (`Chats`), when to write resume points (`ResumeClock`). For
+executors, which run attempts elsewhere or otherwise: the environments of their processes (`clean_env`, `worker_env`)
+and sockets (`short_address`); the worker's side of a job directory (`open_run`, `explain`, `fail`), its files
+(`AttemptDir`, `last_beat`, `manifest`, `newest_first`, `replace`) and its server's bell (`wake`); places where tests
+let a process die (`crash_point`). For schedulers: the ways to place a claim on free devices (`placements`).
 """
 
 from importlib import import_module
@@ -107,6 +107,7 @@ if TYPE_CHECKING:
     from .storage.atomic import replace
     from .worker.failures import explain, fail
     from .worker.file_run import FileWorkerRun
+    from .worker.resume_clock import ResumeClock
     from .worker.run import WorkerRun, open_run
 
 LAZY = {
@@ -146,6 +147,7 @@ LAZY = {
     "explain": "worker.failures",
     "fail": "worker.failures",
     "FileWorkerRun": "worker.file_run",
+    "ResumeClock": "worker.resume_clock",
     "WorkerRun": "worker.run",
     "open_run": "worker.run",
 }
@@ -222,6 +224,7 @@ __all__ = [
     "RanksCommand",
     "Record",
     "ResultEvent",
+    "ResumeClock",
     "ResumePointWritten",
     "Rollout",
     "RolloutConfig",

@@ -5,30 +5,33 @@ A client is played here: the commands are put into the job's inbox, and results 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.types import CheckpointEvent
 
 from .job_directory import JobDirectory
 from .reports import LAST_WORDS, check_cancel, check_checkpoints, check_paused, check_result
+from .resume_points import check_none_left, check_points
 from .rollouts import Attempt, check_named, running
 from .sending import FORGETFUL, check_sent_again
 
 
-def check_executing(make: Callable[[str], JobDirectory], commands: Sequence[bytes]) -> None:
+def check_executing(make: Callable[..., JobDirectory], commands: Sequence[bytes], often: Mapping[str, Any]) -> None:
     """Run a job to its end, one that is paused and resumed, one that is killed and finished, and one that is cancelled.
 
     Args:
-        make: A new job of a name.
+        make: Makes a new job of a name and hyperparameters.
         commands: Their payloads, in order.
+        often: Hyperparameters with which there is a resume point after each command; empty: the trainer writes none.
     """
     assert len(commands) >= 3, f"check_trainer: {len(commands)} commands were given, at least 3 are needed"
-    whole, paused, killed, cancelled = (make(name) for name in ("whole", "paused", "killed", "cancelled"))
+    whole, paused, cancelled = (make(name) for name in ("whole", "paused", "cancelled"))
     check_to_the_end(whole, commands)
     expected = whole.results()
     check_resumed(paused, commands, expected)
-    check_killed(killed, commands, expected)
+    check_killed(make("killed", **often), commands, expected)
     cancelled.command(1, commands[0])
     check_cancel(cancelled)
 
@@ -91,6 +94,7 @@ def check_killed(job: JobDirectory, commands: Sequence[bytes], expected: dict[in
         for number, payload in enumerate(commands[:-1], 1):
             job.command(number, payload)
         until_answered(attempt, len(commands) - 1)
+    check_points(job, most=2)
     told = job.results()
     job.command(len(commands), commands[-1])
     job.ask("finish")
@@ -101,6 +105,7 @@ def check_killed(job: JobDirectory, commands: Sequence[bytes], expected: dict[in
     check_same(job, expected, "it was killed")
     check_sent_again(job)
     check_result(job)
+    check_none_left(job)
 
 
 def check_same(job: JobDirectory, expected: dict[int, bytes], why: str) -> None:

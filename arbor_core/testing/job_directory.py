@@ -180,16 +180,22 @@ class JobDirectory:
         write_order(order, Placement(self.devices, 1))
         return folder
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Begin a new attempt, in a new Python."""
+    def start(self, die_at: str = "") -> subprocess.Popen[bytes]:
+        """Begin a new attempt, in a new Python.
+
+        Args:
+            die_at: The fault point at which its process is killed (`arbor_core.crash_points`), and `:3` if that is when
+                it comes there the third time.
+        """
         folder = self.prepare()
         with self.files.attempt(self.attempts).log.open("wb") as log:
             command = [sys.executable, "-m", "arbor_core.worker.main", str(folder)]
-            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+            env = {**os.environ, **ENV, **({"ARBOR_CRASH_AT": die_at} if die_at else {})}
+            return subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
-    def attempt(self) -> int:
+    def attempt(self, die_at: str = "") -> int:
         """Run a new attempt to its end; its exit status."""
-        process = self.start()
+        process = self.start(die_at)
         try:
             return process.wait(ATTEMPT_SECONDS)
         finally:

@@ -11,6 +11,7 @@ from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.documents import read_document
 from arbor_core.types import CheckpointEvent, ErrorEvent, MetricsEvent, PausedEvent, ResultEvent, TrainedWeights
 
+from .hardware import device
 from .job_directory import JobDirectory
 
 LAST_WORDS = (ResultEvent, ErrorEvent, PausedEvent)
@@ -85,3 +86,16 @@ def check_paused(job: JobDirectory) -> None:
     assert isinstance(last, PausedEvent), (
         f"asked to pause, the last event is '{last.type}': call run.stop_if_asked while waiting"
     )
+
+
+def check_same(mine: list[MetricsEvent], theirs: list[MetricsEvent], why: str = "a pause") -> None:
+    """Steps of a run that was interrupted and of one that was not."""
+    steps, expected = ([event.step for event in events] for events in (mine, theirs))
+    assert steps == expected, f"after {why} the steps are {steps}; expected {expected}"
+    for one, other in zip(mine, theirs, strict=True):
+        step, a, b = one.step, one.values["train_loss"], other.values["train_loss"]
+        assert one.fed == other.fed, f"step {step} was made of {one.fed} after {why}, of {other.fed} without"
+        alike = math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6)
+        assert alike, f"step {step}: the loss is {a} after {why}, {b} without"
+        same = one.digest == other.digest or device().kind != "cpu"  # a GPU may add in another order
+        assert same, f"step {step}: the digest of the parameters is another after {why} than without"

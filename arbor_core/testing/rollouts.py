@@ -5,28 +5,28 @@ Clients are played here: groups are made up and put into the job's inbox, and wh
 
 from __future__ import annotations
 
-import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.groups import read
 from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PolicyPublished, ResultEvent, Rollout
 
-from .hardware import device
 from .job_directory import ATTEMPT_SECONDS, STOP_SECONDS, JobDirectory
 from .reports import (
     LAST_WORDS,
-    RESUMED_TOLERANCE,
     check_cancel,
     check_checkpoints,
     check_numbers,
     check_paused,
     check_result,
+    check_same,
 )
+from .resume_points import check_none_left, check_points
 from .sending import FORGETFUL, check_sent_again
 
 STEPS = 3
@@ -41,16 +41,17 @@ PAUSE_HINT = (
 FINISH_HINT = "loop until run.desired() is 'finish', then write a checkpoint and call run.finish"
 
 
-def check_learning(make: Callable[[str], JobDirectory]) -> None:
+def check_learning(make: Callable[..., JobDirectory], often: Mapping[str, Any]) -> None:
     """Run a job to its end, one that is paused and resumed, one that is killed, and one that is cancelled.
 
     Args:
-        make: A new job of a name, with `SIZE` among its hyperparameters.
+        make: A new job of a name, with `SIZE` among its hyperparameters, and others.
+        often: Hyperparameters with which there is a resume point after each step; empty: the trainer writes none.
     """
-    whole, paused, killed, cancelled = (make(name) for name in ("whole", "paused", "killed", "cancelled"))
+    whole, paused, cancelled = (make(name) for name in ("whole", "paused", "cancelled"))
     check_to_the_end(whole)
     check_resumed(paused, whole)
-    check_killed(killed, whole)
+    check_killed(make("killed", **often), whole, points=bool(often))
     cancelled.send(*groups(1))
     check_cancel(cancelled)
 
@@ -238,19 +239,25 @@ def check_resumed(job: JobDirectory, whole: JobDirectory) -> None:
     assert said == ["result"], f"the resumed run reported {said}; expected a result"
 
 
-def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
+def check_killed(job: JobDirectory, whole: JobDirectory, *, points: bool) -> None:
     """Killed, and asked to finish before it runs again: what it had learned is in its result, and no more. A checkpoint
-    that a client wants meanwhile is of nothing less."""
+    that a client wants meanwhile is of nothing less.
+
+    Args:
+        points: There is to be a resume point after each step.
+    """
     with running(job) as attempt:
         for step in range(1, STEPS):
             attempt.learn(step)
         check_report_skipped(attempt)
+    check_points(job, list(range(1, STEPS)) if points else None)
     job.send(*groups(STEPS))
     job.request_checkpoint("late")
     job.ask("finish")
     with running(job) as attempt:
         attempt.end("killed, and asked to finish")
     result = check_result(job)
+    check_none_left(job)
     assert result.step == STEPS - 1, (
         f"killed after step {STEPS - 1} and asked to finish, the result is that of step {result.step}: ask "
         "run.desired() after groups are taken, and say with run.publish or run.report_skipped how many are handled"
@@ -261,16 +268,3 @@ def check_killed(job: JobDirectory, whole: JobDirectory) -> None:
     )
     newest = {e.step: e for n in range(1, job.attempts + 1) for e in job.events(MetricsEvent, attempt=n)}
     check_same(list(newest.values()), whole.events(MetricsEvent)[:-1], "it was killed")
-
-
-def check_same(mine: list[MetricsEvent], theirs: list[MetricsEvent], why: str = "a pause") -> None:
-    """Steps of a run that was interrupted and of one that was not."""
-    steps, expected = ([event.step for event in events] for events in (mine, theirs))
-    assert steps == expected, f"after {why} the steps are {steps}; expected {expected}"
-    for one, other in zip(mine, theirs, strict=True):
-        step, a, b = one.step, one.values["train_loss"], other.values["train_loss"]
-        assert one.fed == other.fed, f"step {step} was made of {one.fed} after {why}, of {other.fed} without"
-        alike = math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6)
-        assert alike, f"step {step}: the loss is {a} after {why}, {b} without"
-        same = one.digest == other.digest or device().kind != "cpu"  # a GPU may add in another order
-        assert same, f"step {step}: the digest of the parameters is another after {why} than without"

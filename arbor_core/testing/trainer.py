@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import math
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ from arbor_core.types import (
 from . import rollouts
 from .commands import check_executing
 from .job_directory import JobDirectory, yaml_of
-from .reports import LAST_WORDS, RESUMED_TOLERANCE, check_cancel, check_checkpoints, check_numbers, check_result
+from .reports import LAST_WORDS, check_cancel, check_checkpoints, check_numbers, check_result, check_same
+from .resume_points import EVERY_STEP, check_killed
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "jax", "tensorflow")
 """What a plugin's own module may not import: the server does, and every command."""
@@ -51,9 +51,9 @@ def check_trainer(
 
     Always: that its configuration's struct and YAML agree and refuse what they should, that the functions it names
     exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
-    in a Python of its own: one to its end, one that is paused and resumed, one that is cancelled. For a trainer that
-    learns from rollouts `model` is enough: groups are made up, and jobs are killed and finished too (see `rollouts`).
-    For one that executes commands give `model` and `commands` (see `arbor_core.testing.commands`).
+    in a Python of its own: one to its end, one that is paused and resumed, one that is killed, one that is cancelled.
+    For a trainer that learns from rollouts `model` is enough: groups are made up, and jobs are finished too (see
+    `rollouts`). For one that executes commands give `model` and `commands` (see `arbor_core.testing.commands`).
 
     Args:
         rows: Rows that it can be trained on, enough for two steps and few enough for seconds.
@@ -87,20 +87,27 @@ def check_trainer(
         if trainer.input == "rollouts":
             values |= rollouts.SIZE
 
-        def job(kind: str) -> JobDirectory:
-            return JobDirectory(root / kind, name, rows or (), str(model), values)
+        def job(kind: str, **more: Any) -> JobDirectory:
+            return JobDirectory(root / kind, name, rows or (), str(model), {**values, **more})
 
+        often = EVERY_STEP if EVERY_STEP.keys() <= yaml_of(name).keys() else {}
         if commands:
-            check_executing(job, commands)
+            check_executing(job, commands, often)
         else:
-            (rollouts.check_learning if live else check_training)(job)
+            (rollouts.check_learning if live else check_training)(job, often)
 
 
-def check_training(make: Callable[[str], JobDirectory]) -> None:
-    """Jobs that learn from a file. `make` makes a new one of a name."""
+def check_training(make: Callable[..., JobDirectory], often: Mapping[str, Any]) -> None:
+    """Jobs that learn from a file.
+
+    Args:
+        make: Makes a new one of a name and hyperparameters.
+        often: Hyperparameters with which there is a resume point after each step; empty: the trainer writes none.
+    """
     whole = make("whole")
     check_run(whole)
     check_pause(make("paused"), whole)
+    check_killed(make("killed", **often), whole, points=bool(often))
     check_cancel(make("cancelled"))
 
 
@@ -252,12 +259,5 @@ def check_pause(job: JobDirectory, whole: JobDirectory) -> None:
     status = job.attempt()
     assert status == 0, f"the resumed worker ended with status {status}:\n{job.log}"
     both = [*job.events(MetricsEvent, attempt=1), *job.events(MetricsEvent, attempt=2)]
-    expected = whole.events(MetricsEvent)
-    steps, expected_steps = ([event.step for event in events] for events in (both, expected))
-    assert steps == expected_steps, f"paused and resumed, the steps are {steps}; expected {expected_steps}"
-    for mine, theirs in zip(both, expected, strict=True):
-        a, b = mine.values["train_loss"], theirs.values["train_loss"]
-        assert math.isclose(a, b, rel_tol=RESUMED_TOLERANCE, abs_tol=1e-6), (
-            f"step {mine.step}: the loss is {a} in a run that was paused, {b} in one that was not"
-        )
+    check_same(both, whole.events(MetricsEvent))
     assert isinstance(job.events(*LAST_WORDS)[-1], ResultEvent), "the resumed run did not finish"

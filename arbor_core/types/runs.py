@@ -117,7 +117,7 @@ class Run(Protocol[ConfigT_co]):
         model, only the newest is kept, and it goes with the next checkpoint. Metrics of the step come before it.
 
         Returns:
-            False: the disk had no room for it, and the one before stays.
+            False: the disk had no room for it, and the one before stays; a warning says so.
         """
         ...
 

@@ -197,6 +197,7 @@ class WorkerRun(Generic[ConfigT]):
         except OSError as error:
             if not is_disk_full(error, self.dir):
                 raise
+            self.message(f"The disk has no room for a resume point at step {step}: it is left out", "warn")
             return False
         self.emit(ResumePointWritten(f"Training can go on after step {step}", step=step))
         return True

@@ -25,7 +25,7 @@ LEARNING: list[Kind] = [
         "mock_grpo",
         {"num_generations": 4, "groups_per_step": 2, "step_seconds": 0.05, "checkpoint_steps": 5, "max_group_age": 64},
     ),
-    ("mock_grpo", {"num_generations": 4, "groups_per_step": 1, "max_staleness": 2, "checkpoint_steps": 3}),
+    ("mock_grpo", {"num_generations": 4, "groups_per_step": 1, "max_staleness": 2, "resume_seconds": 0}),
 ]
 LEARNING_REAL: list[Kind] = [
     (

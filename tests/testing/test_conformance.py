@@ -36,6 +36,8 @@ from arbor_core.testing import (
 )
 from arbor_core.testing import commands as command_checks
 from arbor_core.testing import executor as executor_checks
+from arbor_core.testing import reports as report_checks
+from arbor_core.testing import resume_points as resume_checks
 from arbor_core.testing import rollouts as rollout_checks
 from arbor_core.testing import trainer as trainer_checks
 
@@ -239,6 +241,7 @@ class WithDefault(msgspec.Struct, forbid_unknown_fields=True):
     steps: Any
     step_seconds: Any
     checkpoint_steps: Any
+    resume_seconds: Any
     fault: Any
     fault_step: Any
     fault_times: int = 1
@@ -292,13 +295,13 @@ def test_the_kit_finds_steps_that_are_made_of_something_else(learner: Callable[.
     with pytest.raises(AssertionError, match="step 2 says it was made of"):
         rollout_checks.check_fed(job, mine)
     with pytest.raises(AssertionError, match="step 2 was made of"):
-        rollout_checks.check_same(mine, honest)
+        report_checks.check_same(mine, honest)
     mine = job.events(MetricsEvent)
     mine[2].digest = "another"
     with pytest.raises(AssertionError, match="step 3: the digest of the parameters is another"):
-        rollout_checks.check_same(mine, honest)
+        report_checks.check_same(mine, honest)
     with pytest.raises(AssertionError, match="the steps are"):
-        rollout_checks.check_same(mine[1:], honest)
+        report_checks.check_same(mine[1:], honest)
 
 
 HASTY = """
@@ -408,6 +411,68 @@ def test_the_kit_finds_a_trainer_that_does_not_send_its_policy_again(
     sent = [b"1", b"2", b"3", b"4"]
     with pytest.raises(AssertionError, match=r"sent the policies \[1\] and ended; the next one sent \[\]"):
         command_checks.check_killed(job, sent, dict.fromkeys(range(1, len(sent) + 1), b"done"))
+
+
+FORGETFUL_TRAINER = """
+def train(run):
+    last = run.last_checkpoint()
+    for step in range(({goes_on}) + 1, 5):
+        run.metrics(step, 4, train_loss=1 / step + {loss})
+        if step < 4:
+            {write}
+    run.write_checkpoint(4, write)
+    run.finish(run.last_checkpoint(), 1)
+
+def write(folder):
+    (folder / "weights").write_text("x")
+"""
+GOOD = {"goes_on": "last.step if last else 0", "loss": "0", "write": "run.write_resume_point(step, write)"}
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Holds a trainer of four steps, with some fault, against the kit."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    def check(**faults: str) -> None:
+        def job(name: str) -> JobDirectory:
+            made = JobDirectory(tmp_path / name, "mock", [], "mock/tiny")
+            made.entry = "forgetful:train"
+            return made
+
+        (tmp_path / "forgetful.py").write_text(FORGETFUL_TRAINER.format(**{**GOOD, **faults}))
+        whole, killed = job("whole"), job("killed")
+        assert whole.attempt() == 0, whole.log
+        resume_checks.check_killed(killed, whole, points=True)
+
+    return check
+
+
+def test_the_kit_takes_a_trainer_that_goes_on_from_its_resume_points(forgetful: Callable[..., None]) -> None:
+    forgetful()
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"write": "pass"}, r"there are resume points of steps \[\] and checkpoints of \[\]; expected one of each"),
+        ({"write": "run.write_checkpoint(step, write); run.write_resume_point(step, write)"}, "expected one of each"),
+        ({"goes_on": "0"}, r"could go on after step 3, it made the steps \[1, 2, 3, 4\]"),
+        ({"goes_on": "last.step + 1 if last else 0"}, r"could go on after step 3, it made the steps \[\]"),
+        ({"loss": "(9 if last else 0)"}, "after it was killed"),
+    ],
+)
+def test_the_kit_finds_a_trainer_that_resumes_wrongly(
+    forgetful: Callable[..., None], faults: dict[str, str], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        forgetful(**faults)
+
+
+def test_the_kit_finds_resume_points_that_pile_up(forgetful: Callable[..., None]) -> None:
+    copied = "import shutil; at = run.dir / 'resume'; shutil.copytree(at / f'{step}-1', at / f'{step}-0')"
+    with pytest.raises(AssertionError, match="only the newest is kept"):
+        forgetful(write=f"run.write_resume_point(step, write); {copied}")
 
 
 def test_the_kit_finds_a_greedy_scheduler() -> None:

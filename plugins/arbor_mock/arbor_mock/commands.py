@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from arbor_core import Checkpoint, Command, CommandRun, JobFailed, JobStopped
+from arbor_core import Checkpoint, Command, CommandRun, JobFailed, JobStopped, ResumeClock
 
 from .config import MockCommand, MockCommandsConfig
 from .grpo import WAIT_SECONDS, kill
@@ -57,7 +57,7 @@ class Executor:
 
     def __init__(self, run: CommandRun[MockCommandsConfig]) -> None:
         self.run, self.last = run, run.last_checkpoint()
-        self.executed = Executed()
+        self.executed, self.clock = Executed(), ResumeClock(run.config.resume_seconds)
         if self.last:
             self.executed = msgspec.json.decode((self.last.dir / STATE).read_bytes(), type=Executed)
             run.message(f"Resumed after command {self.executed.command}")
@@ -86,6 +86,9 @@ class Executor:
         published = self.executed.published and self.executed.published.version == command.number
         if published or (config.checkpoint_commands and command.number % config.checkpoint_commands == 0):
             self.saved()  # a policy that was published is served from here while no attempt runs
+        elif self.clock.is_due():
+            with self.clock.writing():
+                self.run.write_resume_point(command.number, self.write_state)
 
     def answer(self, command: Command) -> dict[str, Any]:
         """Do what a command says; what it answers."""
@@ -122,12 +125,16 @@ class Executor:
         if folder and self.executed.published:
             write_adapter(folder, self.run.model, self.executed.published.digest)
 
+    def write_state(self, folder: Path) -> None:
+        """Write what there is after the last command."""
+        write_adapter(folder, self.run.model, self.executed.digest)
+        (folder / STATE).write_bytes(msgspec.json.encode(self.executed))
+
     def saved(self) -> Checkpoint:
         """The checkpoint after the last command that was answered, written if there is none."""
-        if self.last is None or self.last.step != self.executed.command:
-            with self.run.checkpoint(self.executed.command) as folder:
-                write_adapter(folder, self.run.model, self.executed.digest)
-                (folder / STATE).write_bytes(msgspec.json.encode(self.executed))
+        if self.last is None or self.last.resume_only or self.last.step != self.executed.command:
+            with self.clock.writing(), self.run.checkpoint(self.executed.command) as folder:
+                self.write_state(folder)
             self.last = self.run.last_checkpoint()
         if self.last is None:
             text = f"The checkpoint after command {self.executed.command} cannot be read back"

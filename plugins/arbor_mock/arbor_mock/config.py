@@ -1,6 +1,7 @@
 """What YAML and requests configure: three trainers, the engine and the launcher."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -12,6 +13,9 @@ NODE = "mock-node"
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 
+
+FORMER_VALUES: Mapping[str, Any] = {"resume_seconds": None}
+"""Keys that jobs of earlier versions have not."""
 
 Fault = Literal["none", "fail", "crash", "hang", "lose_gpu", "out_of_memory", "bad_checkpoint"]
 
@@ -26,9 +30,12 @@ class MockConfig(Struct, frozen=True, forbid_unknown_fields=True):
     steps: Count | None
     step_seconds: Seconds
     checkpoint_steps: Count | None
+    resume_seconds: Seconds | None
     fault: Fault
     fault_step: Count
     fault_times: Count
+
+    former_values: ClassVar[Mapping[str, Any]] = FORMER_VALUES
 
 
 class MockGrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,9 +45,12 @@ class MockGrpoConfig(RolloutConfig, frozen=True, kw_only=True, forbid_unknown_fi
     learning_rate: Annotated[float, Meta(gt=0)]
     step_seconds: Seconds
     checkpoint_steps: Count | None
+    resume_seconds: Seconds | None
     fault: Fault
     fault_step: Annotated[int, Meta(ge=0)]
     fault_times: Count
+
+    former_values: ClassVar[Mapping[str, Any]] = FORMER_VALUES
 
 
 class EngineOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +90,9 @@ class MockCommandsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     step_seconds: Seconds
     checkpoint_commands: Count | None
+    resume_seconds: Seconds | None
     fault: Fault
     fault_step: Annotated[int, Meta(ge=0)]
     fault_times: Count
+
+    former_values: ClassVar[Mapping[str, Any]] = FORMER_VALUES

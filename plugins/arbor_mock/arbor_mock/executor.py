@@ -86,6 +86,9 @@ class SimulatedRun(FileWorkerRun[MockConfig]):
         temporary.rename(folder)
         self.emit(CheckpointEvent(f"Checkpoint created at step {step}", step=step, dir=name, metrics=metrics))
 
+    def write_resume_point(self, step: int, write: Callable[[Path], None], /, **metrics: float) -> bool:
+        return False  # the simulation goes on from checkpoints
+
     def last_checkpoint(self) -> Checkpoint | None:
         for folder in newest_first(self.checkpoints_dir):
             if saved := manifest(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from arbor_core import Checkpoint, JobFailed, JobStopped, Record, RolloutRun, Scored, StepInputs
+from arbor_core import Checkpoint, JobFailed, JobStopped, Record, ResumeClock, RolloutRun, Scored, StepInputs
 
 from .config import MockGrpoConfig
 from .train import STATE, strike, write_adapter
@@ -67,9 +67,10 @@ class Learner:
         self.learned = Learned()
         if self.last:
             self.learned = msgspec.json.decode((self.last.dir / STATE).read_bytes(), type=Learned)
-            run.message(f"Resumed from the checkpoint of step {self.learned.step}")
+            run.message(f"Resumed after step {self.learned.step}")
             self.publish()  # what was published may be gone
         self.batch = Batch(self.learned.position)
+        self.clock = ResumeClock(self.config.resume_seconds)
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
@@ -131,6 +132,9 @@ class Learner:
         self.publish()
         if self.config.checkpoint_steps and self.learned.step % self.config.checkpoint_steps == 0:
             self.saved()
+        elif self.clock.is_due():
+            with self.clock.writing():
+                self.run.write_resume_point(self.learned.step, self.write)
         strike(self.run, self.learned.step, kill)
 
     def publish(self) -> None:
@@ -151,8 +155,8 @@ class Learner:
 
     def saved(self) -> Checkpoint:
         """The checkpoint of this step, written if there is none."""
-        if self.last is None or self.last.step != self.learned.step:
-            with self.run.checkpoint(self.learned.step) as folder:
+        if self.last is None or self.last.resume_only or self.last.step != self.learned.step:
+            with self.clock.writing(), self.run.checkpoint(self.learned.step) as folder:
                 write(folder, self.run.model, self.learned)
             self.last = self.run.last_checkpoint()
         if self.last is None:

@@ -8,11 +8,12 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
 
-from arbor_core import Checkpoint, FileRun, JobFailed, JobStopped, RowError, Run, read_rows
+from arbor_core import Checkpoint, FileRun, JobFailed, JobStopped, ResumeClock, RowError, Run, read_rows
 
 from .config import MockCommandsConfig, MockConfig, MockGrpoConfig
 from .rows import words
@@ -63,15 +64,19 @@ def steps(run: FileRun[MockConfig], die: Callable[[int], None]) -> Iterator[floa
         batch_size=plan.batch_size,
         learning_rate_multiplier=1.0 if rate == "auto" else rate,
     )
-    last = run.last_checkpoint()
+    clock, last = ResumeClock(run.config.resume_seconds), run.last_checkpoint()
     if last:
-        run.message(f"Resumed from the checkpoint of step {last.step}")
+        run.message(f"Resumed after step {last.step}")
     for step in range(last.step + 1 if last else 1, plan.steps + 1):
         yield run.config.step_seconds
         values = measures(run, plan, step)
         run.metrics(step, plan.steps, **values)
         if step == plan.steps or step % (run.config.checkpoint_steps or plan.steps_per_epoch) == 0:
-            last = save(run, step, values)
+            with clock.writing():
+                last = save(run, step, values)
+        elif clock.is_due():
+            with clock.writing():
+                run.write_resume_point(step, partial(write, run, step))
         strike(run, step, die)
         try:
             run.stop_if_asked()
@@ -130,12 +135,17 @@ def save(run: FileRun[MockConfig], step: int, values: dict[str, float]) -> Check
     """Write a checkpoint with a small adapter in it."""
     metrics = {name: value for name, value in values.items() if name != "learning_rate"}
     with run.checkpoint(step, **metrics) as folder:
-        write_adapter(folder, run.model, f"{run.seed}/{step}/adapter")
-        (folder / STATE).write_text(json.dumps({"step": step, "seed": run.seed}))
+        write(run, step, folder)
     found = run.last_checkpoint()
     if found is None:
         raise JobFailed(f"The checkpoint of step {step} cannot be read back", code="checkpoint_corrupted")
     return found
+
+
+def write(run: FileRun[MockConfig], step: int, folder: Path) -> None:
+    """Write what there is after a step."""
+    write_adapter(folder, run.model, f"{run.seed}/{step}/adapter")
+    (folder / STATE).write_text(json.dumps({"step": step, "seed": run.seed}))
 
 
 def write_adapter(folder: Path, model: str, seed: str) -> None:

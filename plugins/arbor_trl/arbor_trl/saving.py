@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arbor_core import Run
+from arbor_core import ResumeClock, Run
 
 from .model import write_end_tokens
-
-WRITING_SHARE = 0.02
-"""Most of the time of a job that resume points may take."""
-
-
-class ResumeClock:
-    """When the next resume point is due.
-
-    Args:
-        seconds: At least so long after the one before, or after a checkpoint; 0: always; None: never.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self.written_at, self.took = time.monotonic(), 0.0
-
-    def is_due(self) -> bool:
-        """Whether one is to be written now. Ranks may disagree: one of them decides."""
-        if not self.seconds:
-            return self.seconds is not None
-        return time.monotonic() - self.written_at >= max(self.seconds, self.took / WRITING_SHARE)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A checkpoint or a resume point is written while the block runs."""
-        began = time.monotonic()
-        yield
-        self.written_at = time.monotonic()
-        self.took = self.written_at - began
 
 
 class CheckpointMixin:
@@ -124,7 +93,9 @@ class CheckpointMixin:
             self._complete(folder, scratch)
 
         if self.resume_only:
-            self._write_resume_point(step, write if alone else lambda folder: self._complete(folder, scratch))
+            if self.run.rank == 0:
+                fill = write if alone else lambda folder: self._complete(folder, scratch)
+                self.run.write_resume_point(step, fill, **self.checkpoint_metrics())
         elif alone:
             self.run.write_checkpoint(step, write, **self.checkpoint_metrics())
         elif self.run.rank == 0:
@@ -132,10 +103,6 @@ class CheckpointMixin:
                 self._complete(folder, scratch)
         if self.run.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # there is none with one rank
-
-    def _write_resume_point(self, step: int, write: Callable[[Path], None]) -> None:
-        if self.run.rank == 0 and not self.run.write_resume_point(step, write, **self.checkpoint_metrics()):
-            self.run.message(f"The disk has no room for a resume point at step {step}: it is left out", "warn")
 
     def _complete(self, folder: Path, scratch: Path) -> None:
         """Put beside what rank 0 saved what the others did, and what transformers does not know of."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from arbor_trl import saving
-from arbor_trl.saving import ResumeClock
+
+from arbor_core.worker import resume_clock
+from arbor_core.worker.resume_clock import ResumeClock
 
 
 def test_resume_points_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    monkeypatch.setattr(resume_clock.time, "monotonic", lambda: now)
     clock = ResumeClock(60)
     for later, due in ((59, False), (60, True)):
         now = 1000 + later
