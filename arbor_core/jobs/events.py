@@ -33,7 +33,10 @@ from .feed import note_change
 from .policies import name_checkpoint, record_policy
 from .records import Job, to_json
 
-SUPERSEDE = "UPDATE events SET superseded=1 WHERE job_id=? AND step=? AND attempt<? AND superseded=0"
+SUPERSEDE = (
+    "UPDATE events INDEXED BY events_of_steps SET superseded=1"  # else SQLite reads all events of the job
+    " WHERE job_id=? AND step=? AND attempt<? AND superseded=0"
+)
 PUBLIC = (MessageEvent, MetricsEvent, CheckpointEvent, CheckpointWithdrawn)
 """Kinds of an attempt's events that clients see."""
 
@@ -67,8 +70,8 @@ def add_events(db: sqlite3.Connection, job_id: str, events: Sequence[Event], att
     Args:
         attempt: That reports them; 0: the server.
     """
-    last = db.execute("SELECT max(seq), max(created_at) FROM events WHERE job_id=?", (job_id,)).fetchone()
-    seq, newest = (last[0] or 0), (last[1] or 0)
+    last = "SELECT seq, created_at FROM events WHERE job_id=? ORDER BY seq DESC LIMIT 1"
+    seq, newest = db.execute(last, (job_id,)).fetchone() or (0, 0)
     for event in events:
         seq += 1
         newest = max(newest, int(event.at or time.time()))

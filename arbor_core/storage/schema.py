@@ -188,7 +188,7 @@ def steps(db: sqlite3.Connection) -> None:
         attempt += step < before
         before = step
         if newest.setdefault(step, attempt) < attempt:
-            earlier = "UPDATE events SET superseded=1 WHERE job_id=? AND step=? AND seq<?"
+            earlier = "UPDATE events INDEXED BY events_of_steps SET superseded=1 WHERE job_id=? AND step=? AND seq<?"
             db.execute(earlier, (job_id, step, seq))
             newest[step] = attempt
         db.execute("UPDATE events SET step=?, attempt=? WHERE job_id=? AND seq=?", (step, attempt, job_id, seq))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import tracemalloc
 from pathlib import Path
 
 from arbor_core import MessageEvent, MetricsEvent
-from arbor_core.jobs.events import metrics_by_step
+from arbor_core.jobs.events import add_events, metrics_by_step
 from arbor_core.jobs.records import EventRow, JobSpec, NewJob
 from arbor_core.jobs.repository import Jobs
 from arbor_core.storage.database import Store
@@ -51,6 +52,30 @@ async def test_metrics_of_a_long_job_are_not_in_memory_at_once(tmp_path: Path) -
         assert [row.seq for row in rows] == list(range(seen + 1, seen + len(rows) + 1))
         seen, pages = rows[-1].seq, pages + 1
     assert pages == 5
+    store.close()
+
+
+async def test_a_step_of_a_long_job_costs_what_the_first_does(tmp_path: Path) -> None:
+    """Counted in instructions of SQLite: a step does not look at all that were before."""
+    store = Store(tmp_path / "arbor.db")
+    jobs = Jobs(store)
+    spec = JobSpec("t", "supervised", {}, model="m", model_path="m", seed=1)
+    job = await jobs.create(NewJob("me", "file-x", None, None, {}, spec))
+    spent = []
+    with sqlite3.connect(tmp_path / "arbor.db") as db:
+        for step in (1, 2_000):
+            done = 0
+
+            def count() -> None:
+                nonlocal done
+                done += 1
+
+            db.set_progress_handler(count, 1)
+            add_events(db, job.id, [MetricsEvent(step=step, total_steps=9, values={})], attempt=1)
+            db.set_progress_handler(None, 1)
+            spent.append(done)
+            add_events(db, job.id, [MetricsEvent(step=n, total_steps=9, values={}) for n in range(2, 2_000)], attempt=1)
+    assert spent[1] < 2 * spent[0]
     store.close()
 
 
