@@ -52,7 +52,7 @@ SEGMENTS = {"ARBOR_SEGMENT_BYTES": "2000"}
 """Logs of inboxes and results have many segments."""
 PAUSE_SECONDS = 0.2
 """Mean time between two deeds."""
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds in which the jobs that are left must come to their end."""
 
 
