@@ -14,21 +14,25 @@ LISTENS = "0A"
 
 
 def listening(pid: int) -> set[str]:
-    """The IP addresses on which a process has listening TCP sockets."""
-    inodes = set()
+    """The IP addresses on which a process has listening TCP sockets; none: it has ended."""
+    try:
+        inodes, tables = sockets_of(pid), [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    lines = [line.split() for table in tables for line in table.splitlines()[1:]]
+    return {address_of(line[1].partition(":")[0]) for line in lines if line[3] == LISTENS and line[9] in inodes}
+
+
+def sockets_of(pid: int) -> set[str]:
+    """The inodes of a process's sockets."""
+    found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
             target = str(link.readlink())
         except FileNotFoundError:  # closed meanwhile
             continue
         if target.startswith("socket:["):
-            inodes.add(target[len("socket:[") : -1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTENS and fields[9] in inodes:
-                found.add(address_of(fields[1].partition(":")[0]))
+            found.add(target[len("socket:[") : -1])
     return found
 
 

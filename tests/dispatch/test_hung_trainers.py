@@ -188,7 +188,7 @@ async def test_row_90_a_trainer_is_ended_by_as_many_looks_as_seconds(
 def test_row_90_a_machine_that_stood_still_loses_no_trainer(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
-    server = start_server("limits.heartbeat_seconds=3")
+    server = start_server("limits.heartbeat_seconds=8")
     job = train(server, chat_rows, steps=60, step_seconds=0.05)
     [heartbeat] = until(lambda: list(server.storage.glob(f"jobs/{job}/attempts/1/{HEARTBEAT}")))
     others = processes(server.storage).keys() - {server.process.pid}
@@ -196,7 +196,7 @@ def test_row_90_a_machine_that_stood_still_loses_no_trainer(
         os.kill(pid, signal.SIGSTOP)
     until(lambda: time.time() - heartbeat.stat().st_mtime > 1.5)  # the server has seen the last beat
     server.process.send_signal(signal.SIGSTOP)
-    until(lambda: time.time() - heartbeat.stat().st_mtime > 6)
+    until(lambda: time.time() - heartbeat.stat().st_mtime > 11)
     server.process.send_signal(signal.SIGCONT)
     for _ in range(3):
         assert not [event for event in events(server, job) if event.level != "info"]
@@ -211,12 +211,12 @@ def test_row_90_a_machine_that_stood_still_loses_no_trainer(
 def test_row_90_a_trainer_that_hangs_is_ended_and_tried_again(
     start_server: Callable[..., LiveServer], chat_rows: list[dict[str, Any]]
 ) -> None:
-    server = start_server("limits.heartbeat_seconds=2")
+    server = start_server("limits.heartbeat_seconds=4")
     job = train(server, chat_rows, steps=6, step_seconds=0.05, checkpoint_steps=2, fault="hang", fault_step=4)
     found = server.wait(job)
     assert found.status == "succeeded", found.error
     said = [event.message for event in events(server, job)]
-    assert any("made no progress for 2 seconds" in text and "checkpoint at step 4" in text for text in said), said
+    assert any("made no progress for 4 seconds" in text and "checkpoint at step 4" in text for text in said), said
     assert lease_ends(server, job) == ["hung", "succeeded"]
     check_and_stop(server)
 

@@ -30,6 +30,7 @@ from crash import (
     check_the_rest,
     marked,
 )
+from jobs import go_on, hanging, stopped
 from live import ENDED, LiveServer
 
 from arbor_core.testing.invariants import Seen
@@ -46,19 +47,20 @@ class Client:
     jobs: set[str] = field(default_factory=set)
 
     def play(self, rows: list[dict[str, Any]]) -> None:
-        """One job that is paused, resumed and succeeds, and one that is cancelled while it runs."""
+        """One job that is paused, resumed and succeeds, and one that is cancelled while it runs. Each stands still for
+        that, so that it has not succeeded before."""
         client = self.server.new_client(_strict_response_validation=False)
         job = self.create(rows)
-        self.until(job, lambda found: self.steps(job) >= 3)
-        with suppress(openai.BadRequestError):  # it has succeeded: this machine has much else to do
-            client.fine_tuning.jobs.pause(job)
+        self.until(job, lambda found: stopped(self.server, job))
+        client.fine_tuning.jobs.pause(job)
+        desired = self.server.storage / "jobs" / job / "desired"
+        self.until(job, lambda found: desired.read_text() == "pause")
+        go_on(self.server, job)
         self.until(job, lambda found: found.status == "paused")
-        with suppress(openai.BadRequestError):
-            client.fine_tuning.jobs.resume(job)
+        client.fine_tuning.jobs.resume(job)
         other = self.create(rows)
         self.until(other, lambda found: found.status == "running")
-        with suppress(openai.BadRequestError):
-            client.fine_tuning.jobs.cancel(other)
+        client.fine_tuning.jobs.cancel(other)
         for each in (job, other):
             self.until(each, lambda found: found.status in ENDED)
 
@@ -66,7 +68,7 @@ class Client:
         file_id = self.server.upload(rows)
         content = self.server.client.files.content(file_id).read()
         self.files[file_id] = hashlib.sha256(content).hexdigest()
-        hyper = {"steps": STEPS, "step_seconds": 0.05, "checkpoint_steps": 2}
+        hyper = hanging(3, steps=STEPS, step_seconds=0.05, checkpoint_steps=2)
         job = self.server.client.fine_tuning.jobs.create(
             model="mock/tiny",
             training_file=file_id,
@@ -74,10 +76,6 @@ class Client:
         )
         self.jobs.add(job.id)
         return job.id
-
-    def steps(self, job: str) -> int:
-        found = self.server.client.fine_tuning.jobs.list_events(job, limit=50)
-        return sum(event.type == "metrics" for event in found.data)
 
     def until(self, job: str, condition: Callable[[Any], bool]) -> None:
         """Wait for a condition; a job that has ended meanwhile meets every one."""
@@ -89,7 +87,7 @@ class Client:
 
 
 def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -> None:
-    """Resume what is paused, wait for all; what was promised is there."""
+    """Resume what is paused, let go on what stands still, wait for all; what was promised is there."""
     client = server.new_client(_strict_response_validation=False)
     listed = {job.id for job in client.fine_tuning.jobs.list(limit=50)}
     assert jobs <= listed
@@ -98,6 +96,7 @@ def bring_to_an_end(server: LiveServer, files: dict[str, str], jobs: set[str]) -
         for job in waiting:
             if job.status == "paused":
                 client.fine_tuning.jobs.resume(job.id)
+            go_on(server, job.id)
         assert time.monotonic() < deadline, f"{waiting}\n{server.log}"
         time.sleep(0.03)
     for job in client.fine_tuning.jobs.list(limit=50):

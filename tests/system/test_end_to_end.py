@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -230,10 +229,9 @@ def test_checkpoints_that_are_not_kept_are_not_offered(real):
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint(real):
     job = train(real, lora=None, n_epochs=20, checkpoint_steps=5, max_steps=60)
-    until(lambda: list(real.client.fine_tuning.jobs.checkpoints.list(job.id)), 200)
-    with sqlite3.connect(real.storage / "arbor.db") as db:
-        ref = db.execute("SELECT ref FROM jobs WHERE id=?", (job.id,)).fetchone()[0]
-    os.kill(int(ref.split(":")[0]), signal.SIGKILL)
+    folder = real.storage / "jobs" / job.id
+    until((folder / "checkpoints" / "5-1").is_dir, 300, pause=0.005)
+    os.kill(int((folder / "attempts" / "1" / "keeper").read_text().split(":")[0]), signal.SIGKILL)
     job = real.wait(job.id, seconds=300)
     assert job.status == "succeeded", job.error
     said = [event.message for event in real.client.fine_tuning.jobs.list_events(job.id, limit=100)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from completions import CHAT
 from http_calls import JOBS, Answer, call
-from jobs import supervisor_of
+from jobs import standing_still, supervisor_of
 from live import LiveServer
 from waiting import until
 
@@ -41,7 +41,7 @@ def test_a_job_on_two_devices(
     server = start_server(
         "+trainer=sft", "gpu.train=[0,1]", "launcher=torchrun", f"models.dirs=[{tiny.parent}]", mock=False
     )
-    settings = {"n_epochs": 4, "batch_size": 4, "learning_rate": 3e-3}
+    settings = {"n_epochs": 8, "batch_size": 4, "learning_rate": 3e-3}
     job = server.client.fine_tuning.jobs.create(
         model="tiny",
         training_file=server.upload(chat_rows),
@@ -52,8 +52,9 @@ def test_a_job_on_two_devices(
     server.wait(job.id, "running", seconds=120)
     events = server.storage / "jobs" / job.id / "attempts" / "1" / "events.jsonl"
     until(lambda: events.exists() and '"metrics"' in events.read_text(), seconds=300)
-    processes = descendants(supervisor_of(server, job.id))
-    found = {pid: listening(pid) for pid in processes}
+    with standing_still(server, job.id):
+        processes = descendants(supervisor_of(server, job.id))
+        found = {pid: listening(pid) for pid in processes}
     assert len(processes) >= 4 and any(found.values()), f"they train together: {found}"
     assert not beyond_loopback(one for addresses in found.values() for one in addresses), found
     ended = server.wait(job.id, seconds=300)
@@ -62,7 +63,7 @@ def test_a_job_on_two_devices(
     command = [sys.executable, "-m", "arbor_core", "replay", job.id, "--storage", str(server.storage)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert "12 steps repeated: all losses are equal and the digests of the parameters after 12 of them" in ran.stdout
+    assert "24 steps repeated: all losses are equal and the digests of the parameters after 24 of them" in ran.stdout
 
 
 def test_both_ranks_send_the_policy_that_answers(start_server: Callable[..., LiveServer], tiny: Path) -> None:

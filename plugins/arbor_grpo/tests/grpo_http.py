@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from http_calls import Answer, call
 from live import LiveServer, launch
-from waiting import until
+from waiting import state_of, until
 
 GRPO = "/v1/fine_tuning/grpo"
 MODEL = "mock/tiny"
@@ -53,7 +54,7 @@ class Job:
     def step(self, batch: Any = None, **more: Any) -> dict[str, Any]:
         return self.ok("step", batch=group() if batch is None else batch, **more)
 
-    def until(self, *statuses: str, seconds: float = 60) -> dict[str, Any]:
+    def until(self, *statuses: str, seconds: float = 120) -> dict[str, Any]:
         return dict(until(lambda: (found := self.status)["status"] in statuses and found, seconds))
 
     def handled(self, count: int) -> dict[str, Any]:
@@ -91,7 +92,8 @@ def kill_worker(job: Job) -> None:
 def signal_worker(job: Job, number: signal.Signals) -> None:
     """A signal for the trainer's process, when it has begun."""
     for pid in until(lambda: workers(job)):
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def workers(job: Job) -> list[int]:
@@ -111,9 +113,7 @@ def workers(job: Job) -> list[int]:
 def stopped(job: Job) -> bool:
     """Whether every process of the trainer's stands still."""
     found = workers(job)
-    return bool(found) and all(
-        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in found
-    )
+    return bool(found) and all(state_of(pid) == "T" for pid in found)
 
 
 def stop(server: LiveServer) -> None:

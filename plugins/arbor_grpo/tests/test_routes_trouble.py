@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arbor_grpo.api.calls import END_SECONDS
 from grpo_http import GRPO, Job, call, created, group, kill_worker, launch, signal_worker, stop, stopped
 from http_calls import Answer
 from live import LiveServer
@@ -20,7 +21,7 @@ from waiting import until
 from arbor_core.jobdir.groups import read
 from arbor_core.jobdir.inbox import segments
 
-BOUND = 30.0
+BOUND = 120.0
 """No answer may take so long."""
 
 
@@ -56,9 +57,9 @@ class Asking(threading.Thread):
 
 
 def test_a_checkpoint_survives_the_worker_that_was_to_write_it(server: LiveServer) -> None:
-    job = created(server, step_seconds=2.0, checkpoint_steps=1)
+    job = created(server, checkpoint_steps=1, fault="hang", fault_step=1)
     job.step()
-    until(lambda: job.status["status"] == "running")
+    until(lambda: stopped(job))
     asking = Asking(job, "checkpoint", checkpoint_name="best")
     until((job.dir / "asked" / "best.json").exists)
     kill_worker(job)
@@ -113,7 +114,7 @@ def test_a_worker_that_is_killed_again_and_again_is_reported(server: LiveServer)
     begin = time.monotonic()
     job.post("step", batch=group()).error(400, "invalid_job_state", "job_id")
     job.post("terminate").error(400, "invalid_job_state", "job_id")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < END_SECONDS, "nobody waits for the end of what has ended"
 
 
 def test_row_89_a_worker_may_be_killed_ever_again_while_it_gets_on(server: LiveServer) -> None:
@@ -178,7 +179,7 @@ def test_row_91_a_server_that_dies_with_a_group_in_its_hands(tmp_path: Path, poi
     job.until("running")
     with pytest.raises((ConnectionError, http.client.HTTPException)):
         job.step(batch_id=0)
-    assert first.process.wait(30) == -signal.SIGKILL
+    assert first.process.wait(120) == -signal.SIGKILL
     second = launch(tmp_path)
     try:
         again = Job(second, job.id)
@@ -258,7 +259,7 @@ def test_a_client_that_waits_hears_of_a_step(server: LiveServer) -> None:
     job = created(server, max_staleness=0)
     known = job.until("running")["pending_batch_ids"]
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(job.ok, "status", wait=20, known=known)
+        waiting = pool.submit(job.ok, "status", wait=60, known=known)
         job.step()
         seen = waiting.result()
     assert seen["policy_version"] == 1
@@ -285,9 +286,11 @@ def test_credits(server: LiveServer, staleness: int, offered: int) -> None:
 
 
 def test_row_87_what_is_too_old_is_taken_and_skipped(server: LiveServer) -> None:
-    job = created(server, max_group_age=0, step_seconds=0.2)
+    job = created(server, max_group_age=0, fault="hang", fault_step=0)
+    until(lambda: stopped(job))  # until all are there
     for number in range(3):
         assert job.step(group(f"{number}"))["accepted"]
+    signal_worker(job, signal.SIGCONT)
     job.handled(3)
     skipped = [event["data"]["fed"]["skipped"] for event in job.events() if event["type"] == "metrics"]
     assert sum(map(len, skipped)) <= 2

@@ -69,7 +69,8 @@ class Node:
         self.name, self.numbers = secrets.token_hex(4), itertools.count(1)
         self.workers: dict[str, Worker] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self.called = time.monotonic()
+        self.called, self.calls = time.monotonic(), 0
+        """When it was called last, and the calls that are being answered."""
         self.claiming = asyncio.Lock()
         """Held from the claim until the worker can be seen."""
 
@@ -155,8 +156,14 @@ class Node:
             await worker.ended.wait()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one call."""
-        self.called = time.monotonic()
+        """Answer one call. Until then the machine is not idle, however long a process takes to start."""
+        self.calls += 1
+        try:
+            await self._answer(reader, writer)
+        finally:
+            self.called, self.calls = time.monotonic(), self.calls - 1
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             if not (line := await reader.readline()).endswith(b"\n"):  # the server died while it called
                 return
@@ -173,7 +180,7 @@ class Node:
         return await calls[do](**arguments)  # type: ignore[operator]
 
     def idle(self) -> bool:
-        return not self.tasks and time.monotonic() - self.called > IDLE_SECONDS
+        return not self.tasks and not self.calls and time.monotonic() - self.called > IDLE_SECONDS
 
 
 def die_with(node: int) -> Any:

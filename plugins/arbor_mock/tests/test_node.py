@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
 import pytest
 from arbor_mock import arbor_allocators, node_executor
+from arbor_mock import node as node_module
 from arbor_mock.config import NODE
 from arbor_mock.node import Node
 from arbor_mock.node_executor import NodeExecutor
@@ -92,7 +94,10 @@ async def test_the_next_machine_begins_when_nothing_of_the_last_lives(executor, 
 async def test_what_was_given_up_is_remembered_by_the_next_machine(executor, tmp_path):
     order = attempt_order(tmp_path, "open('runs','a').write('x')")
     assert await executor.adopt(order.dir) is None
-    os.kill(nodes(tmp_path)[0], signal.SIGKILL)
+    for machine in nodes(tmp_path):
+        with contextlib.suppress(ProcessLookupError):  # it ends by itself
+            os.kill(machine, signal.SIGKILL)
+    await until_async(lambda: not nodes(tmp_path))
     ref = await executor.start(order, PLACEMENT)
     assert await executor.poll({ref: order.dir}) == {}
     assert not (order.dir / "runs").exists()
@@ -119,6 +124,31 @@ async def test_an_attempt_that_is_just_begun_is_not_taken_for_one_that_has_ended
     assert await starting == ref
     await node.end(ref)
     assert not await node.poll([ref])
+
+
+async def test_a_machine_that_answers_is_not_idle(tmp_path, monkeypatch):
+    """A process may take longer to start than the machine waits for calls."""
+    monkeypatch.setattr(node_module, "IDLE_SECONDS", -1.0)
+    node, go_on = Node(tmp_path, lock=-1), asyncio.Event()
+    seen = []
+
+    async def poll(refs):
+        seen.append(node.idle())
+        await go_on.wait()
+        return {}
+
+    monkeypatch.setattr(node, "poll", poll)
+    server = await asyncio.start_unix_server(node.answer, tmp_path / "socket")
+    async with server:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "socket")
+        writer.write(b'{"do": "poll", "refs": []}\n')
+        await until_async(lambda: seen)
+        assert not node.idle()
+        go_on.set()
+        assert await reader.readline() == b'{"answer":{}}\n'
+        await until_async(node.idle)
+        writer.close()
+    assert seen == [False]
 
 
 async def test_a_call_that_cannot_be_answered_is_an_error_and_the_machine_goes_on(executor, tmp_path):
