@@ -76,7 +76,7 @@ async def test_an_attempt_computes_as_its_job_was_made(
 
 @needs_avx512
 @pytest.mark.ml
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_row_102_a_job_made_with_narrower_instructions_goes_on_with_them(
     start_server: Callable[..., LiveServer], tmp_path: Path, chat_rows: list[dict[str, Any]]
 ) -> None:

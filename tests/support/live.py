@@ -47,7 +47,7 @@ class LiveServer:
         raw = rows if isinstance(rows, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
         return self.client.files.create(file=("rows.jsonl", raw), purpose=purpose).id  # type: ignore[arg-type]
 
-    def wait(self, job_id: str, *statuses: str, seconds: float = 150) -> Any:
+    def wait(self, job_id: str, *statuses: str, seconds: float = 300) -> Any:
         """Wait until a job has one of these statuses (default: it has ended)."""
         deadline = time.monotonic() + seconds
         while (job := self.client.fine_tuning.jobs.retrieve(job_id)).status not in (statuses or ENDED):
