@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,8 @@ def continuing(given: Mapping[str, Any], fixed: Mapping[str, Any], where: str, p
             continuing(value, settled, path, parent)
         elif not same(value, settled):
             message = (
-                f"Invalid '{path}': {value!r}: '{parent}', which the job trains further, has {settled!r}. "
-                "Leave it out, or begin with the base model."
+                f"Invalid '{path}': {json.dumps(value)}: '{parent}', which the job trains further, has "
+                f"{json.dumps(settled)}. Leave it out, or begin with the base model."
             )
             raise ConfigError(message, path=path)
     return merged(fixed, given)

@@ -8,8 +8,9 @@ for both. The tokenizer is the caller's; no library of tokenizers is imported.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -196,6 +197,17 @@ class Chats:
         except Exception:  # the template's
             return ""
         return prompt[len(plain) :] if prompt.startswith(plain) else ""
+
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template writes tools into a prompt; yes where that cannot be told."""
+        name = f"w{secrets.token_hex(6)}"
+        function = {"name": name, "description": "Looks it up.", "parameters": {"type": "object", "properties": {}}}
+        question = self.conversation([{"role": "user", "content": "Hi"}], None).messages
+        try:
+            return name in self._apply(question, [{"type": "function", "function": function}], prompt=True)
+        except Exception:  # the template's
+            return True
 
     def marked(
         self,

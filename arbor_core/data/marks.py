@@ -232,7 +232,7 @@ def edges(text: str) -> tuple[int, int]:
 
 def shape_of(message: Message) -> Hashable:
     """What of a message templates may look at, but for its words: which keys it has, how its content is made, and the
-    keys in the arguments of its calls."""
+    keys in the arguments of its calls, and what of them is empty, 0 or false."""
     calls = tuple(_skeleton(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
     content = message["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
@@ -243,8 +243,8 @@ def _skeleton(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((key, _skeleton(each)) for key, each in value.items())
     if isinstance(value, list | tuple):
-        return frozenset(map(_skeleton, value))
-    return type(value).__name__
+        return frozenset(map(_skeleton, value)), bool(value)
+    return type(value).__name__, bool(value)
 
 
 def unsaid(index: int, message: Message, rendered: str, tags: re.Pattern[str] | None) -> list[Field]:

@@ -9,7 +9,7 @@ one rendering, with all turns that it has as they were generated.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,8 @@ class ChatFormat:
         """The texts to train on for one row.
 
         Args:
-            warn: Called with each key of a thought that the template leaves out, and that is not learned.
+            warn: Called with what the template leaves out and the row can do without: each key of a thought, which is
+                not learned, and what others than the assistant say.
 
         Raises:
             LeftOutError: the template leaves out what an assistant said.
@@ -117,6 +118,9 @@ class ChatFormat:
                 self._check(conversation, index, turn, span, warn)
         context = sorted({i for i in spoke if i < trained[-1]}.difference(trained))
         self.chats.check_said(conversation, context, sequences[-1][0].found or sequences[-1][0].text)
+        if warn:
+            for unread in self._unread(conversation, sequences[-1][0]):
+                warn(unread)
         return [self._rendered(conversation, turn, list(spans.values())) for turn, spans in sequences]
 
     def turn(self, conversation: Conversation, index: int, *, sampled: bool = False) -> Rendered:
@@ -148,6 +152,15 @@ class ChatFormat:
                 raise LeftOutError(conversation.field(index, field.path), changed=field.changed)
             if warn:
                 warn(conversation.field(index, field.path).rpartition(".")[2])
+
+    def _unread(self, conversation: Conversation, turn: Turn) -> Iterator[str]:
+        """What others than the assistant say that the text of a turn lacks."""
+        if conversation.tools and not self.chats.reads_tools:
+            yield "tools"
+        for index, message in enumerate(conversation.messages):
+            lost = message["role"] != "assistant" and left_out(conversation, index, turn.found or turn.text)
+            if lost and not all(field.changed for field in lost):
+                yield f"what {message['role']} messages say"
 
     def _rendered(self, conversation: Conversation, turn: Turn, spans: list[Span]) -> Rendered:
         text, edges = conversation.reveal_with(turn.text, [edge for span in spans for edge in span])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from arbor_core import canonical, canonical_message, shape_of
+from arbor_core import UNSAID, canonical, canonical_message, shape_of
 
 from .chat import ChatFormat
+from .traits import Traits
 
 REMEMBERED = 10_000
 """Shapes of rows."""
@@ -38,10 +39,11 @@ def row_check(model: str) -> Callable[[dict[str, Any]], Sequence[str]] | None:
 
 
 class RowCheck:
-    """Renders a row of each shape, as training renders all; rows with faults each by itself."""
+    """Renders a row of each shape, as training renders all; rows with faults each by itself. Shapes differ in whatever
+    the template looks at."""
 
     def __init__(self, chat: ChatFormat) -> None:
-        self.chat = chat
+        self.chat, self.traits = chat, Traits.of(str(chat.tokenizer.chat_template))
         self.known: dict[Hashable, tuple[str, ...]] = {}
         """The warnings for rows of a shape that can be used."""
 
@@ -59,18 +61,30 @@ class RowCheck:
             lost: set[str] = set()
             self.chat.render(canonical(row), lost.add)
             self.known[shape] = tuple(
-                f"the model's chat template leaves out {key}, which is not learned" for key in sorted(lost)
+                f"the model's chat template leaves out {each}, which is not {'learned' if each in UNSAID else 'read'}"
+                for each in sorted(lost)
             )
         return self.known[shape]
 
     def _shape(self, message: Mapping[str, Any], tools: bool) -> Hashable:
-        """What of a message templates may look at; see `shape_of`, which of a text without tags only says that."""
+        """What of a message this template may look at; see `shape_of`, which of a text without tags only says that."""
         content = message.get("content")
         if type(content) is str and "<" not in content and content and not content.isspace():
+            kind = self.traits(content)
             if len(message) == 2:
-                return str(message["role"])
+                return (message["role"], kind) if kind else str(message["role"])
             if message.keys() <= PLAIN:
                 kinds = tuple([(key, type(value)) for key, value in message.items()])
-                return message["role"], message.get("weight"), kinds
+                return message["role"], message.get("weight"), kinds, kind
         form = self.chat.chats.message(canonical_message(message), tools=tools)
-        return form["role"], message.get("weight"), shape_of(form)
+        texts = tuple([self.traits(text) for text in texts_of(form)])
+        return form["role"], message.get("weight"), shape_of(form), texts
+
+
+def texts_of(form: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a message in the form that a template is given."""
+    for key in ("content", *UNSAID):
+        value = form.get(key)
+        yield from [value] if isinstance(value, str) else [part["text"] for part in value or ()]
+    for call in form.get("tool_calls") or ():
+        yield from (each for each in call["function"].values() if isinstance(each, str))

@@ -103,3 +103,19 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
     assert ran.stdout == "True None\n"
+
+
+def test_what_others_say_and_is_left_out_is_a_warning(tmp_path: Path) -> None:
+    """Once for the file: the template drops system prompts, results of tools, and tools."""
+    template = t.HERMES.replace("{% if tools %}", "{% if false %}").replace(
+        "{% for m in messages %}", "{% for m in messages if m.role not in ['system', 'tool'] %}"
+    )
+    system, result = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "18 degrees"}
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    row = {"messages": [system, *CALLING["messages"], result, ANSWER], "tools": tools}
+    report = validated(tmp_path, template, [PLAIN, row, row])
+    assert report.error is None
+    assert [warning.partition(" (")[0] for warning in report.warnings] == [
+        f"training_file: the model's chat template leaves out {what}, which is not read"
+        for what in ("tools", "what system messages say", "what tool messages say")
+    ]
