@@ -62,7 +62,7 @@ class Chats:
     """Conversations for one tokenizer and its chat template.
 
     Args:
-        tokenizer: Used by one thread at a time. `developer` stays a role of its own where its template names it; the
+        tokenizer: Used by one thread at a time. `developer` stays a role of its own where its template writes it; the
             special ones among its added tokens are control tokens.
     """
 
@@ -71,7 +71,6 @@ class Chats:
         self.forms: dict[tuple[str, bool], MessageForm] = {}
         self.dropped: set[Hashable] = set()
         """Shapes of messages that the template writes and drops when others follow."""
-        self.knows_developer = "developer" in str(tokenizer.chat_template)
         self.tokens = {token.content: number for number, token in added.items() if token.special}
         self.strips = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
         longest_first = sorted(self.tokens, key=len, reverse=True)
@@ -199,15 +198,28 @@ class Chats:
         return prompt[len(plain) :] if prompt.startswith(plain) else ""
 
     @cached_property
+    def knows_developer(self) -> bool:
+        """Whether the template writes what developers say; else it is a system prompt."""
+        word = f"w{secrets.token_hex(6)}"
+        developer = {"role": "developer", "content": word}
+        return "developer" in str(self.tokenizer.chat_template) and word in (self._trial([developer], None) or "")
+
+    @cached_property
     def reads_tools(self) -> bool:
         """Whether the template writes tools into a prompt; yes where that cannot be told."""
         name = f"w{secrets.token_hex(6)}"
         function = {"name": name, "description": "Looks it up.", "parameters": {"type": "object", "properties": {}}}
-        question = self.conversation([{"role": "user", "content": "Hi"}], None).messages
+        prompt = self._trial([], [{"type": "function", "function": function}])
+        return prompt is None or name in prompt
+
+    def _trial(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+        """The prompt of a question after some messages; None: the template refuses it."""
+        form = self.form(False)
         try:
-            return name in self._apply(question, [{"type": "function", "function": function}], prompt=True)
+            question = {"role": "user", "content": "Hi"}
+            return self._apply([form.message(each) for each in (*messages, question)], tools, prompt=True)
         except Exception:  # the template's
-            return True
+            return None
 
     def marked(
         self,

@@ -194,6 +194,18 @@ def test_text_parts_and_developer() -> None:
     assert "<|im_start|>system\nBe kind.<|im_end|>" in text(made, sample)
 
 
+def test_a_template_that_names_developers_and_does_not_write_them() -> None:
+    """The role is a system prompt then, and not lost; where it is written it stays."""
+    conversation = [msg("developer", "Be kind."), msg("user", "Hi"), msg("assistant", "Hello")]
+    drops = "{# helps a developer #}" + t.CHATML.replace(
+        "for m in messages", "for m in messages if m.role != 'developer'"
+    )
+    made, (sample,) = samples(drops, conversation)
+    assert "<|im_start|>system\nBe kind.<|im_end|>" in text(made, sample)
+    made, (sample,) = samples("{# helps a developer #}" + t.CHATML, conversation)
+    assert "<|im_start|>developer\nBe kind.<|im_end|>" in text(made, sample)
+
+
 def test_any_text_comes_back() -> None:
     answer = "Grüße, 世界 👩‍👩‍👧 \u200f\t\n <b>&amp;</b>"
     made, (sample,) = samples(t.CHATML, [msg("user", "é\n\n"), msg("assistant", answer)])
