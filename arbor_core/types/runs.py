@@ -134,6 +134,10 @@ class Run(Protocol[ConfigT_co]):
         """The newest checkpoint of a step; None: there is none that is whole."""
         ...
 
+    def withdraw_checkpoint(self, checkpoint: Checkpoint, reason: str) -> None:
+        """Say that a checkpoint is of no use, and why: it is no longer offered as a model. Its files are set aside."""
+        ...
+
     def keep_checkpoints(self, count: int) -> None:
         """Delete all checkpoints but the newest `count` and those with names, and stop offering them as models."""
         ...

@@ -43,6 +43,7 @@ from arbor_core.types import (
     Checkpoint,
     CheckpointDiscarded,
     CheckpointEvent,
+    CheckpointWithdrawn,
     ConfigT,
     Desired,
     Device,
@@ -222,8 +223,7 @@ class WorkerRun(Generic[ConfigT]):
         found, withdrawals = checkpoints.newest_whole(self.checkpoints_dir)
         resumable = resume_points.newest(self.job_files.resume_points)
         for event in withdrawals if self.rank == 0 else ():  # the other ranks find the same, and leave it to this one
-            self.emit(event)
-            checkpoints.set_aside(self.checkpoints_dir / event.dir)  # after the event: what is offered is there
+            self._withdraw(event)
         if resumable and resumable.step > (found.step if found else -1):
             return resumable
         if found is None and (withdrawals or checkpoints.aside(self.checkpoints_dir)):
@@ -231,6 +231,14 @@ class WorkerRun(Generic[ConfigT]):
             text = f"No checkpoint of the job is whole (damaged: {names}). Create the job again to start anew"
             raise JobFailed(text, code="checkpoint_corrupted")
         return found
+
+    def withdraw_checkpoint(self, checkpoint: Checkpoint, reason: str) -> None:
+        if self.rank == 0:
+            self._withdraw(checkpoints.withdrawal(checkpoint.dir, reason))
+
+    def _withdraw(self, event: CheckpointWithdrawn) -> None:
+        self.emit(event)
+        checkpoints.set_aside(self.checkpoints_dir / event.dir)  # after the event: what is offered is there
 
     def checkpoint_of(self, step: int) -> Checkpoint | None:
         return checkpoints.whole_of(self.checkpoints_dir, step)

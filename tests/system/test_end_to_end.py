@@ -218,6 +218,26 @@ def test_streaming_says_the_same_and_log_probabilities_add_up(real, trained):
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
 
 
+def test_a_result_that_does_not_answer_is_no_model(real):
+    """Neither in lists, nor for a completion, nor to begin another job with, by whatever name."""
+    job = train(real, lora={"r": 4}, learning_rate=1e38, weight_decay=1e10, max_steps=1)
+    ended = real.wait(job.id, seconds=300)
+    assert (ended.status, ended.error.code, ended.fine_tuned_model) == ("failed", "result_unusable", None)
+    assert list(real.client.fine_tuning.jobs.checkpoints.list(job.id)) == []
+    name = f"ft:tiny:{job.organization_id}::{job.id[-8:]}:ckpt-step-1"
+    assert "checkpoint 1-1 is not used" in str([event.message for event in events_of(real, job.id)])
+    assert not any(job.id[-8:] in model.id for model in real.client.models.list())
+    for model in (name, job.id, f"{job.id}:best"):
+        with pytest.raises(openai.NotFoundError):
+            ask(real.client, model, "color 1")
+        with pytest.raises(openai.NotFoundError):
+            train(real, model)
+
+
+def events_of(server: LiveServer, job_id: str) -> list:
+    return list(server.client.fine_tuning.jobs.list_events(job_id, limit=100))
+
+
 def test_checkpoints_that_are_not_kept_are_not_offered(real):
     job = train(real, validated=False, lora=None, max_steps=6, checkpoint_steps=2, keep_checkpoints=2)
     job = real.wait(job.id, seconds=300)

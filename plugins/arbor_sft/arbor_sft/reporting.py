@@ -84,6 +84,8 @@ class Reporting(StepReporter):
     trainer saves (see `CheckpointMixin`), on_save.
     """
 
+    run: FileRun[SftConfig]
+
     def __init__(
         self, run: FileRun[SftConfig], plan: Plan, samples: Sequence[Sample], evaluation: Evaluation | None
     ) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sft_jobs import FULL, Job, chat, write_rows
 
-from arbor_core import CheckpointEvent, ErrorEvent, ResultEvent
+from arbor_core import CheckpointEvent, CheckpointWithdrawn, ErrorEvent, ResultEvent
 from arbor_core.jobdir import checkpoints
 
 ROWS = [chat(f"q{n}", f"a{n}") for n in range(10)]
@@ -34,8 +34,18 @@ def test_weights_that_are_no_numbers_are_no_result(job: Callable[..., Job], kind
     error = made.event(ErrorEvent)
     assert error.code == "result_unusable"
     assert "finite" in error.message
-    assert made.events(CheckpointEvent)
+    assert [event.dir for event in made.events(CheckpointEvent)] == ["1-1"]
+    assert withdrawn(made) == ["1-1"]
     assert not made.events(ResultEvent)
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_weights_that_end_training_are_no_model(job: Callable[..., Job], kind: dict[str, Any]) -> None:
+    """The loss is no number in the step after a checkpoint, for the weights in it are none."""
+    made = job(**{**kind, "learning_rate": 1e38, "max_steps": 3, "weight_decay": 1e10, "checkpoint_steps": 1})
+    assert made.attempt() == 1
+    assert made.event(ErrorEvent).code == "training_diverged"
+    assert withdrawn(made) == [event.dir for event in made.events(CheckpointEvent)] == ["1-1"]
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
@@ -54,6 +64,14 @@ def test_what_is_opened_are_the_files(job: Callable[..., Job], kind: dict[str, A
     (folder / checkpoints.MANIFEST).write_bytes(checkpoints.msgspec.json.encode(rewritten))
     assert made.attempt() == 1
     assert made.event(ErrorEvent).code == "result_unusable"
+    assert withdrawn(made) == [folder.name]
+
+
+def withdrawn(made: Job) -> list[str]:
+    """Checkpoints that are not offered any more, and were set aside."""
+    found = [event.dir for event in made.events(CheckpointWithdrawn)]
+    assert sorted(path.name for path in checkpoints.aside(made.dir / "checkpoints")) == [f"{x}.damaged" for x in found]
+    return found
 
 
 def vouched(folder: Path) -> dict[str, checkpoints.FileEntry]:

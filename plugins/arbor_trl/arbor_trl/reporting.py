@@ -11,7 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from xxhash import xxh3_128
 
-from arbor_core import JobFailed
+from arbor_core import JobFailed, Run
+
+from .result import withdraw_if_not_finite
 
 MOST_PARAMETERS = 50_000_000
 """More trained parameters are not hashed after each step: 0.2 GB, some 20 ms, and as much to bring them from a GPU."""
@@ -19,6 +21,8 @@ MOST_PARAMETERS = 50_000_000
 
 class StepReporter(TrainerCallback):
     """Passes on the numbers of each step; a loss that is not finite ends the job."""
+
+    run: Run[Any]
 
     def on_log(
         self,
@@ -31,6 +35,8 @@ class StepReporter(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary after the last step
             return
         if not math.isfinite(logs["loss"]):
+            if self.run.rank == 0:
+                withdraw_if_not_finite(self.run)
             raise JobFailed(
                 f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate",
                 code="training_diverged",

@@ -49,7 +49,7 @@ def finish(run: Run[Any], step: int, tokens: int, policy: nn.Module | None = Non
 
 
 def check(run: Run[Any], checkpoint: Checkpoint, policy: nn.Module | None) -> None:
-    """Have the files of a checkpoint answer a prompt.
+    """Have the files of a checkpoint answer a prompt. One that does not answer is no model.
 
     Raises:
         JobFailed: `result_unusable`.
@@ -64,11 +64,25 @@ def check(run: Run[Any], checkpoint: Checkpoint, policy: nn.Module | None) -> No
         raise
     except Exception as error:  # transformers, PEFT and safetensors raise many kinds
         reason = str(error) if isinstance(error, UnusableError) else f"{type(error).__name__}: {error}"
+        run.withdraw_checkpoint(checkpoint, reason)
         raise JobFailed(
             f"the model of step {checkpoint.step} was trained, but cannot be used: {reason}. If its weights are not "
             "numbers, lower the learning rate; checkpoints of earlier steps may be whole",
             code="result_unusable",
         ) from error
+
+
+def withdraw_if_not_finite(run: Run[Any]) -> None:
+    """Withdraw the newest checkpoint if its weights are not finite: a loss that is no number may come of them. Had they
+    been so earlier, the loss would have been, too."""
+    newest = run.last_checkpoint()
+    if newest is None or newest.resume_only:
+        return
+    try:
+        for path in sorted(newest.dir.glob("*.safetensors")):
+            check_finite(load_file(path).items())
+    except UnusableError as error:
+        run.withdraw_checkpoint(newest, str(error))
 
 
 def opened(run: Run[Any], folder: Path, policy: nn.Module | None) -> nn.Module:

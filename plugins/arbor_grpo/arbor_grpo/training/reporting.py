@@ -22,6 +22,8 @@ LEFT_OUT = ("loss", "epoch", "num_tokens", "step_time")
 class Reporting(StepReporter):
     """Order within a step is transformers': on_optimizer_step, on_step_end (publish), on_log (report)."""
 
+    run: RolloutRun[GrpoConfig]
+
     def __init__(self, run: RolloutRun[GrpoConfig], session: Session) -> None:
         self.run, self.session = run, session
         self.began = time.perf_counter()
