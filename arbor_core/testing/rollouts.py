@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from arbor_core.jobdir import checkpoints
+from arbor_core.jobdir import checkpoints, samples
 from arbor_core.jobdir.groups import read
 from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PolicyPublished, ResultEvent, Rollout
@@ -31,6 +31,8 @@ from .sending import FORGETFUL, check_sent_again
 
 STEPS = 3
 PAUSED_AFTER = 1
+PROBES: Mapping[str, Any] = {"probes": ["Name a number."]}
+"""Hyperparameters of those trainers whose named checkpoints answer prompts."""
 SIZE = {"num_generations": 2, "groups_per_step": 2, "max_staleness": 1, "max_group_age": 1}
 """Of the groups that are made up here. One that was sampled before any step comes too late after the second."""
 POLL_SECONDS = 0.05
@@ -153,6 +155,8 @@ def check_to_the_end(job: JobDirectory) -> None:
     check_checkpoints(job)
     result = check_result(job)
     check_published(job, result)
+    if PROBES.keys() <= job.hyperparameters.keys():
+        check_probes(job)
     assert result.step == STEPS, f"the result's checkpoint is of step {result.step}, the last step was {STEPS}"
 
 
@@ -169,6 +173,14 @@ def check_named(attempt: Attempt) -> None:
     assert said == {"why": "conformance"}, f"the checkpoint's metadata came back as {said}: hand on the request itself"
     reason = checkpoints.fault(job.files.checkpoints / event.dir)
     assert reason is None, f"the checkpoint 'first': {reason}"
+
+
+def check_probes(job: JobDirectory) -> None:
+    """What each named checkpoint answers to the job's probes is among its samples."""
+    named = {(f"probe:{event.name}", event.step) for event in job.events(CheckpointEvent) if event.name}
+    kept = {(group.label, group.step) for _, group in samples.newest_first(job.files.samples)}
+    missing = sorted(named - kept)
+    assert not missing, f"of the named checkpoints {missing} have answered no probes: call run.report_probes for each"
 
 
 def check_report_skipped(attempt: Attempt) -> None:

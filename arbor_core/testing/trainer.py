@@ -85,16 +85,21 @@ def check_trainer(
     with tempfile.TemporaryDirectory() as folder:
         root, values = Path(folder), dict(hyperparameters or {})
         if trainer.input == "rollouts":
-            values |= rollouts.SIZE
+            values |= {**rollouts.SIZE, **supported(rollouts.PROBES, name)}
 
         def job(kind: str, **more: Any) -> JobDirectory:
             return JobDirectory(root / kind, name, rows or (), str(model), {**values, **more})
 
-        often = EVERY_STEP if EVERY_STEP.keys() <= yaml_of(name).keys() else {}
+        often = supported(EVERY_STEP, name)
         if commands:
             check_executing(job, commands, often)
         else:
             (rollouts.check_learning if live else check_training)(job, often)
+
+
+def supported(hyperparameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Hyperparameters that some trainers have, or nothing for one that has them not."""
+    return hyperparameters if hyperparameters.keys() <= yaml_of(name).keys() else {}
 
 
 def check_training(make: Callable[..., JobDirectory], often: Mapping[str, Any]) -> None:
