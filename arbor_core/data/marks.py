@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from .message_form import UNSAID, Message
-from .text_search import EDGE, TAG, forms_of, has_number, occurs, pieces
+from .text_search import EDGE, TAG, has_number, occurs, pieces, quoted
 
 TAGS = 8
 LEAD = re.compile(rf"(?:\s*<[^<>\n]{{1,{EDGE}}}>){{0,{TAGS}}}\s*")
@@ -68,14 +68,6 @@ class Found(msgspec.Struct, frozen=True):
         for place, number in zip(self.at, self.numbers, strict=True):
             self.places.setdefault(number, []).append(place)
 
-    def has(self, number: int, start: int, end: int) -> bool:
-        """Whether a mark was from `start` to `end`, both included."""
-        return any(start <= place <= end for place in self.places.get(number, ()))
-
-    def within(self, start: int, end: int) -> list[int]:
-        """The numbers of the marks from `start` to `end`, both included."""
-        return self.numbers[bisect_left(self.at, start) : bisect_right(self.at, end)]
-
 
 class Marks:
     """The messages with marks.
@@ -116,44 +108,43 @@ class Marks:
         """The fields of a message of which a mark, or what belongs to it, is not between two positions of a text, each
         once."""
         lost: dict[str, Field] = {}
+        own: list[int] = []
         for number in self.of_message[message]:
             field = self.fields[number]
-            if not found.has(number, start, end):
+            places = [place for place in found.places.get(number, ()) if start <= place <= end]
+            own += places
+            if not places:
                 lost[field.path] = field
-            elif not self._is_whole(number, found, start, end):
+            elif field.text and not self._is_whole(field, found.text, places, start, end):
                 lost.setdefault(field.path, msgspec.structs.replace(field, changed=True))
         if bare := self.bare.get(message):
             part = found.text[start:end]
             lost |= {path: Field(message, path) for path, text in bare if not occurs(text, part)}
         if numbers := self.numbers.get(message):
-            begin, stop = self._extent(message, found, start, end)
+            following = bisect_right(found.at, max(own, default=end))  # the next mark of another message
+            begin, stop = min(own, default=start), found.at[following] if following < len(found.at) else end
             for path, value in numbers:
-                if not has_number(value, found.text, begin, stop):
+                if not has_number(value, found.text, begin, min(end, stop)):
                     lost.setdefault(path, Field(message, path))
         return list(lost.values())
 
-    def _is_whole(self, number: int, found: Found, start: int, end: int) -> bool:
-        """Whether the template has what belongs to a mark, between two positions of a text, as it was."""
-        field = self.fields[number]
-        if not field.text:
-            return True
-        places = [place for place in found.places[number] if start <= place <= end]
+    def _is_whole(self, field: Field, rendered: str, places: list[int], start: int, end: int) -> bool:
+        """Whether the template has what belongs to a mark, between two positions of a text, as it was.
+
+        Args:
+            places: Of the mark.
+        """
         tail = field.rest.rstrip()
-        for text, rest in zip(forms_of(field.text), forms_of(tail), strict=True):
-            if any(found.text.endswith(text, start, place + len(rest)) for place in places):
+        for place in places:
+            if rendered.endswith(field.text, start, place + len(tail)):  # nearly always
                 return True
-        part = found.text[start:end]
+        for text, rest in zip(quoted(field.text), quoted(tail), strict=True):
+            if any(rendered.endswith(text, start, place + len(rest)) for place in places):
+                return True
+        part = rendered[start:end]
         if "]." in field.path:  # arguments have other ways to escape quotes
             return all(word in part for word in WORD.findall(field.text))
         return all(occurs(piece, part) for piece in pieces(field.text, self.tags))
-
-    def _extent(self, message: int, found: Found, start: int, end: int) -> tuple[int, int]:
-        """From the first mark of a message to the next one of another, between two positions of a text."""
-        own = [at for number in self.of_message[message] for at in found.places.get(number, ()) if start <= at <= end]
-        if not own:
-            return start, end
-        following = bisect_right(found.at, max(own))
-        return min(own), min(end, found.at[following]) if following < len(found.at) else end
 
     def _message(self, index: int, message: Message) -> Message:
         marked = dict(message)

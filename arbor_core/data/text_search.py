@@ -25,12 +25,13 @@ def pieces(text: str, tags: re.Pattern[str] | None) -> list[str]:
 
 def occurs(text: str, rendered: str) -> bool:
     """Whether a text is found in a rendered one, trimmed or as JSON."""
-    return any(form in rendered for form in forms_of(text.strip()))
+    bare = text.strip()
+    return bare in rendered or any(form in rendered for form in quoted(bare))
 
 
-def forms_of(text: str) -> tuple[str, str, str]:
-    """A text, and what is between the quotes of it as JSON."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+def quoted(text: str) -> tuple[str, str]:
+    """What is between the quotes of a text as JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
 
 
 def has_number(value: str, text: str, start: int, end: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_ids_beyond_the_embedding_are_not_padded_with(larger: Callable[..., Path
     again = AutoModelForCausalLM.from_pretrained(made.result())
     assert again.config.pad_token_id < 263
     assert AutoTokenizer.from_pretrained(made.result()).pad_token == "[PAD]"
+
+
+def test_ids_beyond_the_embedding_in_the_models_own_configuration(
+    larger: Callable[..., Path], job: Callable[..., Job]
+) -> None:
+    """What is padded with is named there too, and torch would not load the model."""
+    model = larger("padded", {"pad_token": "[PAD]"})
+    for file in (model / "config.json", model / "generation_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": 263}))
+    made = job(model).run()
+    assert AutoModelForCausalLM.from_pretrained(made.result()).config.pad_token_id < 263
 
 
 EXTRA = {"additional_special_tokens": ["<|begin|>"]}

@@ -1,5 +1,6 @@
 """Architectures beside plain attention: each must give what transformers' own `generate` gives."""
 
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_eager_attention_and_bfloat16_serve_too(tmp_path: Path) -> None:
         chosen = Options(**options(**change))
         loaded = load(str(tmp_path), device(), chosen)
         assert type(make_batch(loaded, AdapterRows(loaded.model), chosen)[0]) is SlotBatch
+
+
+def test_an_id_to_pad_with_that_the_embedding_lacks_is_no_hindrance(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token_id": len(TOKENIZER)}))
+    assert load(str(tmp_path), device(), Options(**options())).vocabulary == len(TOKENIZER)
 
 
 def test_a_batch_that_fails_fails_its_own_rows_only(tmp_path: Path) -> None:

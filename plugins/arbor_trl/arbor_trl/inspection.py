@@ -19,6 +19,7 @@ from arbor_core import TrainedWeights
 from . import LoraSettings, trained_weights
 from .job import lora_errors
 from .model import adapter
+from .vocabulary import readable
 
 KINDS = {"linear": (nn.Linear, Conv1D), "embedding": (nn.Embedding,), "convolution": (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -42,7 +43,7 @@ def inspect(config: Mapping[str, Any], model: str) -> TrainedWeights | None:
     settings = msgspec.convert(config["lora"], LoraSettings)
     try:
         with torch.device("meta"):
-            described = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            described = readable(AutoConfig.from_pretrained(model, trust_remote_code=False))
             empty = AutoModelForCausalLM.from_config(described, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception:  # transformers and the hub raise many kinds
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from arbor_core import JobFailed, Run
 
 from . import LoraSettings
+from .vocabulary import readable
 
 DEFAULT_CONTEXT = 2048
 
@@ -63,6 +65,7 @@ def load_model(run: Run[Any]) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             run.model,
+            config=readable(AutoConfig.from_pretrained(run.model, trust_remote_code=False)),
             dtype=torch.bfloat16 if half else torch.float32,
             use_safetensors=True,
             trust_remote_code=False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -97,6 +99,15 @@ class Padding(TrainerCallback):
         for config in (self.model.config.get_text_config(), self.model.config, self.model.generation_config):
             if (getattr(config, "pad_token_id", None) or 0) >= self.vocabulary.rows:
                 config.pad_token_id = self.vocabulary.padding
+
+
+def readable(config: PretrainedConfig) -> PretrainedConfig:
+    """A model's configuration without an id to pad with that it has no embedding for: such a model cannot be loaded,
+    though padding is never looked at."""
+    described = config.get_text_config()
+    if (getattr(described, "pad_token_id", None) or 0) >= getattr(described, "vocab_size", math.inf):
+        described.pad_token_id = None
+    return config
 
 
 def unreadable(reason: str) -> JobFailed:

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 import copy
 import logging
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def load(path: str, device: Device, options: Options) -> Loaded:
 def load_weights(path: str, local: bool, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model itself, every tensor of it from the files."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+    described = config.get_text_config()
+    if (getattr(described, "pad_token_id", None) or 0) >= getattr(described, "vocab_size", math.inf):
+        described.pad_token_id = None  # nothing is padded with it here, and torch would refuse the embedding
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
