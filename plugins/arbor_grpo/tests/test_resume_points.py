@@ -35,10 +35,13 @@ def test_killed_at_a_random_place(job: Any, more: dict[str, Any]) -> None:
     keys = {"max_steps": steps, **QUICK, **more}
     whole, killed = job("whole", resume_seconds=None, **keys), job("killed", resume_seconds=0, **keys)
     whole.send(*groups(12))
-    killed.send(*groups(12))
     whole.must()
-    killed_after(killed, cycle * random.Random(1).randint(2, 4))
+    cycles = random.Random(1).randint(2, 4)
+    sent = 2 * (cycles + 1)  # it may be at the next cycle when it is killed, and never at its end
+    killed.send(*groups(sent))
+    killed_after(killed, cycle * cycles)
     done = max(killed.digests())
+    killed.send(*groups(12 - sent, sent))
     killed.must()
     saved = (done - 1) // cycle * cycle  # a point is written where cycles meet, after the metrics of its step
     assert 0 < saved < killed.events(MetricsEvent)[0].step <= done + 1
