@@ -89,16 +89,16 @@ class Running:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.token or "none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.token or "none", max_retries=0, timeout=150)
 
     @property
     def aclient(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.token or "none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.token or "none", max_retries=0, timeout=150)
 
     def stop(self) -> int:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        return self.process.wait(10)
+        return self.process.wait(120)
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -122,10 +122,10 @@ def launch(model: Path, folder: Path, token: str = "secret", **changes: Any) -> 
 def start(model: Path, folder: Path, token: str = "secret", **changes: Any) -> Running:
     """Start the process and wait until it listens."""
     process = launch(model, folder, token, **changes)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (folder / "ready.json").exists():
         assert process.poll() is None, (folder / "engine.log").read_text()
-        assert time.monotonic() < deadline, "the engine did not listen within 60 s"
+        assert time.monotonic() < deadline, "the engine did not listen within 120 s"
         time.sleep(0.02)
     return Running(process, folder, json.loads((folder / "ready.json").read_text())["url"], token)
 

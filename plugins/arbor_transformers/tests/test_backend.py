@@ -105,7 +105,7 @@ async def test_the_process_says_why_in_one_line_and_exits_with_3(world: World, t
     process = launch(torn, tmp_path / "b")
     with pytest.raises(ArborError, match=f"cannot load a model from {torn}"):
         await backend.start(spec)
-    assert process.wait(60) == 3
+    assert process.wait(120) == 3
     assert (tmp_path / "b" / "engine.log").read_text().count("\n") == 1
 
 

@@ -125,7 +125,7 @@ def test_greedy_is_generate(name: str, tmp_path: Path) -> None:
     engine = GenerationLoop(batch, 4, 100, 32, deliver, lambda: None)
     engine.start()
     engine.submit(generations(loaded, prompts, results, 24))
-    assert results.done.wait(60)
+    assert results.done.wait(120)
     engine.stop()
     assert results.error is None
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -177,11 +177,11 @@ def test_a_batch_that_fails_fails_its_own_rows_only(tmp_path: Path) -> None:
     entering, running, later = Results(1), Results(1), Results(1)
     for sink in (entering, running):
         engine.submit(generations(loaded, [[5, 6, 7]], sink, 24))
-        assert sink.done.wait(30)
+        assert sink.done.wait(120)
         assert getattr(sink.error, "code", None) == "engine_error"
     hook.remove()
     engine.submit(generations(loaded, [[5, 6, 7]], later, 24))
-    assert later.done.wait(30)
+    assert later.done.wait(120)
     engine.stop()
     assert later.error is None and len(later.tokens[0]) == 24
     assert engine.running == 0
@@ -216,12 +216,12 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
     engine, results = GenerationLoop(batch, 8, 100, 64, deliver, lambda: None), Results(8)
     engine.start()
     engine.submit(generations(loaded, [[5, 6, 7 + i] for i in range(8)], results, 150))
-    assert results.done.wait(60)
+    assert results.done.wait(120)
     assert results.error is None
     assert sent_back > 0 and 256 < max(cells) <= 512
     assert all(len(tokens) == 150 for tokens in results.tokens.values())
     engine.stop()
-    engine.thread.join(10)
+    engine.thread.join(120)
     assert batch.slots.capacity == (0, 0), "an empty batch holds no memory"
 
 
