@@ -53,13 +53,15 @@ def session_of(engine: Running) -> aiohttp.ClientSession:
 @pytest.mark.parametrize("stream", [True, False], ids=["row-127", "row-128"])
 async def test_a_client_that_leaves_frees_its_rows(narrow: Running, stream: bool) -> None:
     session = session_of(narrow)
-    request = asyncio.create_task(session.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 4, "stream": stream}))
+    request = asyncio.create_task(
+        session.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 4, "logprobs": 5, "stream": stream})
+    )
     await until_async(busy(narrow, 2, 2))
     await asyncio.sleep(0)
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
     await session.close()
-    await until_async(idle(narrow), 1.0)
+    await until_async(idle(narrow), 2.0)  # all of it would take longer
 
 
 async def test_row_135_a_full_queue_refuses(narrow: Running) -> None:
@@ -72,7 +74,7 @@ async def test_row_135_a_full_queue_refuses(narrow: Running) -> None:
         assert error.value.response.headers["retry-after"] == "1"
         answer = await (await first).json()
         assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
-    await until_async(idle(narrow), 5.0)
+    await until_async(idle(narrow))
 
 
 async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
@@ -107,8 +109,8 @@ async def test_row_129_a_slow_reader_is_cut_off(narrow: Running) -> None:
         async def cut() -> bool:
             return "reads too slowly" in log.read_text()
 
-        await until_async(cut, 20)
-        await until_async(idle(narrow), 5.0)
+        await until_async(cut)
+        await until_async(idle(narrow))
         received = b""
         with contextlib.suppress(ConnectionResetError):
             while part := await loop.sock_recv(client, 1 << 20):
@@ -135,7 +137,7 @@ async def test_a_poisoned_adapter_fails_only_its_own_requests(narrow: Running, w
             assert bad.headers["x-should-retry"] == "false"
         assert (await (await good).json())["choices"][0]["text"] == alone["choices"][0]["text"]
         await session.post(f"{narrow.url}/v1/unload_lora_adapter", json={"lora_name": "poison"})
-    await until_async(idle(narrow), 5.0)
+    await until_async(idle(narrow))
 
 
 async def test_an_error_in_a_stream_comes_in_band(narrow: Running, world: World, tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ async def test_adapters_come_and_go_under_traffic(engine: Running, world: World)
     async with session_of(engine) as session:
 
         async def ask(model: str) -> dict[str, Any]:
-            body = {"model": model, "prompt": "quick", "temperature": 0, "max_tokens": 120, "ignore_eos": True}
+            body = {"model": model, "prompt": "quick", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
             answer = await session.post(f"{engine.url}/v1/completions", json=body)
             assert answer.status == 200, await answer.text()
             return dict(await answer.json())
@@ -212,7 +214,7 @@ async def test_many_clients_that_come_and_go(engine: Running) -> None:
         if text is not None:
             by_seed.setdefault(i % 5, set()).add(text)
     assert all(len(found) == 1 for found in by_seed.values())
-    await until_async(idle(engine), 5.0)
+    await until_async(idle(engine))
 
 
 async def test_sigterm_ends_streams_in_band(world: World, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ async def test_sigterm_ends_streams_in_band(world: World, tmp_path: Path) -> Non
     frames = rest.strip().split("\n\n")
     assert json.loads(frames[-2].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     assert frames[-1] == "data: [DONE]"
-    assert await asyncio.to_thread(running.process.wait, 10) == 0
+    assert await asyncio.to_thread(running.process.wait, 120) == 0
 
 
 async def test_the_process_ends_with_its_parent(world: World, tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ async def test_the_process_ends_with_its_parent(world: World, tmp_path: Path) ->
     loading = launch(world.model, tmp_path / "loading")
     assert loading.stdin is not None
     loading.stdin.close()
-    assert await asyncio.to_thread(loading.wait, 10) == 0
+    assert await asyncio.to_thread(loading.wait, 120) == 0
     running = start(world.model, tmp_path / "running")
     async with session_of(running) as session:
         answer = await session.post(f"{running.url}/v1/completions", json={**LONG, "stream": True, "n": 8})
