@@ -74,7 +74,8 @@ def test_a_trainer_that_dies_often_and_gets_on_is_not_given_up(
 ) -> None:
     """Each attempt dies when it has told of its third step, and has left two resume points."""
     server = start_server("limits.attempts=2", env={"ARBOR_CRASH_BELOW": "metrics.event:3"})
-    job = server.wait(create(server, chat_rows, hyperparameters={"steps": 10, "resume_seconds": 0}).id)
+    keys = {"steps": 10, "checkpoint_steps": 10, "resume_seconds": 0}
+    job = server.wait(create(server, chat_rows, hyperparameters=keys).id)
     assert (job.status, died(server, job.id)) == ("succeeded", 4)
     made = [event.step for event in reported(server, job.id, MetricsEvent)]
     assert made == [1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 10]
