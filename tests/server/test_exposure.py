@@ -126,7 +126,7 @@ def spoken(server: LiveServer, raw: bytes) -> bytes:
         answer = b""
         with contextlib.suppress(ConnectionError):  # the refusal may come before all is sent
             connection.sendall(raw)
-        connection.settimeout(2)
+        connection.settimeout(60)
         while piece := connection.recv(65536):
             answer += piece
             if b"\r\n\r\n" in answer:

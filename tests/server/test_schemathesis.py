@@ -20,7 +20,7 @@ OPERATIONS = labels(
     if "summary" in handler.opt and handler.operation_id != "getOpenAPIDocument"
 )
 """Those of the core, but for the document itself, which every test has to read."""
-pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 180)
+pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 600)
 
 
 def started(live: LiveServer, guarded: bool) -> Api:

@@ -21,7 +21,7 @@ ENDING = ("checkpoint", "cancel", "terminate")
 """Operations that wait for a job."""
 LOOK = settings(api_requests.LOOK, max_examples=EXAMPLES or 8)
 """Groups take long to make up."""
-pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 180)
+pytestmark = pytest.mark.timeout(7200 if EXAMPLES else 600)
 
 
 class Lessons(Api):
