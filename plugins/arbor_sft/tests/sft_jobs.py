@@ -152,7 +152,7 @@ class Cold:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(60)
+        self.process.wait(120)
 
 
 class Fork:
@@ -197,9 +197,10 @@ class Fork:
 def until(worker: Worker, job: Job, kind: type[Event], count: int = 1) -> None:
     """Wait until the running attempt has reported `count` events of a kind."""
     for _ in polls(PATIENCE):
+        ended = worker.ended()  # before its events: after its end come no more
         if len(job.events(kind)) >= count:
             return
-        assert not worker.ended(), job.log()
+        assert not ended, job.log()
     raise AssertionError(f"no {kind.__name__} within {PATIENCE} s: {job.log()}")
 
 
