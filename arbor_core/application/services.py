@@ -133,7 +133,8 @@ class ServerServices:
         while pending and job.status != "succeeded":
             answered = not pending.exists()
             job = self.jobs.find(job_id, owner)  # before its checkpoints: after its end there are no more
-            told = told or (self._log_end(job) if answered else None)
+            if answered or (job.status in TERMINAL and not pending.exists()):  # the answer may have come just before
+                told = told or self._log_end(job)
             there = {one.name: one for one in self.checkpoints(job_id, owner)}
             if name in there and told and (job.status != "running" or (job.attempt, job.offset) >= told):
                 return there[name]
