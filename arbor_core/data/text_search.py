@@ -13,8 +13,11 @@ TAG = re.compile(rf"<[^<>\n]{{1,{EDGE}}}>")
 
 @lru_cache(maxsize=16)
 def tags_in(template: str) -> re.Pattern[str] | None:
-    """Matches the tags that a template names, and so may take off a text, or write again in its own way."""
-    found = sorted({*TAG.findall(template), *re.findall(r"\[/?[A-Z_]+\]", template)}, key=len, reverse=True)
+    """Matches the tags that a template names, of a pair at least one, and so may take off a text, or write again in its
+    own way."""
+    named = {*TAG.findall(template), *re.findall(r"\[/?[A-Z_]+\]", template)}
+    others = {tag[0] + tag[2:] if tag[1] == "/" else f"{tag[0]}/{tag[1:]}" for tag in named}
+    found = sorted(named | others, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, found))) if found else None
 
 

@@ -319,3 +319,15 @@ def test_texts_may_be_trimmed_quoted_and_introduced(content: str) -> None:
     (sample,) = chat.encode(chat.render({"messages": [user(Words()), {"role": "assistant", "content": answer}]}))
     (text,) = [text for _, text in learned(chat, sample)]
     assert answer.strip() in text or json.dumps(answer.strip(), ensure_ascii=False)[1:-1] in text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "qwen3_6"])
+def test_a_thought_that_ends_twice_loses_its_middle(name: str) -> None:
+    """These write what precedes the first end, and what follows the last one. An empty thought is none."""
+    chat = ChatFormat(prepared(TEMPLATES[name]))
+    answer = {"role": "assistant", "content": "<think>\none\n</think>\n\ntwo</think>\n\nthree"}
+    with pytest.raises(ValueError, match=r"changes messages\[1\]\.content$"):
+        chat.render({"messages": [user(Words()), answer]})
+    empty = {"role": "assistant", "content": "<think>\n\n</think>\n\ntwo, three"}
+    chat.render({"messages": [user(Words()), empty, user(Words()), empty]})
+    chat.chats.prompt(chat.chats.conversation([user(Words()), empty, user(Words())], None))
