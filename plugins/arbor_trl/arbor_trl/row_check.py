@@ -43,7 +43,7 @@ class RowCheck:
     the template looks at."""
 
     def __init__(self, chat: ChatFormat) -> None:
-        self.chat, self.traits = chat, Traits.of(str(chat.tokenizer.chat_template))
+        self.chat, self.traits = chat, Traits.of(chat.tokenizer.chat_template)
         self.known: dict[Hashable, tuple[str, ...]] = {}
         """The warnings for rows of a shape that can be used."""
 

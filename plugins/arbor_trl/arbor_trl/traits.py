@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
 T = TypeVar("T")
+N = TypeVar("N", bound=nodes.Node)
 PARSER = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
 LETTER = re.compile("[A-Za-z]")
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -30,11 +31,11 @@ LAYOUTS = {"center": 80, "expandtabs": 8, "indent": 4, "splitlines": 0, "truncat
 """What changes spaces and line breaks, and the length that it takes where none is given."""
 MARKUP, SPACES = ("<", ">", "&", "'", '"'), ("\n", "\t", "  ")
 KEYS = {
-    *("audio", "content", "function", "function_call", "image", "image_url", "name", "parameters", "reasoning"),
-    *("reasoning_content", "refusal", "role", "text", "thinking", "tool_call_id", "tool_calls", "tool_plan", "type"),
-    "video",
+    *("audio", "content", "description", "enum", "function", "function_call", "image", "image_url", "items", "name"),
+    *("nullable", "parameters", "properties", "reasoning", "reasoning_content", "refusal", "required", "role", "text"),
+    *("thinking", "tool_call_id", "tool_calls", "tool_plan", "type", "video"),
 }
-"""What templates look for in messages and in parts of them, rather than in texts."""
+"""What templates look for in messages, their parts and tools, rather than in texts."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,20 @@ class Traits:
     cases: bool = False
 
     @classmethod
-    def of(cls, template: str) -> Traits:
-        """Those of a chat template; none where it cannot be parsed, and no row can be rendered."""
+    def of(cls, template: str | Mapping[str, str]) -> Traits:
+        """Those of a chat template, or of several by name; none where it cannot be parsed, and no row be rendered."""
+        source = template if isinstance(template, str) else "\n".join(template.values())
         try:
-            tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(
-                GENERATION.sub("", template)
-            )
+            tree = PARSER.parse(GENERATION.sub("", source))
         except TemplateSyntaxError:
             return cls()
-        compared = list(tree.find_all(nodes.Compare))
-        parts = {part for one in compared for part in _sought(one)}
-        lengths = {n for one in (*compared, *tree.find_all(nodes.Slice)) for n in _constants(one, int)}
+        compared, held = list(tree.find_all(nodes.Compare)), _held(tree)
+        parts = {part for one in compared for part in _sought(one, held)}
+        lengths = {n for one in (*compared, *tree.find_all(nodes.Slice)) for n in _constants(one, int, held)}
         cases = False
         for name, args in _changes(tree):
-            words = {word for arg in args for word in _constants(arg, str)}
-            numbers = {number for arg in args for number in _constants(arg, int)}
+            words = {word for arg in args for word in _constants(arg, str, held)}
+            numbers = {number for arg in args for number in _constants(arg, int, held)}
             cases |= name in CASES
             if name in TRIMS:
                 parts |= {letter for word in words for letter in word if not letter.isspace()}
@@ -80,7 +80,7 @@ class Traits:
             elif name in ESCAPES:
                 parts.update(MARKUP, SPACES)
         edges = {edge for length in lengths for edge in (abs(length), abs(length) + 1) if edge > 1}
-        wholes = frozenset(word for one in compared for word in _constants(one, str))
+        wholes = frozenset(word for one in compared for word in _constants(one, str, held))
         return cls(tuple(sorted(parts - KEYS - {""})), wholes, tuple(sorted(edges)), cases)
 
     def __call__(self, text: str) -> Hashable:
@@ -104,27 +104,42 @@ def _place(part: str, text: str) -> Hashable:
     return part, many, edges
 
 
-def _constants(node: nodes.Node, kind: type[T]) -> Iterator[T]:
-    """The constants of a type in an expression, or which it is."""
-    for const in [node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const):
+def _held(tree: nodes.Template) -> list[nodes.Const]:
+    """The constants that variables hold, also one after the other."""
+    values: list[nodes.Node] = [each.node for each in tree.find_all(nodes.Assign)]
+    values += [each.iter for each in tree.find_all(nodes.For)]
+    plain = [value for value in values if isinstance(value, nodes.Const | nodes.List | nodes.Tuple)]
+    return [const for value in plain for const in _within(value, nodes.Const)]
+
+
+def _constants(node: nodes.Node, kind: type[T], held: Iterable[nodes.Const]) -> Iterator[T]:
+    """The constants of a type in an expression; where there are variables in it, all that any of these holds."""
+    consts = _within(node, nodes.Const)
+    for const in (*consts, *held) if _within(node, nodes.Name) else consts:
         if type(const.value) is kind:
             yield const.value
+
+
+def _within(node: nodes.Node, kind: type[N]) -> list[N]:
+    """The nodes of a kind in an expression, which it may be itself."""
+    return [node] if isinstance(node, kind) else list(node.find_all(kind))
 
 
 def _changes(tree: nodes.Template) -> Iterator[tuple[str, list[nodes.Expr]]]:
     """Each filter and method: its name and arguments."""
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr):
-            yield call.node.attr, call.args
+            yield call.node.attr, [*call.args, *(each.value for each in call.kwargs)]
     for filtered in tree.find_all(nodes.Filter):
-        yield filtered.name, filtered.args
+        yield filtered.name, [*filtered.args, *(each.value for each in filtered.kwargs)]
 
 
-def _sought(compared: nodes.Compare) -> set[str]:
+def _sought(compared: nodes.Compare, held: Iterable[nodes.Const]) -> set[str]:
     """What a comparison looks for: what is said to be in something, or at its beginning or end."""
     sides = [compared.expr, *(operand.expr for operand in compared.ops)]
-    words = {side.value for side in sides if isinstance(side, nodes.Const) and isinstance(side.value, str)}
     if any(operand.op in ("in", "notin") for operand in compared.ops):
-        return words
+        plain = [side for side in sides if isinstance(side, nodes.Const | nodes.Name)]
+        return {word for side in plain for word in _constants(side, str, held)}
+    words = {side.value for side in sides if isinstance(side, nodes.Const) and isinstance(side.value, str)}
     cut = any(isinstance(side, nodes.Getitem) and not isinstance(side.arg, nodes.Const) for side in sides)
     return {word for word in words if cut or not word.isidentifier()}

@@ -30,6 +30,8 @@ WRITES = {
     "m.content | striptags": ("It is", "It < is >"),
     "m.content | e": ("It is", "It & is"),
     "m.content.split() | join(' ')": ("It is", "It\nis"),
+    "m.content | truncate(length=80)": ("short", "l" + "o" * 88 + "ng"),
+    "m.content | replace(hidden, '')": ("It is.", "It is secret here."),
     "m.content.strip('*')": ("It is **so**.", "**It** is **so**"),
 }
 TEMPLATES = {test: f"{{% if {test} %}}{{{{ m.content }}}}{{% endif %}}" for test in TESTS} | {
@@ -46,7 +48,7 @@ def row(answer: str) -> dict[str, Any]:
 def test_what_is_lost_of_some_texts_is_found_before_training(name: str) -> None:
     """Though a row that differs in nothing but its words was taken before."""
     found = tokenizer()
-    found.chat_template = t.CHATML.replace("{{ m.content }}", TEMPLATES[name])
+    found.chat_template = "{% set hidden = 'secret' %}" + t.CHATML.replace("{{ m.content }}", TEMPLATES[name])
     check = RowCheck(ChatFormat(found))
     whole, lost = PAIRS[name]
     assert list(check(row(whole))) == []
@@ -59,6 +61,10 @@ def test_texts_without_what_is_looked_for_are_of_one_kind() -> None:
     assert traits("It is 18.") is None
     assert traits("It is 18. " * 9) == traits("It is 19. " * 8)
     assert traits("a</think>b") not in (None, traits("</think>b"), traits("</think>a</think>b"))
+
+
+def test_several_templates_are_looked_at_together() -> None:
+    assert Traits.of({"default": "{{ 'a' in b }}", "tool_use": "{{ 'it\\'s' in b }}"}).parts == ("a", "it's")
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages"])
