@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from arbor_core import UNSAID, canonical, canonical_message, shape_of
 
 from .chat import ChatFormat
@@ -15,6 +17,10 @@ REMEMBERED = 10_000
 """Shapes of rows."""
 PLAIN = {"role", "content", "name", "weight", "tool_call_id"}
 """Keys of messages that are a text and little else, as nearly all are; a look at them has to be quick."""
+CALLING = {"role", "content", "name", "weight", "tool_calls"}
+"""Keys of messages with calls and little else."""
+NESTED = 40
+"""Arguments with so many arrays and objects are looked at more closely."""
 
 
 def row_check(model: str) -> Callable[[dict[str, Any]], Sequence[str]] | None:
@@ -76,9 +82,36 @@ class RowCheck:
             if message.keys() <= PLAIN:
                 kinds = tuple([(key, type(value)) for key, value in message.items()])
                 return message["role"], message.get("weight"), kinds, kind
+        if message.get("tool_calls") and message.keys() <= CALLING and (shape := self._calling(message, tools)):
+            return shape
         form = self.chat.chats.message(canonical_message(message), tools=tools)
         texts = tuple([self.traits(text) for text in texts_of(form)])
         return form["role"], message.get("weight"), shape_of(form), texts
+
+    def _calling(self, message: Mapping[str, Any], tools: bool) -> Hashable:
+        """The same for a message whose calls have JSON objects as text, without putting it into the template's form:
+        shapes that differ there differ here. None: it has to be put into that."""
+        content, calls = message.get("content") or "", message["tool_calls"]
+        if type(content) is not str:
+            return None
+        found = []
+        for call in calls:
+            text = call["function"]["arguments"]
+            if type(text) is not str or text.count("{") + text.count("[") > NESTED:
+                return None
+            try:
+                arguments = msgspec.json.decode(text)
+            except msgspec.DecodeError:
+                return None
+            if type(arguments) is not dict:
+                return None
+            found.append({"function": {"arguments": arguments}})
+        texts = [content, *(call["function"]["name"] for call in calls)]
+        if self.chat.chats.form(tools).arguments == "text":
+            texts += [call["function"]["arguments"] for call in calls]
+        kinds = tuple([(key, type(value)) for key, value in message.items()])
+        shape = shape_of({"content": content, "tool_calls": found})
+        return message.get("weight"), kinds, shape, tuple([self.traits(text) for text in texts])
 
 
 def texts_of(form: Mapping[str, Any]) -> Iterator[str]:
