@@ -38,10 +38,12 @@ from arbor_core.types import (
     PolicyPublished,
 )
 
+from .forks import Process, forks
 from .hardware import device
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
 """One thread and none that spins: the same numbers each time, on a machine that has other work to do."""
+WORKER = "from arbor_core.worker.main import begin; begin()"
 ATTEMPT_SECONDS = 300
 STOP_SECONDS = 120
 """How long a trainer that waits for clients may take to pause, or to write a checkpoint."""
@@ -116,6 +118,7 @@ class JobDirectory:
             adapter=str(self.adapter) if self.adapter else None,
         )
         self.entry, self.config_type = found.entry, object_path(found.config)
+        self.preload = found.preload
         self.files.document.write_bytes(encode(document))
 
     @property
@@ -180,8 +183,9 @@ class JobDirectory:
         write_order(order, Placement(self.devices, 1))
         return folder
 
-    def start(self, die_at: str = "") -> subprocess.Popen[bytes]:
-        """Begin a new attempt, in a new Python.
+    def start(self, die_at: str = "") -> Process:
+        """Begin a new attempt, in a fork of a process that has imported what the trainer names as `preload`, or, if it
+        names nothing, in a new Python.
 
         Args:
             die_at: The fault point at which its process is killed (`arbor_core.crash_points`), and `:3` if that is when
@@ -189,9 +193,12 @@ class JobDirectory:
         """
         folder = self.prepare()
         with self.files.attempt(self.attempts).log.open("wb") as log:
+            env = {**os.environ, **ENV}
+            dying = {**env, "ARBOR_CRASH_AT": die_at} if die_at else env
+            if self.preload:
+                return forks(self.preload, env).start(WORKER, [str(folder)], env=dying, stdout=log, stderr=log)
             command = [sys.executable, "-m", "arbor_core.worker.main", str(folder)]
-            env = {**os.environ, **ENV, **({"ARBOR_CRASH_AT": die_at} if die_at else {})}
-            return subprocess.Popen(command, stdout=log, stderr=log, env=env)
+            return subprocess.Popen(command, stdout=log, stderr=log, env=dying)
 
     def attempt(self, die_at: str = "") -> int:
         """Run a new attempt to its end; its exit status."""

@@ -16,6 +16,7 @@ from arbor_core.jobdir.groups import read
 from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.types import CheckpointEvent, Group, MetricsEvent, PolicyPublished, ResultEvent, Rollout
 
+from .forks import Process
 from .job_directory import ATTEMPT_SECONDS, STOP_SECONDS, JobDirectory
 from .reports import (
     LAST_WORDS,
@@ -78,7 +79,7 @@ def group(number: int, version: int) -> Group:
 class Attempt:
     """A worker that runs meanwhile."""
 
-    def __init__(self, job: JobDirectory, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, job: JobDirectory, process: Process) -> None:
         self.job, self.process = job, process
 
     def until(self, come: Callable[[], bool], what: str, patience: float | None = None) -> None:

@@ -51,7 +51,7 @@ def check_trainer(
 
     Always: that its configuration's struct and YAML agree and refuse what they should, that the functions it names
     exist, and that listing plugins imports no deep-learning library. With `rows` and `model` jobs are run, each attempt
-    in a Python of its own: one to its end, one that is paused and resumed, one that is killed, one that is cancelled.
+    in a process of its own: one to its end, one that is paused and resumed, one that is killed, one that is cancelled.
     For a trainer that learns from rollouts `model` is enough: groups are made up, and jobs are finished too (see
     `rollouts`). For one that executes commands give `model` and `commands` (see `arbor_core.testing.commands`).
 

@@ -65,6 +65,11 @@ def warn_of_another_machine(run: WorkerRun[Any]) -> None:
         run.message(text, "warn", made=before, here=here)
 
 
-if __name__ == "__main__":
+def begin() -> None:
+    """`python -m arbor_core.worker.main <attempt dir>`."""
     ignore_output_errors()
     run_and_exit(lambda: main(Path(sys.argv[1]).absolute()))
+
+
+if __name__ == "__main__":
+    begin()

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import pytest
+import server_process
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -102,9 +103,7 @@ def home(tmp_path, monkeypatch) -> Path:
 def arbor_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     if any("engine." in word for word in arguments):
         arguments = ("inference=mock", *arguments)
-    return subprocess.run(
-        [sys.executable, "-m", "arbor_core", "serve", *arguments], capture_output=True, text=True, timeout=60
-    )
+    return server_process.ran(*arguments)
 
 
 def composed(*arguments: str) -> dict:

@@ -6,8 +6,6 @@ import http.client
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ import pytest
 from http_calls import PATIENCE, Answer, call
 from live import LiveServer, engine_dir, launch, process_of
 from waiting import has_ended, until
+
+from arbor_core.cli.main import tiny_model
 
 CHAT = "/v1/chat/completions"
 HANG_SECONDS = 4.0
@@ -62,8 +62,7 @@ def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = "mock/tiny"
     if request.param == "transformers":
         model = "tiny"
-        command = [sys.executable, "-m", "arbor_core", "tiny-model", str(models / model)]
-        subprocess.run(command, check=True, capture_output=True)
+        tiny_model(models / model)
     limit = f"limits.engine_heartbeat_seconds={HANG_SECONDS}"
     chosen = (f"models.dirs=['{models}']", f"inference={request.param}", limit, "threads=1")
     live = launch(folder, *chosen, mock=False, env=CALM, before=SILENT)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from waiting import until, until_async
 
 from arbor_core import ExecutorSettings, Placement
 from arbor_core.builtin.executor import LocalExecutor
+from arbor_core.cli.main import tiny_model
 from arbor_core.process.cpu import instruction_set, instruction_set_env
 from arbor_core.storage.event_log import tail
 from arbor_core.types import Device
@@ -83,7 +82,7 @@ def test_row_102_a_job_made_with_narrower_instructions_goes_on_with_them(
     """The first server takes itself for a machine with AVX2; the second sees what there is."""
     pytest.importorskip("arbor_sft")
     tiny = tmp_path / "models" / "tiny"
-    subprocess.run([sys.executable, "-m", "arbor_core", "tiny-model", str(tiny)], check=True, capture_output=True)
+    tiny_model(tiny)
     options = ("+trainer=sft", "inference=mock", "threads=1", f"models.dirs=[{tmp_path / 'models'}]")
     server = start_server(*options, env={"ATEN_CPU_CAPABILITY": "avx2"}, mock=False)
     client = server.new_client(_strict_response_validation=False)  # OpenAI's own type lacks "paused"

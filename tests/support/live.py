@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 import openai
 import server_process
 
+from arbor_core.testing.forks import Process
+
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -22,7 +23,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 class LiveServer:
     """A server process of the test's own."""
 
-    process: subprocess.Popen[bytes] | server_process.Forked
+    process: Process
     url: str
     storage: Path
     log_file: Path

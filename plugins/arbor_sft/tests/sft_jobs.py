@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,15 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from arbor_sft import SftConfig
+from arbor_sft import SftConfig, arbor_trainers
 
 from arbor_core.config.convert import load_yaml, merged, typed
 from arbor_core.jobdir.documents import JobDocument, write_order
 from arbor_core.storage.codec import encode
 from arbor_core.storage.event_log import tail
 from arbor_core.testing import device
+from arbor_core.testing.forks import Process, forks
+from arbor_core.testing.job_directory import WORKER
 from arbor_core.types import AttemptOrder, Event, EventT, MetricsEvent, Placement, ResultEvent
 
 ENV = {
@@ -88,7 +89,14 @@ class Job:
         names = {"entry": self.entry, "config_type": "arbor_sft:SftConfig"}
         order = AttemptOrder(folder, (), {}, sys.executable, base=str(self.model), **names)
         write_order(order, Placement((device(),), 1, self.share))
-        return Cold(folder, ranks) if cold or ranks > 1 else Fork(folder)
+        env = {**os.environ, **ENV}
+        with (folder / "worker.log").open("wb") as log:
+            if not cold and ranks == 1:
+                parent = forks(arbor_trainers()["sft"].preload, env)
+                return Worker(parent.start(WORKER, [str(folder)], env=env, stdout=log, stderr=log))
+            torchrun = ["-m", "arbor_core.worker.torchrun", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+            command = [sys.executable, *torchrun, "-m", "arbor_core.worker.main", str(folder)]
+            return Worker(subprocess.Popen(command, stdout=log, stderr=log, env=env))
 
     def attempt(self, *, cold: bool = False) -> int:
         """Run an attempt to its end; the exit status."""
@@ -127,71 +135,24 @@ class Job:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Worker(Protocol):
+class Worker:
     """A running attempt."""
 
-    def ended(self) -> bool: ...
-    def wait(self) -> int: ...
-    def kill(self) -> None: ...
-
-
-class Cold:
-    """`python -m arbor_core.worker.main`, by torchrun if there are several ranks."""
-
-    def __init__(self, folder: Path, ranks: int) -> None:
-        torchrun = ["-m", "arbor_core.worker.torchrun", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *torchrun, "-m", "arbor_core.worker.main", str(folder)]
-        with (folder / "worker.log").open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
+    def __init__(self, process: Process) -> None:
+        self.process = process
 
     def ended(self) -> bool:
         return self.process.poll() is not None
 
     def wait(self) -> int:
-        return self.process.wait(PATIENCE)
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(120)
-
-
-class Fork:
-    """The same in a fork of a process that has imported the libraries, which saves seconds for each job."""
-
-    parent: ClassVar[subprocess.Popen[str] | None] = None
-
-    def __init__(self, folder: Path) -> None:
-        self.pid = int(self.ask(f"start {folder}"))
-        self.code: int | None = None
-
-    @classmethod
-    def ask(cls, request: str) -> str:
-        if cls.parent is None:
-            command = [sys.executable, str(Path(__file__).with_name("sft_forks.py"))]
-            cls.parent = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENV}
-            )
-        assert cls.parent.stdin
-        assert cls.parent.stdout
-        print(request, file=cls.parent.stdin, flush=True)
-        return cls.parent.stdout.readline().strip()
-
-    def ended(self) -> bool:
-        if self.code is None and (said := self.ask(f"poll {self.pid}")) != "running":
-            self.code = int(said)
-        return self.code is not None
-
-    def wait(self) -> int:
-        for _ in polls(PATIENCE):
-            if self.ended():
-                assert self.code is not None
-                return self.code
-        self.kill()
-        raise AssertionError(f"the attempt did not end within {PATIENCE} s")
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self.wait()
+        self.process.wait(PATIENCE)
 
 
 def until(worker: Worker, job: Job, kind: type[Event], count: int = 1) -> None:
