@@ -33,7 +33,7 @@ ENV = {
     "HF_HUB_OFFLINE": "1",  # else each question to a hub that is not there is asked again and again
 }
 DEFAULTS = load_yaml(Path(str(files("arbor_sft") / "conf/trainer/sft.yaml"))) | {"dtype": "float32"}
-PATIENCE = 180
+PATIENCE = 300
 """Seconds that an attempt may take, on a machine that has other work to do."""
 FULL = {"lora": None, "learning_rate": 3e-3, "batch_size": 4, "n_epochs": 1}
 
