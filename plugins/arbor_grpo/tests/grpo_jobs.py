@@ -131,7 +131,7 @@ def two_ranks(job: Job) -> None:
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENV})
     try:
-        assert process.wait(150) == 0, job.log
+        assert process.wait(300) == 0, job.log
     finally:
         process.terminate()
         process.wait()
