@@ -26,6 +26,10 @@ CPU_SECONDS = 3600
 REASON_CHARS = 400
 STACK = 200
 """Fewer levels than a trainer can read, which has more on its stack when it reads the same rows."""
+UNSEEN = (
+    "The rows were not looked at with the model's chat template, because it is not on this machine yet or cannot be "
+    "loaded: rows of which it leaves something out fail when training starts"
+)
 RowCheck = Callable[[dict[str, Any]], Iterable[str] | None]
 """Raises ValueError for a row that cannot be used; what it returns are warnings."""
 
@@ -55,7 +59,7 @@ class Report(msgspec.Struct):
 def check(files: FileCheck) -> Report:
     """Check both files against what the trainer accepts."""
     report = Report()
-    check_row = row_check(files)
+    check_row = row_check(files, report.warnings)
     found = [("training_file", files.training_file, files.min_rows)]
     if files.validation_file:
         found.append(("validation_file", files.validation_file, 1))
@@ -68,11 +72,13 @@ def check(files: FileCheck) -> Report:
     return report
 
 
-def row_check(files: FileCheck) -> RowCheck:
+def row_check(files: FileCheck, warnings: list[str]) -> RowCheck:
     """What a row has to pass."""
     check_row: RowCheck = import_object(files.check_row)
     by_model: RowCheck | None = import_object(files.model_check)(files.model) if files.model_check else None
     if by_model is None:
+        if files.model_check:
+            warnings.append(UNSEEN)
         return check_row
     return lambda row: [*(check_row(row) or ()), *(by_model(row) or ())]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from arbor_core.crash_points import crash_point
-from arbor_core.data.validator import FileCheck, Report
+from arbor_core.data.validator import UNSEEN, FileCheck, Report
 from arbor_core.files.repository import Files
 from arbor_core.jobs.records import Job, JobError
 from arbor_core.jobs.repository import Jobs
@@ -121,24 +122,37 @@ REMEMBERED = 1000
 
 
 class Validators:
-    """Checks files, a few at a time. Stored files never change: those that were found good are not read again."""
+    """Checks files, a few at a time. Stored files never change: those that were found good are not read again, unless
+    the model's chat template may have changed since."""
 
     def __init__(self, turns: asyncio.Semaphore) -> None:
         self.turns = turns
-        self.good: dict[tuple[str, FileCheck], Report] = {}
+        self.good: dict[tuple[Any, ...], Report] = {}
 
     async def report(self, files: FileCheck, python: str) -> Report:
         """Check the files of a job with the libraries of an interpreter."""
-        what = (python, files)
+        what = (python, files, await asyncio.to_thread(tokenizer_state, files.model))
         if what in self.good:
             return self.good[what]
         async with self.turns:
             report = self.good.get(what) or await validate(files, python)
-        if not report.error:
+        if not report.error and UNSEEN not in report.warnings:
             self.good[what] = report
             if len(self.good) > REMEMBERED:
                 del self.good[next(iter(self.good))]
         return report
+
+
+def tokenizer_state(model: str | None) -> tuple[tuple[str, int, int], ...]:
+    """Which files a model's tokenizer and chat template are, when they were changed, and their sizes; nothing of a
+    model that is no folder here."""
+    if model is None:
+        return ()
+    try:
+        found = [each for each in Path(model).iterdir() if each.name.startswith(("tokenizer", "chat_template"))]
+        return tuple(sorted((each.name, (state := each.stat()).st_mtime_ns, state.st_size) for each in found))
+    except OSError:
+        return ()
 
 
 async def validate(files: FileCheck, python: str) -> Report:

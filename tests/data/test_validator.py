@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from message_cases import ANSWER, CALL, FUNCTION, REFUSED, TOOL, USER, calls
 
@@ -129,3 +130,21 @@ def test_a_check_that_breaks_names_the_line(tmp_path: Path, monkeypatch: pytest.
     row = {"messages": [{"tool_calls": [{}]}]}
     said = refused(tmp_path, [row] * 9 + [{"messages": [{"tool_calls": ["f()"]}]}], "arbor_core.data.rows:careless")
     assert "line 10: the check of the training method failed: AttributeError" in said
+
+
+def unknown(model: str | None) -> None:
+    """The look of a plugin at rows for a model that is elsewhere."""
+
+
+def test_a_model_that_is_not_here_yet_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a job whose rows nobody has seen with its template would look like any other."""
+    monkeypatch.setattr("arbor_core.data.rows.unknown", unknown, raising=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    plain = FileCheck(CHECK_ROW, 1, str(path))
+    assert check(plain).warnings == []
+    found = check(msgspec.structs.replace(plain, model_check="arbor_core.data.rows:unknown", model="org/model"))
+    assert (found.rows, found.error) == ({"training_file": 1}, None)
+    assert [text.partition(",")[0] for text in found.warnings] == [
+        "The rows were not looked at with the model's chat template"
+    ]

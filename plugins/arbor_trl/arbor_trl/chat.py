@@ -156,7 +156,7 @@ class ChatFormat:
     def _unread(self, conversation: Conversation, turn: Turn) -> Iterator[str]:
         """What others than the assistant say that the text of a turn lacks."""
         if conversation.tools and not self.chats.reads_tools:
-            yield "tools"
+            yield "the list of tools"
         for index, message in enumerate(conversation.messages):
             lost = message["role"] != "assistant" and left_out(conversation, index, turn.found or turn.text)
             if lost and not all(field.changed for field in lost):

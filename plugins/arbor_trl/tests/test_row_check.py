@@ -160,5 +160,5 @@ def test_what_others_say_and_is_left_out_is_a_warning(tmp_path: Path) -> None:
     assert report.error is None
     assert [warning.partition(" (")[0] for warning in report.warnings] == [
         f"training_file: the model's chat template leaves out {what}, which is not read"
-        for what in ("tools", "what system messages say", "what tool messages say")
+        for what in ("the list of tools", "what system messages say", "what tool messages say")
     ]
