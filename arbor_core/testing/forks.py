@@ -61,7 +61,10 @@ class Forked:
 
     def _ended(self, seconds: float | None) -> bool:
         if self.returncode is None and select.select([self._status], [], [], seconds)[0]:
-            self.returncode = int(self._status.readline())
+            told = self._status.readline()
+            if not told:
+                raise RuntimeError(f"nobody knows how {self.pid} ended: the process that it was forked from is gone")
+            self.returncode = int(told)
             self._status.close()
         return self.returncode is not None
 
