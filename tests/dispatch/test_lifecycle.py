@@ -9,7 +9,20 @@ import sys
 from random import Random
 
 import pytest
-from jobs import alive, create, events, go_on, hanging, held, messages, pause, step_events, stopped, supervisor_of
+from jobs import (
+    alive,
+    awaited_supervisor,
+    create,
+    events,
+    go_on,
+    hanging,
+    held,
+    messages,
+    pause,
+    step_events,
+    stopped,
+    supervisor_of,
+)
 from mutations import mutated
 from waiting import until
 
@@ -115,7 +128,7 @@ def test_row_89_a_killed_attempt_is_taken_up_again(start_server, chat_rows):
     server = start_server()
     job = create(server, chat_rows, hyperparameters=hanging(7, steps=40, checkpoint_steps=5))
     until(lambda: stopped(server, job.id))
-    os.kill(supervisor_of(server, job.id), signal.SIGKILL)
+    os.kill(awaited_supervisor(server, job.id), signal.SIGKILL)
     job = server.wait(job.id)
     assert job.status == "succeeded"
     assert any("its supervisor was lost" in text and "from the checkpoint" in text for text in messages(server, job.id))
@@ -127,7 +140,7 @@ def test_row_97_row_98_cancelling_a_running_job_ends_its_processes(start_server,
     server = start_server()
     job = create(server, chat_rows, hyperparameters={"steps": 1000, "step_seconds": 0.1, "checkpoint_steps": 2})
     until(lambda: list(server.client.fine_tuning.jobs.checkpoints.list(job.id)))
-    supervisor = supervisor_of(server, job.id)
+    supervisor = awaited_supervisor(server, job.id)
     assert server.client.fine_tuning.jobs.cancel(job.id).status in ("running", "cancelled")
     job = server.wait(job.id, "cancelled")
     until(lambda: not alive(supervisor))
@@ -175,7 +188,7 @@ def test_row_91_training_goes_on_while_the_server_is_dead(start_server, chat_row
     server = start_server()
     job = create(server, chat_rows, hyperparameters=hanging(5, steps=60, step_seconds=0.05))
     until(lambda: stopped(server, job.id))
-    supervisor = supervisor_of(server, job.id)
+    supervisor = awaited_supervisor(server, job.id)
     server.stop(signal.SIGKILL)
     assert alive(supervisor)
     go_on(server, job.id)
@@ -212,7 +225,7 @@ def test_a_job_whose_events_cannot_be_taken_ends_and_frees_its_device(start_serv
     server = start_server("gpu.train=[0]")
     job = create(server, chat_rows, hyperparameters={"steps": 999, "step_seconds": 0.05})
     until(lambda: step_events(server, job.id))
-    supervisor = supervisor_of(server, job.id)
+    supervisor = awaited_supervisor(server, job.id)
     if asked == "cancel":
         os.kill(supervisor, signal.SIGSTOP)  # the line comes before the end
         server.client.fine_tuning.jobs.cancel(job.id)
@@ -234,7 +247,7 @@ def test_an_attempt_that_never_began_is_no_crash(start_server, chat_rows):
     server = start_server("limits.attempts=1")
     job = create(server, chat_rows, hyperparameters=hanging(1, steps=60))
     until(lambda: stopped(server, job.id))
-    supervisor = supervisor_of(server, job.id)
+    supervisor = awaited_supervisor(server, job.id)
     server.stop(signal.SIGKILL)
     os.kill(supervisor, signal.SIGKILL)
     until(lambda: not processes(server.storage / "jobs" / job.id))
@@ -261,7 +274,7 @@ def test_a_job_that_a_server_cannot_run_waits_and_holds_nobody_back(start_server
     one, other = create(server, chat_rows), create(server, chat_rows)
     for job in (one, other):
         server.wait(job.id, "queued")
-    supervisor = supervisor_of(server, running.id)
+    supervisor = awaited_supervisor(server, running.id)
     server.stop(signal.SIGKILL)
     os.kill(supervisor, signal.SIGKILL)
     until(lambda: not processes(server.storage / "jobs" / running.id))
@@ -280,7 +293,7 @@ def test_row_114_sigterm_ends_the_server_and_leaves_the_trainer(start_server, ch
     server = start_server()
     job = create(server, chat_rows, hyperparameters=hanging(3, steps=40))
     until(lambda: stopped(server, job.id))
-    supervisor = supervisor_of(server, job.id)
+    supervisor = awaited_supervisor(server, job.id)
     assert server.stop() == 0
     assert alive(supervisor)
     go_on(server, job.id)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from http_calls import JOBS, call
-from jobs import create, events, hanging, offered, pause, stopped, supervisor_of
+from jobs import awaited_supervisor, create, events, hanging, offered, pause, stopped
 from live import LiveServer
 from openai import NotFoundError
 from waiting import until
@@ -68,7 +68,7 @@ def test_row_94_a_checkpoint_that_dies_with_its_trainer_is_withdrawn_before_anyb
     job = create(server, chat_rows, hyperparameters={"steps": 9999, "step_seconds": 0.05, "checkpoint_steps": 5}).id
     names = until(lambda: len(found := offered(server, job)) > 1 and found)
     server.stop(signal.SIGKILL)
-    os.kill(supervisor_of(server, job), signal.SIGKILL)
+    os.kill(awaited_supervisor(server, job), signal.SIGKILL)
     folder = server.storage / "jobs" / job
     until(lambda: not processes(server.storage))
     (folder / "checkpoints" / "10-1" / "adapter_model.safetensors").unlink()

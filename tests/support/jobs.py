@@ -71,6 +71,11 @@ def supervisor_of(server: LiveServer, job_id: str) -> int:
     return int(ref.split(":")[0]) if ref else 0
 
 
+def awaited_supervisor(server: LiveServer, job_id: str) -> int:
+    """The same, once there is one: a job is called running before. A signal to 0 would be one to all tests."""
+    return int(until(lambda: supervisor_of(server, job_id)))
+
+
 def hanging(step: int, **hyperparameters: Any) -> dict[str, Any]:
     """Hyperparameters of a job whose trainer stops at the end of a step until it is told to `go_on`: whatever is done
     to it meanwhile, it is there. No later attempt does it again."""
