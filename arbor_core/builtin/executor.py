@@ -1,6 +1,7 @@
 """The executor `local`: attempts as processes of this machine, each under a supervisor that outlives the server.
 
-A ref is `pid:start time:boot id` of the supervisor, so that a pid that was given to another process is never mistaken.
+A ref names the supervisor and the attempt's directory (`process/places.py`), so that neither a pid that was given to
+another process nor the supervisor of the directory of which this one is a copy is mistaken for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env, worker_env
-from arbor_core.process.lifecycle import kill_session, lives, process_ref, send_signal, terminate
+from arbor_core.process.lifecycle import kill_session, send_signal, terminate
+from arbor_core.process.places import belongs, lives_in, place_ref
 from arbor_core.process.resources import resource_shortage
 from arbor_core.process.wakeup import short_address
 from arbor_core.storage.background import in_thread
@@ -83,7 +85,7 @@ class LocalExecutor:
         if self.warm and forkable and key not in self.faults:
             try:
                 pid = await self._fork(await asyncio.shield(self.fork_server(key)), order, env)
-                return process_ref(pid)
+                return place_ref(pid, order.dir)
             except OSError as error:  # the fork server has died, or never came up
                 if resource_shortage(error):  # no fault of the fork server: a cold start would fail too
                     raise
@@ -109,7 +111,7 @@ class LocalExecutor:
                 start_new_session=True,
             )
         self.children.add(process)
-        return process_ref(process.pid)
+        return place_ref(process.pid, order.dir)
 
     def _reap(self) -> None:
         self.children = {process for process in self.children if process.poll() is None}
@@ -189,8 +191,9 @@ class LocalExecutor:
         await in_thread(send_signal, ref, number)
 
     async def adopt(self, attempt_dir: Path) -> str | None:
-        """Who has claimed the attempt; if nobody has, the claim is revoked."""
-        return await in_thread(AttemptDir(attempt_dir).revoke_claim) or None
+        """Who has claimed the attempt; if nobody has, the claim is revoked. In a copy of a storage directory the claim
+        is another attempt's, and nobody runs this one, nor ever will."""
+        return await in_thread(claimant, AttemptDir(attempt_dir))
 
     async def end(self, ref: str) -> None:
         """Kill the supervisor's session; the supervisor has killed what left it, unless it was killed itself."""
@@ -213,7 +216,13 @@ def heartbeats(attempts: Mapping[str, Path]) -> dict[str, str | None]:
     Raises:
         OSError: it could not be looked up (no descriptors are left, for example).
     """
-    return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if lives(ref)}
+    return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if lives_in(ref, folder)}
+
+
+def claimant(attempt: AttemptDir) -> str | None:
+    """The ref of the supervisor that has begun an attempt of this very directory; see `Executor.adopt`."""
+    ref = attempt.revoke_claim()
+    return ref if ref and belongs(ref, attempt.path) else None
 
 
 def remove_files(folder: Path, pattern: str) -> None:

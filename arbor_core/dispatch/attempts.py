@@ -169,8 +169,8 @@ class Attempts:
         await in_thread(self.write_desired, job)
         wake(self.dir(job).inbox_bell, job.id)  # it may be waiting for rollouts
         crash_point("attempt.told")
-        if job.desired == "cancel" and job.ref:
-            await self.end_softly(job.ref)
+        if job.desired == "cancel":
+            await self.end_softly(job)
             crash_point("attempt.signalled")
 
     async def end_hung(self, job: Job, how: str) -> None:
@@ -178,13 +178,14 @@ class Attempts:
         log.warning("job %s: attempt %d makes no progress: %s", job.id, job.attempt, how)
         with contextlib.suppress(OSError):  # on a full disk it counts as an ordinary crash
             await in_thread(self.attempt_dir(job).hung.write_text, how)
-        if job.ref:
-            await self.end_softly(job.ref)
+        await self.end_softly(job)
 
-    async def end_softly(self, ref: str) -> None:
-        """Have an attempt end by itself, or be killed after its grace."""
+    async def end_softly(self, job: Job) -> None:
+        """Have an attempt end by itself, or be killed after its grace. Whose it is its directory says: in a copy of a
+        storage directory the job's ref is the original's."""
         with asking_executor():
-            await self.executor.signal(ref, signal.SIGTERM)
+            if ref := await self.executor.adopt(self.attempt_dir(job).path):
+                await self.executor.signal(ref, signal.SIGTERM)
 
     async def find(self, job: Job) -> Job | None:
         """Look for an attempt that seems not to live. Its ref may not be the right one: the server ended while it was

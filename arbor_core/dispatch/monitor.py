@@ -122,7 +122,7 @@ class Monitor:
         folder = self.ingest.attempt_dir(job).path
         with asking_executor():
             while job.ref and job.ref in await self.executor.poll({job.ref: folder}):
-                await self.attempts.end_softly(job.ref)
+                await self.attempts.end_softly(job)
                 await asyncio.sleep(PATROL_SECONDS)
         await self.outcomes.unreadable(self.ingest.jobs.get(job.id) or job, error)
 

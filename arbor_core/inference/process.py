@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from arbor_core.process.environment import clean_env, threads_env
-from arbor_core.process.lifecycle import kill_session, process_ref, stat_fields, terminate
+from arbor_core.process.lifecycle import kill_session, stat_fields, terminate
+from arbor_core.process.places import lives_in, place_ref
 from arbor_core.types import ArborError, EngineSpec, Weights
 
 from .child import READY
@@ -89,7 +90,7 @@ class EngineProcess:
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):  # a full disk must not keep an engine from serving
-            (spec.dir / REF).write_text(process_ref(process.pid))
+            (spec.dir / REF).write_text(place_ref(process.pid, spec.dir))
         try:
             async with asyncio.timeout(seconds):
                 await listening(process, spec)
@@ -214,8 +215,7 @@ def end_engines(root: Path) -> None:
     """Kill engines of an earlier server that did not hear of its end: one that was stopped while it started, say."""
     for path in root.glob(f"*/{REF}"):
         ref = path.read_text(errors="replace")
-        pid = ref.partition(":")[0]
-        if pid.isdecimal() and ref == process_ref(int(pid)):
+        if lives_in(ref, path.parent):  # else it ended, or is another server's, of whose directory this is a copy
             try:
                 kill_session(ref)
             except TimeoutError as error:

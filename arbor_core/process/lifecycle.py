@@ -1,6 +1,7 @@
 """How processes are named, ended, and found again after their leader's death.
 
 A process ref names one process for good: a pid alone may be given to another process, and means nothing after a reboot.
+It may go on with the directory to which the process belongs (`places.py`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def process_ref(pid: int) -> str:
         return ""
 
 
+def process_of(ref: str) -> str:
+    """The part of a ref that names the process."""
+    return ":".join(ref.split(":")[:3])
+
+
 def lives(ref: str) -> bool:
     """Whether the process with this ref lives. Texts that are no refs name no process.
 
@@ -56,7 +62,7 @@ def lives(ref: str) -> bool:
         OSError: it could not be looked up.
     """
     pid = ref.partition(":")[0]
-    return pid.isdecimal() and process_ref(int(pid)) == ref
+    return pid.isdecimal() and process_ref(int(pid)) == process_of(ref)
 
 
 def send_signal(ref: str, number: int) -> None:
@@ -92,6 +98,7 @@ def kill_session(leader: str) -> None:
     Raises:
         TimeoutError: they do not end. They may hold a device, so nobody else may have that yet.
     """
+    leader = process_of(leader)
     pid, _, rest = leader.partition(":")
     if not rest.endswith(f":{boot_id()}") or process_ref(int(pid)) not in ("", leader):
         return

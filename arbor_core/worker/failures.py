@@ -22,8 +22,8 @@ MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memor
 def explain(run: WorkerRun[Any], error: Exception) -> int:
     """Say what an exception means: a full disk pauses the job, anything else ends the attempt. Returns the exit
     status."""
-    if isinstance(error, StorageLostError):  # nothing can be said any more; the server finds the attempt ended
-        return 1
+    if isinstance(error, StorageLostError) or not run.attempt_dir.exists():  # it is gone, or was moved away
+        return 1  # nothing can be said of the job any more; the server finds the attempt ended
     root = run.dir.parent.parent  # the storage directory
     if run.rank == 0 and is_disk_full(error, run.dir):
         shutil.rmtree(run.work, ignore_errors=True)  # may make the room for saying so

@@ -6,6 +6,7 @@ that no process of the attempt lives.
 
 Nothing lives on without its storage: an attempt whose directory has been gone, or could not be written, for
 `limits.room_seconds` is ended, and its supervisor with it; the server finds out by itself. A full disk is no such case.
+One whose directory was moved is ended at once, and told so there: the next attempt goes on at the new place.
 
 An attempt has one supervisor. It says who it is in a file that can be made only once; a server that has lost sight of
 an attempt makes that file itself, so that no supervisor that is late can begin it any more.
@@ -28,7 +29,7 @@ from arbor_core.crash_points import crash_point
 from arbor_core.jobdir.documents import read_order
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.exit import ignore_output_errors, run_and_exit
-from arbor_core.process.lifecycle import process_ref
+from arbor_core.process.places import hold, moved_to, place_ref
 from arbor_core.process.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from arbor_core.process.resources import DISK_FULL_ERRNOS
 from arbor_core.process.wakeup import wake
@@ -46,24 +47,26 @@ def keep(attempt_dir: Path) -> int:
     ignore_output_errors()
     attempt = AttemptDir(attempt_dir.absolute())
     order = read_order(attempt)
-    if attempt.claim(own := process_ref(os.getpid())) != own:
+    if attempt.claim(own := place_ref(os.getpid(), attempt.path)) != own:
         print(f"supervisor {own}: this attempt has another supervisor, or was given up before that", file=sys.stderr)
         return NOT_OURS
     crash_point("supervisor.claimed")
+    held = hold(attempt.path)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     me, worker = os.getpid(), os.fork()
     if worker == 0:
+        os.close(held)
         run_and_exit(lambda: _work(order, me))
     crash_point("supervisor.forked")
     with contextlib.suppress(OSError):  # the child does the same: whoever comes first
         os.setpgid(worker, worker)
-    storage = StorageWatch(attempt, order.room_seconds)
+    storage = StorageWatch(attempt, order.room_seconds, held)
     code = _wait(worker, order.grace, storage)
     _end_all(worker)
     ended = Exit(code, time.time())
     crash_point("supervisor.ended")
-    storage.write(attempt.exit, msgspec.json.encode(ended))
+    storage.write_exit(msgspec.json.encode(ended))
     crash_point("supervisor.told")
     wake(order.bell, attempt.job.path.name)
     return code
@@ -84,30 +87,44 @@ def _work(order: AttemptOrder, supervisor: int) -> int:
 
 
 class StorageWatch:
-    """How long an attempt has been without its storage. What lasts less than `seconds` may pass."""
+    """How long an attempt has been without its storage. What lasts less than `seconds` may pass.
 
-    def __init__(self, attempt: AttemptDir, seconds: float) -> None:
-        self.attempt, self.seconds = attempt, seconds
+    Args:
+        held: The descriptor by which the attempt's directory is held.
+    """
+
+    def __init__(self, attempt: AttemptDir, seconds: float, held: int) -> None:
+        self.attempt, self.seconds, self.held = attempt, seconds, held
         self.since: float | None = None
         """When it was found out of reach (`time.monotonic`); None: it is there."""
         self.told = False
 
     def lost(self) -> bool:
-        """Whether the attempt must end, because its directory is not there, or cannot be written."""
+        """Whether the attempt must end, because its directory is not there, or cannot be written, or was moved."""
         try:
-            self.attempt.supervisor.stat()
+            if not os.path.samestat(self.attempt.path.stat(), os.fstat(self.held)):  # another was put in its place
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.attempt.path))
             fault = None if os.access(self.attempt.path, os.W_OK) else OSError(errno.EROFS, os.strerror(errno.EROFS))
+        except FileNotFoundError as error:
+            if moved_to(self.held):
+                print("supervisor: the storage directory was moved: the attempt ends", file=sys.stderr)
+                return True
+            fault = error
         except OSError as error:
             fault = error
         return self._lasts(fault)
 
-    def write(self, path: Path, content: bytes) -> None:
-        """Write a file that nobody else can write, as soon as there is room; give up where there is no storage."""
+    def write_exit(self, content: bytes) -> None:
+        """Write how the attempt ended, as soon as there is room; give up where there is no storage."""
         while True:
             try:
-                return replace(path, content)
-            except FileNotFoundError:  # the job's directory was removed: there is nobody to tell
-                return None
+                return replace(self.attempt.exit, content)
+            except FileNotFoundError:
+                place = moved_to(self.held)
+                if place is None or place == self.attempt.path:  # it was removed: there is nobody to tell
+                    return None
+                self.attempt = AttemptDir(place)
+                continue
             except OSError as error:
                 if self._lasts(None if error.errno in DISK_FULL_ERRNOS else error):
                     return None
