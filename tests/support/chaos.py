@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from chaos_checks import digests, of_replays, read, supervisors, violations
 from chaos_clients import Clients, Kind, training_rows
@@ -30,6 +31,7 @@ from chaos_rollouts import LEARNING, LEARNING_REAL
 from http_calls import JOBS
 from live import LiveServer, launch
 
+from arbor_core.jobdir.layout import JobDir
 from arbor_core.jobs.states import NOT_ENDED
 from arbor_core.testing.invariants import Seen, check_invariants, processes
 
@@ -53,7 +55,7 @@ SEGMENTS = {"ARBOR_SEGMENT_BYTES": "2000"}
 PAUSE_SECONDS = 0.2
 """Mean time between two deeds."""
 PATIENCE = 300.0
-"""Seconds in which the jobs that are left must come to their end."""
+"""Seconds without any change after which the jobs that are left are stuck."""
 
 
 class Chaos(Clients):
@@ -210,13 +212,28 @@ class Chaos(Clients):
         return answer is not None and not self.jobs()
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        for _ in polls(PATIENCE):
-            if condition():
-                return
-        left = read(self.server.storage, f"SELECT id, status, desired, attempt, crashes FROM jobs WHERE {NOT_ENDED}")
-        raise AssertionError(
-            f"{what} did not come to an end within {PATIENCE:.0f} s: {left}\n{self.server.log[-3000:]}"
-        )
+        """Wait as long as jobs get on, however slow the machine is."""
+        left, seen = self.not_ended(), time.monotonic()
+        while not condition():
+            if (now := self.not_ended()) != left:
+                left, seen = now, time.monotonic()
+            if time.monotonic() - seen > PATIENCE:
+                raise AssertionError(
+                    f"{what} did not come to an end, and nothing changed for {PATIENCE:.0f} s: {left}\n"
+                    f"{self.said(job[0] for job in left)}\n{self.server.log[-3000:]}"
+                )
+            time.sleep(0.3)
+
+    def not_ended(self) -> list[Any]:
+        """The jobs that have not ended, and how far each has got."""
+        sql = "SELECT id, status, desired, attempt, crashes, progress, offset, json_extract(spec,'$.trainer') FROM jobs"
+        return read(self.server.storage, f"{sql} WHERE {NOT_ENDED}")
+
+    def said(self, jobs: Iterable[str]) -> str:
+        """The last that the newest attempt of each job has printed."""
+        newest = [(job, JobDir.of(self.server.storage, job).attempts()[-1:]) for job in jobs]
+        logs = [(job, attempt.log) for job, attempts in newest for attempt in attempts if attempt.log.exists()]
+        return "\n".join(f"{job}: {log.read_text(errors='replace')[-500:]}" for job, log in logs)
 
     def close(self) -> None:
         """Leave no process, whatever happened."""
@@ -243,13 +260,6 @@ def parent_of(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
-
-
-def polls(seconds: float) -> Iterator[None]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.3)
 
 
 @contextlib.contextmanager
