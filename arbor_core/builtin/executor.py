@@ -22,7 +22,7 @@ from arbor_core.jobdir.heartbeat import last_beat
 from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env, threads_env, worker_env
 from arbor_core.process.lifecycle import kill_session, send_signal, terminate
-from arbor_core.process.places import belongs, lives_in, place_ref
+from arbor_core.process.places import belongs, is_held, lives_in, place_ref
 from arbor_core.process.resources import resource_shortage
 from arbor_core.process.wakeup import short_address
 from arbor_core.storage.background import in_thread
@@ -216,7 +216,13 @@ def heartbeats(attempts: Mapping[str, Path]) -> dict[str, str | None]:
     Raises:
         OSError: it could not be looked up (no descriptors are left, for example).
     """
-    return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if lives_in(ref, folder)}
+    return {ref: last_beat(AttemptDir(folder).heartbeat) for ref, folder in attempts.items() if runs(ref, folder)}
+
+
+def runs(ref: str, folder: Path) -> bool:
+    """Whether a supervisor runs the attempt of a directory: it is seen to live, or has claimed and holds the attempt
+    from a namespace of its own."""
+    return lives_in(ref, folder) or (is_held(folder) and claimant(AttemptDir(folder)) == ref)
 
 
 def claimant(attempt: AttemptDir) -> str | None:

@@ -146,8 +146,10 @@ class LeaseHistory:
     def __init__(self, store: Store) -> None:
         """End what an earlier server has left open."""
         self.store = store
-        self.ends: dict[str, tuple[LeaseEnd, float]] = {}
-        """Of leases, by id: why and when they ended, while that is not written."""
+        self.writes = 0
+        self.ends: dict[str, tuple[int, LeaseEnd, float]] = {}
+        """Of leases whose end is not written, by id: the number of the write that does so, why they ended, and when.
+        Earlier writes leave them alone: one of those begins the lease."""
         if store.one(f"SELECT 1 FROM lease_history WHERE {LEFT_OPEN} LIMIT 1"):  # noqa: S608 - our words
             self._write(close_left_open)
 
@@ -155,18 +157,20 @@ class LeaseHistory:
         self._write(lambda db: begin(db, lease))
 
     def end(self, lease: Lease, reason: LeaseEnd) -> None:
-        self.ends[lease.id] = reason, time.time()
+        self.ends[lease.id] = self.writes + 1, reason, time.time()
         self._write(lambda db: None)
 
     def _write(self, change: Callable[[sqlite3.Connection], Any]) -> None:
         """Make a change, after the ends that are not written."""
+        self.writes += 1
+        number = self.writes
 
         def changed(db: sqlite3.Connection) -> list[str]:
-            ends = list(self.ends.items())
-            for lease_id, (reason, at) in ends:
+            ends = {lease_id: ended for lease_id, ended in list(self.ends.items()) if ended[0] <= number}
+            for lease_id, (_, reason, at) in ends.items():
                 end(db, lease_id, reason, at)
             change(db)
-            return [lease_id for lease_id, _ in ends]
+            return list(ends)
 
         self.store.submit(changed).add_done_callback(self._written)
 

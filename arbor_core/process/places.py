@@ -13,7 +13,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from .lifecycle import lives, process_of, process_ref
+from .lifecycle import lives, process_ref
 
 
 def place_ref(pid: int, folder: Path) -> str:
@@ -42,12 +42,12 @@ def belongs(ref: str, folder: Path) -> bool:
 
 
 def lives_in(ref: str, folder: Path) -> bool:
-    """Whether the process lives that this directory's ref names. A process of another namespace is seen by its lock.
+    """Whether a process lives that belongs to this directory and can be seen from here.
 
     Raises:
         OSError: it could not be looked up.
     """
-    return belongs(ref, folder) and (lives(ref) or (ref != process_of(ref) and is_held(folder)))
+    return belongs(ref, folder) and lives(ref)
 
 
 def hold(folder: Path) -> int:
@@ -63,7 +63,7 @@ def hold(folder: Path) -> int:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process holds a directory."""
+    """Whether a process holds a directory, of whatever namespace."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

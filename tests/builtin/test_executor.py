@@ -18,12 +18,14 @@ from jobs import alive
 from waiting import until_async
 
 from arbor_core import ArborError, Device, ExecutorSettings, Placement
-from arbor_core.builtin.executor import ForkServerKey, LocalExecutor
+from arbor_core.builtin.executor import ForkServerKey, LocalExecutor, runs
 from arbor_core.data.validator import FileCheck
 from arbor_core.dispatch.validation import validate
+from arbor_core.jobdir.layout import AttemptDir
 from arbor_core.process.environment import clean_env
 from arbor_core.process.lifecycle import lives as living
 from arbor_core.process.lifecycle import process_ref, stat_fields
+from arbor_core.process.places import hold, place_ref
 from arbor_core.storage.event_log import tail
 
 
@@ -348,3 +350,16 @@ async def test_row_113_a_pid_that_was_given_to_another_is_neither_adopted_nor_ki
         assert await executor.poll({f"{pid}:{start}:{boot}": tmp_path})
         assert foreign.poll() is None
         foreign.kill()
+
+
+def test_a_supervisor_of_another_namespace_is_seen_by_its_claim_and_its_lock(tmp_path):
+    attempt = AttemptDir(tmp_path)
+    ref = place_ref(os.getpid(), tmp_path).replace(str(os.getpid()), "999999999", 1)
+    assert not runs(ref, tmp_path)
+    assert attempt.claim(ref) == ref
+    assert not runs(ref, tmp_path)
+    handle = hold(tmp_path)
+    assert runs(ref, tmp_path)
+    assert not runs(ref.replace("999999999", "999999998", 1), tmp_path), "it is run by somebody else"
+    os.close(handle)
+    assert not runs(ref, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,17 @@ def test_engines_leases_are_written_in_order(store: Store) -> None:
         known.end(held, "idle")
     change(store, end_leases, "job-1", "failed")
     assert [reason for _, _, reason in history(store)] == ["failed", "idle", "idle", *["made_room"] * 20]
+
+
+def test_a_lease_that_ends_before_its_beginning_is_written_has_its_end(store: Store) -> None:
+    known, held, go_on = LeaseHistory(store), lease("e", "engine:one", "engine", "gpu-0"), threading.Event()
+    store.submit(lambda db: go_on.wait(120))
+    known.begin(held)
+    known.end(held, "idle")
+    go_on.set()
+    store.submit(lambda db: None).result()
+    assert history(store) == [("engine:one", "gpu-0", "idle")]
+    assert not known.ends
 
 
 def test_the_next_server_ends_what_a_killed_one_left_open(store: Store) -> None:

@@ -121,8 +121,6 @@ def test_a_directory_is_held_as_long_as_its_process_lives(tmp_path: Path) -> Non
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
         assert is_held(tmp_path)
-        unseen = place_ref(os.getpid(), tmp_path).split(":")
-        assert lives_in(":".join(["999999999", *unseen[1:]]), tmp_path), "its process may be in another namespace"
         holder.kill()
     assert not is_held(tmp_path)
 

@@ -18,7 +18,7 @@ from live import ENDED, LiveServer
 from arbor_core.jobdir import checkpoints
 from arbor_core.jobdir.cleanup import LIVE
 from arbor_core.jobdir.groups import read as read_inbox
-from arbor_core.process.lifecycle import process_ref
+from arbor_core.process.lifecycle import lives
 from arbor_core.types import ArborError
 from arbor_core.worker.replay import replay
 
@@ -189,4 +189,4 @@ def of_order(storage: Path, job_id: str, status: str, steps: list[dict[str, Any]
 def supervisors(storage: Path) -> list[int]:
     """Supervisors that live, of all attempts."""
     refs = [path.read_text() for path in storage.glob("jobs/*/attempts/*/keeper")]
-    return [int(ref.partition(":")[0]) for ref in refs if ref and process_ref(int(ref.partition(":")[0])) == ref]
+    return [int(ref.partition(":")[0]) for ref in refs if lives(ref)]
