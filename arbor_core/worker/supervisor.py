@@ -118,17 +118,22 @@ class StorageWatch:
         """Write how the attempt ended, as soon as there is room; give up where there is no storage."""
         while True:
             try:
-                return replace(self.attempt.exit, content)
-            except FileNotFoundError:
-                place = moved_to(self.held)
-                if place is None or place == self.attempt.path:  # it was removed: there is nobody to tell
-                    return None
-                self.attempt = AttemptDir(place)
-                continue
+                place = self._place()
+                return None if place is None else replace(AttemptDir(place).exit, content)
+            except FileNotFoundError:  # moved or removed meanwhile
+                pass
             except OSError as error:
                 if self._lasts(None if error.errno in DISK_FULL_ERRNOS else error):
                     return None
             time.sleep(WAKE_SECONDS)
+
+    def _place(self) -> Path | None:
+        """Where the attempt's directory is now, and not what was put in its place (a copy, say); None: it was removed,
+        and there is nobody to tell."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.attempt.path.stat(), os.fstat(self.held)):
+                return self.attempt.path
+        return moved_to(self.held)
 
     def _lasts(self, fault: OSError | None) -> bool:
         """Note whether there is a fault now; True: there has been for too long."""

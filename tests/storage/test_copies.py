@@ -16,9 +16,10 @@ from jobs import step_events, train
 from live import LiveServer, engine_dir, process_of
 from waiting import until
 
-from arbor_core.jobdir.layout import JobDir
+from arbor_core.jobdir.layout import AttemptDir, JobDir
 from arbor_core.process.lifecycle import lives
 from arbor_core.process.places import belongs, hold, is_held, lives_in, moved_to, place_ref
+from arbor_core.worker.supervisor import StorageWatch
 
 STEPS: dict[str, Any] = {"steps": 10_000, "step_seconds": 0.05, "checkpoint_steps": 5}
 
@@ -88,6 +89,19 @@ def test_a_job_goes_on_where_its_storage_was_moved_to(
     assert attempt_of(moved, job) == 2, "the attempt that was moved ended"
     assert JobDir.of(moved.storage, job).attempt(1).exit.exists(), "and told so where it is now"
     assert not (tmp_path / "before").exists()
+
+
+def test_a_supervisor_that_was_moved_writes_nothing_into_what_was_put_in_its_place(tmp_path: Path) -> None:
+    attempt = AttemptDir(tmp_path / "before")
+    attempt.path.mkdir()
+    storage = StorageWatch(attempt, 60.0, hold(attempt.path))
+    attempt.path.rename(tmp_path / "after")
+    attempt.path.mkdir()
+    assert storage.lost()
+    storage.write_exit(b"{}")
+    assert not list(attempt.path.iterdir())
+    assert (tmp_path / "after" / "exit.json").read_bytes() == b"{}"
+    os.close(storage.held)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_nearest_key_is_looked_for_a_few_times(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("where", ["trainer_config", None])
-def test_no_configuration_has_so_many_keys(server: LiveServer, where: str | None) -> None:
+def test_a_configuration_with_more_than_1024_keys_is_refused(server: LiveServer, where: str | None) -> None:
     keys = {f"learning_rat{number}x": 1 for number in range(1025)}
     body = {"model": MODEL, where: keys} if where else {"model": MODEL, **keys}
     call(server.url, "POST", f"{GRPO}/initialize", body).error(400, "invalid_value")
